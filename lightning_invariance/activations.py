@@ -1,0 +1,220 @@
+"""Which layers a model has, and catching what they compute."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+#: What selects layers: see :func:`layer_names`.
+Layers: TypeAlias = (
+    str
+    | type[nn.Module]
+    | Iterable[str | type[nn.Module]]
+    | Mapping[str, str]
+    | Callable[[str, nn.Module], bool]
+    | None
+)
+
+#: Receives the name of a layer, the module and the output tensor.
+Consumer: TypeAlias = Callable[[str, nn.Module, Tensor], None]
+
+
+class Selection:
+    """The modules that were selected, and what each part of the request stands for.
+
+    Attributes:
+        modules: layer name (renamed where a dict asked for it) → module, in the order of the model.
+        requests: what the user wrote → the layer names it selected. Empty where all leaf modules were meant.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], requests: dict[str, list[str]]) -> None:
+        self.modules = modules
+        self.requests = requests
+
+    def check_fired(self, fired: Iterable[str]) -> None:
+        """Raise if something that was asked for never ran.
+
+        Raises:
+            RuntimeError: Naming the request and the layers that did run.
+        """
+        ran = list(fired)
+        modules_that_ran = {module_name(layer) for layer in ran}
+        for request, names in self.requests.items():
+            if not modules_that_ran.intersection(names):
+                raise RuntimeError(
+                    f"Expected layer {request!r} to run in the model's forward pass, but it never did (or returned no"
+                    f" floating-point tensor). The layers that ran are {ran}."
+                )
+
+
+def layer_names(model: nn.Module, layers: Layers = None) -> list[str]:
+    """Names of a model's layers, in the order in which the model holds them.
+
+    Args:
+        model: any module.
+        layers: what to select, as in :func:`evaluate`:
+
+            - ``None``: every leaf module (a module without children).
+            - names of modules, leaf or not, such as ``["conv1", "layer1"]``; the output of ``"layer1"`` is what the
+              whole block returns.
+            - glob patterns over the leaf modules, such as ``"layer1.*"`` or ``"*conv?"``; ``*`` also matches dots.
+            - module types, such as ``nn.Conv2d`` or your own block class.
+            - a predicate ``(name, module) -> bool``, asked for every module but the model itself.
+            - a dict from module name to the name that results, curves and pictures shall carry.
+
+    Returns:
+        The names. A module that runs k times in one forward pass gives the layers ``name``, ``name#1``, …,
+        ``name#{k-1}``, and one that returns a tuple, list or dict gives ``name[0]``, ``name[key]``, …: these are known
+        only when the model runs.
+
+    Raises:
+        ValueError: If a name or pattern is not in the model (the message lists near names), or nothing is selected.
+        TypeError: If ``layers`` is of another kind.
+
+    .. note::
+        Only modules can be seen: what ``forward`` computes with functions (``torch.relu``, ``+``) has no name. Wrap it
+        in a module to measure it. A module that runs inside an operation, like the ``out_proj`` of
+        ``nn.MultiheadAttention``, never runs itself: it is left out where all leaf modules are meant and an error
+        where it was asked for by name.
+
+    Example:
+        >>> from torch import nn
+        >>> layer_names(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten()))
+        ['0', '1', '2']
+    """
+    return list(select_layers(model, layers).modules)
+
+
+def select_layers(model: nn.Module, layers: Layers = None) -> Selection:
+    """Resolve a request for layers; see :func:`layer_names`."""
+    everything = {name: module for name, module in model.named_modules() if name}
+    leaves = {name: module for name, module in everything.items() if not any(True for _ in module.children())}
+    if not everything:  # the model itself is the only layer
+        everything = leaves = {type(model).__name__: model}
+    if layers is None:
+        return Selection(leaves, {})
+    if isinstance(layers, Mapping):
+        requests = {name: [_known(name, everything)] for name in layers}
+        renamed = {str(layers[name]): everything[name] for name in requests}
+        if len(renamed) != len(layers):
+            raise ValueError(f"Expected argument `layers` to give different names, but got {list(layers.values())}.")
+        return Selection(renamed, {name: [str(layers[name])] for name in requests})
+    if isinstance(layers, str | type):
+        layers = [layers]
+    if callable(layers):
+        names = [name for name, module in everything.items() if layers(name, module)]
+        requests = {getattr(layers, "__name__", repr(layers)): names}
+    elif isinstance(layers, Iterable):
+        requests = {str(getattr(item, "__name__", item)): _resolve(item, everything, leaves) for item in layers}
+    else:
+        raise TypeError(
+            "Expected argument `layers` to be names, glob patterns, module types, a predicate or a dict,"
+            f" but got {layers!r}."
+        )
+    chosen = {name for names in requests.values() for name in names}
+    if not chosen:
+        raise ValueError(f"Expected argument `layers` to select at least one layer, but {layers!r} selects none.")
+    return Selection({name: module for name, module in everything.items() if name in chosen}, requests)
+
+
+def _resolve(item: Any, everything: Mapping[str, nn.Module], leaves: Mapping[str, nn.Module]) -> list[str]:
+    """The names that one item of a list stands for."""
+    if isinstance(item, type) and issubclass(item, nn.Module):
+        names = [name for name, module in everything.items() if isinstance(module, item)]
+        if not names:
+            present = sorted({type(module).__name__ for module in everything.values()})
+            raise ValueError(
+                f"Expected argument `layers` to name types in the model, but it has no {item.__name__};"
+                f" it has {', '.join(present)}."
+            )
+        return names
+    if not isinstance(item, str):
+        raise TypeError(f"Expected argument `layers` to hold names, patterns or module types, but got {item!r}.")
+    if any(sign in item for sign in "*?[") and item not in everything:
+        names = [name for name in leaves if fnmatchcase(name, item)]
+        return names or [_known(item, everything)]
+    return [_known(item, everything)]
+
+
+def _known(name: str, modules: Mapping[str, nn.Module]) -> str:
+    if name in modules:
+        return name
+    near = difflib.get_close_matches(name, modules, n=3, cutoff=0.5)
+    hint = f"Did you mean {', '.join(map(repr, near))}?" if near else f"The model has {', '.join(list(modules)[:20])}."
+    raise ValueError(f"Expected argument `layers` to name layers of the model, but it has no layer {name!r}. {hint}")
+
+
+def module_name(layer: str) -> str:
+    """The selected name behind a layer's name: without the number of the call and the place in the output."""
+    return layer.partition("[")[0].rpartition("#")[0] if "#" in layer else layer.partition("[")[0]
+
+
+class Catcher:
+    """Hands the outputs of selected modules to a consumer, inside the forward hook, before anything can change them."""
+
+    def __init__(self, consumer: Consumer) -> None:
+        self._consumer = consumer
+        self._calls: dict[str, int] = {}
+
+    def start_pass(self) -> None:
+        """Forget how often each module ran: a new forward pass begins."""
+        self._calls = {}
+
+    def hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        """The forward hook of one module."""
+
+        def caught(module: nn.Module, args: Any, output: Any) -> None:
+            call = self._calls.get(name, 0)
+            self._calls[name] = call + 1
+            layer = name if call == 0 else f"{name}#{call}"
+            for place, tensor in _floating_tensors(output):
+                self._consumer(layer + place, module, tensor.detach())
+
+        return caught
+
+
+@contextmanager
+def catch_activations(selection: Selection, consumer: Consumer) -> Iterator[Catcher]:
+    """Call ``consumer(layer, module, output)`` for every output of the selected modules while the context lasts.
+
+    The hooks are gone afterwards, also when forward or the consumer raises.
+    """
+    catcher = Catcher(consumer)
+    handles = []
+    try:
+        for name, module in selection.modules.items():
+            handles.append(module.register_forward_hook(catcher.hook(name)))
+        yield catcher
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _floating_tensors(output: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every floating-point tensor of an output, with its place: ``""``, ``"[0]"``, ``"[1][key]"``, …."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield place, output
+    elif isinstance(output, Mapping):
+        for key, value in output.items():
+            yield from _floating_tensors(value, f"{place}[{key}]")
+    elif isinstance(output, list | tuple):
+        for position, value in enumerate(output):
+            yield from _floating_tensors(value, f"{place}[{position}]")
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module into eval mode and give each its own mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,252 @@
+"""The callback: when to evaluate, what to log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_invariance.activations import Layers, select_layers
+from lightning_invariance.evaluate import evaluate, named_measures
+from lightning_invariance.logging import log_image, log_scalars, logger_step
+from lightning_invariance.plots import evolution, heatmap
+from lightning_invariance.plots.common import render
+from lightning_invariance.result import InvarianceResult
+from lightning_invariance.transforms import TransformationSet
+
+#: Memory for the values of every single activation in the history; older results then keep one value a channel.
+HISTORY_BYTES = 256 * 2**20
+
+
+class InvarianceMonitor(pl.Callback):
+    """Shows, while a model trains, how invariant every layer is to a set of transformations of its input.
+
+    It evaluates the untrained network before the first epoch, and then at the end of validation every
+    ``every_n_epochs`` epochs (when ``(epoch + 1) % every_n_epochs == 0``), and always at the first validation of a run.
+    A trainer without validation evaluates at the end of the training epoch. The sanity check is left out. Training is
+    not affected: weights, modes, BatchNorm statistics and random states stay bit for bit what they would be.
+
+    **Logged metrics**, to every logger of the trainer, at the step of Lightning's validation metrics:
+
+    - ``{Measure}/{layer}``: the mean over the finite values of the layer, such as ``NormalizedVariance/conv1``.
+    - ``{Measure}_mean``: the mean over the layers. ``EarlyStopping`` and ``ModelCheckpoint`` can monitor all of these;
+      with ``every_n_epochs`` above 1, set their patience in units of validations.
+
+    **Logged images**, where the logger takes images:
+
+    - ``{Measure}/heatmap``: layers × channels (the paper's figure 8).
+    - ``{Measure}/evolution``: layers × evaluations so far; the last image tells the whole training.
+
+    With ``name="rotation"``, ``{Measure}`` becomes ``{Measure}_rotation``.
+
+    Args:
+        transformations: the set, such as ``rotations(16)``; at least two transformations.
+        measures: metrics of ``lightning_invariance.measures``, or a dict that names them; see :func:`evaluate`. By
+            default :class:`~lightning_invariance.measures.NormalizedVariance`.
+        data: samples to measure with: dataset, loader or tensor. By default the trainer's validation data (the first
+            loader, if there are several).
+        layers: which layers; by default every leaf module. See :func:`layer_names`.
+        every_n_epochs: how often.
+        max_samples: how many samples: a random choice, the same every time. None takes all.
+        batch_size: largest number of transformed inputs in one forward pass.
+        forward: ``forward(model, x)`` runs the model where ``model(x)`` does not.
+        input_fn: picks x from a collated batch where :class:`STLoader` does not find it.
+        seed: of the choice of samples.
+        name: added to the names of the measures; needed where one trainer has several monitors.
+
+    Attributes:
+        history: the results so far, the untrained network first, each with ``epoch`` (−1 for the untrained network) and
+            ``step``. It is part of the checkpoint, there with one value for each channel; so it is in memory for older
+            results when the whole of it exceeds 256 MB.
+
+    Raises:
+        ValueError: If ``every_n_epochs`` is below 1, or (when training starts) a layer is unknown.
+        MisconfigurationException: When training starts, if there are neither ``data`` nor validation data, or another
+            monitor of the same name.
+
+    Example::
+
+        from lightning.pytorch import Trainer
+        from lightning_invariance import InvarianceMonitor, rotations
+
+        trainer = Trainer(callbacks=[InvarianceMonitor(rotations(16))])
+    """
+
+    def __init__(
+        self,
+        transformations: TransformationSet,
+        measures: Sequence[Metric] | Mapping[str, Metric] | None = None,
+        data: Any = None,
+        layers: Layers = None,
+        every_n_epochs: int = 1,
+        max_samples: int | None = 256,
+        batch_size: int = 64,
+        *,
+        forward: Callable[..., Any] | None = None,
+        input_fn: Callable[..., Tensor] | None = None,
+        seed: int = 0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(transformations, TransformationSet):
+            raise TypeError(
+                f"Expected argument `transformations` to be a TransformationSet, but got {transformations!r}."
+            )
+        if len(transformations) < 2:
+            raise ValueError(
+                "Expected argument `transformations` to hold at least two transformations,"
+                f" but got {transformations!r}."
+            )
+        for argument, value, least in (
+            ("every_n_epochs", every_n_epochs, 1),
+            ("batch_size", batch_size, 1),
+            ("max_samples", 2 if max_samples is None else max_samples, 2),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"Expected argument `{argument}` to be an int of at least {least}, but got {value}.")
+        self.transformations = transformations
+        self.measures = named_measures(measures)
+        self.data = data
+        self.layers = layers
+        self.every_n_epochs = every_n_epochs
+        self.max_samples = max_samples
+        self.batch_size = batch_size
+        self.forward = forward
+        self.input_fn = input_fn
+        self.seed = seed
+        self.name = name
+        self.history: list[InvarianceResult] = []
+        self._validated = False
+
+    @property
+    def state_key(self) -> str:
+        """Monitors of different names keep different states in a checkpoint."""
+        return self._generate_state_key(name=self.name)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check what can be checked before any work is done."""
+        self._validated = False
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        names = [callback.name for callback in callbacks if isinstance(callback, InvarianceMonitor)]
+        if names.count(self.name) > 1:
+            raise MisconfigurationException(
+                f"Expected InvarianceMonitors of different names in one trainer, but got {names}: set `name`."
+            )
+        if self.data is None and not trainer.enable_validation:
+            raise MisconfigurationException(
+                "InvarianceMonitor found no validation data in the trainer: give it `data`, or the trainer a validation"
+                " loader and the model a `validation_step`."
+            )
+        select_layers(pl_module, self.layers)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Evaluate the untrained network."""
+        if self.history:  # resumed
+            return
+        result = self._evaluate(trainer, pl_module, epoch=trainer.current_epoch - 1)
+        # `self.log` here would wait for the end of the epoch.
+        log_scalars(trainer, self._scalars(result), logger_step(trainer))
+        self._log_images(trainer)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Evaluate at the end of validation."""
+        if not trainer.sanity_checking and (self._is_due(trainer) or not self._validated):
+            self._validated = True
+            self._evaluate_and_log(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Evaluate at the end of an epoch that has no validation."""
+        if not trainer.enable_validation and self._is_due(trainer):
+            self._evaluate_and_log(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history, with one value for each channel."""
+        return {"history": [result.reduced().state_dict() for result in self.history]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the history of a checkpoint."""
+        self.history = [InvarianceResult.from_state_dict(state) for state in state_dict["history"]]
+
+    def _is_due(self, trainer: pl.Trainer) -> bool:
+        return (trainer.current_epoch + 1) % self.every_n_epochs == 0
+
+    def _evaluate_and_log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        result = self._evaluate(trainer, pl_module, epoch=trainer.current_epoch)
+        # Every rank has the same values: `rank_zero_only` logs them without a collective and without a warning.
+        self.log_dict(  # type: ignore[attr-defined]
+            self._scalars(result), on_step=False, on_epoch=True, sync_dist=True, rank_zero_only=True
+        )
+        self._log_images(trainer)
+
+    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> InvarianceResult:
+        precision = trainer.precision_plugin
+
+        def run(model: nn.Module, x: Tensor) -> Any:
+            with precision.val_step_context():
+                x = precision.convert_input(x)
+                return model(x) if self.forward is None else self.forward(model, x)
+
+        bar: Any = trainer.progress_bar_callback
+        result = evaluate(
+            pl_module,
+            self.data if self.data is not None else _validation_data(trainer),
+            self.transformations,
+            self.measures,
+            layers=self.layers,
+            batch_size=self.batch_size,
+            max_samples=self.max_samples,
+            device=pl_module.device,
+            forward=run,
+            input_fn=self.input_fn,
+            seed=self.seed,
+            progress=bar is not None and bar.is_enabled,
+        )
+        result.epoch, result.step = epoch, logger_step(trainer)
+        self.history = _within_budget([*self.history, result])
+        return result
+
+    def _tag(self, measure: str) -> str:
+        return measure if self.name is None else f"{measure}_{self.name}"
+
+    def _scalars(self, result: InvarianceResult) -> dict[str, float]:
+        scalars: dict[str, float] = {}
+        for measure in result:
+            tag = self._tag(measure)
+            scalars.update({f"{tag}/{layer}": value for layer, value in result.per_layer(measure).items()})
+            scalars[f"{tag}_mean"] = result.mean(measure)
+        return scalars
+
+    def _log_images(self, trainer: pl.Trainer) -> None:
+        if not trainer.is_global_zero or not trainer.loggers:
+            return
+        latest, step = self.history[-1], logger_step(trainer)
+        for measure in latest:
+            tag = self._tag(measure)
+            log_image(trainer, f"{tag}/heatmap", render(heatmap(latest, measure)), step)
+            log_image(trainer, f"{tag}/evolution", render(evolution(self.history, measure)), step)
+
+
+def _validation_data(trainer: pl.Trainer) -> Any:
+    """The trainer's (first) validation loader, loaded if it is not yet."""
+    if trainer.val_dataloaders is None:
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        trainer.training = True
+    loaders = trainer.val_dataloaders
+    while isinstance(loaders, Mapping | list | tuple):
+        loaders = next(iter(loaders.values() if isinstance(loaders, Mapping) else loaders))
+    return loaders
+
+
+def _within_budget(history: list[InvarianceResult]) -> list[InvarianceResult]:
+    """The history with older results reduced to channels once the whole of it takes too much memory."""
+    kept: list[InvarianceResult] = []
+    budget = HISTORY_BYTES
+    for result in reversed(history):
+        budget -= sum(values.nbytes for layers in result.values() for values in layers.values())
+        kept.insert(0, result if budget >= 0 or result is history[-1] else result.reduced())
+    return kept

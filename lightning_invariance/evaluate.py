@@ -1,0 +1,320 @@
+"""One walk over the ST matrix that feeds every measure of every layer."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
+
+from lightning_invariance.activations import Layers, catch_activations, evaluation_mode, select_layers
+from lightning_invariance.loader import STBlock, STLoader
+from lightning_invariance.measures import Measure, NormalizedVariance
+from lightning_invariance.measures.variance import VarianceMeasure
+from lightning_invariance.result import InvarianceResult
+from lightning_invariance.transforms import TransformationSet
+
+#: A progress bar appears when a walk takes longer than this, in seconds.
+PROGRESS_DELAY = 3.0
+
+
+def evaluate(
+    model: nn.Module,
+    data: Any,
+    transformations: TransformationSet,
+    measures: Sequence[Metric] | Mapping[str, Metric] | None = None,
+    *,
+    layers: Layers = None,
+    batch_size: int = 64,
+    max_samples: int | None = None,
+    device: torch.device | str | None = None,
+    forward: Callable[[nn.Module, Tensor], Any] | None = None,
+    input_fn: Callable[..., Tensor] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> InvarianceResult:
+    """Measure how invariant every activation of a model is to a set of input transformations.
+
+    The model runs in eval mode and without gradients over every sample under every transformation, once. Afterwards
+    its modes, its parameters and buffers, and every random generator are what they were before.
+
+    Args:
+        model: any module; called as ``model(x)`` unless ``forward`` is given.
+        data: ``Dataset``, ``DataLoader`` or tensor. Samples are ``x``, ``(x, y)`` or dicts; see :class:`STLoader`.
+        transformations: the columns of the ST matrix, at least two, such as ``rotations(16)``.
+        measures: metrics that are updated with ST blocks ``(samples, transformations, *activation_shape)``; those of
+            ``lightning_invariance.measures`` or your own. The result names them by class, or by key for a dict. By
+            default :class:`~lightning_invariance.measures.NormalizedVariance`.
+        layers: which layers to measure; by default every leaf module. Names, glob patterns, module types, a predicate,
+            or a dict that renames: see :func:`layer_names`.
+        batch_size: largest number of transformed inputs in one forward pass.
+        max_samples: how many samples to use, a random choice that is the same every time; by default all.
+        device: where to run; by default where the model's parameters are. The model is moved there and back.
+        forward: ``forward(model, x)`` runs the model where it is not simply called as ``model(x)``.
+        input_fn: picks x from a collated batch, where :class:`STLoader` does not find it.
+        seed: of the choice of samples and of random transformations.
+        progress: show a bar when the walk takes longer than a few seconds.
+
+    Returns:
+        The values of every measure for every activation.
+
+    Raises:
+        ValueError: Before anything runs: for fewer than two samples or transformations, unknown or no layers, two
+            measures of one name, or data without inputs.
+        TypeError: If a measure is no ``Metric`` or the transformations are no :class:`TransformationSet`.
+        RuntimeError: If a layer that was asked for by name never runs (the message lists those that did).
+
+    Warns:
+        UserWarning: If activations are NaN or infinite; the layers and how many activations are named. Their values are
+            NaN and left out of all means.
+
+    Example:
+        >>> import torch
+        >>> from lightning_invariance import evaluate, quarter_turns
+        >>> model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        >>> result = evaluate(model, torch.rand(8, 3, 6, 6), quarter_turns())
+        >>> result["NormalizedVariance"]["1"] < 1e-9  # the mean of an image does not change when it is turned
+        tensor([True, True, True])
+    """
+    named = named_measures(measures)
+    selection = select_layers(model, layers)
+    where = torch.device(device) if device is not None else _device_of(model)
+    rank, world_size = _ranks()
+    loader = STLoader(
+        data,
+        transformations,
+        batch_size,
+        max_samples=max_samples,
+        input_fn=input_fn,
+        device=where,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+    )
+    _check_numbers(loader)
+    walk = _Walk(named, loader)
+    run = forward or _call
+    with ExitStack() as stack:
+        stack.enter_context(isolated_random_state(seed))
+        stack.enter_context(_on_device(model, where))
+        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_eager())
+        catcher = stack.enter_context(catch_activations(selection, walk.consume))
+        for block in _with_progress(loader, progress and rank == 0):
+            catcher.start_pass()
+            walk.start_block(block)
+            run(model, block.inputs.flatten(0, 1))
+    selection.check_fired(walk.collections)
+    return walk.result()
+
+
+class _Walk:
+    """The measures of every layer, while blocks come in."""
+
+    def __init__(self, measures: Mapping[str, Metric], loader: STLoader) -> None:
+        self.collections: dict[str, MetricCollection] = {}
+        self._measures = measures
+        self._groups = _compute_groups(measures)
+        self._transformations = loader.transformations
+        self._block: STBlock | None = None
+        self._parts: dict[str, list[Tensor]] = {}
+        self._batch_axes: dict[str, int] = {}
+        self._rows = 0
+
+    def start_block(self, block: STBlock) -> None:
+        """The outputs that follow belong to this block."""
+        self._block = block
+        if block.columns.stop == len(self._transformations):
+            self._rows += len(block.inputs)
+
+    def consume(self, layer: str, module: nn.Module, output: Tensor) -> None:
+        """Update the measures of a layer with what it made of the block's inputs."""
+        if self._block is None:
+            raise RuntimeError("Expected a block before its activations.")
+        rows, columns = self._block.inputs.shape[:2]
+        output = self._batch_first(layer, module, output, rows * columns)
+        st = output.reshape(rows, columns, *output.shape[1:])
+        if columns < len(self._transformations):
+            # A row longer than a batch: wait for the rest of it.
+            parts = self._parts.setdefault(layer, [])
+            parts.append(st.clone())
+            if self._block.columns.stop < len(self._transformations):
+                return
+            st = torch.cat(self._parts.pop(layer), dim=1)
+        if layer not in self.collections:
+            self.collections[layer] = self._new_collection(st.device)
+        self.collections[layer].update(st, **({} if self._block.labels is None else {"labels": self._block.labels}))
+
+    def _batch_first(self, layer: str, module: nn.Module, output: Tensor, batch: int) -> Tensor:
+        """Move the batch axis to the front; it is elsewhere in the states and time-first outputs of recurrent nets."""
+        if layer not in self._batch_axes:
+            if isinstance(module, nn.RNNBase):
+                hidden = not layer.endswith("[0]")
+                axis = 1 if hidden or not module.batch_first else 0
+            else:
+                axis = next((a for a, size in enumerate(output.shape) if size == batch), 0)
+            self._batch_axes[layer] = axis
+        axis = self._batch_axes[layer]
+        if output.ndim <= axis or output.shape[axis] != batch:
+            raise RuntimeError(
+                f"Expected layer {layer!r} to return a value for each of the {batch} inputs of a batch, but it returned"
+                f" a tensor of shape {tuple(output.shape)}. Leave it out with `layers`."
+            )
+        return output.movedim(axis, 0)
+
+    def _new_collection(self, device: torch.device) -> MetricCollection:
+        # compute() of the single metrics shall not synchronise: result() does it once for each group.
+        metrics: dict[str, Metric | MetricCollection] = {}
+        for name, measure in self._measures.items():
+            clone = measure.clone()
+            clone.reset()
+            if device.type == "mps":  # which has no float64
+                clone.set_dtype(torch.float32)
+            metrics[name] = clone.to(device)
+        return MetricCollection(metrics, compute_groups=[list(group) for group in self._groups])
+
+    def result(self) -> InvarianceResult:
+        """Compute every measure of every layer."""
+        values: dict[str, dict[str, Tensor]] = {name: {} for name in self._measures}
+        dead: dict[str, Tensor] = {}
+        for layer, collection in self.collections.items():
+            computed = collection.compute()
+            for name in self._measures:
+                values[name][layer] = computed[name].detach().to("cpu", torch.float64)
+            mask = self._dead(collection)
+            if mask is not None:
+                dead[layer] = mask.cpu()
+        result = InvarianceResult(
+            values,
+            dead=dead,
+            n_samples=self._rows,
+            transformations=self._transformations.labels,
+            parameters=self._transformations.parameters,
+        )
+        _warn_of_nan(result)
+        return result
+
+    def _dead(self, collection: MetricCollection) -> Tensor | None:
+        for metric in collection.values(copy_state=False):
+            if isinstance(metric, VarianceMeasure):
+                with metric.sync_context(dist_sync_fn=metric.dist_sync_fn, should_sync=metric._to_sync):
+                    return metric.dead()
+        return None
+
+
+def named_measures(measures: Sequence[Metric] | Mapping[str, Metric] | None) -> dict[str, Metric]:
+    """Name → metric, checked."""
+    if measures is None:
+        measures = [NormalizedVariance()]
+    if isinstance(measures, Metric):
+        measures = [measures]
+    pairs = list(measures.items()) if isinstance(measures, Mapping) else [(type(m).__name__, m) for m in measures]
+    named: dict[str, Metric] = {}
+    for name, measure in pairs:
+        if not isinstance(measure, Metric):
+            raise TypeError(f"Expected argument `measures` to hold torchmetrics.Metric objects, but got {measure!r}.")
+        if name in named:
+            raise ValueError(
+                f"Expected argument `measures` to hold measures of different names, but got two of {name!r}; give them"
+                f' names with a dict: {{"{name}": ..., "other": ...}}.'
+            )
+        named[name] = measure
+    if not named:
+        raise ValueError("Expected argument `measures` to hold at least one measure, but got none.")
+    return named
+
+
+def _compute_groups(measures: Mapping[str, Metric]) -> list[list[str]]:
+    """The names of measures that share their states, so that one update serves each group."""
+    groups: dict[Hashable, list[str]] = {}
+    for name, measure in measures.items():
+        rule = measure.update_rule if isinstance(measure, Measure) else id(measure)
+        groups.setdefault(rule, []).append(name)
+    return list(groups.values())
+
+
+def _check_numbers(loader: STLoader) -> None:
+    if len(loader.transformations) < 2:
+        raise ValueError(
+            "Expected argument `transformations` to hold at least two transformations,"
+            f" but got {loader.transformations!r}."
+        )
+    if loader.n_samples is not None and loader.n_samples < 2:
+        raise ValueError(f"Expected at least two samples, but got {loader.n_samples}: a variance needs two.")
+
+
+def _warn_of_nan(result: InvarianceResult) -> None:
+    found = {row.layer: row.nan for measure in result for row in result.table(measure) if row.nan}
+    if found:
+        layers = ", ".join(f"{layer} ({count})" for layer, count in found.items())
+        warnings.warn(
+            f"NaN or infinite activations: the values of these are NaN and left out of all means: {layers}.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    tensor = next((t for tensors in (model.parameters(), model.buffers()) for t in tensors), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def _ranks() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _call(model: nn.Module, x: Tensor) -> Any:
+    return model(x)
+
+
+def _eager() -> Any:
+    """Run compiled modules uncompiled: a compiled graph silently skips hooks that were added later."""
+    stance = getattr(torch.compiler, "set_stance", None)  # torch >= 2.6
+    return nullcontext() if stance is None else stance("force_eager")
+
+
+def _with_progress(loader: STLoader, show: bool) -> Iterator[STBlock]:
+    total = None if loader.n_samples is None else len(loader)
+    bar = tqdm(loader, "Measuring invariance", total, leave=False, delay=PROGRESS_DELAY, unit="batch", disable=not show)
+    yield from bar
+
+
+@contextmanager
+def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
+    before = _device_of(model)
+    if before == device:
+        yield
+        return
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(before)
+
+
+@contextmanager
+def isolated_random_state(seed: int) -> Iterator[None]:
+    """Seed every random generator, and put back their states afterwards, also when an error is raised."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    try:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)

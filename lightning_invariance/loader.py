@@ -1,0 +1,236 @@
+"""Samples × transformations: the inputs behind the ST matrix, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+from lightning_invariance.transforms import TransformationSet
+
+#: Keys under which a dict sample may hold its input, and its label.
+INPUT_KEYS = ("image", "images", "img", "x", "input", "inputs", "pixel_values", "data")
+LABEL_KEYS = ("label", "labels", "y", "target", "targets", "class")
+
+NEEDS_MAX_SAMPLES = "Expected argument `max_samples` with an iterable dataset that has no length."
+
+
+class STBlock(NamedTuple):
+    """Inputs of some rows and columns of the ST matrix.
+
+    Attributes:
+        inputs: ``(rows, columns, *input_shape)``: the transformed samples.
+        labels: ``(rows,)``, or None where the samples carry no label.
+        columns: which transformations these are. Blocks of one row longer than a batch come one after the other;
+            the row is complete when ``columns.stop`` is the number of transformations.
+    """
+
+    inputs: Tensor
+    labels: Tensor | None
+    columns: slice
+
+
+class STLoader:
+    """Loads samples, transforms them on the target device, and gives them out as blocks of the ST matrix.
+
+    A block holds complete rows, as many as fit into a batch: ``batch_size // m`` samples under all m transformations. A
+    row longer than a batch comes in parts of at most ``batch_size`` columns. Which samples are taken, and which of them
+    share a block, does not depend on how the data are loaded.
+
+    Args:
+        data: a map-style or iterable ``Dataset``, a ``DataLoader``, or a tensor of inputs. Samples are a tensor ``x``,
+            a pair ``(x, y)``, or a dict with the input under ``image``, ``x``, ``input`` or ``pixel_values`` (or as its
+            only tensor). Of a loader of a map-style dataset the dataset, ``collate_fn`` and workers are used; its
+            sampler is replaced.
+        transformations: the columns.
+        batch_size: largest number of transformed inputs in a block.
+        max_samples: how many samples to take: a random choice without regard to classes, the same at every call and
+            for every batch size. None takes all. An iterable dataset gives its first samples instead.
+        input_fn: picks x from a collated batch, where the above does not find it.
+        device: where to transform; by default where the samples are.
+        seed: of the choice of samples.
+        rank: this process takes its share of the samples, one of ``world_size``.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: If ``batch_size`` or ``max_samples`` is too small, there are no samples, an iterable dataset comes
+            without ``max_samples``, or (when iterating) samples hold no input or inputs of different sizes.
+
+    Example:
+        >>> import torch
+        >>> from lightning_invariance import STLoader, rotations
+        >>> [block.inputs.shape for block in STLoader(torch.rand(5, 1, 8, 8), rotations(4), batch_size=10)]
+        [torch.Size([2, 4, 1, 8, 8]), torch.Size([2, 4, 1, 8, 8]), torch.Size([1, 4, 1, 8, 8])]
+    """
+
+    def __init__(
+        self,
+        data: Dataset[Any] | DataLoader[Any] | Tensor | Sequence[Any],
+        transformations: TransformationSet,
+        batch_size: int = 64,
+        *,
+        max_samples: int | None = None,
+        input_fn: Callable[..., Tensor] | None = None,
+        device: torch.device | str | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if not isinstance(transformations, TransformationSet):
+            raise TypeError(
+                f"Expected argument `transformations` to be a TransformationSet, but got {transformations!r};"
+                " make one of functions with `TransformationSet.from_callables`."
+            )
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"Expected argument `batch_size` to be an int larger than 0, but got {batch_size}.")
+        if max_samples is not None and (not isinstance(max_samples, int) or max_samples < 1):
+            raise ValueError(f"Expected argument `max_samples` to be an int larger than 0, but got {max_samples}.")
+        self.transformations = transformations
+        self.batch_size = batch_size
+        self.input_fn = input_fn
+        self.device = torch.device(device) if device is not None else None
+        self.rows = max(1, batch_size // len(transformations))
+        self._rank, self._world_size = rank, world_size
+        self._loader, self.n_samples = self._batches_of(data, max_samples, seed)
+
+    def _batches_of(self, data: Any, max_samples: int | None, seed: int) -> tuple[DataLoader[Any], int | None]:
+        """A loader of the chosen samples, and how many all processes take together (None: not known yet)."""
+        options: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed)}  # the global one stays untouched
+        if isinstance(data, DataLoader) and (isinstance(data.dataset, IterableDataset) or data.batch_sampler is None):
+            if max_samples is None and not isinstance(data.dataset, Sized):
+                raise ValueError(NEEDS_MAX_SAMPLES)
+            self._limit = max_samples
+            return data, None
+        if isinstance(data, DataLoader):
+            options.update(num_workers=data.num_workers, collate_fn=data.collate_fn, timeout=data.timeout)
+            options.update(worker_init_fn=data.worker_init_fn, multiprocessing_context=data.multiprocessing_context)
+            data = data.dataset
+        if isinstance(data, Tensor):
+            data = TensorDataset(data)
+        fetched = self.rows * max(1, self.batch_size // self.rows)
+        if isinstance(data, IterableDataset):
+            if max_samples is None and not isinstance(data, Sized):
+                raise ValueError(NEEDS_MAX_SAMPLES)
+            self._limit = max_samples
+            return DataLoader(data, batch_size=fetched, **options), None
+        if not (hasattr(data, "__getitem__") and isinstance(data, Sized)):
+            raise TypeError(f"Expected argument `data` to be a Dataset, a DataLoader or a tensor, but got {data!r}.")
+        if len(data) == 0:
+            raise ValueError("Expected argument `data` to hold samples, but it is empty.")
+        self._limit = None
+        chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:max_samples]
+        indexable: Any = data
+        share: Subset[Any] = Subset(indexable, chosen[self._rank :: self._world_size].tolist())
+        return DataLoader(share, batch_size=fetched, **options), len(chosen)
+
+    def __len__(self) -> int:
+        """Number of blocks; a TypeError where the data have no length."""
+        if self.n_samples is None:
+            raise TypeError("The data have no length.")
+        return -(-len(self._loader.dataset) // self.rows) * len(self._parts())  # type: ignore[arg-type]
+
+    def _parts(self) -> list[slice]:
+        m = len(self.transformations)
+        return [slice(start, min(start + self.batch_size, m)) for start in range(0, m, self.batch_size)]
+
+    def __iter__(self) -> Iterator[STBlock]:
+        parts = [(columns, self.transformations[columns]) for columns in self._parts()]
+        if len(parts) == 1:
+            parts = [(parts[0][0], self.transformations)]
+        for samples, labels in self._rows():
+            for columns, transformations in parts:
+                yield STBlock(transformations(samples), labels, columns)
+
+    def _rows(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The samples, :attr:`rows` at a time however they were batched, on the device."""
+        waiting: tuple[Tensor, Tensor | None] | None = None
+        for samples, labels in self._batches():
+            if waiting is not None:
+                samples = torch.cat([waiting[0], samples])
+                labels = torch.cat([waiting[1], labels]) if waiting[1] is not None and labels is not None else None
+            whole = len(samples) // self.rows * self.rows
+            for start in range(0, whole, self.rows):
+                rows = slice(start, start + self.rows)
+                yield samples[rows], None if labels is None else labels[rows]
+            rest = slice(whole, None)
+            waiting = (samples[rest], None if labels is None else labels[rest]) if whole < len(samples) else None
+        if waiting is not None:
+            yield waiting
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        seen = 0
+        for batch in self._fetched():
+            samples = self._input_of(batch)
+            labels = _label_of(batch, len(samples))
+            if self._limit is not None:
+                samples = samples[: self._limit - seen]
+                labels = None if labels is None else labels[: self._limit - seen]
+            seen += len(samples)
+            if self.n_samples is None:
+                share = slice((self._rank - seen + len(samples)) % self._world_size, None, self._world_size)
+                samples, labels = samples[share], None if labels is None else labels[share]
+            if self.device is not None:
+                samples = samples.to(self.device, non_blocking=True)
+                labels = None if labels is None else labels.to(self.device, non_blocking=True)
+            if len(samples):
+                yield samples, labels
+            if self._limit is not None and seen >= self._limit:
+                return
+
+    def _fetched(self) -> Iterator[Any]:
+        try:
+            yield from self._loader
+        except (RuntimeError, TypeError) as error:
+            if "equal size" in str(error) or "resiz" in str(error):
+                raise ValueError(
+                    "Expected all inputs to have one size, but the dataset gives different ones: resize or crop them in"
+                    f" the dataset, or pass a DataLoader whose `collate_fn` does. ({str(error).splitlines()[-1]})"
+                ) from error
+            if "default_collate" in str(error):
+                raise ValueError(
+                    "Expected the dataset to give tensors, numbers or arrays: convert images, for example with"
+                    f" torchvision.transforms.v2.ToImage. ({str(error).splitlines()[-1]})"
+                ) from error
+            raise
+
+    def _input_of(self, batch: Any) -> Tensor:
+        found: Any = batch
+        if self.input_fn is not None:
+            found = self.input_fn(batch)
+        elif isinstance(batch, Mapping):
+            tensors = [value for value in batch.values() if isinstance(value, Tensor)]
+            named = [batch[key] for key in INPUT_KEYS if key in batch]
+            found = named[0] if named else tensors[0] if len(tensors) == 1 else None
+        elif isinstance(batch, list | tuple):
+            found = batch[0] if batch else None
+        if not isinstance(found, Tensor) or found.ndim < 2:
+            raise ValueError(
+                "Expected each sample to be a tensor, a pair (x, y), or a dict with the input under one of"
+                f" {INPUT_KEYS}, but a batch of the data is {_describe(batch)}. Pick the input with `input_fn`."
+            )
+        return found
+
+
+def _label_of(batch: Any, n: int) -> Tensor | None:
+    """The labels of a batch, if it has one whole number for each sample."""
+    found: Any = None
+    if isinstance(batch, Mapping):
+        found = next((batch[key] for key in LABEL_KEYS if key in batch), None)
+    elif isinstance(batch, list | tuple) and len(batch) > 1:
+        found = batch[1]
+    if isinstance(found, Tensor) and found.shape == (n,) and not found.is_floating_point():
+        return found
+    return None
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return "a dict with " + ", ".join(f"{key!r}: {_describe(v)}" for key, v in value.items())
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of ({', '.join(_describe(v) for v in value[:4])})"
+    return f"of type {type(value).__name__}"

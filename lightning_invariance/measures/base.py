@@ -1,0 +1,174 @@
+"""What every measure has in common: ST blocks in, one value for each activation out, states that merge."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Hashable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
+from torchmetrics.utilities.prints import rank_zero_warn
+
+States = dict[str, Tensor]
+
+
+class Measure(Metric):
+    """Base of all measures: a ``torchmetrics.Metric`` of ST blocks whose states merge exactly.
+
+    An ST block is a tensor ``(samples, transformations, *activation_shape)``: complete rows of the ST matrix of every
+    activation of one layer. The states of a measure have a fixed number of dimensions, are empty before the first
+    update, and :meth:`_merge` joins two of them, so that batches, processes and runs add up in any order.
+
+    A subclass registers its states with :meth:`_add_states`, and gives :meth:`_states_of`, :meth:`_merge` and
+    ``compute``.
+    """
+
+    is_differentiable = False
+    higher_is_better: bool | None = False  # lower is more invariant
+    full_state_update = False
+
+    n_samples: Tensor
+    activation_shape: Tensor
+
+    #: Rows are taken in groups of this many, to bound both the memory and the rounding of one step.
+    rows_at_once: ClassVar[int] = 64
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # Both are states like the rest, since a process that saw no sample learns them from the others.
+        self._add_states(n_samples=torch.tensor(0), activation_shape=torch.zeros(0, dtype=torch.long))
+
+    def _add_states(self, **empty: Tensor) -> None:
+        """Register states by their empty values."""
+        for name, default in empty.items():
+            self.add_state(name, default, dist_reduce_fx=None)
+
+    @property
+    def update_rule(self) -> Hashable:
+        """Equal for measures whose updates make the same states: one update serves them all. By default unique."""
+        return id(self)
+
+    def update(self, st_block: Tensor) -> None:
+        """Add complete rows of the ST matrix.
+
+        Args:
+            st_block: floating-point tensor ``(samples, transformations, *activation_shape)``.
+
+        Raises:
+            ValueError: If the block has fewer than two dimensions, or other transformations or another activation
+                shape than the blocks before.
+            TypeError: If the block is not of a real floating-point type.
+        """
+        if not isinstance(st_block, Tensor) or not st_block.is_floating_point():
+            kind = st_block.dtype if isinstance(st_block, Tensor) else type(st_block).__name__
+            raise TypeError(f"Expected argument `st_block` to be a real floating-point tensor, but got {kind}.")
+        if st_block.ndim < 2:
+            raise ValueError(
+                "Expected argument `st_block` of shape (samples, transformations, *activation_shape),"
+                f" but got {tuple(st_block.shape)}."
+            )
+        n, m, *shape = st_block.shape
+        if n == 0 or m == 0:
+            return
+        self._check_shape(m, shape)
+        # Autocast would compute sums in half precision.
+        with torch.autocast(st_block.device.type, enabled=False), torch.no_grad():
+            x = st_block.detach().reshape(n, m, -1)
+            x = x if x.dtype == torch.float64 else x.float()
+            for rows in torch.split(x, self.rows_at_once):
+                self._add(self._states_of(rows), len(rows))
+
+    def _check_shape(self, m: int, shape: list[int]) -> None:
+        if self.n_transformations == 0:
+            self.activation_shape = torch.tensor(shape, dtype=torch.long, device=self.n_samples.device)
+        elif self.n_transformations != m:
+            raise ValueError(f"Expected ST blocks with {self.n_transformations} transformations, but got {m}.")
+        if shape != self.activation_shape.tolist():
+            raise ValueError(
+                f"Expected ST blocks of activations of shape {tuple(self.activation_shape.tolist())},"
+                f" but got {tuple(shape)}."
+            )
+
+    def _add(self, block: States, n: int) -> None:
+        """Merge the states of new rows into the own ones."""
+        if self.n_transformations > 0:
+            own: States = {name: getattr(self, name) for name in self._defaults}
+            block = self._merge(own, {**block, "n_samples": torch.tensor(n)})
+        for name, values in block.items():
+            setattr(self, name, values)
+        self.n_samples = self.n_samples + n
+
+    @property
+    @abstractmethod
+    def n_transformations(self) -> int:
+        """Number of transformations m of the blocks so far; 0 before the first."""
+
+    @abstractmethod
+    def _states_of(self, x: Tensor) -> States:
+        """The states of the rows ``(samples, transformations, activations)`` alone, given in float32 or float64."""
+
+    @abstractmethod
+    def _merge(self, a: States, b: States) -> States:
+        """The states after the rows of both; neither is empty, neither is changed."""
+
+    def _shaped(self, values: Tensor) -> Tensor:
+        """Give ``(activations,)`` the shape of the activation."""
+        return values.view(self.activation_shape.tolist())
+
+    def _enough(self, samples: int = 1, transformations: int = 2) -> bool:
+        """Whether the measure is defined; warns where it is not."""
+        n, m = int(self.n_samples), self.n_transformations
+        if n >= samples and m >= transformations:
+            return True
+        rank_zero_warn(
+            f"{type(self).__name__} needs at least {samples} samples and {transformations} transformations, but got {n}"
+            f" and {m}: the value is NaN.",
+            UserWarning,
+        )
+        return False
+
+    def _reduce_states(self, incoming_state: States) -> None:
+        """Merge other states into the own ones (called by ``forward`` and ``merge_state``)."""
+        own: States = {name: getattr(self, name) for name in self._defaults}
+        for name in own:
+            if name not in incoming_state:
+                raise ValueError(f"Expected a state {name!r} in the states to merge, but got {list(incoming_state)}.")
+        self._set_states(self._merged(incoming_state, own))
+
+    def _merged(self, a: States, b: States) -> States:
+        """Merge with the identity: empty states."""
+        if b["n_samples"] == 0:
+            return a
+        if a["n_samples"] == 0:
+            return b
+        if not torch.equal(a["activation_shape"], b["activation_shape"]):
+            shapes = tuple(a["activation_shape"].tolist()), tuple(b["activation_shape"].tolist())
+            raise ValueError(f"Expected states of activations of one shape, but got {shapes[0]} and {shapes[1]}.")
+        merged = self._merge(a, b)
+        return {**merged, "n_samples": a["n_samples"] + b["n_samples"], "activation_shape": a["activation_shape"]}
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Merge the states of another measure of the same class, or a dictionary of states, into this one."""
+        super().merge_state(incoming_state)
+        # The base class forgets both: a cached value would stay, and compute would warn of a missing update.
+        self._computed = None
+        self._update_count += getattr(incoming_state, "_update_count", 1)
+
+    def _sync_dist(
+        self, dist_sync_fn: Callable[..., list[Tensor]] = gather_all_tensors, process_group: Any | None = None
+    ) -> None:
+        """Replace the own states by the merged states of all processes."""
+        group = process_group or self.process_group
+        gathered = {name: dist_sync_fn(getattr(self, name), group=group) for name in self._defaults}
+        ranks = [dict(zip(gathered, values, strict=True)) for values in zip(*gathered.values(), strict=True)]
+        merged = ranks[0]
+        for states in ranks[1:]:
+            merged = self._merged(merged, states)
+        self._set_states(merged)
+
+    def _set_states(self, states: States) -> None:
+        for name in self._defaults:
+            setattr(self, name, states[name])

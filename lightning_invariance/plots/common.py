@@ -1,0 +1,71 @@
+"""What the figures share: colours, scales and rendering."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+#: Colours of values that no scale holds; told apart by their lightness too.
+INFINITE, DEAD, NAN = "#2ca02c", "#000000", "#bbbbbb"
+
+#: The end of the fixed scale of normalised measures: 1 is where transformations matter as much as samples do.
+NORMALIZED_MAX = 1.5
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure that belongs to nobody: no pyplot state."""
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def render(figure: Figure) -> npt.NDArray[np.uint8]:
+    """The picture of a figure: ``(height, width, 3)``."""
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    rgba: npt.NDArray[np.uint8] = np.asarray(canvas.buffer_rgba())
+    return rgba[..., :3].copy()
+
+
+def scale_of(measure: str, values: Iterable[float]) -> Normalize:
+    """The colour scale of a measure: fixed for normalised ones, so that epochs compare; logarithmic for the rest."""
+    if measure.startswith("Normalized"):
+        return Normalize(0, NORMALIZED_MAX)
+    positive = [v for v in values if math.isfinite(v) and v > 0]
+    if not positive:
+        return Normalize(0, 1)
+    low, high = min(positive), max(positive)
+    return LogNorm(low, high if high > low else low * 10)
+
+
+def colours() -> Colormap:
+    """The perceptual colour map, with the special colours set."""
+    from matplotlib import colormaps
+
+    return colormaps["viridis"].with_extremes(bad=NAN)
+
+
+def add_colourbar(figure: Figure, scale: Normalize, cmap: Colormap, label: str) -> None:
+    """A colour bar for all axes of the figure."""
+    extend = "max" if not isinstance(scale, LogNorm) else "neither"
+    figure.colorbar(ScalarMappable(scale, cmap), ax=figure.axes, label=label, extend=extend, pad=0.01)
+
+
+def special_patches(infinite: int, dead: int, nan: int) -> list[Patch]:
+    """Entries of a legend that counts special values; none for those that do not occur."""
+    counted = ((INFINITE, "infinite", infinite), (DEAD, "dead", dead), (NAN, "NaN", nan))
+    return [Patch(facecolor=colour, label=f"{count} {name}") for colour, name, count in counted if count]
+
+
+def shorten(name: str, longest: int = 24) -> str:
+    """A label that fits, its end kept (layers differ there)."""
+    return name if len(name) <= longest else "…" + name[-longest + 1 :]

@@ -1,0 +1,289 @@
+"""What an evaluation found: values by measure and layer."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """One row of :meth:`InvarianceResult.table`.
+
+    Attributes:
+        layer: its name.
+        shape: of the activation; ``(channels, height, width)`` for feature maps.
+        mean: over the finite values; NaN if there are none. The same for ``std`` (n − 1), ``min`` and ``max``.
+        std: see mean.
+        min: see mean.
+        max: see mean.
+        dead: how many activations never changed (0/0).
+        infinite: how many values are infinite (x/0).
+        nan: how many values are NaN: the activation was NaN or infinite itself, or the measure is undefined.
+    """
+
+    layer: str
+    shape: tuple[int, ...]
+    mean: float
+    std: float
+    min: float
+    max: float
+    dead: int
+    infinite: int
+    nan: int
+
+    @classmethod
+    def of(cls, layer: str, values: Tensor, dead: Tensor | None) -> LayerStatistics:
+        """Summarise the values of a layer."""
+        finite = values[values.isfinite()]
+        some = finite.numel() > 0
+        return cls(
+            layer=layer,
+            shape=tuple(values.shape),
+            mean=float(finite.mean()) if some else math.nan,
+            std=float(finite.std()) if finite.numel() > 1 else (0.0 if some else math.nan),
+            min=float(finite.min()) if some else math.nan,
+            max=float(finite.max()) if some else math.nan,
+            dead=0 if dead is None else int(dead.sum()),
+            infinite=int(values.isinf().sum()),
+            nan=int(values.isnan().sum()),
+        )
+
+
+class Table(list[LayerStatistics]):
+    """Rows of statistics, one a layer, that print as a table."""
+
+    def cells(self) -> list[list[str]]:
+        """The table as text, the heading first."""
+        names = [field.name for field in fields(LayerStatistics)]
+        rows = [[_cell(getattr(row, name)) for name in names] for row in self]
+        return [names, *rows]
+
+    def __str__(self) -> str:
+        cells = self.cells()
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zipped))
+            for zipped in (list(zip(row, widths, strict=True)) for row in cells)
+        ]
+        return "\n".join(line.rstrip() for line in lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        heading, *rows = self.cells()
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in heading)
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, tuple):
+        return "×".join(map(str, value)) or "scalar"
+    return str(value)
+
+
+class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
+    """Values of the measures for every layer: ``result["NormalizedVariance"]["conv1"]`` is a float64 tensor.
+
+    A mapping measure → {layer: tensor of ``activation_shape``}, layers in the order in which they ran. Made by
+    :func:`evaluate` and :class:`InvarianceMonitor`.
+
+    Args:
+        values: measure → {layer: tensor}.
+        dead: layer → bool tensor, true for activations that never changed (where the measures know).
+        n_samples: how many samples were measured.
+        transformations: labels of the transformations.
+        parameters: their parameters, a list for each name.
+        epoch: epoch of the training at which it was measured; -1 is the untrained network.
+        step: the logger step of that moment.
+
+    Attributes:
+        n_samples: see Args. So are ``transformations``, ``parameters``, ``epoch`` and ``step``.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Mapping[str, Tensor]],
+        *,
+        dead: Mapping[str, Tensor] | None = None,
+        n_samples: int = 0,
+        transformations: Sequence[str] = (),
+        parameters: Mapping[str, Sequence[float]] | None = None,
+        epoch: int | None = None,
+        step: int | None = None,
+    ) -> None:
+        self._values = {measure: dict(layers) for measure, layers in values.items()}
+        self.dead = dict(dead or {})
+        self.n_samples = n_samples
+        self.transformations = list(transformations)
+        self.parameters = {name: list(numbers) for name, numbers in (parameters or {}).items()}
+        self.epoch = epoch
+        self.step = step
+        self._tables = {
+            measure: Table(LayerStatistics.of(layer, v, self.dead.get(layer)) for layer, v in layers.items())
+            for measure, layers in self._values.items()
+        }
+
+    def __getitem__(self, measure: str) -> Mapping[str, Tensor]:
+        if measure not in self._values:
+            raise KeyError(f"No measure {measure!r} in this result; it has {', '.join(self._values)}.")
+        return self._values[measure]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    # A mapping of tensors cannot be compared by value: `tensor == tensor` is a tensor.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    @property
+    def measures(self) -> list[str]:
+        """Names of the measures."""
+        return list(self._values)
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers, in the order in which they ran."""
+        return list(next(iter(self._values.values()), {}))
+
+    def table(self, measure: str | None = None) -> Table:
+        """A row of statistics for each layer: a list of :class:`LayerStatistics` that prints as a table.
+
+        Args:
+            measure: its name; by default the first.
+        """
+        return self._tables[self._known(measure)]
+
+    def per_layer(self, measure: str | None = None) -> dict[str, float]:
+        """The mean over the finite values of each layer; NaN where there are none.
+
+        Args:
+            measure: its name; by default the first.
+        """
+        return {row.layer: row.mean for row in self.table(measure)}
+
+    def per_channel(self, measure: str, layer: str) -> Tensor:
+        """The mean over the spatial axes, as in the paper's figure 8: ``(channels,)``.
+
+        A channel with an infinite or NaN value is infinite or NaN itself. The first axis of the activation is taken as
+        the channels; an activation without axes gives one channel.
+        """
+        if layer not in self[measure]:
+            raise KeyError(f"No layer {layer!r} in this result; it has {', '.join(self.layers)}.")
+        values = self[measure][layer]
+        return values.flatten(1).mean(1) if values.ndim > 1 else values.reshape(-1)
+
+    def dead_channels(self, layer: str) -> Tensor:
+        """Which channels hold nothing but dead activations: bool ``(channels,)``."""
+        channels = self.per_channel(self.measures[0], layer)
+        dead = self.dead.get(layer)
+        if dead is None:
+            return torch.zeros_like(channels, dtype=torch.bool)
+        return dead.flatten(1).all(1) if dead.ndim > 1 else dead.reshape(-1)
+
+    def mean(self, measure: str | None = None) -> float:
+        """The mean over layers of :meth:`per_layer` where it is finite: one number for the network."""
+        finite = [value for value in self.per_layer(measure).values() if math.isfinite(value)]
+        return sum(finite) / len(finite) if finite else math.nan
+
+    def reduced(self) -> InvarianceResult:
+        """The same result with one value for each channel; tables, means and pictures stay what they are."""
+        state = self.state_dict()
+        state["values"] = {
+            measure: {layer: self.per_channel(measure, layer) for layer in layers}
+            for measure, layers in self._values.items()
+        }
+        state["dead"] = {layer: self.dead_channels(layer) for layer in self.dead}
+        return InvarianceResult.from_state_dict(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything as tensors, numbers, strings, lists and dicts, which ``torch.load(weights_only=True)`` reads."""
+        return {
+            "values": self._values,
+            "dead": self.dead,
+            "statistics": {
+                measure: [{**asdict(row), "shape": list(row.shape)} for row in table]
+                for measure, table in self._tables.items()
+            },
+            "n_samples": self.n_samples,
+            "transformations": self.transformations,
+            "parameters": self.parameters,
+            "epoch": self.epoch,
+            "step": self.step,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> InvarianceResult:
+        """The result that :meth:`state_dict` described."""
+        rest = {name: value for name, value in state.items() if name not in ("values", "statistics")}
+        result = cls(state["values"], **rest)
+        for measure, rows in state["statistics"].items():
+            result._tables[measure] = Table(LayerStatistics(**{**row, "shape": tuple(row["shape"])}) for row in rows)
+        return result
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the result to one file (numpy's npz format, no pickle); a half-written file is never left behind."""
+        state = self.state_dict()
+        arrays = {}
+        for i, (_, layers) in enumerate(state.pop("values").items()):
+            arrays.update({f"values/{i}/{j}": values.numpy() for j, values in enumerate(layers.values())})
+        dead = state.pop("dead")
+        arrays.update({f"dead/{j}": values.numpy() for j, values in enumerate(dead.values())})
+        state["layers_of_dead"] = list(dead)
+        path = Path(path)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with unfinished.open("wb") as file:
+                np.savez_compressed(file, about=np.array(json.dumps(state)), **arrays)
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> InvarianceResult:
+        """Read what :meth:`save` wrote."""
+        with np.load(path, allow_pickle=False) as arrays:
+            state = json.loads(str(arrays["about"]))
+            layers_of_dead = state.pop("layers_of_dead")
+            state["dead"] = {layer: torch.from_numpy(arrays[f"dead/{j}"]) for j, layer in enumerate(layers_of_dead)}
+            state["values"] = {
+                measure: {row["layer"]: torch.from_numpy(arrays[f"values/{i}/{j}"]) for j, row in enumerate(rows)}
+                for i, (measure, rows) in enumerate(state["statistics"].items())
+            }
+        return cls.from_state_dict(state)
+
+    def _known(self, measure: str | None) -> str:
+        if measure is None:
+            return next(iter(self._values))
+        self[measure]  # raises a KeyError that lists the measures
+        return measure
+
+    def _heading(self) -> str:
+        when = "" if self.epoch is None else f", epoch {self.epoch}, step {self.step}"
+        return (
+            f"InvarianceResult({', '.join(self._values)}: {len(self.layers)} layers,"
+            f" {self.n_samples} samples × {len(self.transformations)} transformations{when})"
+        )
+
+    def __repr__(self) -> str:
+        return "\n\n".join([self._heading(), *(f"{measure}\n{table}" for measure, table in self._tables.items())])
+
+    def _repr_html_(self) -> str:
+        tables = "".join(f"<h4>{html.escape(m)}</h4>{table._repr_html_()}" for m, table in self._tables.items())
+        return f"<p>{html.escape(self._heading())}</p>{tables}"

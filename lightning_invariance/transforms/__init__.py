@@ -1,0 +1,18 @@
+"""Sets of input transformations, each with its inverse."""
+
+from lightning_invariance.transforms.affine import AffineSet, rotations, scales, translations
+from lightning_invariance.transforms.base import Transformation, TransformationSet
+from lightning_invariance.transforms.combine import combine
+from lightning_invariance.transforms.exact import flips, quarter_turns
+
+__all__ = [
+    "AffineSet",
+    "Transformation",
+    "TransformationSet",
+    "combine",
+    "flips",
+    "quarter_turns",
+    "rotations",
+    "scales",
+    "translations",
+]

@@ -1,0 +1,245 @@
+"""Affine transformations of images: rotations, scales, translations and their products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grid_sample
+
+from lightning_invariance.transforms.base import TransformationSet
+
+#: The factors of the paper's scale set (section 3.1.2).
+PAPER_FACTORS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.05, 1.1, 1.15, 1.2, 1.25)
+
+
+class AffineSet(TransformationSet):
+    """Affine maps of images about their centre, applied with one bilinear resampling and filled with zeros (black).
+
+    A map that sends every pixel centre to a pixel centre (a quarter turn of a square, a flip, a shift by whole pixels)
+    moves pixels without touching their values; all others are interpolated. Inputs are ``(batch, channels, height,
+    width)``, or anything with ``(height, width)`` last. Whole-number inputs are rounded back to their type.
+
+    Args:
+        matrices: ``(m, 3, 3)``, homogeneous maps of positions in pixels: origin in the image's centre, x to the
+            right, y down. They say where content goes: ``p_after = matrix @ p_before``.
+        labels: a short text for each map.
+        parameters: numbers for the axes of plots.
+        square: whether the maps need a square image (quarter turns that must not lose pixels).
+    """
+
+    def __init__(
+        self,
+        matrices: Tensor,
+        labels: Sequence[str],
+        parameters: Mapping[str, Sequence[float]] | None = None,
+        square: bool = False,
+    ) -> None:
+        super().__init__(labels, parameters)
+        if matrices.shape != (len(self), 3, 3):
+            raise ValueError(f"Expected matrices of shape ({len(self)}, 3, 3), but got {tuple(matrices.shape)}.")
+        self.matrices = matrices.to(torch.float64)
+        self.square = square
+
+    def _apply(self, x: Tensor) -> Tensor:
+        if x.ndim < 3:
+            raise ValueError(f"Expected a batch of images (batch, channels, height, width), but got {tuple(x.shape)}.")
+        self._check_square(x)
+        columns = x.reshape(1, -1, *x.shape[-2:]).expand(len(self), -1, -1, -1)
+        # Resampling asks where the content of each pixel comes from: the inverse of where content goes.
+        moved = _resample(columns, torch.linalg.inv(self.matrices))
+        return moved.view(len(self), *x.shape).transpose(0, 1).contiguous()
+
+    def _invert(self, st: Tensor, input_size: tuple[int, int] | None) -> Tensor:
+        if st.ndim < 4:
+            raise ValueError(f"Expected feature maps (batch, {len(self)}, ..., height, width), got {tuple(st.shape)}.")
+        self._check_square(st)
+        matrices = self.matrices
+        if input_size is not None:
+            ratio = torch.tensor([st.shape[-1] / input_size[1], st.shape[-2] / input_size[0]], dtype=torch.float64)
+            matrices = matrices.clone()
+            matrices[:, :2, 2] *= ratio
+        columns = st.transpose(0, 1)
+        moved = _resample(columns.reshape(len(self), -1, *st.shape[-2:]), matrices)
+        return moved.view(columns.shape).transpose(0, 1).contiguous()
+
+    def _select(self, columns: list[int]) -> AffineSet:
+        labels = [self.labels[j] for j in columns]
+        return AffineSet(self.matrices[columns], labels, self._selected_parameters(columns), self.square)
+
+    def _check_square(self, x: Tensor) -> None:
+        if self.square and x.shape[-1] != x.shape[-2]:
+            raise ValueError(
+                f"Expected square images, which quarter turns map onto themselves, but got {tuple(x.shape[-2:])};"
+                " `rotations(4)` turns images of any shape inside their frame."
+            )
+
+
+def _resample(x: Tensor, sources: Tensor) -> Tensor:
+    """Fill every pixel of ``x`` (m, planes, height, width) from where ``sources[j]`` (output → input) points."""
+    height, width = x.shape[-2:]
+    centre = torch.tensor([(width - 1) / 2, (height - 1) / 2], dtype=torch.float64)
+    linear = sources[:, :2, :2]
+    # The same map in array indices: index_in = linear @ index_out + offset.
+    offset = sources[:, :2, 2] + centre - linear @ centre
+    exact = (_is_whole(linear).flatten(1).all(1) & _is_whole(offset).all(1)).to(x.device)
+
+    if bool(exact.all()):
+        return _permute(x, linear.round(), offset.round())
+    if not bool(exact.any()):
+        return _interpolate(x, linear, offset)
+    moved = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    moved[exact] = _permute(x[exact], linear[exact.cpu()].round(), offset[exact.cpu()].round())
+    moved[~exact] = _interpolate(x[~exact], linear[~exact.cpu()], offset[~exact.cpu()])
+    return moved
+
+
+def _indices(linear: Tensor, offset: Tensor, height: int, width: int) -> Tensor:
+    """The array index (x, y) that each output pixel reads, ``(m, height, width, 2)`` in float64."""
+    xs = torch.arange(width, dtype=torch.float64)
+    ys = torch.arange(height, dtype=torch.float64)
+    along_x = xs[None, None, :, None] * linear[:, None, None, :, 0]
+    along_y = ys[None, :, None, None] * linear[:, None, None, :, 1]
+    return along_x + along_y + offset[:, None, None, :]
+
+
+def _permute(x: Tensor, linear: Tensor, offset: Tensor) -> Tensor:
+    """Move whole pixels; what comes from outside is zero."""
+    height, width = x.shape[-2:]
+    index = _indices(linear, offset, height, width).long()
+    inside = ((index >= 0) & (index < torch.tensor([width, height]))).all(-1)
+    black = height * width  # the index of one extra pixel that is zero
+    flat = torch.where(inside, index[..., 1] * width + index[..., 0], black).flatten(1).to(x.device)
+    padded = torch.nn.functional.pad(x.flatten(2), (0, 1))
+    return padded.gather(2, flat[:, None].expand(-1, x.shape[1], -1)).view(x.shape)
+
+
+def _interpolate(x: Tensor, linear: Tensor, offset: Tensor) -> Tensor:
+    """Bilinear interpolation with zeros outside."""
+    height, width = x.shape[-2:]
+    size = torch.tensor([width, height], dtype=torch.float64)
+    grid = (2 * _indices(linear, offset, height, width) + 1) / size - 1
+    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+    moved = grid_sample(x.to(dtype), grid.to(x.device, dtype), padding_mode="zeros", align_corners=False)
+    return moved.to(x.dtype) if x.is_floating_point() else moved.round().to(x.dtype)
+
+
+def _is_whole(values: Tensor) -> Tensor:
+    return (values - values.round()).abs() < 1e-9
+
+
+def _matrices(linear: Tensor, shift: Tensor) -> Tensor:
+    matrices = torch.eye(3, dtype=torch.float64).repeat(len(linear), 1, 1)
+    matrices[:, :2, :2] = linear
+    matrices[:, :2, 2] = shift
+    return matrices
+
+
+def rotations(n: int | None = None, *, angles: Sequence[float] | None = None) -> AffineSet:
+    """Rotations about the centre of the image.
+
+    Args:
+        n: number of angles, evenly spaced over the full turn; the first, 0°, is the identity. The paper uses 16.
+        angles: the angles themselves, in degrees, counter-clockwise, as in torchvision's ``rotate``.
+
+    Raises:
+        ValueError: If not exactly one of ``n`` and ``angles`` is given, or there is no angle.
+
+    Example:
+        >>> rotations(4).labels
+        ['0°', '90°', '180°', '270°']
+    """
+    if (n is None) == (angles is None):
+        raise ValueError(f"Expected one of the arguments `n` and `angles`, but got n={n} and angles={angles}.")
+    if angles is None:
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"Expected argument `n` to be an int larger than 0, but got {n}.")
+        angles = [360 * j / n for j in range(n)]
+    linear = [[[c, s], [-s, c]] for c, s in map(_cos_sin, angles)]
+    shift = torch.zeros(len(angles), 2, dtype=torch.float64)
+    matrices = _matrices(torch.tensor(linear, dtype=torch.float64).view(-1, 2, 2), shift)
+    return AffineSet(matrices, [f"{angle:g}°" for angle in angles], {"angle": angles})
+
+
+def _cos_sin(degrees: float) -> tuple[float, float]:
+    """Cosine and sine that are whole numbers at quarter turns."""
+    quarter = degrees / 90
+    if quarter == round(quarter):
+        return ((1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0))[round(quarter) % 4]
+    return math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+
+
+def scales(factors: Sequence[float] = PAPER_FACTORS) -> AffineSet:
+    """Scalings about the centre, the same in both directions; the image keeps its size.
+
+    Args:
+        factors: how much larger the content becomes; below 1 it shrinks and black fills the border. By default the
+            paper's 11 factors from 0.5 to 1.25 (section 3.1.2).
+
+    Raises:
+        ValueError: If there is no factor, or a factor is not above 0.
+
+    Example:
+        >>> scales(factors=[0.5, 1]).labels
+        ['×0.5', '×1']
+    """
+    for factor in factors:
+        if not factor > 0:
+            raise ValueError(f"Expected argument `factors` to hold numbers above 0, but got {factor}.")
+    size = torch.tensor(list(factors), dtype=torch.float64)
+    matrices = _matrices(size[:, None, None] * torch.eye(2, dtype=torch.float64), torch.zeros(len(size), 2))
+    return AffineSet(matrices, [f"×{factor:g}" for factor in factors], {"scale": factors})
+
+
+def translations(pixels: Sequence[float] = (1, 2, 4)) -> AffineSet:
+    """Translations in the eight directions of the compass, without the identity.
+
+    Args:
+        pixels: the distances d, in pixels of the network's input. For each d the shifts (x to the right, y down) are
+            (−d,−d), (−d,d), (d,−d), (d,d), (0,d), (d,0), (0,−d), (−d,0). By default the paper's 24 (section 3.1.2).
+
+    Raises:
+        ValueError: If there is no distance, or a distance is not above 0.
+
+    Example:
+        >>> len(translations()), translations(pixels=[2]).labels[:2]
+        (24, ['(-2,-2)', '(-2,2)'])
+    """
+    for distance in pixels:
+        if not distance > 0:
+            raise ValueError(f"Expected argument `pixels` to hold numbers above 0, but got {distance}.")
+    directions = ((-1, -1), (-1, 1), (1, -1), (1, 1), (0, 1), (1, 0), (0, -1), (-1, 0))
+    shifts = [(d * x, d * y) for d in pixels for x, y in directions]
+    linear = torch.eye(2, dtype=torch.float64).repeat(len(shifts), 1, 1)
+    matrices = _matrices(linear, torch.tensor(shifts, dtype=torch.float64).view(-1, 2))
+    xs, ys = [float(x) for x, _ in shifts], [float(y) for _, y in shifts]
+    return AffineSet(matrices, [f"({x:g},{y:g})" for x, y in shifts], {"x": xs, "y": ys})
+
+
+def combine_affine(sets: Sequence[AffineSet]) -> AffineSet:
+    """All products of the members of affine sets: one map, and so one resampling, each."""
+    columns = list(product(*(range(len(s)) for s in sets)))
+    matrices = torch.eye(3, dtype=torch.float64).repeat(len(columns), 1, 1)
+    for position, transformations in enumerate(sets):
+        matrices = transformations.matrices[[column[position] for column in columns]] @ matrices
+    return AffineSet(
+        matrices,
+        [" ".join(s.labels[j] for s, j in zip(sets, column, strict=True)) for column in columns],
+        combined_parameters(sets, columns),
+        square=any(s.square for s in sets),
+    )
+
+
+def combined_parameters(
+    sets: Sequence[TransformationSet], columns: Sequence[tuple[int, ...]]
+) -> dict[str, list[float]]:
+    """The parameters of all products; of two sets that use one name, the later is numbered."""
+    parameters: dict[str, list[float]] = {}
+    for position, transformations in enumerate(sets):
+        for name, values in transformations.parameters.items():
+            unique = name if name not in parameters else f"{name} {position + 1}"
+            parameters[unique] = [values[column[position]] for column in columns]
+    return parameters

@@ -1,0 +1,155 @@
+"""What a set of transformations is, whatever it transforms."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import overload
+
+from torch import Tensor
+
+
+class Transformation:
+    """One transformation of a set, as ``transformations[3]`` gives it.
+
+    Attributes:
+        label: short text for axes and tables, such as ``"22.5°"``.
+        parameters: the numbers behind the label, such as ``{"angle": 22.5}``.
+    """
+
+    def __init__(self, single: TransformationSet) -> None:
+        self._single = single
+        self.label = single.labels[0]
+        self.parameters = {name: values[0] for name, values in single.parameters.items()}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Transform a batch ``(batch, ...)`` into a batch of the same length."""
+        return self._single(x)[:, 0]
+
+    def inverse(self, x: Tensor, input_size: tuple[int, int] | None = None) -> Tensor:
+        """Map a transformed batch back; see :meth:`TransformationSet.inverse`."""
+        return self._single.inverse(x.unsqueeze(1), input_size)[:, 0]
+
+    def __repr__(self) -> str:
+        return f"Transformation({self.label})"
+
+
+class TransformationSet(ABC, Sequence[Transformation]):
+    """An ordered set of m transformations that act on batches: the columns of the ST matrix.
+
+    ``t(x)`` applies all of them to a batch ``(batch, ...)`` in one call, on the batch's device, and returns
+    ``(batch, m, ...)``. ``t.inverse(st)`` maps column j of ``(batch, m, ...)`` back by the inverse of transformation j.
+    ``t[3]`` is one :class:`Transformation`, ``t[:4]`` a smaller set.
+
+    Ready-made sets are :func:`rotations`, :func:`scales`, :func:`translations`, :func:`quarter_turns` and
+    :func:`flips`; :func:`combine` multiplies sets; :meth:`from_callables` makes a set of any functions.
+
+    A subclass gives :meth:`_apply` and :meth:`_select`, and :meth:`_invert` where ``invertible`` is true.
+
+    Attributes:
+        labels: a short text for each transformation.
+        parameters: numbers for the axes of plots, one list of length m for each parameter, such as
+            ``{"angle": [0.0, 22.5, ...]}``.
+        invertible: whether :meth:`inverse` can be called.
+    """
+
+    invertible: bool = True
+
+    def __init__(self, labels: Sequence[str], parameters: Mapping[str, Sequence[float]] | None = None) -> None:
+        if not labels:
+            raise ValueError("Expected at least one transformation, but got none.")
+        self.labels = list(labels)
+        self.parameters = {name: [float(v) for v in values] for name, values in (parameters or {}).items()}
+        for name, values in self.parameters.items():
+            if len(values) != len(self.labels):
+                raise ValueError(
+                    f"Expected {len(self.labels)} values of parameter `{name}`, one a transformation,"
+                    f" but got {len(values)}."
+                )
+
+    @staticmethod
+    def from_callables(
+        transformations: Mapping[str, Callable[..., Tensor]] | Sequence[Callable[..., Tensor]],
+        inverses: Mapping[str, Callable[..., Tensor]] | Sequence[Callable[..., Tensor]] | None = None,
+        parameters: Mapping[str, Sequence[float]] | None = None,
+    ) -> TransformationSet:
+        """Make a set of functions from batch to batch, for any modality.
+
+        Args:
+            transformations: label → function, or a sequence of functions that are labelled by their names. Each takes
+                a batch ``(batch, ...)`` and returns a batch; all must return the same shape. The transforms of
+                ``torchvision.transforms.v2`` are such functions.
+            inverses: the same labels (or order) → function that maps a transformed batch back. Without them the
+                set has no inverse.
+            parameters: numbers for the axes of plots, one list of length m for each parameter.
+
+        Raises:
+            ValueError: If there is no transformation, or the inverses do not match the transformations.
+            TypeError: If something is not callable.
+
+        Example:
+            >>> import torch
+            >>> t = TransformationSet.from_callables({"same": lambda x: x, "half": lambda x: x / 2})
+            >>> t(torch.ones(1, 2))
+            tensor([[[1.0000, 1.0000],
+                     [0.5000, 0.5000]]])
+        """
+        from lightning_invariance.transforms.callables import CallableSet
+
+        return CallableSet(transformations, inverses, parameters)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply every transformation to a batch: ``(batch, ...)`` → ``(batch, m, ...)``."""
+        return self._apply(x)
+
+    def inverse(self, st: Tensor, input_size: tuple[int, int] | None = None) -> Tensor:
+        """Map every column of ``(batch, m, ...)`` back by the inverse of its transformation.
+
+        Args:
+            st: transformed inputs, or feature maps of them, of shape ``(batch, m, ...)``.
+            input_size: height and width of the network's input where ``st`` holds feature maps of another size: a
+                shift by d pixels of the input is a shift by d·(map width)/(input width) pixels of the map. By
+                default the size of ``st`` itself.
+
+        Raises:
+            ValueError: If the set has no inverses or ``st`` does not have m columns.
+        """
+        if not self.invertible:
+            raise ValueError(f"Expected transformations with inverses, but {self!r} has none.")
+        if st.ndim < 2 or st.shape[1] != len(self):
+            raise ValueError(f"Expected `st` of shape (batch, {len(self)}, ...), but got {tuple(st.shape)}.")
+        return self._invert(st, input_size)
+
+    @abstractmethod
+    def _apply(self, x: Tensor) -> Tensor:
+        """``(batch, ...)`` → ``(batch, m, ...)``."""
+
+    @abstractmethod
+    def _select(self, columns: list[int]) -> TransformationSet:
+        """The set of these transformations, in this order."""
+
+    def _invert(self, st: Tensor, input_size: tuple[int, int] | None) -> Tensor:
+        """Column-wise inverse of ``(batch, m, ...)``."""
+        raise ValueError(f"Expected transformations with inverses, but {self!r} has none.")
+
+    def _selected_parameters(self, columns: list[int]) -> dict[str, list[float]]:
+        return {name: [values[j] for j in columns] for name, values in self.parameters.items()}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @overload
+    def __getitem__(self, index: int) -> Transformation: ...
+    @overload
+    def __getitem__(self, index: slice) -> TransformationSet: ...
+    def __getitem__(self, index: int | slice) -> Transformation | TransformationSet:
+        if isinstance(index, slice):
+            return self._select(list(range(len(self)))[index])
+        return Transformation(self._select([range(len(self))[index]]))
+
+    def __iter__(self) -> Iterator[Transformation]:
+        return (self[j] for j in range(len(self)))
+
+    def __repr__(self) -> str:
+        shown = self.labels if len(self) <= 6 else [*self.labels[:3], "…", self.labels[-1]]
+        return f"{type(self).__name__}({len(self)}: {', '.join(shown)})"

@@ -1,0 +1,98 @@
+"""Transformations given as functions, for any modality."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_invariance.transforms.base import TransformationSet
+
+BatchFunction = Callable[..., Tensor]
+Functions = Mapping[str, BatchFunction] | Sequence[BatchFunction]
+
+
+class CallableSet(TransformationSet):
+    """See :meth:`TransformationSet.from_callables`."""
+
+    def __init__(
+        self,
+        transformations: Functions,
+        inverses: Functions | None = None,
+        parameters: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
+        named = _named(transformations, "transformations")
+        super().__init__(list(named), parameters)
+        self._functions = list(named.values())
+        self._inverses: list[BatchFunction] | None = None
+        if inverses is not None:
+            self._inverses = _matched(inverses, list(named))
+        self.invertible = self._inverses is not None
+
+    def _apply(self, x: Tensor) -> Tensor:
+        return self._stack([function(x) for function in self._functions], x)
+
+    def _invert(self, st: Tensor, input_size: tuple[int, int] | None) -> Tensor:
+        inverses = self._inverses or []
+        return self._stack([inverse(st[:, j]) for j, inverse in enumerate(inverses)], st)
+
+    def _select(self, columns: list[int]) -> CallableSet:
+        labels = [self.labels[j] for j in columns]
+        inverses = self._inverses and {label: self._inverses[j] for label, j in zip(labels, columns, strict=True)}
+        functions = {label: self._functions[j] for label, j in zip(labels, columns, strict=True)}
+        return CallableSet(functions, inverses, self._selected_parameters(columns))
+
+    def _stack(self, results: list[Tensor], x: Tensor) -> Tensor:
+        for label, result in zip(self.labels, results, strict=True):
+            if not isinstance(result, Tensor) or result.shape != results[0].shape or len(result) != len(x):
+                got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+                raise ValueError(
+                    f"Expected every transformation to return a batch of one shape, but of an input batch"
+                    f" {tuple(x.shape)} {self.labels[0]!r} made {tuple(results[0].shape)} and {label!r} made {got}."
+                )
+        return torch.stack(results, dim=1)
+
+
+class Chain:
+    """Functions applied one after the other (a class, so that sets of it can be pickled)."""
+
+    def __init__(self, functions: Sequence[BatchFunction]) -> None:
+        self.functions = list(functions)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply all of them."""
+        for function in self.functions:
+            x = function(x)
+        return x
+
+
+def _named(functions: Functions, argument: str) -> dict[str, BatchFunction]:
+    """Label → function; functions that come in a sequence are labelled by their names."""
+    if isinstance(functions, Mapping):
+        named = dict(functions)
+    else:
+        named = {}
+        for function in functions:
+            name = getattr(function, "__name__", None) or repr(function)
+            label, repeat = name, 1
+            while label in named:
+                repeat += 1
+                label = f"{name} {repeat}"
+            named[label] = function
+    for label, function in named.items():
+        if not callable(function):
+            raise TypeError(f"Expected argument `{argument}` to hold callables, but {label!r} is {function!r}.")
+    return named
+
+
+def _matched(inverses: Functions, labels: list[str]) -> list[BatchFunction]:
+    """The inverses in the order of the labels."""
+    if not isinstance(inverses, Mapping) and len(inverses) == len(labels):
+        inverses = dict(zip(labels, inverses, strict=True))
+    named = _named(inverses, "inverses")
+    if set(named) != set(labels):
+        raise ValueError(
+            f"Expected argument `inverses` to have one function for each of {labels}, but got {list(named)}."
+        )
+    return [named[label] for label in labels]
