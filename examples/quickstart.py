@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 from lightning_invariance import InvarianceMonitor, InvarianceResult, TransformationSet, rotations
 from lightning_invariance.plots import evolution, layers
 
-EPOCHS = 12
+EPOCHS = 20
 FOLDER = Path("runs/quickstart")
 
 

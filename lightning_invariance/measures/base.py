@@ -22,7 +22,7 @@ class Measure(Metric):
     activation of one layer. The states of a measure have a fixed number of dimensions, are empty before the first
     update, and :meth:`_merge` joins two of them, so that batches, processes and runs add up in any order.
 
-    A subclass registers its states with :meth:`_add_states`, and gives :meth:`_states_of`, :meth:`_merge` and
+    A subclass registers its states with :meth:`_add_states`, and gives :meth:`_add`, :meth:`_merge` and
     ``compute``.
     """
 
@@ -79,7 +79,8 @@ class Measure(Metric):
             x = st_block.detach().reshape(n, m, -1)
             x = x if x.dtype == torch.float64 else x.float()
             for rows in torch.split(x, self.rows_at_once):
-                self._add(self._states_of(rows), len(rows))
+                self._add(rows)
+                self.n_samples = self.n_samples + len(rows)
 
     def _check_shape(self, m: int, shape: list[int]) -> None:
         if self.n_transformations == 0:
@@ -92,23 +93,14 @@ class Measure(Metric):
                 f" but got {tuple(shape)}."
             )
 
-    def _add(self, block: States, n: int) -> None:
-        """Merge the states of new rows into the own ones."""
-        if self.n_transformations > 0:
-            own: States = {name: getattr(self, name) for name in self._defaults}
-            block = self._merge(own, {**block, "n_samples": torch.tensor(n)})
-        for name, values in block.items():
-            setattr(self, name, values)
-        self.n_samples = self.n_samples + n
-
     @property
     @abstractmethod
     def n_transformations(self) -> int:
         """Number of transformations m of the blocks so far; 0 before the first."""
 
     @abstractmethod
-    def _states_of(self, x: Tensor) -> States:
-        """The states of the rows ``(samples, transformations, activations)`` alone, given in float32 or float64."""
+    def _add(self, x: Tensor) -> None:
+        """Add rows ``(samples, transformations, activations)`` in float32 or float64, not yet in ``n_samples``."""
 
     @abstractmethod
     def _merge(self, a: States, b: States) -> States:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Hashable
 from typing import Any
 
@@ -12,7 +14,7 @@ from lightning_invariance.functional.variance import normalize
 from lightning_invariance.measures.base import Measure, States
 
 #: Values that are processed at once, so that the intermediate results stay in the processor's cache.
-CHUNK = 2**21
+CHUNK = 2**20
 
 #: Longer sums than this are taken in float64.
 LONGEST_FLOAT32_SUM = 256
@@ -25,18 +27,21 @@ class VarianceMeasure(Measure):
     r"""Shared update of the variance measures: squared deviations within the rows and columns of the ST matrix.
 
     The states, for k activations and m transformations, are ``n_samples``; ``row_spread`` (k,), the sum over rows of
-    their squared deviations from the row mean; ``column_spread`` (1, k), the squared deviations from the column means,
-    summed over the columns; and ``column_means`` (m, k): (m + 2) k numbers. Where ``squared`` is false,
-    ``row_spread`` is the sum of the rows' standard deviations, and ``column_spread`` (m, k) is kept for each column.
+    their squared deviations from the row mean; and for the columns their deviations from a reference, which is the
+    first row at first: ``references`` (m, k), ``column_sums`` (m, k), and ``column_squares`` (1, k), summed over the
+    columns. The two of shape (m, k) have the type of the activations, the others are float64. Where ``squared`` is
+    false, ``row_spread`` is the sum of the rows' standard deviations, and ``column_squares`` (m, k) has a row for each
+    column.
 
-    In a block each row and each column is centred on its first value, and blocks are merged by their means. So the
-    sums stay exact when the mean is large against the spread, and are exactly zero where a row or a column is constant,
+    Rows are centred on their first value, columns on the reference, which moves to the mean now and then. So the sums
+    stay exact when the mean is large against the spread, and are exactly zero where a row or a column is constant,
     which keeps an invariant unit (TV = 0) and a division by zero (SV = 0) apart from small numbers.
     """
 
     row_spread: Tensor
-    column_spread: Tensor
-    column_means: Tensor
+    column_squares: Tensor
+    column_sums: Tensor
+    references: Tensor
 
     def __init__(self, squared: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -45,8 +50,9 @@ class VarianceMeasure(Measure):
         self.squared = squared
         self._add_states(
             row_spread=torch.zeros(0, dtype=torch.float64),
-            column_spread=torch.zeros(0, 0, dtype=torch.float64),
-            column_means=torch.zeros(0, 0, dtype=torch.float64),
+            column_squares=torch.zeros(0, 0, dtype=torch.float64),
+            column_sums=torch.zeros(0, 0, dtype=torch.float64),
+            references=torch.zeros(0, 0, dtype=torch.float64),
         )
 
     @property
@@ -57,55 +63,90 @@ class VarianceMeasure(Measure):
     @property
     def n_transformations(self) -> int:
         """Number of transformations m of the blocks so far; 0 before the first."""
-        return len(self.column_means)
+        return len(self.references)
 
     def dead(self) -> Tensor:
         """Which activations never changed, over all samples and transformations: bool of ``activation_shape``."""
-        return self._shaped((self.row_spread == 0) & (self.column_spread == 0).all(0))
+        return self._shaped((self.row_spread == 0) & (self._column_spread() == 0).all(0))
 
-    def _states_of(self, x: Tensor) -> States:
-        step = max(1, CHUNK // (x.shape[0] * x.shape[1]))
-        parts = [self._spreads(part) for part in torch.split(x, step, dim=2)]
-        row, column, means = parts[0] if len(parts) == 1 else (torch.cat(p, -1) for p in zip(*parts, strict=True))
-        return {"row_spread": row, "column_spread": column, "column_means": means}
-
-    def _spreads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Spread of the rows and of the columns of ``x``, and the column means."""
+    def _add(self, x: Tensor) -> None:
+        m, k = x.shape[1:]
+        if self.n_transformations == 0:
+            self.row_spread = x.new_zeros(k, dtype=self.row_spread.dtype)
+            self.column_squares = x.new_zeros(1 if self.squared else m, k, dtype=self.column_squares.dtype)
+            self.column_sums = x.new_zeros(m, k)
+            self.references = x[0].clone()
+        elif self._update_count & (self._update_count - 1) == 0:  # at every doubling: often enough, and cheap
+            self._move_references()
+        x = x.to(torch.promote_types(x.dtype, self.references.dtype))
         if x.dtype == torch.float32 and max(x.shape[:2]) > LONGEST_FLOAT32_SUM:
             x = x.double()
-        n, m, _ = x.shape
-        dtype = self.column_means.dtype
+        row_sums, row_squares, column_sums, column_squares = sums = self._sums(x)
+        if x.dtype == torch.float32 and _lost_in_float32(*sums):
+            row_sums, row_squares, column_sums, column_squares = self._sums(x.double())
+        row = torch.sub(row_squares, row_sums.to(self.row_spread.dtype).square_(), alpha=1 / m).clamp_min_(0)
+        if not self.squared:
+            row = row.div_(m - 1).sqrt_()
+        self.row_spread = self.row_spread + row.sum(0)
+        self.column_squares = self.column_squares + column_squares
+        self.column_sums = torch.add(self.column_sums, column_sums).to(self.references.dtype)
 
-        deviation = x - x[:, :1]
-        row_sums = deviation.sum(1)
-        row_squares = deviation.square_().sum(1)
-        row = (row_squares.to(dtype) - row_sums.to(dtype).square_().div_(m)).clamp_min_(0)
+    def _sums(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sums and squares of the deviations of rows (n, k) and of columns (m, k) from their references."""
+        n, m, k = x.shape
+        row_sums, row_squares = x.new_empty(n, k), x.new_empty(n, k)
+        column_sums, column_squares = x.new_empty(m, k), x.new_empty(1 if self.squared else m, k)
+        step = max(1, CHUNK // (n * m))
+        for start in range(0, k, step):
+            part = slice(start, start + step)
+            values = x[:, :, part]
+            deviation = torch.sub(values, values[:, :1], out=scratch(values))
+            torch.sum(deviation, 1, out=row_sums[:, part])
+            torch.sum(torch.mul(deviation, deviation, out=deviation), 1, out=row_squares[:, part])
+            torch.sub(values, self.references[:, part].to(x.dtype), out=deviation)
+            torch.sum(deviation, 0, out=column_sums[:, part])
+            torch.mul(deviation, deviation, out=deviation)
+            if self.squared:
+                torch.sum(deviation.view(n * m, -1), 0, out=column_squares[0, part])
+            else:
+                torch.sum(deviation, 0, out=column_squares[:, part])
+        return row_sums, row_squares, column_sums, column_squares
 
-        torch.sub(x, x[:1], out=deviation)
-        column_sums = deviation.sum(0).to(dtype)
-        column_squares = self._over_columns(deviation.square_())
-        means = torch.add(x[0].to(dtype), column_sums, alpha=1 / n)
-        excess = self._over_columns(column_sums.square_()[None])
-        column = torch.sub(column_squares.to(dtype), excess, alpha=1 / n).clamp_min_(0)
+    def _move_references(self) -> None:
+        """Centre the columns on their means so far: squares about a far reference would cancel."""
+        n, dtype = self.n_samples, self.row_spread.dtype
+        moved = torch.add(self.references, self.column_sums / n)
+        shift = moved.to(dtype) - self.references
+        self.column_squares, self.column_sums = self._about(
+            self.column_squares, self.column_sums, shift.neg_(), n, self.references.dtype
+        )
+        self.references = moved
 
-        if _lost_in_float32(row_squares, row_sums) or _lost_in_float32(column_squares, excess):
-            return self._spreads(x.double())
-        return (row if self.squared else row.div_(m - 1).sqrt_()).sum(0), column, means
+    def _about(
+        self, squares: Tensor, sums: Tensor, shift: Tensor, n: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Squares and sums of n deviations that all grow by ``shift``."""
+        grown = torch.add(sums, n * shift)
+        return squares + self._over_columns(shift * (sums + grown)), grown.to(dtype)
 
-    def _over_columns(self, squares: Tensor) -> Tensor:
-        """Sum squares (samples, transformations, activations) to the shape of ``column_spread``."""
-        return squares.flatten(0, 1).sum(0, keepdim=True) if self.squared else squares.sum(0)
+    def _over_columns(self, values: Tensor) -> Tensor:
+        """Sum (transformations, activations) to the shape of ``column_squares``."""
+        return values.sum(0, keepdim=True) if self.squared else values
+
+    def _column_spread(self) -> Tensor:
+        """Squared deviations from the column means."""
+        excess = self.column_sums.to(self.column_squares.dtype).square_()
+        return (self.column_squares - self._over_columns(excess) / self.n_samples).clamp_min_(0)
 
     def _merge(self, a: States, b: States) -> States:
-        # Chan, Golub and LeVeque 1983 (the paper's reference 20): only positive numbers are added.
-        n_a, n_b = a["n_samples"].to(a["row_spread"].dtype), b["n_samples"].to(a["row_spread"].dtype)
-        delta = b["column_means"] - a["column_means"]
-        means = a["column_means"] + delta * (n_b / (n_a + n_b))
-        between = self._over_columns(delta.square_()[None]) * (n_a * n_b / (n_a + n_b))
+        dtype = torch.promote_types(a["references"].dtype, b["references"].dtype)
+        shift = b["references"].to(a["row_spread"].dtype) - a["references"]
+        squares, sums = self._about(b["column_squares"], b["column_sums"], shift, b["n_samples"], dtype)
         return {
             "row_spread": a["row_spread"] + b["row_spread"],
-            "column_spread": a["column_spread"] + b["column_spread"] + between,
-            "column_means": means,
+            "column_squares": a["column_squares"] + squares,
+            "column_sums": a["column_sums"] + sums,
+            "references": a["references"].to(dtype),
         }
 
     def _transformation_variance(self) -> Tensor:
@@ -114,7 +155,7 @@ class VarianceMeasure(Measure):
         return self._shaped(mean / (m - 1) if self.squared else mean)
 
     def _sample_variance(self) -> Tensor:
-        variance = self.column_spread / (self.n_samples - 1)
+        variance = self._column_spread() / (self.n_samples - 1)
         if self.squared:
             return self._shaped(variance[0] / self.n_transformations)
         return self._shaped(variance.sqrt().mean(0))
@@ -123,12 +164,29 @@ class VarianceMeasure(Measure):
         return self._shaped(torch.full_like(self.row_spread, torch.nan))
 
 
-def _lost_in_float32(squares: Tensor, sums: Tensor) -> bool:
+def _lost_in_float32(row_sums: Tensor, row_squares: Tensor, column_sums: Tensor, column_squares: Tensor) -> bool:
     """Whether squares left the range of float32: too large, or too small although the sums are not zero."""
-    if squares.dtype != torch.float32:
-        return False
-    lost = ~squares.isfinite() | ((squares < SMALLEST_FLOAT32_SQUARE) & (sums != 0))
-    return bool(lost.any())
+    for sums, squares in ((row_sums, row_squares), (column_sums, column_squares)):
+        if not math.isfinite(squares.sum()):
+            return True
+        if squares.min() < SMALLEST_FLOAT32_SQUARE:
+            small = squares.amax(0) < SMALLEST_FLOAT32_SQUARE
+            if bool((small & (sums != 0).any(0)).any()):
+                return True
+    return False
+
+
+_scratch = threading.local()
+
+
+def scratch(like: Tensor) -> Tensor:
+    """A buffer for intermediate results, the same memory at every call: fresh pages cost more than the arithmetic."""
+    if like.device.type != "cpu":  # whose allocator keeps its memory
+        return torch.empty_like(like)
+    buffers: dict[torch.dtype, Tensor] = _scratch.__dict__.setdefault("buffers", {})
+    if like.dtype not in buffers or buffers[like.dtype].numel() < like.numel():
+        buffers[like.dtype] = torch.empty(max(CHUNK, like.numel()), dtype=like.dtype)
+    return buffers[like.dtype][: like.numel()].view(like.shape)
 
 
 class TransformationVariance(VarianceMeasure):

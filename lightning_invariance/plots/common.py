@@ -17,8 +17,8 @@ from matplotlib.patches import Patch
 #: Colours of values that no scale holds; told apart by their lightness too.
 INFINITE, DEAD, NAN = "#2ca02c", "#000000", "#bbbbbb"
 
-#: The end of the fixed scale of normalised measures: 1 is where transformations matter as much as samples do.
-NORMALIZED_MAX = 1.5
+#: The fixed scale of normalised measures, which are ratios: around 1, transformations matter as much as samples do.
+NORMALIZED_RANGE = (0.01, 10)
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -32,14 +32,14 @@ def render(figure: Figure) -> npt.NDArray[np.uint8]:
     """The picture of a figure: ``(height, width, 3)``."""
     canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
-    rgba: npt.NDArray[np.uint8] = np.asarray(canvas.buffer_rgba())
-    return rgba[..., :3].copy()
+    rgb: npt.NDArray[np.uint8] = np.array(canvas.buffer_rgba())[..., :3]
+    return rgb
 
 
 def scale_of(measure: str, values: Iterable[float]) -> Normalize:
-    """The colour scale of a measure: fixed for normalised ones, so that epochs compare; logarithmic for the rest."""
+    """The logarithmic colour scale of a measure: fixed for normalised ones, so that epochs compare."""
     if measure.startswith("Normalized"):
-        return Normalize(0, NORMALIZED_MAX)
+        return LogNorm(*NORMALIZED_RANGE)
     positive = [v for v in values if math.isfinite(v) and v > 0]
     if not positive:
         return Normalize(0, 1)
@@ -54,10 +54,15 @@ def colours() -> Colormap:
     return colormaps["viridis"].with_extremes(bad=NAN)
 
 
+def within(scale: Normalize, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Values with those outside the scale put at its ends (a logarithm has no place for 0), and infinite ones NaN."""
+    finite = np.where(np.isinf(values), np.nan, values)
+    return np.clip(finite, scale.vmin, scale.vmax)
+
+
 def add_colourbar(figure: Figure, scale: Normalize, cmap: Colormap, label: str) -> None:
     """A colour bar for all axes of the figure."""
-    extend = "max" if not isinstance(scale, LogNorm) else "neither"
-    figure.colorbar(ScalarMappable(scale, cmap), ax=figure.axes, label=label, extend=extend, pad=0.01)
+    figure.colorbar(ScalarMappable(scale, cmap), ax=figure.axes, label=label, extend="both", pad=0.01)
 
 
 def special_patches(infinite: int, dead: int, nan: int) -> list[Patch]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from lightning_invariance.plots.common import add_colourbar, colours, new_figure, scale_of, shorten
+from lightning_invariance.plots.common import add_colourbar, colours, new_figure, scale_of, shorten, within
 from lightning_invariance.result import InvarianceResult
 
 MOST_TICKS = 20
@@ -31,7 +31,7 @@ def evolution(history: Sequence[InvarianceResult], measure: str | None = None) -
     scale = scale_of(measure, values.ravel().tolist())
     figure = new_figure(width=7.5, height=min(24, max(3.5, 1.5 + 0.25 * len(layers))))
     axes = figure.add_subplot()
-    axes.imshow(values, aspect="auto", norm=scale, cmap=colours(), interpolation="nearest")
+    axes.imshow(within(scale, values), aspect="auto", norm=scale, cmap=colours(), interpolation="nearest")
     axes.set_yticks(range(len(layers)), [shorten(layer) for layer in layers])
     every = -(-len(history) // MOST_TICKS)
     axes.set_xticks(range(0, len(history), every), [_label(result, i) for i, result in enumerate(history)][::every])
@@ -44,4 +44,4 @@ def evolution(history: Sequence[InvarianceResult], measure: str | None = None) -
 def _label(result: InvarianceResult, position: int) -> str:
     if result.epoch is None:
         return str(position)
-    return "untrained" if result.epoch == -1 else str(result.epoch)
+    return "init" if result.epoch == -1 else str(result.epoch)

@@ -15,6 +15,7 @@ from lightning_invariance.plots.common import (
     scale_of,
     shorten,
     special_patches,
+    within,
 )
 from lightning_invariance.result import InvarianceResult
 
@@ -38,7 +39,7 @@ def heatmap(result: InvarianceResult, measure: str | None = None) -> Figure:
     counts = {"infinite": 0, "dead": 0, "nan": 0}
     for x, (layer, values) in enumerate(columns.items()):
         place = (x - 0.5, x + 0.5, 1, 0)
-        shown = np.where(np.isinf(values), np.nan, values)[:, None]
+        shown = within(scale, values)[:, None]
         axes.imshow(shown, aspect="auto", extent=place, norm=scale, cmap=colours(), interpolation="nearest")
         dead = result.dead_channels(layer).numpy()
         masks = {"infinite": np.isinf(values), "dead": dead, "nan": np.isnan(values)}
