@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import threading
 from collections.abc import Hashable
 from typing import Any
 
@@ -12,48 +10,48 @@ from torch import Tensor
 
 from lightning_invariance.functional.variance import normalize
 from lightning_invariance.measures.base import Measure, States
+from lightning_invariance.measures.spread import PlainSums, exact_sums, plain_sums
 
-#: Values that are processed at once, so that the intermediate results stay in the processor's cache.
-CHUNK = 2**20
-
-#: Longer sums than this are taken in float64.
-LONGEST_FLOAT32_SUM = 256
-
-#: Sums of squares below this lose digits in float32, whose smallest normal number is about 1e-38.
-SMALLEST_FLOAT32_SQUARE = 1e-30
+#: Updates before which the references move to the means: often enough for the digits, rare enough for the time.
+MOVE_REFERENCES = frozenset(4**power for power in range(1, 16))
 
 
 class VarianceMeasure(Measure):
     r"""Shared update of the variance measures: squared deviations within the rows and columns of the ST matrix.
 
-    The states, for k activations and m transformations, are ``n_samples``; ``row_spread`` (k,), the sum over rows of
-    their squared deviations from the row mean; and for the columns their deviations from a reference, which is the
-    first row at first: ``references`` (m, k), ``column_sums`` (m, k), and ``column_squares`` (1, k), summed over the
-    columns. The two of shape (m, k) have the type of the activations, the others are float64. Where ``squared`` is
-    false, ``row_spread`` is the sum of the rows' standard deviations, and ``column_squares`` (m, k) has a row for each
-    column.
+    For k activations and m transformations the states are ``n_samples``, ``row_spread`` (k,): the sum over rows of
+    their squared deviations from the row mean, and two sets of sums that give the means and the spread of the columns:
 
-    Rows are centred on their first value, columns on the reference, which moves to the mean now and then. So the sums
-    stay exact when the mean is large against the spread, and are exactly zero where a row or a column is constant,
-    which keeps an invariant unit (TV = 0) and a division by zero (SV = 0) apart from small numbers.
+    - of blocks whose sums float32 holds without losing digits, which is the rule: ``centres`` (k,), ``plain_squares``
+      (k,), ``plain_firsts`` (k,), ``plain_sums`` (m, k) and their number of rows ``plain_samples``; see ``PlainSums``.
+    - of the other blocks, such as those of float64 activations or with columns that are constant: ``references`` (m, k),
+      ``squares`` (1, k) and ``sums`` (m, k); see ``ExactSums``. They keep an invariant unit (TV = 0) and a division by
+      zero (SV = 0) apart from small numbers.
+
+    A set is empty as long as it is not needed: most layers hold (m + 4) k numbers. Where ``squared`` is false,
+    ``row_spread`` is the sum of the rows' standard deviations, ``squares`` is kept for each column (m, k), and the first
+    set is not used.
     """
 
     row_spread: Tensor
-    column_squares: Tensor
-    column_sums: Tensor
+    centres: Tensor
+    plain_samples: Tensor
+    plain_squares: Tensor
+    plain_firsts: Tensor
+    plain_sums: Tensor
     references: Tensor
+    squares: Tensor
+    sums: Tensor
 
     def __init__(self, squared: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not isinstance(squared, bool):
             raise ValueError(f"Expected argument `squared` to be a bool, but got {squared!r}.")
         self.squared = squared
-        self._add_states(
-            row_spread=torch.zeros(0, dtype=torch.float64),
-            column_squares=torch.zeros(0, 0, dtype=torch.float64),
-            column_sums=torch.zeros(0, 0, dtype=torch.float64),
-            references=torch.zeros(0, 0, dtype=torch.float64),
-        )
+        vector, matrix = torch.zeros(0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64)
+        self._add_states(row_spread=vector, plain_samples=torch.tensor(0))
+        self._add_states(centres=vector, plain_squares=vector, plain_firsts=vector, plain_sums=matrix)
+        self._add_states(references=matrix, squares=matrix, sums=matrix)
 
     @property
     def update_rule(self) -> Hashable:
@@ -63,91 +61,100 @@ class VarianceMeasure(Measure):
     @property
     def n_transformations(self) -> int:
         """Number of transformations m of the blocks so far; 0 before the first."""
-        return len(self.references)
+        return max(len(self.plain_sums), len(self.references))
 
     def dead(self) -> Tensor:
         """Which activations never changed, over all samples and transformations: bool of ``activation_shape``."""
         return self._shaped((self.row_spread == 0) & (self._column_spread() == 0).all(0))
 
     def _add(self, x: Tensor) -> None:
-        m, k = x.shape[1:]
-        if self.n_transformations == 0:
-            self.row_spread = x.new_zeros(k, dtype=self.row_spread.dtype)
-            self.column_squares = x.new_zeros(1 if self.squared else m, k, dtype=self.column_squares.dtype)
-            self.column_sums = x.new_zeros(m, k)
+        dtype = self.row_spread.dtype
+        centres = self.centres if self.centres.numel() else x[0, 0].to(dtype)
+        plain = plain_sums(x, centres) if self.squared and dtype == torch.float64 else None
+        row_spread = self._add_plain(plain, centres, len(x)) if plain is not None else self._add_exact(x)
+        self.row_spread = self.row_spread + row_spread if self.row_spread.numel() else row_spread
+
+    def _add_plain(self, block: PlainSums, centres: Tensor, n: int) -> Tensor:
+        if not self.centres.numel():
+            self.centres, self.plain_squares, self.plain_firsts = centres, block.squares, block.firsts
+            self.plain_sums = block.sums.to(centres.dtype)
+        else:
+            self.plain_squares = self.plain_squares + block.squares
+            self.plain_firsts = self.plain_firsts + block.firsts
+            self.plain_sums = self.plain_sums + block.sums
+        self.plain_samples = self.plain_samples + n
+        return block.row_spread
+
+    def _add_exact(self, x: Tensor) -> Tensor:
+        if not self.references.numel():
             self.references = x[0].clone()
-        elif self._update_count & (self._update_count - 1) == 0:  # at every doubling: often enough, and cheap
-            self._move_references()
-        x = x.to(torch.promote_types(x.dtype, self.references.dtype))
-        if x.dtype == torch.float32 and max(x.shape[:2]) > LONGEST_FLOAT32_SUM:
-            x = x.double()
-        row_sums, row_squares, column_sums, column_squares = sums = self._sums(x)
-        if x.dtype == torch.float32 and _lost_in_float32(*sums):
-            row_sums, row_squares, column_sums, column_squares = self._sums(x.double())
-        row = torch.sub(row_squares, row_sums.to(self.row_spread.dtype).square_(), alpha=1 / m).clamp_min_(0)
-        if not self.squared:
-            row = row.div_(m - 1).sqrt_()
-        self.row_spread = self.row_spread + row.sum(0)
-        self.column_squares = self.column_squares + column_squares
-        self.column_sums = torch.add(self.column_sums, column_sums).to(self.references.dtype)
+            block = exact_sums(x, self.references, self.squared)
+            self.squares, self.sums = block.squares, block.sums
+            return block.row_spread
+        if self._update_count in MOVE_REFERENCES:
+            # Squares about a reference far from the mean would cancel.
+            n = self.n_samples - self.plain_samples
+            moved = torch.add(self.references, self.sums / n).to(self.references.dtype)
+            self.squares, self.sums = self._about(self.squares, self.sums, self.references - moved.to(self.sums.dtype), n)
+            self.references = moved
+        if x.dtype == torch.float64:
+            self.references = self.references.double()
+        block = exact_sums(x, self.references, self.squared)
+        self.squares, self.sums = self.squares + block.squares, self.sums + block.sums
+        return block.row_spread
 
-    def _sums(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Sums and squares of the deviations of rows (n, k) and of columns (m, k) from their references."""
-        n, m, k = x.shape
-        row_sums, row_squares = x.new_empty(n, k), x.new_empty(n, k)
-        column_sums, column_squares = x.new_empty(m, k), x.new_empty(1 if self.squared else m, k)
-        step = max(1, CHUNK // (n * m))
-        for start in range(0, k, step):
-            part = slice(start, start + step)
-            values = x[:, :, part]
-            deviation = torch.sub(values, values[:, :1], out=scratch(values))
-            torch.sum(deviation, 1, out=row_sums[:, part])
-            torch.sum(torch.mul(deviation, deviation, out=deviation), 1, out=row_squares[:, part])
-            torch.sub(values, self.references[:, part].to(x.dtype), out=deviation)
-            torch.sum(deviation, 0, out=column_sums[:, part])
-            torch.mul(deviation, deviation, out=deviation)
-            if self.squared:
-                torch.sum(deviation.view(n * m, -1), 0, out=column_squares[0, part])
-            else:
-                torch.sum(deviation, 0, out=column_squares[:, part])
-        return row_sums, row_squares, column_sums, column_squares
-
-    def _move_references(self) -> None:
-        """Centre the columns on their means so far: squares about a far reference would cancel."""
-        n, dtype = self.n_samples, self.row_spread.dtype
-        moved = torch.add(self.references, self.column_sums / n)
-        shift = moved.to(dtype) - self.references
-        self.column_squares, self.column_sums = self._about(
-            self.column_squares, self.column_sums, shift.neg_(), n, self.references.dtype
-        )
-        self.references = moved
-
-    def _about(
-        self, squares: Tensor, sums: Tensor, shift: Tensor, n: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    def _about(self, squares: Tensor, sums: Tensor, shift: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
         """Squares and sums of n deviations that all grow by ``shift``."""
-        grown = torch.add(sums, n * shift)
-        return squares + self._over_columns(shift * (sums + grown)), grown.to(dtype)
+        grown = sums + n * shift
+        return squares + self._over_columns(shift * (sums + grown)), grown
 
     def _over_columns(self, values: Tensor) -> Tensor:
-        """Sum (transformations, activations) to the shape of ``column_squares``."""
+        """Sum (transformations, activations) to the shape of ``squares``."""
         return values.sum(0, keepdim=True) if self.squared else values
 
     def _column_spread(self) -> Tensor:
-        """Squared deviations from the column means."""
-        excess = self.column_sums.to(self.column_squares.dtype).square_()
-        return (self.column_squares - self._over_columns(excess) / self.n_samples).clamp_min_(0)
+        """Squared deviations from the column means: (1, k), or (m, k) where ``squared`` is false."""
+        n_plain, n_exact = self.plain_samples, self.n_samples - self.plain_samples
+        spread, means = [], []
+        if self.centres.numel():
+            sums = self.plain_sums + self.plain_firsts
+            spread.append((self.plain_squares - sums.square().sum(0) / n_plain).clamp_min_(0)[None])
+            means.append(self.centres + sums / n_plain)
+        if self.references.numel():
+            spread.append((self.squares - self._over_columns(self.sums.square()) / n_exact).clamp_min_(0))
+            means.append(self.references + self.sums / n_exact)
+        if len(means) == 2:
+            # Two sets of rows with different means (Chan, Golub and LeVeque 1983, the paper's reference 20).
+            between = self._over_columns((means[0] - means[1]).square())
+            return spread[0] + spread[1] + between * (n_plain * n_exact / self.n_samples.to(between.dtype))
+        return spread[0]
 
     def _merge(self, a: States, b: States) -> States:
-        dtype = torch.promote_types(a["references"].dtype, b["references"].dtype)
-        shift = b["references"].to(a["row_spread"].dtype) - a["references"]
-        squares, sums = self._about(b["column_squares"], b["column_sums"], shift, b["n_samples"], dtype)
+        plain, exact = self._merge_plain(a, b), self._merge_exact(a, b)
+        return {"row_spread": a["row_spread"] + b["row_spread"], **plain, **exact}
+
+    def _merge_plain(self, a: States, b: States) -> States:
+        names = ("centres", "plain_samples", "plain_squares", "plain_firsts", "plain_sums")
+        if not a["centres"].numel() or not b["centres"].numel():
+            return {name: (a if a["centres"].numel() else b)[name] for name in names}
+        m, n, shift = len(b["plain_sums"]), b["plain_samples"], b["centres"] - a["centres"]
+        total = b["plain_sums"].sum(0) + m * b["plain_firsts"]
         return {
-            "row_spread": a["row_spread"] + b["row_spread"],
-            "column_squares": a["column_squares"] + squares,
-            "column_sums": a["column_sums"] + sums,
-            "references": a["references"].to(dtype),
+            "centres": a["centres"],
+            "plain_samples": a["plain_samples"] + n,
+            "plain_squares": a["plain_squares"] + b["plain_squares"] + shift * (2 * total + n * m * shift),
+            "plain_firsts": a["plain_firsts"] + b["plain_firsts"] + n * shift,
+            "plain_sums": a["plain_sums"] + b["plain_sums"],
         }
+
+    def _merge_exact(self, a: States, b: States) -> States:
+        names = ("references", "squares", "sums")
+        if not a["references"].numel() or not b["references"].numel():
+            return {name: (a if a["references"].numel() else b)[name] for name in names}
+        shift = b["references"].to(b["sums"].dtype) - a["references"]
+        squares, sums = self._about(b["squares"], b["sums"], shift, b["n_samples"] - b["plain_samples"])
+        references = a["references"].to(torch.promote_types(a["references"].dtype, b["references"].dtype))
+        return {"references": references, "squares": a["squares"] + squares, "sums": a["sums"] + sums}
 
     def _transformation_variance(self) -> Tensor:
         m = self.n_transformations
@@ -162,31 +169,6 @@ class VarianceMeasure(Measure):
 
     def _undefined(self) -> Tensor:
         return self._shaped(torch.full_like(self.row_spread, torch.nan))
-
-
-def _lost_in_float32(row_sums: Tensor, row_squares: Tensor, column_sums: Tensor, column_squares: Tensor) -> bool:
-    """Whether squares left the range of float32: too large, or too small although the sums are not zero."""
-    for sums, squares in ((row_sums, row_squares), (column_sums, column_squares)):
-        if not math.isfinite(squares.sum()):
-            return True
-        if squares.min() < SMALLEST_FLOAT32_SQUARE:
-            small = squares.amax(0) < SMALLEST_FLOAT32_SQUARE
-            if bool((small & (sums != 0).any(0)).any()):
-                return True
-    return False
-
-
-_scratch = threading.local()
-
-
-def scratch(like: Tensor) -> Tensor:
-    """A buffer for intermediate results, the same memory at every call: fresh pages cost more than the arithmetic."""
-    if like.device.type != "cpu":  # whose allocator keeps its memory
-        return torch.empty_like(like)
-    buffers: dict[torch.dtype, Tensor] = _scratch.__dict__.setdefault("buffers", {})
-    if like.dtype not in buffers or buffers[like.dtype].numel() < like.numel():
-        buffers[like.dtype] = torch.empty(max(CHUNK, like.numel()), dtype=like.dtype)
-    return buffers[like.dtype][: like.numel()].view(like.shape)
 
 
 class TransformationVariance(VarianceMeasure):

@@ -59,7 +59,7 @@ def ratios(make: Callable[[], nn.Module], samples: int, rounds: int) -> tuple[li
             for batch in batches:
                 model(batch)
         middle = time.perf_counter()
-        evaluate(model, images, TRANSFORMATIONS)
+        evaluate(model, images, TRANSFORMATIONS, progress=False)
         end = time.perf_counter()
         if round_:  # the first warms up
             measured.append((end - middle) / (middle - start))

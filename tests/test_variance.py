@@ -1,0 +1,286 @@
+"""The variance measures against hand calculations and the definitions in float64."""
+
+import itertools
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torchmetrics import Metric, MetricCollection
+
+from lightning_invariance import functional
+from lightning_invariance.measures import NormalizedVariance, SampleVariance, TransformationVariance
+
+CASES = [
+    (TransformationVariance, functional.transformation_variance),
+    (SampleVariance, functional.sample_variance),
+    (NormalizedVariance, functional.normalized_variance),
+]
+BY_HAND = torch.tensor([[1.0, 3.0], [5.0, 5.0]])
+
+
+def cube(n=37, m=5, shape=(3, 4), dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    samples = torch.randn(n, 1, *shape, generator=generator, dtype=torch.float64)
+    return (3 * samples + torch.randn(n, m, *shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def measured(measure, blocks):
+    for block in blocks:
+        measure.update(block)
+    return measure.compute()
+
+
+@pytest.mark.parametrize(
+    ("measure", "squared", "value"),
+    [
+        (TransformationVariance, True, 1.0),  # rows: variances 2 and 0
+        (TransformationVariance, False, 2**0.5 / 2),
+        (SampleVariance, True, 5.0),  # columns: variances 8 and 2
+        (SampleVariance, False, 1.5 * 2**0.5),
+        (NormalizedVariance, True, 0.2),
+        (NormalizedVariance, False, 1 / 3),
+    ],
+)
+def test_values_worked_out_by_hand(measure, squared, value):
+    assert measured(measure(squared=squared), [BY_HAND]).item() == pytest.approx(value, rel=1e-6)
+
+
+@pytest.mark.parametrize(("measure", "definition"), CASES)
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("size", [1, 2, 4, 7, 36, 37])
+def test_any_block_size_gives_the_definition(measure, definition, squared, size):
+    tensor = cube()
+    value = measured(measure(squared=squared), tensor.split(size))
+    assert value.dtype == torch.float64
+    torch.testing.assert_close(value, definition(tensor, squared), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(("measure", "definition"), CASES)
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_any_merge_order_gives_the_definition(measure, definition, squared, order):
+    tensor = cube()
+    parts = []
+    for rows in tensor.split((5, 1, 31)):
+        parts.append(measure(squared=squared))
+        measured(parts[-1], rows.split(4))
+    merged = measure(squared=squared)
+    for position in order:
+        merged.merge_state(parts[position])
+    merged.merge_state(measure(squared=squared))  # an empty one changes nothing
+    torch.testing.assert_close(merged.compute(), definition(tensor, squared), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(("measure", "definition"), CASES)
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("size", [1, 4, 64, 400])
+def test_float32_far_from_zero(measure, definition, squared, size):
+    # Sample spreads from a hundredth to a hundred times the spread of rows; the mean is 10⁴ times the spread of rows.
+    generator = torch.Generator().manual_seed(1)
+    samples = torch.randn(400, 1, 50, generator=generator) * torch.logspace(-2, 2, 50)
+    tensor = 1e4 + samples + torch.randn(400, 16, 50, generator=generator)
+    value = measured(measure(squared=squared), tensor.split(size))
+    torch.testing.assert_close(value, definition(tensor.double(), squared), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+@pytest.mark.parametrize("columns_apart", [1.0, 30.0, 1e4])
+def test_float32_columns_far_from_each_other(size, columns_apart):
+    generator = torch.Generator().manual_seed(2)
+    columns = torch.randn(1, 16, 50, generator=generator) * columns_apart
+    tensor = columns + torch.randn(97, 16, 50, generator=generator)
+    value = measured(NormalizedVariance(), tensor.split(size))
+    torch.testing.assert_close(value, functional.normalized_variance(tensor.double()), rtol=1e-4, atol=0)
+
+
+def test_an_outlier_in_the_first_row_does_not_cost_digits():
+    tensor = torch.zeros(5000, 16, 3)
+    tensor[0] = 0.1 + torch.rand(16, 3, generator=torch.Generator().manual_seed(3))
+    value = measured(SampleVariance(), tensor.split(4))
+    torch.testing.assert_close(value, functional.sample_variance(tensor.double()), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("size", [1, 3, 4, 7])
+def test_special_cases_are_exact(dtype, squared, size):
+    generator = torch.Generator().manual_seed(4)
+    samples, transformations = torch.rand(11, 1, generator=generator), torch.rand(1, 6, generator=generator)
+    dead = torch.full((11, 6), 0.1)
+    tensor = torch.stack([samples.expand(11, 6), transformations.expand(11, 6), dead], dim=2).to(dtype)
+    for rows in (tensor, tensor.flip(0)):
+        measure = NormalizedVariance(squared=squared)
+        assert measured(measure, rows.split(size)).tolist() == [0, float("inf"), 1]
+        assert measure.dead().tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-22, 1e18, 1e30, 1e37])
+@pytest.mark.parametrize("squared", [True, False])
+def test_float32_squares_out_of_range(scale, squared):
+    tensor = torch.randn(9, 4, 5, generator=torch.Generator().manual_seed(5)) * scale
+    value = measured(NormalizedVariance(squared=squared), tensor.split(2))
+    torch.testing.assert_close(value, functional.normalized_variance(tensor.double(), squared), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_activations(dtype):
+    tensor = cube(dtype=dtype)
+    expected = functional.normalized_variance(tensor.double())
+    torch.testing.assert_close(measured(NormalizedVariance(), tensor.split(4)), expected, rtol=1e-5, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(measured(NormalizedVariance(), tensor.split(4)), expected, rtol=1e-5, atol=0)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    tensor=hnp.arrays(
+        dtype="float64",
+        shape=hnp.array_shapes(min_dims=3, max_dims=3, min_side=2, max_side=6),
+        elements=st.floats(-1e6, 1e6).map(lambda x: round(x, 3)),
+    ),
+    data=st.data(),
+)
+def test_any_values_and_split(tensor, data):
+    tensor = torch.from_numpy(tensor)
+    cut = data.draw(st.integers(0, len(tensor)))
+    for measure, definition in CASES:
+        parts = [measure(), measure()]
+        parts[0].update(tensor[:cut])
+        parts[1].update(tensor[cut:])
+        parts[0].merge_state(parts[1])
+        # Both sides round: variances are compared on the scale of the numbers they come from.
+        expected = definition(tensor)
+        if definition is not functional.normalized_variance:
+            torch.testing.assert_close(parts[0].compute(), expected, rtol=1e-9, atol=1e-16 * tensor.abs().max() ** 2)
+        else:
+            tv, sv = functional.transformation_variance(tensor), functional.sample_variance(tensor)
+            clear = (tv > 1e-9 * tensor.abs().max() ** 2) & (sv > 1e-9 * tensor.abs().max() ** 2)
+            torch.testing.assert_close(parts[0].compute()[clear], expected[clear], rtol=1e-6, atol=0)
+
+
+def test_nan_and_infinity_stay_where_they_are():
+    tensor = cube(shape=(4,))
+    tensor[3, 2, 1], tensor[20, 0, 2] = torch.nan, torch.inf
+    value = measured(NormalizedVariance(), tensor.float().split(4))
+    assert value.isnan().tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("measure", "shape"), [(TransformationVariance, (5, 1)), (SampleVariance, (1, 5)), (NormalizedVariance, (1, 5))]
+)
+def test_too_little_data_is_nan_with_a_warning(measure, shape):
+    metric = measure()
+    metric.update(torch.rand(*shape, 3))
+    with pytest.warns(UserWarning, match="is NaN"):
+        assert metric.compute().isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("block", "error", "message"),
+    [
+        (torch.zeros(3), ValueError, r"\(samples, transformations, \*activation_shape\), but got \(3,\)"),
+        (torch.zeros(3, 4, dtype=torch.long), TypeError, "torch.int64"),
+        (torch.zeros(3, 4, dtype=torch.complex64), TypeError, "torch.complex64"),
+        ([1.0], TypeError, "list"),
+        (torch.zeros(2, 3, 7), ValueError, "with 4 transformations, but got 3"),
+        (torch.zeros(2, 4, 8), ValueError, r"of shape \(7,\), but got \(8,\)"),
+    ],
+)
+def test_blocks_that_do_not_fit(block, error, message):
+    metric = NormalizedVariance()
+    metric.update(torch.rand(2, 4, 7))
+    with pytest.raises(error, match=message):
+        metric.update(block)
+
+
+def test_states_of_other_activations_do_not_merge():
+    one, other = NormalizedVariance(), NormalizedVariance()
+    one.update(torch.rand(2, 4, 6))
+    other.update(torch.rand(2, 4, 2, 3))
+    with pytest.raises(ValueError, match="of one shape"):
+        one.merge_state(other)
+    with pytest.raises(ValueError, match="squared"):
+        NormalizedVariance(squared=2)
+
+
+def test_update_does_not_change_its_input():
+    for dtype in (torch.float32, torch.float64):
+        tensor = cube(dtype=dtype)
+        before = tensor.clone()
+        measured(NormalizedVariance(), tensor.split(4))
+        assert torch.equal(tensor, before)
+
+
+def test_metric_habits():
+    tensor = cube()
+    expected = functional.normalized_variance(tensor)
+    metric = NormalizedVariance()
+    for rows in tensor.split(10):
+        value = metric(rows)  # forward returns the value of the batch
+        torch.testing.assert_close(value, functional.normalized_variance(rows))
+    torch.testing.assert_close(metric.compute(), expected)
+
+    copy = pickle.loads(pickle.dumps(metric))  # noqa: S301
+    torch.testing.assert_close(copy.compute(), expected)
+    torch.testing.assert_close(metric.clone().compute(), expected)
+    assert isinstance(hash(metric), int)
+    assert metric.state_dict() == {}
+    metric.persistent(True)
+    loaded = NormalizedVariance()
+    loaded.persistent(True)
+    loaded.load_state_dict(metric.state_dict())
+    loaded._update_count = 1
+    torch.testing.assert_close(loaded.compute(), expected)
+
+    doubled = 2 * metric + 1
+    torch.testing.assert_close(doubled.compute(), 2 * expected + 1)
+    metric.reset()
+    assert metric.n_samples == 0
+    assert metric.row_spread.numel() == 0
+    torch.testing.assert_close(measured(metric, [tensor]), expected)
+
+
+def test_a_value_computed_before_a_merge_is_not_kept():
+    one, other = NormalizedVariance(), NormalizedVariance()
+    one.update(cube()[:20])
+    other.update(cube()[20:])
+    one.compute()
+    one.merge_state(other)
+    torch.testing.assert_close(one.compute(), functional.normalized_variance(cube()))
+
+
+def test_states_made_in_inference_mode_go_on_outside():
+    metric, tensor = NormalizedVariance(), cube(n=80, dtype=torch.float32)
+    for position, rows in enumerate(tensor.split(4)):
+        with torch.inference_mode(position % 2 == 0):
+            metric.update(rows)
+    expected = functional.normalized_variance(tensor.double())
+    torch.testing.assert_close(metric.compute(), expected, rtol=1e-5, atol=0)
+
+
+def test_the_family_shares_one_update_in_a_collection(monkeypatch):
+    tensor = cube()
+    metrics = MetricCollection(
+        {"nv": NormalizedVariance(), "tv": TransformationVariance(), "sv": SampleVariance(), "std": SampleVariance(False)}
+    )
+    for rows in tensor.split(8):
+        metrics.update(rows)
+    assert sorted(map(sorted, metrics.compute_groups.values())) == [["nv", "sv", "tv"], ["std"]]
+    values = metrics.compute()
+    torch.testing.assert_close(values["nv"], functional.normalized_variance(tensor))
+    torch.testing.assert_close(values["tv"], functional.transformation_variance(tensor))
+    torch.testing.assert_close(values["sv"], functional.sample_variance(tensor))
+    torch.testing.assert_close(values["std"], functional.sample_variance(tensor, squared=False))
+
+
+def test_plot_returns_figure_and_axes():
+    metric: Metric = NormalizedVariance()
+    metric.update(cube())
+    figure, axes = metric.plot()
+    assert axes.figure is figure
+    # The mean over the spatial axes of each of the 3 channels.
+    expected = functional.normalized_variance(cube()).mean(1)
+    torch.testing.assert_close(torch.tensor([bar.get_height() for bar in axes.patches]), expected, check_dtype=False)
