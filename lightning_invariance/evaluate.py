@@ -113,7 +113,10 @@ def evaluate(
             walk.start_block(block)
             run(model, block.inputs.flatten(0, 1))
     selection.check_fired(walk.collections)
-    return walk.result()
+    result = walk.result(loader.n_samples)
+    _check_number(result.n_samples)
+    _warn_of_nan(result)
+    return result
 
 
 class _Walk:
@@ -157,7 +160,7 @@ class _Walk:
         """Move the batch axis to the front; it is elsewhere in the states and time-first outputs of recurrent nets."""
         if layer not in self._batch_axes:
             if isinstance(module, nn.RNNBase):
-                hidden = not layer.endswith("[0]")
+                hidden = layer.count("[") > 1 or not layer.endswith("[0]")  # (output, hidden) or (output, (h, c))
                 axis = 1 if hidden or not module.batch_first else 0
             else:
                 axis = next((a for a, size in enumerate(output.shape) if size == batch), 0)
@@ -181,7 +184,7 @@ class _Walk:
             metrics[name] = clone.to(device)
         return MetricCollection(metrics, compute_groups=[list(group) for group in self._groups])
 
-    def result(self) -> InvarianceResult:
+    def result(self, n_samples: int | None) -> InvarianceResult:
         """Compute every measure of every layer."""
         values: dict[str, dict[str, Tensor]] = {name: {} for name in self._measures}
         dead: dict[str, Tensor] = {}
@@ -195,11 +198,10 @@ class _Walk:
         result = InvarianceResult(
             values,
             dead=dead,
-            n_samples=self._rows,
+            n_samples=self._rows if n_samples is None else n_samples,
             transformations=self._transformations.labels,
             parameters=self._transformations.parameters,
         )
-        _warn_of_nan(result)
         return result
 
     def _dead(self, collection: MetricCollection) -> Tensor | None:
@@ -247,8 +249,13 @@ def _check_numbers(loader: STLoader) -> None:
             "Expected argument `transformations` to hold at least two transformations,"
             f" but got {loader.transformations!r}."
         )
-    if loader.n_samples is not None and loader.n_samples < 2:
-        raise ValueError(f"Expected at least two samples, but got {loader.n_samples}: a variance needs two.")
+    if loader.n_samples is not None:
+        _check_number(loader.n_samples)
+
+
+def _check_number(n_samples: int) -> None:
+    if n_samples < 2:
+        raise ValueError(f"Expected at least two samples, but got {n_samples}: a variance needs two.")
 
 
 def _warn_of_nan(result: InvarianceResult) -> None:

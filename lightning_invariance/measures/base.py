@@ -7,6 +7,8 @@ from collections.abc import Callable, Hashable
 from typing import Any, ClassVar
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
@@ -121,6 +123,25 @@ class Measure(Metric):
             UserWarning,
         )
         return False
+
+    def plot(self, val: Tensor | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Draw a bar for each channel: the mean over the spatial axes.
+
+        Args:
+            val: what ``compute`` or ``forward`` returned; by default ``compute()`` is called.
+            ax: axes to draw into; by default those of a new figure.
+
+        Returns:
+            The figure and the axes.
+        """
+        values = self.compute() if val is None else val
+        channels = values.flatten(1).mean(1) if values.ndim > 1 else values.reshape(-1)
+        if ax is None:
+            ax = Figure(figsize=(6, 3), layout="constrained").add_subplot()
+        ax.bar(range(len(channels)), channels.tolist())
+        ax.set_xlabel("channel")
+        ax.set_ylabel(type(self).__name__)
+        return ax.figure, ax  # type: ignore[return-value]
 
     def _reduce_states(self, incoming_state: States) -> None:
         """Merge other states into the own ones (called by ``forward`` and ``merge_state``)."""

@@ -1,0 +1,249 @@
+"""InvarianceMonitor in a Trainer."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_invariance import InvarianceMonitor, evaluate, rotations, scales
+from lightning_invariance.measures import NormalizedVariance, TransformationVariance
+
+IMAGES = torch.rand(40, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+DATA = TensorDataset(IMAGES, (IMAGES.mean((1, 2, 3)) > 0.5).long())
+LAYERS = ["conv", "bn", "relu", "drop", "fc"]
+
+
+class Net(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(inplace=True)
+        self.drop, self.fc = nn.Dropout(0.3), nn.Linear(48, 2)
+
+    def forward(self, x):
+        return self.fc(self.drop(self.relu(self.bn(self.conv(x))).flatten(1)))
+
+    def training_step(self, batch, _):
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, _):
+        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(tmp_path, *callbacks, epochs=3, model=None, logger=None, data=DATA, ckpt_path=None, **options):
+    pl.seed_everything(1, verbose=False)
+    model = model or Net()
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        callbacks=list(callbacks),
+        logger=TensorBoardLogger(tmp_path, name="", version="run") if logger is None else logger,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks), **options},
+    )
+    trainer.fit(model, DataLoader(data, 8, shuffle=True), DataLoader(data, 8), ckpt_path=ckpt_path)
+    return trainer
+
+
+def events(tmp_path):
+    accumulator = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0, "scalars": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def test_curves_and_pictures_in_tensorboard(tmp_path):
+    monitor = InvarianceMonitor(rotations(4), [NormalizedVariance(), TransformationVariance()])
+    trainer = fit(tmp_path, monitor)
+    logged = events(tmp_path)
+    validated = [event.step for event in logged.Scalars("val_loss")]
+    assert validated == [4, 9, 14]
+    for measure in ("NormalizedVariance", "TransformationVariance"):
+        for layer in LAYERS:
+            points = logged.Scalars(f"{measure}/{layer}")
+            assert [event.step for event in points] == [0, *validated]
+            values = [result.per_layer(measure)[layer] for result in monitor.history]
+            assert [event.value for event in points] == pytest.approx(values, rel=1e-6)
+        means = [event.value for event in logged.Scalars(f"{measure}_mean")]
+        assert means == pytest.approx([result.mean(measure) for result in monitor.history], rel=1e-6)
+        for picture in ("heatmap", "evolution"):
+            assert [event.step for event in logged.Images(f"{measure}/{picture}")] == [0, *validated]
+            assert logged.Images(f"{measure}/{picture}")[0].width > 300
+    assert [result.epoch for result in monitor.history] == [-1, 0, 1, 2]
+    assert [result.step for result in monitor.history] == [0, *validated]
+    assert trainer.callback_metrics["NormalizedVariance/fc"].item() == pytest.approx(
+        monitor.history[-1].per_layer("NormalizedVariance")["fc"], rel=1e-6
+    )
+
+
+def test_values_are_those_of_evaluate(tmp_path):
+    monitor = InvarianceMonitor(rotations(4))
+    model = Net()
+    pl.seed_everything(5, verbose=False)
+    untrained = evaluate(model, DATA, rotations(4))
+    fit(tmp_path, monitor, model=model)
+    trained = evaluate(model, DATA, rotations(4))
+    for expected, result in ((untrained, monitor.history[0]), (trained, monitor.history[-1])):
+        for layer in LAYERS:
+            assert torch.equal(result["NormalizedVariance"][layer], expected["NormalizedVariance"][layer])
+
+
+class Recorder(pl.Callback):
+    """What training sees: its batches, its losses and the random state."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append((batch[0].sum().item(), outputs["loss"].item(), torch.get_rng_state().sum().item()))
+
+
+@pytest.mark.parametrize("options", [{}, {"val_check_interval": 0.5}, {"check_val_every_n_epoch": 2}])
+def test_training_is_the_same_bit_for_bit(tmp_path, options):
+    models, recorders = [], []
+    for callbacks in ([], [InvarianceMonitor(rotations(4))]):
+        recorder = Recorder()
+        trainer = fit(tmp_path / str(len(models)), *callbacks, recorder, **options)
+        models.append(trainer.lightning_module)
+        recorders.append(recorder)
+    assert recorders[0].seen == recorders[1].seen
+    for (name, one), other in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+    assert [m.training for m in models[0].modules()] == [m.training for m in models[1].modules()]
+    assert not any(m._forward_hooks for m in models[1].modules())
+
+
+def test_every_n_epochs_and_the_first_validation(tmp_path):
+    monitor = InvarianceMonitor(rotations(4), every_n_epochs=3)
+    fit(tmp_path, monitor, epochs=6)
+    assert [result.epoch for result in monitor.history] == [-1, 0, 2, 5]
+
+
+def test_without_validation_the_training_epoch_counts(tmp_path):
+    monitor = InvarianceMonitor(rotations(4), data=IMAGES, every_n_epochs=2)
+    fit(tmp_path, monitor, epochs=4, limit_val_batches=0)
+    assert [result.epoch for result in monitor.history] == [-1, 1, 3]
+    points = events(tmp_path).Scalars("NormalizedVariance/fc")
+    assert [event.step for event in points] == [0, 9, 19]
+
+
+def test_the_trainer_without_data(tmp_path):
+    with pytest.raises(MisconfigurationException, match="give it `data`"):
+        fit(tmp_path, InvarianceMonitor(rotations(4)), limit_val_batches=0)
+
+
+def test_validation_that_comes_late_is_loaded_for_the_untrained_network(tmp_path):
+    monitor = InvarianceMonitor(rotations(4))
+    fit(tmp_path, monitor, epochs=4, check_val_every_n_epoch=2, num_sanity_val_steps=0)
+    assert [result.epoch for result in monitor.history] == [-1, 1, 3]
+
+
+def test_early_stopping_and_checkpoints_can_watch_it(tmp_path):
+    monitor = InvarianceMonitor(rotations(4), layers=["conv", "fc"])
+    best = ModelCheckpoint(tmp_path / "best", "best", monitor="NormalizedVariance_mean", enable_version_counter=False)
+    stop = EarlyStopping("NormalizedVariance/fc", mode="min", patience=1)
+    fit(tmp_path, stop, best, monitor, epochs=12)
+    means = [result.mean() for result in monitor.history[1:]]
+    assert best.best_model_score.item() == pytest.approx(min(means), rel=1e-6)
+    curve = [result.per_layer()["fc"] for result in monitor.history[1:]]
+    assert stop.best_score.item() == pytest.approx(min(curve), rel=1e-6)
+    assert len(curve) < 12
+    assert min(curve[-1:]) > stop.best_score.item()
+
+
+def test_history_goes_on_after_a_resume(tmp_path):
+    first = InvarianceMonitor(rotations(4))
+    last = ModelCheckpoint(tmp_path, save_last=True)
+    fit(tmp_path, first, last, epochs=2)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert [key for key in checkpoint["callbacks"] if "InvarianceMonitor" in key]
+    second = InvarianceMonitor(rotations(4))
+    fit(tmp_path, second, ModelCheckpoint(tmp_path), epochs=4, ckpt_path=tmp_path / "last.ckpt")
+    assert [result.epoch for result in second.history] == [-1, 0, 1, 2, 3]
+    for before, after in zip(first.history, second.history, strict=False):
+        assert before.per_layer() == after.per_layer()
+        assert torch.equal(
+            before.per_channel("NormalizedVariance", "conv"), after.per_channel("NormalizedVariance", "conv")
+        )
+        assert (before.epoch, before.step) == (after.epoch, after.step)
+
+
+def test_old_results_keep_channels_only_when_memory_is_short(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_invariance.callback.HISTORY_BYTES", 3000)  # one result of 272 numbers fits
+    monitor = InvarianceMonitor(rotations(4))
+    fit(tmp_path, monitor)
+    shapes = [tuple(result["NormalizedVariance"]["conv"].shape) for result in monitor.history]
+    assert shapes == [(3,), (3,), (3,), (3, 4, 4)]
+
+
+def test_two_monitors_need_two_names(tmp_path):
+    with pytest.raises(MisconfigurationException, match="set `name`"):
+        fit(tmp_path, OtherMonitor(rotations(4)), InvarianceMonitor(scales()))
+    fit(tmp_path, InvarianceMonitor(rotations(4)), InvarianceMonitor(scales(), name="scale"), epochs=1)
+    tags = events(tmp_path).Tags()["scalars"]
+    assert {"NormalizedVariance/fc", "NormalizedVariance_scale/fc", "NormalizedVariance_scale_mean"} <= set(tags)
+
+
+class OtherMonitor(InvarianceMonitor):
+    """A subclass has a state key of its own, so that only the monitor can notice the clash of tags."""
+
+
+def test_the_csv_logger_gets_files(tmp_path):
+    fit(tmp_path, InvarianceMonitor(rotations(4)), epochs=1, logger=CSVLogger(tmp_path, "", "csv"))
+    assert "NormalizedVariance/fc" in (tmp_path / "csv" / "metrics.csv").read_text()
+    pictures = sorted(path.relative_to(tmp_path / "csv").as_posix() for path in tmp_path.glob("csv/**/*.png"))
+    assert pictures == [
+        f"images/NormalizedVariance/{kind}_step={step}.png" for kind in ("evolution", "heatmap") for step in (0, 4)
+    ]
+    assert Image.open(tmp_path / "csv" / pictures[0]).size[0] > 300
+
+
+def test_no_logger_and_fast_dev_run(tmp_path):
+    monitor = InvarianceMonitor(rotations(4))
+    fit(tmp_path, monitor, epochs=1, logger=False)
+    assert len(monitor.history) == 2
+    fit(tmp_path, InvarianceMonitor(rotations(4)), fast_dev_run=True)
+
+
+def test_validate_measures_once(tmp_path):
+    monitor = InvarianceMonitor(rotations(4))
+    trainer = pl.Trainer(
+        callbacks=[monitor], logger=False, accelerator="cpu", enable_progress_bar=False, default_root_dir=tmp_path
+    )
+    metrics = trainer.validate(Net(), DataLoader(DATA, 8), verbose=False)[0]
+    assert len(monitor.history) == 1
+    assert metrics["NormalizedVariance/fc"] == pytest.approx(monitor.history[0].per_layer()["fc"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"every_n_epochs": 0}, ValueError, "`every_n_epochs` to be an int of at least 1, but got 0"),
+        ({"batch_size": 0}, ValueError, "`batch_size` .* but got 0"),
+        ({"max_samples": 1}, ValueError, "`max_samples` .* of at least 2, but got 1"),
+        ({"transformations": rotations(1)}, ValueError, "at least two transformations"),
+        ({"transformations": None}, TypeError, "TransformationSet"),
+        ({"measures": [3]}, TypeError, "Metric"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        InvarianceMonitor(**{"transformations": rotations(4), **arguments})
+
+
+def test_an_unknown_layer_stops_before_training(tmp_path):
+    recorder = Recorder()
+    with pytest.raises(ValueError, match="no layer 'conv1'. Did you mean 'conv'"):
+        fit(tmp_path, InvarianceMonitor(rotations(4), layers=["conv1"]), recorder)
+    assert recorder.seen == []

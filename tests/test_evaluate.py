@@ -1,0 +1,365 @@
+"""evaluate() against the stored ST cube, and everything it must leave alone."""
+
+import pickle
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset, TensorDataset
+from torchmetrics import Metric
+
+from lightning_invariance import TransformationSet, combine, evaluate, functional, layer_names, quarter_turns, rotations, scales
+from lightning_invariance.measures import NormalizedVariance, SampleVariance, TransformationVariance
+
+IMAGES = torch.rand(13, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def network():
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(256, 5),
+    )
+
+
+def cubes(model, images, transformations):
+    """The ST tensor of every child of a sequential model, in float64."""
+    model = model.eval().double()
+    x = transformations(images.double()).flatten(0, 1)
+    found = {}
+    with torch.no_grad():
+        for name, module in model.named_children():
+            x = module(x)
+            found[name] = x.clone().unflatten(0, (len(images), len(transformations)))
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [3, 16, 64])
+def test_every_layer_equals_the_stored_cube(batch_size):
+    # 24 transformations: rows longer than a batch, one row in a batch, and two rows and a short block.
+    t = combine(rotations(8), scales(factors=[0.7, 1, 1.2]))
+    measures = [NormalizedVariance(), TransformationVariance(), SampleVariance()]
+    result = evaluate(network(), IMAGES, t, measures, batch_size=batch_size)
+    expected = cubes(network(), IMAGES, t)
+    assert result.layers == list(expected)
+    assert result.n_samples == 13
+    for name, cube in expected.items():
+        for measure, definition in (
+            ("NormalizedVariance", functional.normalized_variance),
+            ("TransformationVariance", functional.transformation_variance),
+            ("SampleVariance", functional.sample_variance),
+        ):
+            assert result[measure][name].dtype == torch.float64
+            # Units that hardly ever fire compare numbers near the rounding of a float32 convolution.
+            scale = definition(cube)[functional.sample_variance(cube) > 1e-6]
+            value = result[measure][name][functional.sample_variance(cube) > 1e-6]
+            torch.testing.assert_close(value, scale, rtol=1e-4, atol=0)
+
+
+def test_a_double_precision_model_is_exact():
+    t = rotations(6)
+    result = evaluate(network().double(), IMAGES.double(), t)
+    for name, cube in cubes(network(), IMAGES, t).items():
+        torch.testing.assert_close(
+            result["NormalizedVariance"][name], functional.normalized_variance(cube), rtol=1e-9, atol=0
+        )
+
+
+def test_an_exactly_invariant_network_scores_zero():
+    model = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten())
+    assert evaluate(model, IMAGES, quarter_turns())["NormalizedVariance"]["1"].tolist() == [0, 0, 0]
+
+
+def test_in_place_activations_do_not_change_what_came_before():
+    class Net(nn.Module):
+        def __init__(self, inplace):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.relu = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=inplace)
+
+        def forward(self, x):
+            return self.relu(self.conv(x))
+
+    one, other = (evaluate(Net(inplace), IMAGES, rotations(4)) for inplace in (True, False))
+    for layer in ("conv", "relu"):
+        assert torch.equal(one["NormalizedVariance"][layer], other["NormalizedVariance"][layer])
+    assert not torch.equal(one["NormalizedVariance"]["conv"], one["NormalizedVariance"]["relu"])
+
+
+def test_nothing_is_changed_afterwards():
+    model = network().train()
+    model[1].eval()  # a frozen BatchNorm stays frozen
+    model[5].weight.requires_grad_(False)
+    before = pickle.dumps({name: (v.clone(), v.requires_grad) for name, v in model.state_dict(keep_vars=True).items()})
+    modes = [module.training for module in model.modules()]
+    random.seed(3)
+    np.random.seed(3)
+    torch.manual_seed(3)
+    drawn = random.random(), np.random.rand(), torch.rand(1)
+    random.seed(3)
+    np.random.seed(3)
+    torch.manual_seed(3)
+    noisy = TransformationSet.from_callables({"a": lambda x: x + torch.rand_like(x), "b": lambda x: x * random.random()})
+    one, other = evaluate(model, IMAGES, noisy), evaluate(model, IMAGES, noisy)
+    assert (random.random(), np.random.rand(), torch.rand(1)) == drawn
+    assert torch.equal(one["NormalizedVariance"]["0"], other["NormalizedVariance"]["0"])  # seeded inside
+    assert [module.training for module in model.modules()] == modes
+    after = {name: (v.clone(), v.requires_grad) for name, v in model.state_dict(keep_vars=True).items()}
+    for name, (value, grad) in pickle.loads(before).items():  # noqa: S301
+        assert torch.equal(value, after[name][0])
+        assert grad == after[name][1]
+    assert torch.is_grad_enabled()
+    pickle.dumps(model)
+
+
+class Broken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 3)
+
+    def forward(self, x):
+        self.conv(x)
+        raise ArithmeticError("broken")
+
+
+def test_hooks_go_and_modes_return_when_forward_raises():
+    model = Broken().train()
+    state = torch.get_rng_state()
+    with pytest.raises(ArithmeticError):
+        evaluate(model, IMAGES, rotations(4))
+    assert model.training
+    assert model.conv.training
+    assert not model.conv._forward_hooks
+    assert torch.equal(state, torch.get_rng_state())
+
+
+class Many(nn.Module):
+    """A module that runs three times, one that never runs, and outputs in containers."""
+
+    def __init__(self):
+        super().__init__()
+        self.relu = nn.ReLU()
+        self.unused = nn.Linear(2, 2)
+        self.pair = Pair()
+        self.lstm = nn.LSTM(8, 5, batch_first=True)
+
+    def forward(self, x):
+        x = self.relu(self.relu(self.relu(x) - 0.2) - 0.2)
+        self.pair(x)
+        return self.lstm(x[:, 0])
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return {"mean": x.mean(1), "rest": [x[:, 0], (x > 0).long(), None]}
+
+
+def test_repeated_calls_and_outputs_in_containers():
+    result = evaluate(Many(), IMAGES, rotations(4))
+    shapes = {layer: tuple(v.shape) for layer, v in result["NormalizedVariance"].items()}
+    assert shapes == {
+        "relu": (3, 8, 8),
+        "relu#1": (3, 8, 8),
+        "relu#2": (3, 8, 8),
+        "pair[mean]": (8, 8),
+        "pair[rest][0]": (8, 8),
+        "lstm[0]": (8, 5),
+        "lstm[1][0]": (1, 5),
+        "lstm[1][1]": (1, 5),
+    }
+    x = rotations(4)(IMAGES.double()).flatten(0, 1)
+    cube = (((x.relu() - 0.2).relu() - 0.2).relu()).unflatten(0, (13, 4))
+    expected = functional.normalized_variance(cube)
+    clear = functional.sample_variance(cube) > 1e-6
+    torch.testing.assert_close(result["NormalizedVariance"]["relu#2"][clear], expected[clear], rtol=1e-4, atol=0)
+
+
+def nested():
+    return nn.ModuleDict(
+        {
+            "conv1": nn.Conv2d(3, 4, 3),
+            "layer1": nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()),
+            "layer2": nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [
+        (None, ["conv1", "layer1.0", "layer1.1", "layer2.0", "layer2.1"]),
+        ("layer1", ["layer1"]),
+        ("layer1.*", ["layer1.0", "layer1.1"]),
+        (["*.0", "conv1"], ["conv1", "layer1.0", "layer2.0"]),
+        (nn.ReLU, ["layer1.1", "layer2.1"]),
+        ([nn.Sequential, "conv?"], ["conv1", "layer1", "layer2"]),
+        (lambda name, module: name.startswith("layer2"), ["layer2", "layer2.0", "layer2.1"]),
+        ({"layer2.0": "second", "conv1": "first"}, ["second", "first"]),
+    ],
+)
+def test_selecting_layers(layers, names):
+    assert layer_names(nested(), layers) == names
+
+
+@pytest.mark.parametrize(
+    ("layers", "error", "message"),
+    [
+        (["conv2"], ValueError, r"no layer 'conv2'\. Did you mean 'conv1'"),
+        ("zzz*", ValueError, "The model has conv1"),
+        (nn.Linear, ValueError, "no Linear; it has Conv2d, ReLU, Sequential"),
+        ([], ValueError, "selects none"),
+        (lambda name, module: False, ValueError, "selects none"),
+        ({"conv1": "a", "layer1": "a"}, ValueError, "different names"),
+        (3, TypeError, "but got 3"),
+        ([3], TypeError, "but got 3"),
+    ],
+)
+def test_selections_that_fail(layers, error, message):
+    with pytest.raises(error, match=message):
+        layer_names(nested(), layers)
+
+
+def test_a_layer_that_never_runs():
+    with pytest.raises(RuntimeError, match=r"'unused' to run .*'relu', 'relu#1', 'relu#2', 'pair"):
+        evaluate(Many(), IMAGES, rotations(4), layers=["unused", "relu", "pair"])
+    assert evaluate(Many(), IMAGES, rotations(4), layers="*u*").layers == ["relu", "relu#1", "relu#2"]
+
+
+def test_renamed_layers_and_the_output_of_a_block():
+    model = nn.Sequential(nested()["layer1"], nn.Flatten())
+    model[0][0] = nn.Conv2d(3, 4, 3)
+    result = evaluate(model, IMAGES, rotations(4), layers={"0": "block", "0.0": "conv"})
+    assert result.layers == ["conv", "block"]
+
+
+def test_a_model_of_one_module():
+    assert evaluate(nn.Conv2d(3, 2, 3), IMAGES, rotations(4)).layers == ["Conv2d"]
+
+
+def test_forward_and_input_fn():
+    class Conditional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 3)
+
+        def forward(self, x, factor):
+            return self.conv(x) * factor
+
+    data = [{"a": x, "b": torch.zeros(2)} for x in IMAGES]
+    result = evaluate(
+        Conditional(), data, rotations(4), forward=lambda model, x: model(x, 2), input_fn=lambda batch: batch["a"]
+    )
+    assert result.layers == ["conv"]
+
+
+def test_class_sorted_and_shuffled_data_agree():
+    order = torch.randperm(13, generator=torch.Generator().manual_seed(7))
+    one = evaluate(network(), TensorDataset(IMAGES, torch.arange(13)), rotations(4))
+    other = evaluate(network(), TensorDataset(IMAGES[order], order), rotations(4))
+    torch.testing.assert_close(one["NormalizedVariance"]["5"], other["NormalizedVariance"]["5"], rtol=1e-5, atol=0)
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield from IMAGES
+
+
+def test_an_endless_dataset_with_max_samples():
+    result = evaluate(network(), Endless(), rotations(4), max_samples=13)
+    assert result.n_samples == 13
+    expected = evaluate(network(), IMAGES, rotations(4))
+    torch.testing.assert_close(
+        result["NormalizedVariance"]["5"], expected["NormalizedVariance"]["5"], rtol=1e-5, atol=0
+    )
+
+
+def test_nan_activations_are_counted_and_reported():
+    class Poisoned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Identity()
+
+        def forward(self, x):
+            x = x.clone()
+            x[0, 0, 1, 2] = torch.nan
+            x[0, 1, 3, 4] = torch.inf
+            return self.inner(x)
+
+    with pytest.warns(UserWarning, match=r"NaN or infinite activations.*inner \(2\)"):
+        result = evaluate(Poisoned(), IMAGES, rotations(4))
+    row = result.table()[0]
+    assert row.nan == 2
+    assert row.mean == result["NormalizedVariance"]["inner"].nanmean().item()
+
+
+def test_own_metrics_and_names():
+    class Largest(Metric):
+        full_state_update = False
+
+        def __init__(self):
+            super().__init__()
+            self.add_state("largest", torch.tensor(-torch.inf), "max")
+
+        def update(self, st_block):
+            self.largest = torch.maximum(self.largest, st_block.max())
+
+        def compute(self):
+            return self.largest
+
+    measures = {"std": TransformationVariance(squared=False), "var": TransformationVariance(), "max": Largest()}
+    result = evaluate(nn.Identity(), IMAGES, rotations(4), measures)
+    assert list(result) == ["std", "var", "max"]
+    assert result["max"]["Identity"] == rotations(4)(IMAGES).max().item()
+    assert not torch.equal(result["std"]["Identity"], result["var"]["Identity"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"data": IMAGES[:0]}, ValueError, "it is empty"),
+        ({"data": IMAGES[:1]}, ValueError, "at least two samples, but got 1"),
+        ({"max_samples": 1}, ValueError, "at least two samples, but got 1"),
+        ({"transformations": rotations(1)}, ValueError, "at least two transformations"),
+        ({"transformations": [torch.neg, torch.abs]}, TypeError, "from_callables"),
+        ({"measures": [NormalizedVariance]}, TypeError, "torchmetrics.Metric objects"),
+        ({"measures": []}, ValueError, "at least one measure"),
+        ({"measures": [NormalizedVariance(), NormalizedVariance()]}, ValueError, "two of 'NormalizedVariance'"),
+        ({"layers": "nope"}, ValueError, "no layer 'nope'"),
+        ({"data": Endless()}, ValueError, "max_samples"),
+        ({"data": [{"a": torch.zeros(2), "b": torch.zeros(3)}] * 4}, ValueError, "input_fn"),
+    ],
+)
+def test_bad_input_is_refused_before_the_model_runs(arguments, error, message):
+    class Untouchable(nn.Module):
+        def forward(self, x):
+            raise AssertionError("ran")
+
+    given = {"model": Untouchable(), "data": IMAGES, "transformations": rotations(4), **arguments}
+    with pytest.raises(error, match=message):
+        evaluate(**given)
+
+
+def test_a_stream_of_one_sample():
+    class One(IterableDataset):
+        def __iter__(self):
+            yield IMAGES[0]
+
+    with pytest.raises(ValueError, match="at least two samples, but got 1"), pytest.warns(UserWarning, match="NaN"):
+        evaluate(network(), One(), rotations(4), max_samples=9)
+
+
+def test_a_long_walk_shows_its_progress(capsys, monkeypatch):
+    # The function of the same name hides the module from an import.
+    monkeypatch.setattr(sys.modules["lightning_invariance.evaluate"], "PROGRESS_DELAY", 0.0)
+    evaluate(network(), IMAGES, rotations(4))
+    assert "Measuring invariance" in capsys.readouterr().err
+    evaluate(network(), IMAGES, rotations(4), progress=False)
+    assert capsys.readouterr().err == ""
