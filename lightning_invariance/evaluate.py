@@ -195,14 +195,13 @@ class _Walk:
             mask = self._dead(collection)
             if mask is not None:
                 dead[layer] = mask.cpu()
-        result = InvarianceResult(
+        return InvarianceResult(
             values,
             dead=dead,
             n_samples=self._rows if n_samples is None else n_samples,
             transformations=self._transformations.labels,
             parameters=self._transformations.parameters,
         )
-        return result
 
     def _dead(self, collection: MetricCollection) -> Tensor | None:
         for metric in collection.values(copy_state=False):

@@ -244,6 +244,6 @@ def test_bad_arguments(arguments, error, message):
 
 def test_an_unknown_layer_stops_before_training(tmp_path):
     recorder = Recorder()
-    with pytest.raises(ValueError, match="no layer 'conv1'. Did you mean 'conv'"):
+    with pytest.raises(ValueError, match="no layer 'conv1'"):
         fit(tmp_path, InvarianceMonitor(rotations(4), layers=["conv1"]), recorder)
     assert recorder.seen == []

@@ -11,7 +11,16 @@ from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 from torchmetrics import Metric
 
-from lightning_invariance import TransformationSet, combine, evaluate, functional, layer_names, quarter_turns, rotations, scales
+from lightning_invariance import (
+    TransformationSet,
+    combine,
+    evaluate,
+    functional,
+    layer_names,
+    quarter_turns,
+    rotations,
+    scales,
+)
 from lightning_invariance.measures import NormalizedVariance, SampleVariance, TransformationVariance
 
 IMAGES = torch.rand(13, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -106,13 +115,15 @@ def test_nothing_is_changed_afterwards():
     random.seed(3)
     np.random.seed(3)
     torch.manual_seed(3)
-    noisy = TransformationSet.from_callables({"a": lambda x: x + torch.rand_like(x), "b": lambda x: x * random.random()})
+    noisy = TransformationSet.from_callables(
+        {"a": lambda x: x + torch.rand_like(x), "b": lambda x: x * random.random()}
+    )
     one, other = evaluate(model, IMAGES, noisy), evaluate(model, IMAGES, noisy)
     assert (random.random(), np.random.rand(), torch.rand(1)) == drawn
     assert torch.equal(one["NormalizedVariance"]["0"], other["NormalizedVariance"]["0"])  # seeded inside
     assert [module.training for module in model.modules()] == modes
     after = {name: (v.clone(), v.requires_grad) for name, v in model.state_dict(keep_vars=True).items()}
-    for name, (value, grad) in pickle.loads(before).items():  # noqa: S301
+    for name, (value, grad) in pickle.loads(before).items():
         assert torch.equal(value, after[name][0])
         assert grad == after[name][1]
     assert torch.is_grad_enabled()

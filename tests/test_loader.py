@@ -86,7 +86,7 @@ def test_max_samples_does_not_take_the_first_class_of_sorted_data():
 def test_ranks_share_the_samples():
     shares = [samples_of(STLoader(NUMBERS, times(1, 2), rank=r, world_size=3)) for r in range(3)]
     assert sorted(map(len, shares)) == [3, 3, 4]
-    assert sorted(sum(shares, [])) == list(range(10))
+    assert sorted(x for share in shares for x in share) == list(range(10))
     shares = [samples_of(STLoader(Stream(10), times(1, 2), 4, max_samples=8, rank=r, world_size=3)) for r in range(3)]
     assert shares == [[0, 3, 6], [1, 4, 7], [2, 5]]
 
@@ -143,7 +143,12 @@ def test_loading_leaves_the_random_state_alone():
         (42, {}, TypeError, "Dataset, a DataLoader or a tensor, but got 42"),
         (Items(lambda i: torch.zeros(1 + i)), {}, ValueError, "all inputs to have one size"),
         (Items(lambda i: i), {}, ValueError, "Pick the input with `input_fn`"),
-        (Items(lambda i: {"a": torch.zeros(2), "b": torch.zeros(3)}), {}, ValueError, r"'a': a tensor of shape \(6, 2\)"),
+        (
+            Items(lambda i: {"a": torch.zeros(2), "b": torch.zeros(3)}),
+            {},
+            ValueError,
+            r"'a': a tensor of shape \(6, 2\)",
+        ),
         (Items(lambda i: Image.new("L", (4, 4))), {}, ValueError, "convert images"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -153,7 +153,7 @@ def scratch(like: Tensor) -> Tensor:
     *rows, length = like.shape
     apart = length + PADDING
     needed = math.prod(rows) * apart
-    buffers: dict[torch.dtype, Tensor] = _buffers.__dict__
+    buffers: dict[Any, Tensor] = _buffers.__dict__
     if like.dtype not in buffers or buffers[like.dtype].numel() < needed:
         with torch.inference_mode(False):  # a buffer made in inference mode could be used only there
             buffers[like.dtype] = torch.empty(needed, dtype=like.dtype)

@@ -24,13 +24,13 @@ class VarianceMeasure(Measure):
 
     - of blocks whose sums float32 holds without losing digits, which is the rule: ``centres`` (k,), ``plain_squares``
       (k,), ``plain_firsts`` (k,), ``plain_sums`` (m, k) and their number of rows ``plain_samples``; see ``PlainSums``.
-    - of the other blocks, such as those of float64 activations or with columns that are constant: ``references`` (m, k),
-      ``squares`` (1, k) and ``sums`` (m, k); see ``ExactSums``. They keep an invariant unit (TV = 0) and a division by
-      zero (SV = 0) apart from small numbers.
+    - of the other blocks, such as those of float64 activations or with columns that are constant: ``references``
+      (m, k), ``squares`` (1, k) and ``sums`` (m, k); see ``ExactSums``. They keep an invariant unit (TV = 0) and a
+      division by zero (SV = 0) apart from small numbers.
 
     A set is empty as long as it is not needed: most layers hold (m + 4) k numbers. Where ``squared`` is false,
-    ``row_spread`` is the sum of the rows' standard deviations, ``squares`` is kept for each column (m, k), and the first
-    set is not used.
+    ``row_spread`` is the sum of the rows' standard deviations, ``squares`` (m, k) is kept for each column, and the
+    first set is not used.
     """
 
     row_spread: Tensor
@@ -95,7 +95,9 @@ class VarianceMeasure(Measure):
             # Squares about a reference far from the mean would cancel.
             n = self.n_samples - self.plain_samples
             moved = torch.add(self.references, self.sums / n).to(self.references.dtype)
-            self.squares, self.sums = self._about(self.squares, self.sums, self.references - moved.to(self.sums.dtype), n)
+            self.squares, self.sums = self._about(
+                self.squares, self.sums, self.references - moved.to(self.sums.dtype), n
+            )
             self.references = moved
         if x.dtype == torch.float64:
             self.references = self.references.double()

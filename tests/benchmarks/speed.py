@@ -26,7 +26,7 @@ from torch import nn
 from lightning_invariance import STLoader, evaluate, rotations
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from models import simple_conv  # noqa: E402
+from models import simple_conv
 
 TRANSFORMATIONS = rotations(16)
 

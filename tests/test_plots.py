@@ -1,0 +1,85 @@
+"""What the figures draw."""
+
+import math
+import sys
+
+import pytest
+import torch
+from matplotlib.colors import to_rgba
+
+from lightning_invariance import InvarianceResult
+from lightning_invariance.plots import evolution, heatmap, layers
+from lightning_invariance.plots.common import DEAD, INFINITE, render
+
+
+def result(fc=(0.5, 0.0, math.inf, math.nan, 1.0), epoch=0):
+    values = {"conv": torch.tensor([[[0.1, 0.3]], [[2.0, 4.0]]]).double(), "fc": torch.tensor(fc).double()}
+    dead = {"conv": torch.zeros(2, 1, 2, dtype=torch.bool), "fc": torch.tensor([0, 0, 0, 0, 1]).bool()}
+    return InvarianceResult({"NormalizedVariance": values, "TransformationVariance": values}, dead=dead, epoch=epoch)
+
+
+def texts(labels):
+    return [label.get_text() for label in labels]
+
+
+def test_heatmap_draws_the_channels_of_every_layer():
+    figure = heatmap(result())
+    axes = figure.axes[0]
+    conv, fc, infinite, dead = axes.images
+    assert conv.get_array().squeeze().tolist() == pytest.approx([0.2, 3.0])
+    shown = fc.get_array().squeeze()
+    assert shown[:2].tolist() == [0.5, 0.01]  # 0 is the darkest colour, not a hole in a logarithmic scale
+    assert not math.isfinite(shown.filled(math.nan)[2])
+    assert not math.isfinite(shown.filled(math.nan)[3])
+    for image, colour, position in ((infinite, INFINITE, 2), (dead, DEAD, 4)):
+        assert (~image.get_array().mask.squeeze()).nonzero()[0].tolist() == [position]
+        assert image.get_cmap()(0) == to_rgba(colour)
+    assert texts(axes.get_xticklabels()) == ["conv", "fc"]
+    assert texts(figure.legends[0].get_texts()) == ["1 infinite", "1 dead", "1 NaN"]
+    assert axes.get_title() == "NormalizedVariance, epoch 0"
+
+
+def test_scales_of_normalised_measures_do_not_depend_on_the_values():
+    scales = [heatmap(result(fc=(x,) * 5)).axes[0].images[0].norm for x in (0.02, 5.0)]
+    assert [(scale.vmin, scale.vmax) for scale in scales] == 2 * [(0.01, 10)]
+    free = heatmap(result(fc=(0.02,) * 5), "TransformationVariance").axes[0].images[0].norm
+    assert (free.vmin, free.vmax) == pytest.approx((0.02, 3.0))
+
+
+def test_heatmap_of_dead_or_undefined_layers_draws():
+    for fc in ((math.nan,) * 5, (math.inf,) * 5, (0.0,) * 5):
+        for measure in ("NormalizedVariance", "TransformationVariance"):
+            assert render(heatmap(result(fc), measure)).shape[2] == 3
+
+
+def test_evolution_draws_layers_against_evaluations():
+    history = [result((value,) * 5, epoch) for epoch, value in ((-1, 1.0), (0, 0.5), (1, 0.25))]
+    axes = evolution(history).axes[0]
+    rows = axes.images[0].get_array()
+    assert rows[0].tolist() == pytest.approx([1.6, 1.6, 1.6])
+    assert rows[1].tolist() == [1.0, 0.5, 0.25]
+    assert texts(axes.get_yticklabels()) == ["conv", "fc"]
+    assert texts(axes.get_xticklabels()) == ["init", "0", "1"]
+    many = evolution([result(epoch=epoch) for epoch in range(100)]).axes[0]
+    assert len(many.get_xticklabels()) == 20
+    with pytest.raises(ValueError, match="it is empty"):
+        evolution([])
+
+
+def test_layers_draws_a_line_for_each_result():
+    axes = layers({"a": result((1.0,) * 5), "b": result((0.5,) * 5)}).axes[0]
+    assert [line.get_ydata()[1] for line in axes.lines] == [1.0, 0.5]
+    assert [line.get_linestyle() for line in axes.lines] == ["-", "--"]
+    assert texts(axes.get_legend().get_texts()) == ["a", "b"]
+    with pytest.raises(ValueError, match="it is empty"):
+        layers({})
+
+
+def test_pictures_change_nothing_and_need_no_pyplot(recwarn):
+    one = result()
+    before = repr(one)
+    for figure in (heatmap(one), evolution([one]), layers({"a": one})):
+        render(figure)
+    assert repr(one) == before
+    assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+    assert [str(w.message) for w in recwarn] == []
