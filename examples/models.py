@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 
 def simple_conv(channels: int = 1, size: int = 28, filters: int = 32, classes: int = 10) -> nn.Sequential:
@@ -38,3 +39,50 @@ def simple_conv(channels: int = 1, size: int = 28, filters: int = 32, classes: i
             softmax=nn.Softmax(dim=1),
         )
     )
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions with a shortcut that subsamples and pads channels with zeros (He et al. 2015, option A)."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.relu2 = nn.ReLU(inplace=True)
+        self.stride, self.padding = stride, (channels - channels_in) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, channels_in, h, w)`` → ``(batch, channels, h / stride, w / stride)``."""
+        y = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
+        shortcut = pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        return self.relu2(y + shortcut)
+
+
+class CifarResNet(nn.Module):
+    """ResNet for 32×32 images (He et al. 2015, section 4.2): three stages of (depth − 2) / 6 blocks."""
+
+    def __init__(self, depth: int = 20, classes: int = 10) -> None:
+        super().__init__()
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = self._stage(16, 16, blocks, 1)
+        self.layer2 = self._stage(16, 32, blocks, 2)
+        self.layer3 = self._stage(32, 64, blocks, 2)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(64, classes)
+
+    @staticmethod
+    def _stage(channels_in: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+        first = BasicBlock(channels_in, channels, stride)
+        return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores."""
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(self.pool(x).flatten(1))

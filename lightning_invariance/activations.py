@@ -206,15 +206,3 @@ def _floating_tensors(output: Any, place: str = "") -> Iterator[tuple[str, Tenso
     elif isinstance(output, list | tuple):
         for position, value in enumerate(output):
             yield from _floating_tensors(value, f"{place}[{position}]")
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module into eval mode and give each its own mode back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-from lightning_invariance.activations import Layers, catch_activations, evaluation_mode, select_layers
+from lightning_invariance.activations import Layers, catch_activations, select_layers
+from lightning_invariance.isolation import device_of, evaluation_mode, forced_eager, isolated_random_state, on_device
 from lightning_invariance.loader import STBlock, STLoader
 from lightning_invariance.measures import Measure, NormalizedVariance
 from lightning_invariance.measures.variance import VarianceMeasure
@@ -85,7 +84,7 @@ def evaluate(
     """
     named = named_measures(measures)
     selection = select_layers(model, layers)
-    where = torch.device(device) if device is not None else _device_of(model)
+    where = torch.device(device) if device is not None else device_of(model)
     rank, world_size = _ranks()
     loader = STLoader(
         data,
@@ -103,10 +102,10 @@ def evaluate(
     run = forward or _call
     with ExitStack() as stack:
         stack.enter_context(isolated_random_state(seed))
-        stack.enter_context(_on_device(model, where))
+        stack.enter_context(on_device(model, where))
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_eager())
+        stack.enter_context(forced_eager())
         catcher = stack.enter_context(catch_activations(selection, walk.consume))
         for block in _with_progress(loader, progress and rank == 0):
             catcher.start_pass()
@@ -268,11 +267,6 @@ def _warn_of_nan(result: InvarianceResult) -> None:
         )
 
 
-def _device_of(model: nn.Module) -> torch.device:
-    tensor = next((t for tensors in (model.parameters(), model.buffers()) for t in tensors), None)
-    return torch.device("cpu") if tensor is None else tensor.device
-
-
 def _ranks() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -283,44 +277,7 @@ def _call(model: nn.Module, x: Tensor) -> Any:
     return model(x)
 
 
-def _eager() -> Any:
-    """Run compiled modules uncompiled: a compiled graph silently skips hooks that were added later."""
-    stance = getattr(torch.compiler, "set_stance", None)  # torch >= 2.6
-    return nullcontext() if stance is None else stance("force_eager")
-
-
 def _with_progress(loader: STLoader, show: bool) -> Iterator[STBlock]:
     total = None if loader.n_samples is None else len(loader)
     bar = tqdm(loader, "Measuring invariance", total, leave=False, delay=PROGRESS_DELAY, unit="batch", disable=not show)
     yield from bar
-
-
-@contextmanager
-def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
-    before = _device_of(model)
-    if before == device:
-        yield
-        return
-    model.to(device)
-    try:
-        yield
-    finally:
-        model.to(before)
-
-
-@contextmanager
-def isolated_random_state(seed: int) -> Iterator[None]:
-    """Seed every random generator, and put back their states afterwards, also when an error is raised."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    try:
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
