@@ -129,6 +129,7 @@ class _Walk:
         self._block: STBlock | None = None
         self._parts: dict[str, list[Tensor]] = {}
         self._batch_axes: dict[str, int] = {}
+        self._shapes: dict[str, torch.Size] = {}
         self._rows = 0
 
     def start_block(self, block: STBlock) -> None:
@@ -153,6 +154,7 @@ class _Walk:
             st = torch.cat(self._parts.pop(layer), dim=1)
         if layer not in self.collections:
             self.collections[layer] = self._new_collection(st.device)
+            self._shapes[layer] = st.shape[2:]
         self.collections[layer].update(st, **({} if self._block.labels is None else {"labels": self._block.labels}))
 
     def _batch_first(self, layer: str, module: nn.Module, output: Tensor, batch: int) -> Tensor:
@@ -190,7 +192,9 @@ class _Walk:
         for layer, collection in self.collections.items():
             computed = collection.compute()
             for name in self._measures:
-                values[name][layer] = computed[name].detach().to("cpu", torch.float64)
+                value, shape = computed[name].detach().to("cpu", torch.float64), self._shapes[layer]
+                # torchmetrics turns a value of shape (1,) into a scalar.
+                values[name][layer] = value.reshape(shape) if value.numel() == shape.numel() else value
             mask = self._dead(collection)
             if mask is not None:
                 dead[layer] = mask.cpu()

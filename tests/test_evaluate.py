@@ -86,6 +86,13 @@ def test_an_exactly_invariant_network_scores_zero():
     assert evaluate(model, IMAGES, quarter_turns())["NormalizedVariance"]["1"].tolist() == [0, 0, 0]
 
 
+def test_a_layer_of_one_activation_keeps_its_shape():
+    model = nn.Sequential(nn.Conv2d(3, 1, 8), nn.Flatten(), nn.Flatten(0))
+    result = evaluate(model, IMAGES, rotations(4))
+    assert [tuple(values.shape) for values in result["NormalizedVariance"].values()] == [(1, 1, 1), (1,), ()]
+    assert [tuple(mask.shape) for mask in result.dead.values()] == [(1, 1, 1), (1,), ()]
+
+
 def test_in_place_activations_do_not_change_what_came_before():
     class Net(nn.Module):
         def __init__(self, inplace):

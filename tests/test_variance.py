@@ -268,7 +268,7 @@ def test_the_family_shares_one_update_in_a_collection(monkeypatch):
             "nv": NormalizedVariance(),
             "tv": TransformationVariance(),
             "sv": SampleVariance(),
-            "std": SampleVariance(False),
+            "sd": SampleVariance(False),
         }
     )
     for rows in tensor.split(8):

@@ -95,8 +95,11 @@ def exact_sums(x: Tensor, references: Tensor, squared: bool) -> ExactSums:
     squares they are taken in float64.
     """
     n, m, _ = x.shape
-    if x.dtype == torch.float32 and max(n, m) > LONGEST_FLOAT32_SUM:
+    if x.dtype == torch.float32 and (
+        max(n, m) > LONGEST_FLOAT32_SUM or not torch.equal(references.float().to(references.dtype), references)
+    ):
         x = x.double()
+    references = references.to(x.dtype)
     dtype = torch.float32 if x.device.type == "mps" else torch.float64
     parts, lost = [], False
     for values, reference in zip(chunks(x), torch.split(references, chunk_length(x), dim=-1), strict=True):
@@ -113,7 +116,7 @@ def exact_sums(x: Tensor, references: Tensor, squared: bool) -> ExactSums:
         lost = lost or lost_in_float32(row_squares, row_sums) or lost_in_float32(squares, sums)
         parts.append((rows, squares.to(dtype), sums.to(dtype)))
     if lost:
-        return exact_sums(x.double(), references.double(), squared)
+        return exact_sums(x.double(), references, squared)
     return ExactSums(*(torch.cat(p, -1) for p in zip(*parts, strict=True)))
 
 

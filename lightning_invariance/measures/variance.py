@@ -87,20 +87,16 @@ class VarianceMeasure(Measure):
 
     def _add_exact(self, x: Tensor) -> Tensor:
         if not self.references.numel():
-            self.references = x[0].clone()
+            self.references = x[0].to(self.row_spread.dtype, copy=True)
             block = exact_sums(x, self.references, self.squared)
             self.squares, self.sums = block.squares, block.sums
             return block.row_spread
         if self._update_count in MOVE_REFERENCES:
             # Squares about a reference far from the mean would cancel.
             n = self.n_samples - self.plain_samples
-            moved = torch.add(self.references, self.sums / n).to(self.references.dtype)
-            self.squares, self.sums = self._about(
-                self.squares, self.sums, self.references - moved.to(self.sums.dtype), n
-            )
+            moved = torch.add(self.references, self.sums / n).to(x.dtype).to(self.sums.dtype)  # as precise as x
+            self.squares, self.sums = self._about(self.squares, self.sums, self.references - moved, n)
             self.references = moved
-        if x.dtype == torch.float64:
-            self.references = self.references.double()
         block = exact_sums(x, self.references, self.squared)
         self.squares, self.sums = self.squares + block.squares, self.sums + block.sums
         return block.row_spread
@@ -153,10 +149,9 @@ class VarianceMeasure(Measure):
         names = ("references", "squares", "sums")
         if not a["references"].numel() or not b["references"].numel():
             return {name: (a if a["references"].numel() else b)[name] for name in names}
-        shift = b["references"].to(b["sums"].dtype) - a["references"]
+        shift = b["references"] - a["references"]
         squares, sums = self._about(b["squares"], b["sums"], shift, b["n_samples"] - b["plain_samples"])
-        references = a["references"].to(torch.promote_types(a["references"].dtype, b["references"].dtype))
-        return {"references": references, "squares": a["squares"] + squares, "sums": a["sums"] + sums}
+        return {"references": a["references"], "squares": a["squares"] + squares, "sums": a["sums"] + sums}
 
     def _transformation_variance(self) -> Tensor:
         m = self.n_transformations

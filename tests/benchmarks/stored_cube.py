@@ -20,7 +20,7 @@ from lightning_invariance import evaluate, functional, rotations
 from lightning_invariance.measures import NormalizedVariance, SampleVariance, TransformationVariance
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from models import CifarResNet  # noqa: E402
+from models import CifarResNet
 
 MEASURES = {
     "NormalizedVariance": (NormalizedVariance(), functional.normalized_variance),
