@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_invariance.functional.variance import normalize
 from lightning_invariance.measures.base import Measure, States
-from lightning_invariance.measures.spread import PlainSums, exact_sums, plain_sums
+from lightning_invariance.measures.spread import exact_sums, plain_sums
 
 #: Updates before which the references move to the means: often enough for the digits, rare enough for the time.
 MOVE_REFERENCES = frozenset(4**power for power in range(1, 16))
@@ -50,8 +50,10 @@ class VarianceMeasure(Measure):
         self.squared = squared
         vector, matrix = torch.zeros(0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64)
         self._add_states(row_spread=vector, plain_samples=torch.tensor(0))
-        self._add_states(centres=vector, plain_squares=vector, plain_firsts=vector, plain_sums=matrix)
         self._add_states(references=matrix, squares=matrix, sums=matrix)
+        if squared:
+            # The names of states also tell collections of metrics which measures may share them.
+            self._add_states(centres=vector, plain_squares=vector, plain_firsts=vector, plain_sums=matrix)
 
     @property
     def update_rule(self) -> Hashable:
@@ -61,20 +63,23 @@ class VarianceMeasure(Measure):
     @property
     def n_transformations(self) -> int:
         """Number of transformations m of the blocks so far; 0 before the first."""
-        return max(len(self.plain_sums), len(self.references))
+        return max(len(self.plain_sums) if self.squared else 0, len(self.references))
 
     def dead(self) -> Tensor:
         """Which activations never changed, over all samples and transformations: bool of ``activation_shape``."""
         return self._shaped((self.row_spread == 0) & (self._column_spread() == 0).all(0))
 
     def _add(self, x: Tensor) -> None:
-        dtype = self.row_spread.dtype
-        centres = self.centres if self.centres.numel() else x[0, 0].to(dtype)
-        plain = plain_sums(x, centres) if self.squared and dtype == torch.float64 else None
-        row_spread = self._add_plain(plain, centres, len(x)) if plain is not None else self._add_exact(x)
+        row_spread = self._add_plain(x) if self.squared and self.row_spread.dtype == torch.float64 else None
+        if row_spread is None:
+            row_spread = self._add_exact(x)
         self.row_spread = self.row_spread + row_spread if self.row_spread.numel() else row_spread
 
-    def _add_plain(self, block: PlainSums, centres: Tensor, n: int) -> Tensor:
+    def _add_plain(self, x: Tensor) -> Tensor | None:
+        centres = self.centres if self.centres.numel() else x[0, 0].to(self.row_spread.dtype)
+        block = plain_sums(x, centres)
+        if block is None:
+            return None
         if not self.centres.numel():
             self.centres, self.plain_squares, self.plain_firsts = centres, block.squares, block.firsts
             self.plain_sums = block.sums.to(centres.dtype)
@@ -82,7 +87,7 @@ class VarianceMeasure(Measure):
             self.plain_squares = self.plain_squares + block.squares
             self.plain_firsts = self.plain_firsts + block.firsts
             self.plain_sums = self.plain_sums + block.sums
-        self.plain_samples = self.plain_samples + n
+        self.plain_samples = self.plain_samples + len(x)
         return block.row_spread
 
     def _add_exact(self, x: Tensor) -> Tensor:
@@ -114,7 +119,7 @@ class VarianceMeasure(Measure):
         """Squared deviations from the column means: (1, k), or (m, k) where ``squared`` is false."""
         n_plain, n_exact = self.plain_samples, self.n_samples - self.plain_samples
         spread, means = [], []
-        if self.centres.numel():
+        if self.squared and self.centres.numel():
             sums = self.plain_sums + self.plain_firsts
             spread.append((self.plain_squares - sums.square().sum(0) / n_plain).clamp_min_(0)[None])
             means.append(self.centres + sums / n_plain)
@@ -128,18 +133,18 @@ class VarianceMeasure(Measure):
         return spread[0]
 
     def _merge(self, a: States, b: States) -> States:
-        plain, exact = self._merge_plain(a, b), self._merge_exact(a, b)
-        return {"row_spread": a["row_spread"] + b["row_spread"], **plain, **exact}
+        plain = self._merge_plain(a, b) if self.squared else {}
+        samples = {"plain_samples": a["plain_samples"] + b["plain_samples"]}
+        return {"row_spread": a["row_spread"] + b["row_spread"], **samples, **plain, **self._merge_exact(a, b)}
 
     def _merge_plain(self, a: States, b: States) -> States:
-        names = ("centres", "plain_samples", "plain_squares", "plain_firsts", "plain_sums")
+        names = ("centres", "plain_squares", "plain_firsts", "plain_sums")
         if not a["centres"].numel() or not b["centres"].numel():
             return {name: (a if a["centres"].numel() else b)[name] for name in names}
         m, n, shift = len(b["plain_sums"]), b["plain_samples"], b["centres"] - a["centres"]
         total = b["plain_sums"].sum(0) + m * b["plain_firsts"]
         return {
             "centres": a["centres"],
-            "plain_samples": a["plain_samples"] + n,
             "plain_squares": a["plain_squares"] + b["plain_squares"] + shift * (2 * total + n * m * shift),
             "plain_firsts": a["plain_firsts"] + b["plain_firsts"] + n * shift,
             "plain_sums": a["plain_sums"] + b["plain_sums"],

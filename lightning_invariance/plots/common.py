@@ -48,10 +48,10 @@ def scale_of(measure: str, values: Iterable[float]) -> Normalize:
 
 
 def colours() -> Colormap:
-    """The perceptual colour map, with the special colours set."""
+    """The perceptual colour map, with the special colours set; it holds no green, black or grey."""
     from matplotlib import colormaps
 
-    return colormaps["viridis"].with_extremes(bad=NAN)
+    return colormaps["plasma"].with_extremes(bad=NAN)
 
 
 def within(scale: Normalize, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
