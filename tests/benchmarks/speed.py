@@ -1,6 +1,6 @@
 """What measuring costs: time against the bare forward passes, and memory against the number of samples.
 
-    python tests/benchmarks/speed.py [--rounds 7] [--samples 64]
+    python tests/benchmarks/speed.py [--rounds 5] [--samples 256]
 
 Each round runs the bare forward passes over the transformed inputs, batch for batch and without hooks, and then
 evaluate() over the same inputs, which it transforms itself; the ratio is taken in each round. Exits with 1 where a
@@ -83,8 +83,8 @@ def _evaluate_in_process(samples: int) -> int:
 def main() -> int:
     """Print the machine and every figure; 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=256)
     options = parser.parse_args()
     print(
         f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()},"
@@ -93,7 +93,7 @@ def main() -> int:
     missed = False
     print(f"\n{'evaluate() / bare forward':28s}{'min':>8s}{'median':>8s}{'max':>8s}{'target':>8s}   bare")
     for name, (make, target) in MODELS.items():
-        measured, bare = ratios(make, options.samples if "32" in name else options.samples // 4, options.rounds)
+        measured, bare = ratios(make, options.samples if "32" in name else options.samples // 8, options.rounds)
         median = statistics.median(measured)
         late = target is not None and median > target
         missed |= late
