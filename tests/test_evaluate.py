@@ -271,10 +271,15 @@ def test_forward_and_input_fn():
             return self.conv(x) * factor
 
     data = [{"a": x, "b": torch.zeros(2)} for x in IMAGES]
-    result = evaluate(
-        Conditional(), data, rotations(4), forward=lambda model, x: model(x, 2), input_fn=lambda batch: batch["a"]
-    )
+    grad_enabled = []
+
+    def forward(model, x):
+        grad_enabled.append(torch.is_grad_enabled())
+        return model(x, 2)
+
+    result = evaluate(Conditional(), data, rotations(4), forward=forward, input_fn=lambda batch: batch["a"])
     assert result.layers == ["conv"]
+    assert not any(grad_enabled)
 
 
 def test_class_sorted_and_shuffled_data_agree():

@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -96,11 +97,21 @@ def test_float32_columns_far_from_each_other(size, columns_apart):
     torch.testing.assert_close(value, functional.normalized_variance(tensor.double()), rtol=1e-4, atol=0)
 
 
-def test_an_outlier_in_the_first_row_does_not_cost_digits():
-    tensor = torch.zeros(5000, 16, 3)
-    tensor[0] = 0.1 + torch.rand(16, 3, generator=torch.Generator().manual_seed(3))
-    value = measured(SampleVariance(), tensor.split(4))
-    torch.testing.assert_close(value, functional.sample_variance(tensor.double()), rtol=1e-4, atol=0)
+@pytest.mark.parametrize("squared", [True, False])
+def test_an_outlier_in_the_first_row_does_not_cost_digits(squared):
+    # About the first row, 10,000 equal squares would all be rounded the same way.
+    tensor = torch.zeros(10_000, 2, 100)
+    tensor[0] = 0.1 + torch.rand(2, 100, generator=torch.Generator().manual_seed(3))
+    value = measured(SampleVariance(squared=squared), tensor.split(4))
+    torch.testing.assert_close(value, functional.sample_variance(tensor.double(), squared), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("squared", [True, False])
+def test_an_outlier_in_the_first_column_does_not_cost_digits(squared):
+    tensor = torch.zeros(3, 10_000, 20)
+    tensor[:, 0] = 0.1 + torch.rand(3, 20, generator=torch.Generator().manual_seed(3))
+    value = measured(TransformationVariance(squared=squared), tensor.split(2))
+    torch.testing.assert_close(value, functional.transformation_variance(tensor.double(), squared), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -254,9 +265,14 @@ def test_a_value_computed_before_a_merge_is_not_kept():
 
 def test_states_made_in_inference_mode_go_on_outside():
     metric, tensor = NormalizedVariance(), cube(n=80, dtype=torch.float32)
-    for position, rows in enumerate(tensor.split(4)):
-        with torch.inference_mode(position % 2 == 0):
-            metric.update(rows)
+
+    def update():
+        for position, rows in enumerate(tensor.split(4)):
+            with torch.inference_mode(position % 2 == 0):
+                metric.update(rows)
+
+    with ThreadPoolExecutor(1) as pool:  # a new thread has no buffers of earlier tests
+        pool.submit(update).result()
     expected = functional.normalized_variance(tensor.double())
     torch.testing.assert_close(metric.compute(), expected, rtol=1e-5, atol=0)
 

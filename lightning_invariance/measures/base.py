@@ -76,8 +76,7 @@ class Measure(Metric):
         if n == 0 or m == 0:
             return
         self._check_shape(m, shape)
-        # Autocast would compute sums in half precision.
-        with torch.autocast(st_block.device.type, enabled=False), torch.no_grad():
+        with torch.no_grad():
             x = st_block.detach().reshape(n, m, -1)
             x = x if x.dtype == torch.float64 else x.float()
             for rows in torch.split(x, self.rows_at_once):
