@@ -136,6 +136,17 @@ def test_float32_squares_out_of_range(scale, squared):
     torch.testing.assert_close(value, functional.normalized_variance(tensor.double(), squared), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("scale", [1e-40, 1e-25, 1e25, 1e37])
+def test_float32_samples_out_of_range_of_squares(scale):
+    samples = torch.randn(9, 1, 5, generator=torch.Generator().manual_seed(5)) * scale
+    measure = NormalizedVariance()
+    assert measured(measure, samples.expand(9, 4, 5).split(3)).tolist() == [0] * 5
+    assert not measure.dead().any()
+    spread = SampleVariance()
+    expected = functional.sample_variance(samples.double().expand(9, 4, 5))
+    torch.testing.assert_close(measured(spread, samples.expand(9, 4, 5).split(3)), expected, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_activations(dtype):
     tensor = cube(dtype=dtype)

@@ -21,6 +21,9 @@ LONGEST_FLOAT32_SUM = 256
 #: Sums of squares below this lose digits in float32, whose smallest normal number is about 1e-38.
 SMALLEST_FLOAT32_SQUARE = 1e-30
 
+#: Sums of squares above this may make other sums leave float32, which ends at 3e38.
+LARGEST_FLOAT32_SQUARE = 1e30
+
 #: A spread of columns below this part of the spread of rows drowns in the rounding of float32.
 CLEAR_OF_ROUNDING = 1e-4
 
@@ -69,15 +72,22 @@ def plain_sums(x: Tensor, centres: Tensor) -> PlainSums | None:
     rows, squares, sums, column_excess = joined
     if lost_in_float32(squares, rows):
         return None
-    rows, squares, first = rows.double(), squares.double(), x[:, 0].double().sub_(centres)
-    firsts, total = first.sum(0), rows.sum(0)
-    about_centre = torch.add(rows, first, alpha=m / 2).mul_(first).sum(0).mul_(2).add_(squares)
+    # Of the deviations of the first column from its first value, in float32, and then about the centres.
+    first = x[:, 0] - x[0, 0]
+    mixed = torch.add(rows, first, alpha=m / 2).mul_(first).sum(0)
+    firsts, total, row_excess = first.sum(0).double(), rows.sum(0).double(), rows.square_().sum(0)
+    if lost_in_float32(torch.add(squares, mixed, alpha=2), first):
+        return None
+    squares = squares.double()
+    about_first = torch.add(squares, mixed, alpha=2)
     # What is left after the column means: a difference that may be nothing but rounding.
     column_spread = torch.add(total, firsts, alpha=m / 2).mul_(firsts).mul_(2).add_(column_excess).div_(-n)
-    if bool((column_spread.add_(about_centre) < CLEAR_OF_ROUNDING * squares).any()):
+    if bool((column_spread.add_(about_first) < CLEAR_OF_ROUNDING * squares).any()):
         return None
-    row_spread = squares.sub_(rows.square_().sum(0), alpha=1 / m).clamp_min_(0)
-    return PlainSums(row_spread, about_centre, firsts, sums)
+    row_spread = squares.sub_(row_excess, alpha=1 / m).clamp_min_(0)
+    shift = x[0, 0].double().sub_(centres)
+    about_centre = about_first.add_(shift * (2 * (total + m * firsts) + n * m * shift))
+    return PlainSums(row_spread, about_centre, firsts.add_(shift, alpha=n), sums)
 
 
 def _plain_sums(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -124,7 +134,7 @@ def lost_in_float32(squares: Tensor, sums: Tensor) -> bool:
     """Whether squares left the range of float32: too large, or too small although the sums are not zero."""
     if squares.dtype != torch.float32:
         return False
-    if not math.isfinite(squares.sum()):
+    if not squares.sum() < LARGEST_FLOAT32_SQUARE:  # nor NaN
         return True
     if squares.min() >= SMALLEST_FLOAT32_SQUARE:
         return False
