@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from lightning_invariance.activations import Layers, catch_activations, select_layers
@@ -111,7 +111,7 @@ def evaluate(
             catcher.start_pass()
             walk.start_block(block)
             run(model, block.inputs.flatten(0, 1))
-    selection.check_fired(walk.collections)
+    selection.check_fired(walk.layers)
     result = walk.result(loader.n_samples)
     _check_number(result.n_samples)
     _warn_of_nan(result)
@@ -122,7 +122,8 @@ class _Walk:
     """The measures of every layer, while blocks come in."""
 
     def __init__(self, measures: Mapping[str, Metric], loader: STLoader) -> None:
-        self.collections: dict[str, MetricCollection] = {}
+        #: layer → groups of measures that share their states: name → metric
+        self.layers: dict[str, list[dict[str, Metric]]] = {}
         self._measures = measures
         self._groups = _compute_groups(measures)
         self._transformations = loader.transformations
@@ -152,10 +153,14 @@ class _Walk:
             if self._block.columns.stop < len(self._transformations):
                 return
             st = torch.cat(self._parts.pop(layer), dim=1)
-        if layer not in self.collections:
-            self.collections[layer] = self._new_collection(st.device)
+        if layer not in self.layers:
+            self.layers[layer] = [self._new_group(names, st.device) for names in self._groups]
             self._shapes[layer] = st.shape[2:]
-        self.collections[layer].update(st, **({} if self._block.labels is None else {"labels": self._block.labels}))
+        for group in self.layers[layer]:
+            # One update serves the group: its members have the same states.
+            leader = next(iter(group.values()))
+            labels = {} if self._block.labels is None else leader._filter_kwargs(labels=self._block.labels)
+            leader.update(st, **labels)
 
     def _batch_first(self, layer: str, module: nn.Module, output: Tensor, batch: int) -> Tensor:
         """Move the batch axis to the front; it is elsewhere in the states and time-first outputs of recurrent nets."""
@@ -174,30 +179,30 @@ class _Walk:
             )
         return output.movedim(axis, 0)
 
-    def _new_collection(self, device: torch.device) -> MetricCollection:
-        # compute() of the single metrics shall not synchronise: result() does it once for each group.
-        metrics: dict[str, Metric | MetricCollection] = {}
-        for name, measure in self._measures.items():
-            clone = measure.clone()
+    def _new_group(self, names: Iterable[str], device: torch.device) -> dict[str, Metric]:
+        group: dict[str, Metric] = {}
+        for name in names:
+            clone = self._measures[name].clone()
             clone.reset()
             if device.type == "mps":  # which has no float64
                 clone.set_dtype(torch.float32)
-            metrics[name] = clone.to(device)
-        return MetricCollection(metrics, compute_groups=[list(group) for group in self._groups])
+            group[name] = clone.to(device)
+        return group
 
     def result(self, n_samples: int | None) -> InvarianceResult:
         """Compute every measure of every layer."""
         values: dict[str, dict[str, Tensor]] = {name: {} for name in self._measures}
         dead: dict[str, Tensor] = {}
-        for layer, collection in self.collections.items():
-            computed = collection.compute()
-            for name in self._measures:
-                value, shape = computed[name].detach().to("cpu", torch.float64), self._shapes[layer]
-                # torchmetrics turns a value of shape (1,) into a scalar.
-                values[name][layer] = value.reshape(shape) if value.numel() == shape.numel() else value
-            mask = self._dead(collection)
-            if mask is not None:
-                dead[layer] = mask.cpu()
+        for layer, groups in self.layers.items():
+            for group in groups:
+                leader = next(iter(group.values()))
+                with leader.sync_context(dist_sync_fn=leader.dist_sync_fn, should_sync=leader._to_sync):
+                    for name, metric in group.items():
+                        value, shape = self._computed(metric, leader), self._shapes[layer]
+                        # torchmetrics turns a value of shape (1,) into a scalar.
+                        values[name][layer] = value.reshape(shape) if value.numel() == shape.numel() else value
+                    if isinstance(leader, VarianceMeasure):
+                        dead[layer] = leader.dead().cpu()
         return InvarianceResult(
             values,
             dead=dead,
@@ -206,12 +211,15 @@ class _Walk:
             parameters=self._transformations.parameters,
         )
 
-    def _dead(self, collection: MetricCollection) -> Tensor | None:
-        for metric in collection.values(copy_state=False):
-            if isinstance(metric, VarianceMeasure):
-                with metric.sync_context(dist_sync_fn=metric.dist_sync_fn, should_sync=metric._to_sync):
-                    return metric.dead()
-        return None
+    @staticmethod
+    def _computed(metric: Metric, leader: Metric) -> Tensor:
+        """What a metric makes of the (synchronised) states of the leader of its group."""
+        for state in metric._defaults if metric is not leader else ():
+            setattr(metric, state, getattr(leader, state))
+        metric._update_count = max(1, leader._update_count)
+        metric._to_sync = False
+        value: Tensor = metric.compute()
+        return value.detach().to("cpu", torch.float64)
 
 
 def named_measures(measures: Sequence[Metric] | Mapping[str, Metric] | None) -> dict[str, Metric]:

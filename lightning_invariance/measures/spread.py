@@ -24,24 +24,65 @@ SMALLEST_FLOAT32_SQUARE = 1e-30
 #: Sums of squares above this may make other sums leave float32, which ends at 3e38.
 LARGEST_FLOAT32_SQUARE = 1e30
 
-#: A spread of columns below this part of the spread of rows drowns in the rounding of float32.
-CLEAR_OF_ROUNDING = 1e-4
+#: Shorter rows (transformations × activations) are so quick to sum that the exact way costs nothing.
+SMALLEST_PLAIN_ROW = 2**14
+
+#: A spread of rows, or of columns, below this part of all squares drowns in the rounding of float32.
+CLEAR_OF_ROUNDING = 1e-3
 
 
 class PlainSums(NamedTuple):
-    """Sums of rows ``x`` (n, m, k) about one centre for each activation, with rows centred on their first values.
+    """Sums of the deviations of rows ``x`` (n, m, k) from one centre for each activation. They add up over blocks.
 
     Attributes:
-        row_spread: (k,) squared deviations from the row means.
-        squares: (k,) squared deviations from the centres.
-        firsts: (k,) sum over rows of the deviation of the first column from the centre.
-        sums: (m, k) sum over rows of the deviation of each column from the first.
+        squares: (k,) squared deviations.
+        row_squares: (k,) squared sums of the deviations of each row.
+        total: (k,) deviations.
+        sums: (m, k) deviations of each column.
     """
 
-    row_spread: Tensor
     squares: Tensor
-    firsts: Tensor
+    row_squares: Tensor
+    total: Tensor
     sums: Tensor
+
+    def row_spread(self) -> Tensor:
+        """Squared deviations from the row means, (k,)."""
+        return torch.sub(self.squares, self.row_squares, alpha=1 / len(self.sums)).clamp_min_(0)
+
+    def column_spread(self, n: int | Tensor) -> Tensor:
+        """Squared deviations from the column means of n rows, (k,)."""
+        return (self.squares - self.sums.to(self.squares.dtype).square_().sum(0) / n).clamp_min_(0)
+
+    def about(self, shift: Tensor, n: int | Tensor) -> PlainSums:
+        """The sums about centres that lie lower by ``shift`` (k,), so that each of the n·m deviations grows by it."""
+        m = len(self.sums)
+        return PlainSums(
+            self.squares + shift * (2 * self.total + n * m * shift),
+            self.row_squares + m * shift * (2 * self.total + n * m * shift),
+            self.total + n * m * shift,
+            self.sums + (n * shift).to(self.sums.dtype),
+        )
+
+    def plus(self, other: PlainSums) -> PlainSums:
+        """The sums of both sets of rows."""
+        return PlainSums(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def hold_digits(self, n: int) -> bool:
+        """Whether the spread of the n rows, and of the columns, is clear of the rounding of float32."""
+        m = len(self.sums)
+        small = self.squares < SMALLEST_FLOAT32_SQUARE
+        if bool(small.any()) and bool(self.total[small].any()):
+            return False
+        # The spread of the row means is part of that of the columns: where it is large enough, so is theirs.
+        rows = torch.sub(self.squares, self.row_squares, alpha=1 / m)
+        between = torch.addcmul(self.row_squares, self.total, self.total, value=-1 / n).mul_(1 / m)
+        doubtful = torch.minimum(rows, between) < CLEAR_OF_ROUNDING * self.squares
+        if not bool(doubtful.any()):
+            return True
+        some = PlainSums(*(values[..., doubtful] for values in self))
+        spread = torch.minimum(some.row_spread(), some.column_spread(n))
+        return not bool((spread < CLEAR_OF_ROUNDING * some.squares).any())
 
 
 class ExactSums(NamedTuple):
@@ -59,43 +100,21 @@ class ExactSums(NamedTuple):
 
 
 def plain_sums(x: Tensor, centres: Tensor) -> PlainSums | None:
-    """The sums in float32 with every value read once; None where that loses digits that :func:`exact_sums` keeps.
-
-    Digits are lost where columns hardly vary from row to row against the spread of rows, constant columns above all:
-    their spread would be the rounding of the sums.
-    """
-    n, m, _ = x.shape
-    if x.dtype != torch.float32 or n < 2 or max(n, m) > LONGEST_FLOAT32_SUM:
+    """The sums of float32 rows, with every value read once; None where float32 does not hold them."""
+    n, m, k = x.shape
+    if x.dtype != torch.float32 or max(n, m) > LONGEST_FLOAT32_SUM or m * k < SMALLEST_PLAIN_ROW:
         return None
-    parts = [_plain_sums(values) for values in chunks(x)]
-    joined = parts[0] if len(parts) == 1 else (torch.cat(p, -1) for p in zip(*parts, strict=True))
-    rows, squares, sums, column_excess = joined
-    if lost_in_float32(squares, rows):
-        return None
-    # Of the deviations of the first column from its first value, in float32, and then about the centres.
-    first = x[:, 0] - x[0, 0]
-    mixed = torch.add(rows, first, alpha=m / 2).mul_(first).sum(0)
-    firsts, total, row_excess = first.sum(0).double(), rows.sum(0).double(), rows.square_().sum(0)
-    if lost_in_float32(torch.add(squares, mixed, alpha=2), first):
-        return None
-    squares = squares.double()
-    about_first = torch.add(squares, mixed, alpha=2)
-    # What is left after the column means: a difference that may be nothing but rounding.
-    column_spread = torch.add(total, firsts, alpha=m / 2).mul_(firsts).mul_(2).add_(column_excess).div_(-n)
-    if bool((column_spread.add_(about_first) < CLEAR_OF_ROUNDING * squares).any()):
-        return None
-    row_spread = squares.sub_(row_excess, alpha=1 / m).clamp_min_(0)
-    shift = x[0, 0].double().sub_(centres)
-    about_centre = about_first.add_(shift * (2 * (total + m * firsts) + n * m * shift))
-    return PlainSums(row_spread, about_centre, firsts.add_(shift, alpha=n), sums)
+    parts = [_plain_sums(*part) for part in zip(chunks(x), torch.split(centres, chunk_length(x)), strict=True)]
+    joined = parts[0] if len(parts) == 1 else PlainSums(*(torch.cat(p, -1) for p in zip(*parts, strict=True)))
+    return joined if bool(joined.squares.sum() < LARGEST_FLOAT32_SQUARE) else None  # nor where one is NaN
 
 
-def _plain_sums(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of the deviations from the first column: row sums, sum of squares, column sums, and sum of their squares."""
-    deviation = torch.sub(x, x[:, :1], out=scratch(x))
+def _plain_sums(x: Tensor, centres: Tensor) -> PlainSums:
+    deviation = torch.sub(x, centres, out=scratch(x))
     rows, columns = deviation.sum(1), deviation.sum(0)
     torch.mul(deviation, deviation, out=deviation)
-    return rows, deviation.view(-1, x.shape[-1]).sum(0), columns, columns.square().sum(0)
+    squares, total = deviation.view(-1, x.shape[-1]).sum(0), rows.sum(0)
+    return PlainSums(squares, rows.square_().sum(0), total, columns)
 
 
 def exact_sums(x: Tensor, references: Tensor, squared: bool) -> ExactSums:

@@ -10,35 +10,41 @@ from torch import Tensor
 
 from lightning_invariance.functional.variance import normalize
 from lightning_invariance.measures.base import Measure, States
-from lightning_invariance.measures.spread import exact_sums, plain_sums
+from lightning_invariance.measures.spread import PlainSums, exact_sums, plain_sums
 
 #: Updates before which the references move to the means: often enough for the digits, rare enough for the time.
 MOVE_REFERENCES = frozenset(4**power for power in range(1, 16))
+
+#: The states of the plain set, and those of the exact set.
+PLAIN = ("plain_samples", "centres", "plain_squares", "plain_row_squares", "plain_total", "plain_sums")
+EXACT = ("exact_samples", "row_spread", "references", "squares", "sums")
 
 
 class VarianceMeasure(Measure):
     r"""Shared update of the variance measures: squared deviations within the rows and columns of the ST matrix.
 
-    For k activations and m transformations the states are ``n_samples``, ``row_spread`` (k,): the sum over rows of
-    their squared deviations from the row mean, and two sets of sums that give the means and the spread of the columns:
+    For k activations and m transformations the states are two sets of sums:
 
     - of blocks whose sums float32 holds without losing digits, which is the rule: ``centres`` (k,), ``plain_squares``
-      (k,), ``plain_firsts`` (k,), ``plain_sums`` (m, k) and their number of rows ``plain_samples``; see ``PlainSums``.
-    - of the other blocks, such as those of float64 activations or with columns that are constant: ``references``
-      (m, k), ``squares`` (1, k) and ``sums`` (m, k); see ``ExactSums``. They keep an invariant unit (TV = 0) and a
-      division by zero (SV = 0) apart from small numbers.
+      (k,), ``plain_row_squares`` (k,), ``plain_total`` (k,), ``plain_sums`` (m, k) in float32; see ``PlainSums``.
+    - of the other blocks, such as those of float64 activations or with rows or columns that are constant:
+      ``row_spread`` (k,): the sum over rows of their squared deviations from the row mean, ``references`` (m, k),
+      ``squares`` (1, k) and ``sums`` (m, k); see ``ExactSums``. They keep an invariant unit (TV = 0) and a division by
+      zero (SV = 0) apart from small numbers.
 
     A set is empty as long as it is not needed: most layers hold (m + 4) k numbers. Where ``squared`` is false,
     ``row_spread`` is the sum of the rows' standard deviations, ``squares`` (m, k) is kept for each column, and the
     first set is not used.
     """
 
-    row_spread: Tensor
-    centres: Tensor
     plain_samples: Tensor
+    centres: Tensor
     plain_squares: Tensor
-    plain_firsts: Tensor
+    plain_row_squares: Tensor
+    plain_total: Tensor
     plain_sums: Tensor
+    exact_samples: Tensor
+    row_spread: Tensor
     references: Tensor
     squares: Tensor
     sums: Tensor
@@ -49,11 +55,13 @@ class VarianceMeasure(Measure):
             raise ValueError(f"Expected argument `squared` to be a bool, but got {squared!r}.")
         self.squared = squared
         vector, matrix = torch.zeros(0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64)
-        self._add_states(row_spread=vector, plain_samples=torch.tensor(0))
+        self._add_states(exact_samples=torch.tensor(0), row_spread=vector)
         self._add_states(references=matrix, squares=matrix, sums=matrix)
         if squared:
             # The names of states also tell collections of metrics which measures may share them.
-            self._add_states(centres=vector, plain_squares=vector, plain_firsts=vector, plain_sums=matrix)
+            self._add_states(plain_samples=torch.tensor(0), centres=vector, plain_squares=vector)
+            # The column sums, much the largest state, are sums of float32 deviations and stay float32.
+            self._add_states(plain_row_squares=vector, plain_total=vector, plain_sums=matrix.float())
 
     @property
     def update_rule(self) -> Hashable:
@@ -67,44 +75,48 @@ class VarianceMeasure(Measure):
 
     def dead(self) -> Tensor:
         """Which activations never changed, over all samples and transformations: bool of ``activation_shape``."""
-        return self._shaped((self.row_spread == 0) & (self._column_spread() == 0).all(0))
+        return self._shaped((self._row_spread() == 0) & (self._column_spread() == 0).all(0))
 
     def _add(self, x: Tensor) -> None:
-        row_spread = self._add_plain(x) if self.squared and self.row_spread.dtype == torch.float64 else None
-        if row_spread is None:
-            row_spread = self._add_exact(x)
-        self.row_spread = self.row_spread + row_spread if self.row_spread.numel() else row_spread
+        # A device without float64 has only the exact way.
+        if not (self.squared and self.row_spread.dtype == torch.float64 and self._add_plain(x)):
+            self._add_exact(x)
 
-    def _add_plain(self, x: Tensor) -> Tensor | None:
-        centres = self.centres if self.centres.numel() else x[0, 0].to(self.row_spread.dtype)
-        block = plain_sums(x, centres)
+    def _plain(self) -> PlainSums:
+        return PlainSums(self.plain_squares, self.plain_row_squares, self.plain_total, self.plain_sums)
+
+    def _add_plain(self, x: Tensor) -> bool:
+        """Add rows to the plain set, and say whether it holds them."""
+        n, old, centres = int(self.plain_samples), self._plain(), self.centres
+        if n and self._update_count in MOVE_REFERENCES:
+            # Squares about a centre far from the mean would cancel.
+            moved = (centres + old.total / (n * len(old.sums))).to(x.dtype).to(centres.dtype)  # as precise as x
+            old, centres = old.about(centres - moved, n), moved
+        block = plain_sums(x, centres.to(x.dtype) if n else x[0, 0])
         if block is None:
-            return None
-        if not self.centres.numel():
-            self.centres, self.plain_squares, self.plain_firsts = centres, block.squares, block.firsts
-            self.plain_sums = block.sums.to(centres.dtype)
-        else:
-            self.plain_squares = self.plain_squares + block.squares
-            self.plain_firsts = self.plain_firsts + block.firsts
-            self.plain_sums = self.plain_sums + block.sums
+            return False
+        new = old.plus(block) if n else PlainSums(*(b.to(o.dtype) for b, o in zip(block, old, strict=True)))
+        if not new.hold_digits(n + len(x)):
+            return False
+        self.centres = centres if n else x[0, 0].to(centres.dtype, copy=True)
+        self.plain_squares, self.plain_row_squares, self.plain_total, self.plain_sums = new
         self.plain_samples = self.plain_samples + len(x)
-        return block.row_spread
+        return True
 
-    def _add_exact(self, x: Tensor) -> Tensor:
+    def _add_exact(self, x: Tensor) -> None:
         if not self.references.numel():
             self.references = x[0].to(self.row_spread.dtype, copy=True)
+            self.row_spread, self.squares, self.sums = exact_sums(x, self.references, self.squared)
+        else:
+            if self._update_count in MOVE_REFERENCES:
+                n = self.exact_samples
+                moved = torch.add(self.references, self.sums / n).to(x.dtype).to(self.sums.dtype)
+                self.squares, self.sums = self._about(self.squares, self.sums, self.references - moved, n)
+                self.references = moved
             block = exact_sums(x, self.references, self.squared)
-            self.squares, self.sums = block.squares, block.sums
-            return block.row_spread
-        if self._update_count in MOVE_REFERENCES:
-            # Squares about a reference far from the mean would cancel.
-            n = self.n_samples - self.plain_samples
-            moved = torch.add(self.references, self.sums / n).to(x.dtype).to(self.sums.dtype)  # as precise as x
-            self.squares, self.sums = self._about(self.squares, self.sums, self.references - moved, n)
-            self.references = moved
-        block = exact_sums(x, self.references, self.squared)
-        self.squares, self.sums = self.squares + block.squares, self.sums + block.sums
-        return block.row_spread
+            self.row_spread = self.row_spread + block.row_spread
+            self.squares, self.sums = self.squares + block.squares, self.sums + block.sums
+        self.exact_samples = self.exact_samples + len(x)
 
     def _about(self, squares: Tensor, sums: Tensor, shift: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
         """Squares and sums of n deviations that all grow by ``shift``."""
@@ -115,52 +127,58 @@ class VarianceMeasure(Measure):
         """Sum (transformations, activations) to the shape of ``squares``."""
         return values.sum(0, keepdim=True) if self.squared else values
 
+    def _row_spread(self) -> Tensor:
+        """Squared deviations from the row means, or the sum of the rows' standard deviations: (k,)."""
+        if not self.squared or not self.centres.numel():
+            return self.row_spread
+        plain = self._plain().row_spread()
+        return plain + self.row_spread if self.references.numel() else plain
+
     def _column_spread(self) -> Tensor:
         """Squared deviations from the column means: (1, k), or (m, k) where ``squared`` is false."""
-        n_plain, n_exact = self.plain_samples, self.n_samples - self.plain_samples
         spread, means = [], []
         if self.squared and self.centres.numel():
-            sums = self.plain_sums + self.plain_firsts
-            spread.append((self.plain_squares - sums.square().sum(0) / n_plain).clamp_min_(0)[None])
-            means.append(self.centres + sums / n_plain)
+            spread.append(self._plain().column_spread(self.plain_samples)[None])
+            means.append(self.centres + self.plain_sums / self.plain_samples)
         if self.references.numel():
-            spread.append((self.squares - self._over_columns(self.sums.square()) / n_exact).clamp_min_(0))
-            means.append(self.references + self.sums / n_exact)
+            n = self.exact_samples
+            spread.append((self.squares - self._over_columns(self.sums.square()) / n).clamp_min_(0))
+            means.append(self.references + self.sums / n)
         if len(means) == 2:
             # Two sets of rows with different means (Chan, Golub and LeVeque 1983, the paper's reference 20).
             between = self._over_columns((means[0] - means[1]).square())
-            return spread[0] + spread[1] + between * (n_plain * n_exact / self.n_samples.to(between.dtype))
+            weight = self.plain_samples * self.exact_samples / self.n_samples.to(between.dtype)
+            return spread[0] + spread[1] + between * weight
         return spread[0]
 
     def _merge(self, a: States, b: States) -> States:
         plain = self._merge_plain(a, b) if self.squared else {}
-        samples = {"plain_samples": a["plain_samples"] + b["plain_samples"]}
-        return {"row_spread": a["row_spread"] + b["row_spread"], **samples, **plain, **self._merge_exact(a, b)}
+        return {**plain, **self._merge_exact(a, b)}
 
     def _merge_plain(self, a: States, b: States) -> States:
-        names = ("centres", "plain_squares", "plain_firsts", "plain_sums")
         if not a["centres"].numel() or not b["centres"].numel():
-            return {name: (a if a["centres"].numel() else b)[name] for name in names}
-        m, n, shift = len(b["plain_sums"]), b["plain_samples"], b["centres"] - a["centres"]
-        total = b["plain_sums"].sum(0) + m * b["plain_firsts"]
-        return {
-            "centres": a["centres"],
-            "plain_squares": a["plain_squares"] + b["plain_squares"] + shift * (2 * total + n * m * shift),
-            "plain_firsts": a["plain_firsts"] + b["plain_firsts"] + n * shift,
-            "plain_sums": a["plain_sums"] + b["plain_sums"],
-        }
+            return {name: (a if a["centres"].numel() else b)[name] for name in PLAIN}
+        first, second = (PlainSums(*(states[name] for name in PLAIN[2:])) for states in (a, b))
+        merged = first.plus(second.about(b["centres"] - a["centres"], b["plain_samples"]))
+        samples = a["plain_samples"] + b["plain_samples"]
+        return dict(zip(PLAIN, (samples, a["centres"], *merged), strict=True))
 
     def _merge_exact(self, a: States, b: States) -> States:
-        names = ("references", "squares", "sums")
         if not a["references"].numel() or not b["references"].numel():
-            return {name: (a if a["references"].numel() else b)[name] for name in names}
-        shift = b["references"] - a["references"]
-        squares, sums = self._about(b["squares"], b["sums"], shift, b["n_samples"] - b["plain_samples"])
-        return {"references": a["references"], "squares": a["squares"] + squares, "sums": a["sums"] + sums}
+            return {name: (a if a["references"].numel() else b)[name] for name in EXACT}
+        shift, n = b["references"] - a["references"], b["exact_samples"]
+        squares, sums = self._about(b["squares"], b["sums"], shift, n)
+        return {
+            "exact_samples": a["exact_samples"] + n,
+            "row_spread": a["row_spread"] + b["row_spread"],
+            "references": a["references"],
+            "squares": a["squares"] + squares,
+            "sums": a["sums"] + sums,
+        }
 
     def _transformation_variance(self) -> Tensor:
         m = self.n_transformations
-        mean = self.row_spread / self.n_samples
+        mean = self._row_spread() / self.n_samples
         return self._shaped(mean / (m - 1) if self.squared else mean)
 
     def _sample_variance(self) -> Tensor:
@@ -170,7 +188,7 @@ class VarianceMeasure(Measure):
         return self._shaped(variance.sqrt().mean(0))
 
     def _undefined(self) -> Tensor:
-        return self._shaped(torch.full_like(self.row_spread, torch.nan))
+        return torch.full(self.activation_shape.tolist(), torch.nan, dtype=torch.float64, device=self.device)
 
 
 class TransformationVariance(VarianceMeasure):

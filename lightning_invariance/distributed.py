@@ -1,0 +1,86 @@
+"""Joining what the processes of a distributed run have measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_invariance.measures.base import Measure, States
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Of this process; ``(0, 1)`` where ``torch.distributed`` is not initialised."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """One small object from every process, in the order of ranks."""
+    _, world_size = rank_and_world_size()
+    if world_size == 1:
+        return [value]
+    values: list[Any] = [None] * world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def merge_over_ranks(measures: Sequence[Measure], device: torch.device) -> int:
+    """Give the measures of every process the merged states of all; measures correspond by position.
+
+    The states of all measures travel as one flat message along the chain of ranks, each of which merges its own, and
+    the result travels back: a process sends its states twice at most and holds one other set, however many there are,
+    and all of them end with the same bits.
+
+    Args:
+        measures: the same on every process, in the same order; those of a process without samples are empty.
+        device: where messages are made, which the process group must support.
+
+    Returns:
+        The number of bytes that this process sent.
+    """
+    rank, world_size = rank_and_world_size()
+    if world_size == 1 or not measures:
+        return 0
+    sent = 0
+    if rank > 0:
+        for measure, states in zip(measures, _receive(measures, rank - 1, device), strict=True):
+            measure._reduce_states(states)
+    if rank < world_size - 1:
+        sent += _send(measures, rank + 1, device)
+        for measure, states in zip(measures, _receive(measures, rank + 1, device), strict=True):
+            measure._set_states(states)
+    if rank > 0:
+        sent += _send(measures, rank - 1, device)
+    return sent
+
+
+def _send(measures: Sequence[Measure], to: int, device: torch.device) -> int:
+    states = [getattr(measure, name) for measure in measures for name in measure._defaults]
+    sizes = torch.tensor([size for state in states for size in state.shape], dtype=torch.int64, device=device)
+    message = torch.cat([state.to(device).contiguous().flatten().view(torch.uint8) for state in states])
+    dist.send(sizes, to)
+    dist.send(message, to)
+    return sizes.nbytes + message.nbytes
+
+
+def _receive(measures: Sequence[Measure], source: int, device: torch.device) -> list[States]:
+    own = [getattr(measure, name) for measure in measures for name in measure._defaults]
+    # A state has the same type and number of dimensions on every process, so that only sizes need to be told.
+    header = torch.empty(sum(state.ndim for state in own), dtype=torch.int64, device=device)
+    dist.recv(header, source)
+    sizes, shapes, lengths = header.tolist(), [], []
+    for state in own:
+        shapes.append(sizes[: state.ndim])
+        sizes = sizes[state.ndim :]
+        lengths.append(torch.Size(shapes[-1]).numel() * state.element_size())
+    message = torch.empty(sum(lengths), dtype=torch.uint8, device=device)
+    dist.recv(message, source)
+    parts = zip(own, shapes, torch.split(message, lengths), strict=True)
+    # Copied, since a part need not begin where its type may.
+    values = iter([part.clone().view(state.dtype).view(shape).to(state.device) for state, shape, part in parts])
+    return [{name: next(values) for name in measure._defaults} for measure in measures]
