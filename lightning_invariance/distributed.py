@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from lightning_invariance.measures.base import Measure, States
+
+#: The types that states may have.
+DTYPES = (torch.float64, torch.float32, torch.int64, torch.int32, torch.bool)
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -61,26 +63,29 @@ def merge_over_ranks(measures: Sequence[Measure], device: torch.device) -> int:
 
 def _send(measures: Sequence[Measure], to: int, device: torch.device) -> int:
     states = [getattr(measure, name) for measure in measures for name in measure._defaults]
-    sizes = torch.tensor([size for state in states for size in state.shape], dtype=torch.int64, device=device)
+    about = [number for state in states for number in (DTYPES.index(state.dtype), *state.shape)]
+    header = torch.tensor(about, dtype=torch.int64, device=device)
     message = torch.cat([state.to(device).contiguous().flatten().view(torch.uint8) for state in states])
-    dist.send(sizes, to)
+    dist.send(header, to)
     dist.send(message, to)
-    return sizes.nbytes + message.nbytes
+    return header.nbytes + message.nbytes
 
 
 def _receive(measures: Sequence[Measure], source: int, device: torch.device) -> list[States]:
     own = [getattr(measure, name) for measure in measures for name in measure._defaults]
-    # A state has the same type and number of dimensions on every process, so that only sizes need to be told.
-    header = torch.empty(sum(state.ndim for state in own), dtype=torch.int64, device=device)
+    # A state has the same number of dimensions on every process, so that the length of the header is known.
+    header = torch.empty(sum(1 + state.ndim for state in own), dtype=torch.int64, device=device)
     dist.recv(header, source)
-    sizes, shapes, lengths = header.tolist(), [], []
+    numbers, kinds = iter(header.tolist()), []
     for state in own:
-        shapes.append(sizes[: state.ndim])
-        sizes = sizes[state.ndim :]
-        lengths.append(torch.Size(shapes[-1]).numel() * state.element_size())
+        dtype = DTYPES[next(numbers)]
+        kinds.append((dtype, torch.Size([next(numbers) for _ in range(state.ndim)])))
+    lengths = [shape.numel() * dtype.itemsize for dtype, shape in kinds]
     message = torch.empty(sum(lengths), dtype=torch.uint8, device=device)
     dist.recv(message, source)
-    parts = zip(own, shapes, torch.split(message, lengths), strict=True)
     # Copied, since a part need not begin where its type may.
-    values = iter([part.clone().view(state.dtype).view(shape).to(state.device) for state, shape, part in parts])
+    values = iter(
+        part.clone().view(dtype).view(shape).to(state.device)
+        for state, (dtype, shape), part in zip(own, kinds, torch.split(message, lengths), strict=True)
+    )
     return [{name: next(values) for name in measure._defaults} for measure in measures]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ from torchmetrics import Metric
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from lightning_invariance.activations import Layers, catch_activations, select_layers
+from lightning_invariance.distributed import rank_and_world_size
 from lightning_invariance.isolation import device_of, evaluation_mode, forced_eager, isolated_random_state, on_device
 from lightning_invariance.loader import STBlock, STLoader
 from lightning_invariance.measures import Measure, NormalizedVariance
-from lightning_invariance.measures.variance import VarianceMeasure
 from lightning_invariance.result import InvarianceResult
 from lightning_invariance.transforms import TransformationSet
+from lightning_invariance.walk import Walk
 
 #: A progress bar appears when a walk takes longer than this, in seconds.
 PROGRESS_DELAY = 3.0
@@ -41,8 +43,9 @@ def evaluate(
 ) -> InvarianceResult:
     """Measure how invariant every activation of a model is to a set of input transformations.
 
-    The model runs in eval mode and without gradients over every sample under every transformation, once. Afterwards
-    its modes, its parameters and buffers, and every random generator are what they were before.
+    The model runs in eval mode and without gradients over every sample under every transformation, once (twice where a
+    measure such as :class:`~lightning_invariance.measures.Goodfellow` needs it). Afterwards its modes, its parameters
+    and buffers, and every random generator are what they were before.
 
     Args:
         model: any module; called as ``model(x)`` unless ``forward`` is given.
@@ -85,7 +88,7 @@ def evaluate(
     named = named_measures(measures)
     selection = select_layers(model, layers)
     where = torch.device(device) if device is not None else device_of(model)
-    rank, world_size = _ranks()
+    rank, world_size = rank_and_world_size()
     loader = STLoader(
         data,
         transformations,
@@ -98,128 +101,34 @@ def evaluate(
         world_size=world_size,
     )
     _check_numbers(loader)
-    walk = _Walk(named, loader)
+    for measure in named.values():
+        if isinstance(measure, Measure):
+            deepcopy(measure).prepare(transformations, ())  # raises where it cannot work with them
+    walk = Walk(named, transformations)
     run = forward or _call
     with ExitStack() as stack:
-        stack.enter_context(isolated_random_state(seed))
         stack.enter_context(on_device(model, where))
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(torch.no_grad())
         stack.enter_context(forced_eager())
         catcher = stack.enter_context(catch_activations(selection, walk.consume))
-        for block in _with_progress(loader, progress and rank == 0):
-            catcher.start_pass()
-            walk.start_block(block)
-            run(model, block.inputs.flatten(0, 1))
+        for _ in range(walk.passes):
+            error: BaseException | None = None
+            try:
+                with isolated_random_state(seed):  # every pass sees the same random transformations
+                    for block in _with_progress(loader, progress and rank == 0):
+                        catcher.start_pass()
+                        walk.start_block(block)
+                        run(model, block.inputs.flatten(0, 1))
+            except Exception as raised:  # the other processes shall hear of it instead of waiting for ever
+                error = raised
+            walk.end_pass(where, error)
+    _check_number(walk.n_samples)
     selection.check_fired(walk.layers)
-    result = walk.result(loader.n_samples)
-    _check_number(result.n_samples)
-    _warn_of_nan(result)
+    result = walk.result()
+    if rank == 0:
+        _warn_of_nan(result)
     return result
-
-
-class _Walk:
-    """The measures of every layer, while blocks come in."""
-
-    def __init__(self, measures: Mapping[str, Metric], loader: STLoader) -> None:
-        #: layer → groups of measures that share their states: name → metric
-        self.layers: dict[str, list[dict[str, Metric]]] = {}
-        self._measures = measures
-        self._groups = _compute_groups(measures)
-        self._transformations = loader.transformations
-        self._block: STBlock | None = None
-        self._parts: dict[str, list[Tensor]] = {}
-        self._batch_axes: dict[str, int] = {}
-        self._shapes: dict[str, torch.Size] = {}
-        self._rows = 0
-
-    def start_block(self, block: STBlock) -> None:
-        """The outputs that follow belong to this block."""
-        self._block = block
-        if block.columns.stop == len(self._transformations):
-            self._rows += len(block.inputs)
-
-    def consume(self, layer: str, module: nn.Module, output: Tensor) -> None:
-        """Update the measures of a layer with what it made of the block's inputs."""
-        if self._block is None:
-            raise RuntimeError("Expected a block before its activations.")
-        rows, columns = self._block.inputs.shape[:2]
-        output = self._batch_first(layer, module, output, rows * columns)
-        st = output.reshape(rows, columns, *output.shape[1:])
-        if columns < len(self._transformations):
-            # A row longer than a batch: wait for the rest of it.
-            parts = self._parts.setdefault(layer, [])
-            parts.append(st.clone())
-            if self._block.columns.stop < len(self._transformations):
-                return
-            st = torch.cat(self._parts.pop(layer), dim=1)
-        if layer not in self.layers:
-            self.layers[layer] = [self._new_group(names, st.device) for names in self._groups]
-            self._shapes[layer] = st.shape[2:]
-        for group in self.layers[layer]:
-            # One update serves the group: its members have the same states.
-            leader = next(iter(group.values()))
-            labels = {} if self._block.labels is None else leader._filter_kwargs(labels=self._block.labels)
-            leader.update(st, **labels)
-
-    def _batch_first(self, layer: str, module: nn.Module, output: Tensor, batch: int) -> Tensor:
-        """Move the batch axis to the front; it is elsewhere in the states and time-first outputs of recurrent nets."""
-        if layer not in self._batch_axes:
-            if isinstance(module, nn.RNNBase):
-                hidden = layer.count("[") > 1 or not layer.endswith("[0]")  # (output, hidden) or (output, (h, c))
-                axis = 1 if hidden or not module.batch_first else 0
-            else:
-                axis = next((a for a, size in enumerate(output.shape) if size == batch), 0)
-            self._batch_axes[layer] = axis
-        axis = self._batch_axes[layer]
-        if output.ndim <= axis or output.shape[axis] != batch:
-            raise RuntimeError(
-                f"Expected layer {layer!r} to return a value for each of the {batch} inputs of a batch, but it returned"
-                f" a tensor of shape {tuple(output.shape)}. Leave it out with `layers`."
-            )
-        return output.movedim(axis, 0)
-
-    def _new_group(self, names: Iterable[str], device: torch.device) -> dict[str, Metric]:
-        group: dict[str, Metric] = {}
-        for name in names:
-            clone = self._measures[name].clone()
-            clone.reset()
-            if device.type == "mps":  # which has no float64
-                clone.set_dtype(torch.float32)
-            group[name] = clone.to(device)
-        return group
-
-    def result(self, n_samples: int | None) -> InvarianceResult:
-        """Compute every measure of every layer."""
-        values: dict[str, dict[str, Tensor]] = {name: {} for name in self._measures}
-        dead: dict[str, Tensor] = {}
-        for layer, groups in self.layers.items():
-            for group in groups:
-                leader = next(iter(group.values()))
-                with leader.sync_context(dist_sync_fn=leader.dist_sync_fn, should_sync=leader._to_sync):
-                    for name, metric in group.items():
-                        value, shape = self._computed(metric, leader), self._shapes[layer]
-                        # torchmetrics turns a value of shape (1,) into a scalar.
-                        values[name][layer] = value.reshape(shape) if value.numel() == shape.numel() else value
-                    if isinstance(leader, VarianceMeasure):
-                        dead[layer] = leader.dead().cpu()
-        return InvarianceResult(
-            values,
-            dead=dead,
-            n_samples=self._rows if n_samples is None else n_samples,
-            transformations=self._transformations.labels,
-            parameters=self._transformations.parameters,
-        )
-
-    @staticmethod
-    def _computed(metric: Metric, leader: Metric) -> Tensor:
-        """What a metric makes of the (synchronised) states of the leader of its group."""
-        for state in metric._defaults if metric is not leader else ():
-            setattr(metric, state, getattr(leader, state))
-        metric._update_count = max(1, leader._update_count)
-        metric._to_sync = False
-        value: Tensor = metric.compute()
-        return value.detach().to("cpu", torch.float64)
 
 
 def named_measures(measures: Sequence[Metric] | Mapping[str, Metric] | None) -> dict[str, Metric]:
@@ -242,15 +151,6 @@ def named_measures(measures: Sequence[Metric] | Mapping[str, Metric] | None) -> 
     if not named:
         raise ValueError("Expected argument `measures` to hold at least one measure, but got none.")
     return named
-
-
-def _compute_groups(measures: Mapping[str, Metric]) -> list[list[str]]:
-    """The names of measures that share their states, so that one update serves each group."""
-    groups: dict[Hashable, list[str]] = {}
-    for name, measure in measures.items():
-        rule = measure.update_rule if isinstance(measure, Measure) else id(measure)
-        groups.setdefault(rule, []).append(name)
-    return list(groups.values())
 
 
 def _check_numbers(loader: STLoader) -> None:
@@ -277,12 +177,6 @@ def _warn_of_nan(result: InvarianceResult) -> None:
             UserWarning,
             stacklevel=3,
         )
-
-
-def _ranks() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
 
 
 def _call(model: nn.Module, x: Tensor) -> Any:

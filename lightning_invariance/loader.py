@@ -26,11 +26,13 @@ class STBlock(NamedTuple):
         labels: ``(rows,)``, or None where the samples carry no label.
         columns: which transformations these are. Blocks of one row longer than a batch come one after the other;
             the row is complete when ``columns.stop`` is the number of transformations.
+        indices: ``(rows,)``: which of the chosen samples these are, counted over all processes.
     """
 
     inputs: Tensor
     labels: Tensor | None
     columns: slice
+    indices: Tensor
 
 
 class STLoader:
@@ -140,9 +142,12 @@ class STLoader:
         parts = [(columns, self.transformations[columns]) for columns in self._parts()]
         if len(parts) == 1:
             parts = [(parts[0][0], self.transformations)]
+        first = 0
         for samples, labels in self._rows():
+            indices = torch.arange(first, first + len(samples), device=samples.device)
+            first += len(samples)
             for columns, transformations in parts:
-                yield STBlock(transformations(samples), labels, columns)
+                yield STBlock(transformations(samples), labels, columns, self._rank + self._world_size * indices)
 
     def _rows(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The samples, :attr:`rows` at a time however they were batched, on the device."""

@@ -109,9 +109,12 @@ class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
         parameters: their parameters, a list for each name.
         epoch: epoch of the training at which it was measured; -1 is the untrained network.
         step: the logger step of that moment.
+        floor: same-equivariance measure → its values for the network that returns its input: what interpolation and
+            the borders cost by themselves.
+        skipped: measure → layers for which it is not defined, such as those without spatial axes.
 
     Attributes:
-        n_samples: see Args. So are ``transformations``, ``parameters``, ``epoch`` and ``step``.
+        n_samples: see Args. So are ``transformations``, ``parameters``, ``epoch``, ``step``, ``floor``, ``skipped``.
     """
 
     def __init__(
@@ -124,6 +127,8 @@ class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
         parameters: Mapping[str, Sequence[float]] | None = None,
         epoch: int | None = None,
         step: int | None = None,
+        floor: Mapping[str, Tensor] | None = None,
+        skipped: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self._values = {measure: dict(layers) for measure, layers in values.items()}
         self.dead = dict(dead or {})
@@ -132,6 +137,8 @@ class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
         self.parameters = {name: list(numbers) for name, numbers in (parameters or {}).items()}
         self.epoch = epoch
         self.step = step
+        self.floor = dict(floor or {})
+        self.skipped = {measure: list(layers) for measure, layers in (skipped or {}).items() if layers}
         self._tables = {
             measure: Table(LayerStatistics.of(layer, v, self.dead.get(layer)) for layer, v in layers.items())
             for measure, layers in self._values.items()
@@ -159,8 +166,8 @@ class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
 
     @property
     def layers(self) -> list[str]:
-        """Names of the layers, in the order in which they ran."""
-        return list(next(iter(self._values.values()), {}))
+        """Names of the layers, in the order in which they ran; :attr:`skipped` says which a measure leaves out."""
+        return max((list(layers) for layers in self._values.values()), key=len, default=[])
 
     def table(self, measure: str | None = None) -> Table:
         """A row of statistics for each layer: a list of :class:`LayerStatistics` that prints as a table.
@@ -191,10 +198,10 @@ class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
 
     def dead_channels(self, layer: str) -> Tensor:
         """Which channels hold nothing but dead activations: bool ``(channels,)``."""
-        channels = self.per_channel(self.measures[0], layer)
         dead = self.dead.get(layer)
         if dead is None:
-            return torch.zeros_like(channels, dtype=torch.bool)
+            measure = next(measure for measure, layers in self._values.items() if layer in layers)
+            return torch.zeros_like(self.per_channel(measure, layer), dtype=torch.bool)
         return dead.flatten(1).all(1) if dead.ndim > 1 else dead.reshape(-1)
 
     def mean(self, measure: str | None = None) -> float:
@@ -226,6 +233,8 @@ class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
             "parameters": self.parameters,
             "epoch": self.epoch,
             "step": self.step,
+            "floor": self.floor,
+            "skipped": self.skipped,
         }
 
     @classmethod
@@ -246,6 +255,9 @@ class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
         dead = state.pop("dead")
         arrays.update({f"dead/{j}": values.numpy() for j, values in enumerate(dead.values())})
         state["layers_of_dead"] = list(dead)
+        floor = state.pop("floor")
+        arrays.update({f"floor/{i}": values.numpy() for i, values in enumerate(floor.values())})
+        state["measures_with_floor"] = list(floor)
         path = Path(path)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
@@ -262,6 +274,8 @@ class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
             state = json.loads(str(arrays["about"]))
             layers_of_dead = state.pop("layers_of_dead")
             state["dead"] = {layer: torch.from_numpy(arrays[f"dead/{j}"]) for j, layer in enumerate(layers_of_dead)}
+            with_floor = state.pop("measures_with_floor")
+            state["floor"] = {name: torch.from_numpy(arrays[f"floor/{i}"]) for i, name in enumerate(with_floor)}
             state["values"] = {
                 measure: {row["layer"]: torch.from_numpy(arrays[f"values/{i}/{j}"]) for j, row in enumerate(rows)}
                 for i, (measure, rows) in enumerate(state["statistics"].items())

@@ -1,9 +1,23 @@
 """The measures as formulas on a whole ST tensor: short, slow, obviously right."""
 
+from lightning_invariance.functional.anova import anova
+from lightning_invariance.functional.distance import (
+    normalized_distance,
+    sample_distance,
+    transformation_distance,
+)
 from lightning_invariance.functional.variance import (
     normalized_variance,
     sample_variance,
     transformation_variance,
 )
 
-__all__ = ["normalized_variance", "sample_variance", "transformation_variance"]
+__all__ = [
+    "anova",
+    "normalized_distance",
+    "normalized_variance",
+    "sample_distance",
+    "sample_variance",
+    "transformation_distance",
+    "transformation_variance",
+]

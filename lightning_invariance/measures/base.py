@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 from torchmetrics.utilities.prints import rank_zero_warn
+
+from lightning_invariance.transforms import TransformationSet
 
 States = dict[str, Tensor]
 
@@ -33,6 +35,7 @@ class Measure(Metric):
     full_state_update = False
 
     n_samples: Tensor
+    columns: Tensor
     activation_shape: Tensor
 
     #: Rows are taken in groups of this many, to bound both the memory and the rounding of one step.
@@ -40,18 +43,46 @@ class Measure(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # Both are states like the rest, since a process that saw no sample learns them from the others.
-        self._add_states(n_samples=torch.tensor(0), activation_shape=torch.zeros(0, dtype=torch.long))
+        # These are states like the rest, since a process that saw no sample learns them from the others.
+        self._add_states(n_samples=torch.tensor(0), columns=torch.tensor(0))
+        self._add_states(activation_shape=torch.zeros(0, dtype=torch.long))
 
     def _add_states(self, **empty: Tensor) -> None:
         """Register states by their empty values."""
         for name, default in empty.items():
             self.add_state(name, default, dist_reduce_fx=None)
 
+    #: How often a walk shall show the measure every row; :meth:`end_pass` is called after each pass but the last.
+    passes: ClassVar[int] = 1
+
+    #: Whether results shall tell what the measure gives for a network that returns its input.
+    has_floor: ClassVar[bool] = False
+
+    def end_pass(self) -> None:
+        """Prepare for the next pass over the same rows; the states are those of all processes."""
+
+    def prepare(self, transformations: TransformationSet, input_shape: Sequence[int]) -> None:
+        """Learn, before the first update, which transformations the columns are and the shape of a network input.
+
+        Raises:
+            ValueError: If the measure cannot work with these transformations.
+        """
+
+    def applies_to(self, activation_shape: Sequence[int]) -> bool:
+        """Whether the measure is defined for activations of this shape; a walk leaves out the other layers."""
+        return True
+
+    def dead(self) -> Tensor | None:
+        """Which activations never changed: bool of ``activation_shape``; None where the measure does not know."""
+        return None
+
     @property
-    def update_rule(self) -> Hashable:
-        """Equal for measures whose updates make the same states: one update serves them all. By default unique."""
-        return id(self)
+    def update_rule(self) -> frozenset[Hashable]:
+        """What an update adds up. A measure whose rule is part of another's is served by the update of that other.
+
+        By default unique.
+        """
+        return frozenset([id(self)])
 
     def update(self, st_block: Tensor) -> None:
         """Add complete rows of the ST matrix.
@@ -64,6 +95,10 @@ class Measure(Metric):
                 shape than the blocks before.
             TypeError: If the block is not of a real floating-point type.
         """
+        self._update(st_block)
+
+    def _update(self, st_block: Tensor, **of_rows: Tensor) -> None:
+        """Check a block and add its rows, with what ``of_rows`` says of each."""
         if not isinstance(st_block, Tensor) or not st_block.is_floating_point():
             kind = st_block.dtype if isinstance(st_block, Tensor) else type(st_block).__name__
             raise TypeError(f"Expected argument `st_block` to be a real floating-point tensor, but got {kind}.")
@@ -79,13 +114,15 @@ class Measure(Metric):
         with torch.no_grad():
             x = st_block.detach().reshape(n, m, -1)
             x = x if x.dtype == torch.float64 else x.float()
-            for rows in torch.split(x, self.rows_at_once):
-                self._add(rows)
-                self.n_samples = self.n_samples + len(rows)
+            for start in range(0, n, self.rows_at_once):
+                rows = slice(start, start + self.rows_at_once)
+                self._add(x[rows], **{name: values[rows] for name, values in of_rows.items()})
+                self.n_samples = self.n_samples + len(x[rows])
 
     def _check_shape(self, m: int, shape: list[int]) -> None:
         if self.n_transformations == 0:
             self.activation_shape = torch.tensor(shape, dtype=torch.long, device=self.n_samples.device)
+            self.columns = torch.full_like(self.columns, m)
         elif self.n_transformations != m:
             raise ValueError(f"Expected ST blocks with {self.n_transformations} transformations, but got {m}.")
         if shape != self.activation_shape.tolist():
@@ -95,12 +132,12 @@ class Measure(Metric):
             )
 
     @property
-    @abstractmethod
     def n_transformations(self) -> int:
         """Number of transformations m of the blocks so far; 0 before the first."""
+        return int(self.columns)
 
     @abstractmethod
-    def _add(self, x: Tensor) -> None:
+    def _add(self, x: Tensor, **of_rows: Tensor) -> None:
         """Add rows ``(samples, transformations, activations)`` in float32 or float64, not yet in ``n_samples``."""
 
     @abstractmethod
@@ -152,15 +189,17 @@ class Measure(Metric):
 
     def _merged(self, a: States, b: States) -> States:
         """Merge with the identity: empty states."""
-        if b["n_samples"] == 0:
-            return a
-        if a["n_samples"] == 0:
-            return b
-        if not torch.equal(a["activation_shape"], b["activation_shape"]):
-            shapes = tuple(a["activation_shape"].tolist()), tuple(b["activation_shape"].tolist())
-            raise ValueError(f"Expected states of activations of one shape, but got {shapes[0]} and {shapes[1]}.")
-        merged = self._merge(a, b)
-        return {**merged, "n_samples": a["n_samples"] + b["n_samples"], "activation_shape": a["activation_shape"]}
+        if b["n_samples"] == 0 or a["n_samples"] == 0:
+            full = a if b["n_samples"] == 0 else b
+            return {name: state.clone() for name, state in full.items() if name in self._defaults}
+        shapes = [(int(states["columns"]), *states["activation_shape"].tolist()) for states in (a, b)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                "Expected states of one shape (transformations, *activation_shape),"
+                f" but got {shapes[0]} and {shapes[1]}."
+            )
+        about = {"n_samples": a["n_samples"] + b["n_samples"]}
+        return {**self._merge(a, b), **about, "columns": a["columns"], "activation_shape": a["activation_shape"]}
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Merge the states of another measure of the same class, or a dictionary of states, into this one."""

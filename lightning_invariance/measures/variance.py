@@ -64,20 +64,15 @@ class VarianceMeasure(Measure):
             self._add_states(plain_row_squares=vector, plain_total=vector, plain_sums=matrix.float())
 
     @property
-    def update_rule(self) -> Hashable:
+    def update_rule(self) -> frozenset[Hashable]:
         """The family shares its states; those of standard deviations are others."""
-        return (VarianceMeasure, self.squared)
+        return frozenset([(VarianceMeasure, self.squared)])
 
-    @property
-    def n_transformations(self) -> int:
-        """Number of transformations m of the blocks so far; 0 before the first."""
-        return max(len(self.plain_sums) if self.squared else 0, len(self.references))
-
-    def dead(self) -> Tensor:
+    def dead(self) -> Tensor | None:
         """Which activations never changed, over all samples and transformations: bool of ``activation_shape``."""
         return self._shaped((self._row_spread() == 0) & (self._column_spread() == 0).all(0))
 
-    def _add(self, x: Tensor) -> None:
+    def _add(self, x: Tensor, **of_rows: Tensor) -> None:
         # A device without float64 has only the exact way.
         if not (self.squared and self.row_spread.dtype == torch.float64 and self._add_plain(x)):
             self._add_exact(x)
@@ -136,20 +131,26 @@ class VarianceMeasure(Measure):
 
     def _column_spread(self) -> Tensor:
         """Squared deviations from the column means: (1, k), or (m, k) where ``squared`` is false."""
-        spread, means = [], []
+        return self._columns_joined()[0]
+
+    def _columns_joined(self) -> tuple[Tensor, Tensor]:
+        """Squared deviations from the column means, and the column means (m, k), of both sets of rows."""
+        found = []
         if self.squared and self.centres.numel():
-            spread.append(self._plain().column_spread(self.plain_samples)[None])
-            means.append(self.centres + self.plain_sums / self.plain_samples)
+            n_plain = self.plain_samples
+            spread = self._plain().column_spread(n_plain)[None]
+            found.append((n_plain, spread, self.centres + self.plain_sums / n_plain))
         if self.references.numel():
-            n = self.exact_samples
-            spread.append((self.squares - self._over_columns(self.sums.square()) / n).clamp_min_(0))
-            means.append(self.references + self.sums / n)
-        if len(means) == 2:
-            # Two sets of rows with different means (Chan, Golub and LeVeque 1983, the paper's reference 20).
-            between = self._over_columns((means[0] - means[1]).square())
-            weight = self.plain_samples * self.exact_samples / self.n_samples.to(between.dtype)
-            return spread[0] + spread[1] + between * weight
-        return spread[0]
+            n_exact = self.exact_samples
+            spread = (self.squares - self._over_columns(self.sums.square()) / n_exact).clamp_min_(0)
+            found.append((n_exact, spread, self.references + self.sums / n_exact))
+        if len(found) == 1:
+            return found[0][1:]
+        # Two sets of rows with different means (Chan, Golub and LeVeque 1983, the paper's reference 20).
+        (n_a, spread_a, means_a), (n_b, spread_b, means_b) = found
+        part = n_b / self.n_samples.to(means_b.dtype)
+        between = self._over_columns((means_a - means_b).square()) * (n_a * part)
+        return spread_a + spread_b + between, means_a + (means_b - means_a) * part
 
     def _merge(self, a: States, b: States) -> States:
         plain = self._merge_plain(a, b) if self.squared else {}

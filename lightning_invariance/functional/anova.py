@@ -1,0 +1,111 @@
+"""The ANOVA measure of invariance (paper, section 2.3) on a whole ST tensor, and the statistics it needs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CORRECTIONS = ("bonferroni", "holm", "fdr_bh")
+
+
+def anova(st: Tensor, paired: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Analysis of variance: do the means of an activation differ between transformations? (paper, section 2.3).
+
+    With :math:`SS_B = n \sum_j (\bar x_{\cdot j} - \bar x)^2` and the squared deviations within columns
+    :math:`SS_W`, or for ``paired=True`` the part of them that is not due to the samples
+    :math:`SS_E = SS_W - m \sum_i (\bar x_{i \cdot} - \bar x)^2`:
+
+    .. math::
+        F = \frac{SS_B / (m - 1)}{SS_W / (m (n - 1))}, \qquad
+        F_{paired} = \frac{SS_B / (m - 1)}{SS_E / ((m - 1)(n - 1))}
+
+    Args:
+        st: ST tensor ``(samples, transformations, *activation_shape)``.
+        paired: the repeated-measures F, for the same samples under every transformation; the paper's is one-way.
+
+    Returns:
+        F in ``[0, inf]``, its p-value, and the effect size :math:`\eta_p^2 = SS_B / (SS_B + SS_{W \text{ or } E})` in
+        ``[0, 1]``: tensors of ``activation_shape``. A constant activation has F = 0, p = 1 and no effect.
+    """
+    n, m = st.shape[:2]
+    columns, rows, mean = st.mean(0), st.mean(1), st.mean((0, 1))
+    between = n * (columns - mean).square().sum(0)
+    within = (st - columns).square().sum((0, 1))
+    if paired:
+        within = (st - columns - rows[:, None] + mean).square().sum((0, 1))
+    return f_test(between, within, m - 1, (m - 1) * (n - 1) if paired else m * (n - 1))
+
+
+def f_test(between: Tensor, within: Tensor, d1: int, d2: int) -> tuple[Tensor, Tensor, Tensor]:
+    """F, its p-value and the effect size of sums of squares with d1 and d2 degrees of freedom."""
+    constant = (between == 0) & (within == 0)
+    f = torch.where(constant, 0.0, (between / d1) / (within / d2))
+    effect = torch.where(constant, 0.0, between / (between + within))
+    return f, f_survival(f, d1, d2), effect
+
+
+def rejected(p: Tensor, alpha: float, correction: str | None) -> Tensor:
+    """Which hypotheses are rejected at level ``alpha``; NaN are none.
+
+    Args:
+        p: p-values of any shape; all of them are one family.
+        alpha: the error rate, in (0, 1).
+        correction: ``"bonferroni"`` and ``"holm"`` bound the chance of any false rejection, ``"fdr_bh"`` (Benjamini
+            and Hochberg) the expected share of false ones among the rejected; None tests each by itself.
+    """
+    known = p.flatten().nan_to_num(nan=torch.inf)
+    k = int(known.isfinite().sum())
+    if correction in (None, "bonferroni"):
+        return p <= alpha / (1 if correction is None else max(k, 1))
+    ordered, order = known.sort()
+    rank = torch.arange(1, len(known) + 1, device=p.device)
+    if correction == "holm":
+        passes = (ordered <= alpha / (k + 1 - rank).clamp_min(1)).long().cumprod(0).bool()
+    else:
+        below = ordered <= alpha * rank / max(k, 1)
+        passes = rank <= (rank * below).max()
+    return torch.zeros_like(passes).scatter(0, order, passes & ordered.isfinite()).view(p.shape)
+
+
+def f_survival(f: Tensor, d1: int, d2: int) -> Tensor:
+    """The probability of an F statistic with d1 and d2 degrees of freedom above ``f``, in float64."""
+    f = f.double()
+    whole = d2 + d1 * f
+    return torch.where(f.isinf(), 0.0, regularized_beta(d2 / whole, d1 * f / whole, d2 / 2, d1 / 2))
+
+
+def regularized_beta(x: Tensor, complement: Tensor, a: float, b: float) -> Tensor:
+    """The regularised incomplete beta function I_x(a, b), by its continued fraction (DLMF 8.17.22).
+
+    Args:
+        x: in [0, 1], float64.
+        complement: 1 − x, given apart because the difference loses digits for x near 1.
+        a: above 0.
+        b: above 0.
+    """
+    mirrored = x > (a + 1) / (a + b + 2)
+    direct = _beta_fraction(x, complement, a, b)
+    return torch.where(mirrored, 1 - _beta_fraction(complement, x, b, a), direct).clamp(0, 1) + 0 * x
+
+
+def _beta_fraction(x: Tensor, complement: Tensor, a: float, b: float) -> Tensor:
+    """x^a (1 − x)^b / (a B(a, b)) over the continued fraction, by the modified Lentz method."""
+    a_, b_ = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
+    log_beta = torch.lgamma(a_) + torch.lgamma(b_) - torch.lgamma(a_ + b_)
+    front = torch.exp(a * x.log() + b * complement.log() - log_beta) / a
+    tiny = 1e-300
+    c = torch.ones_like(x)
+    d = 1 - (a + b) * x / (a + 1)
+    d = 1 / torch.where(d.abs() < tiny, tiny, d)
+    fraction = d
+    for step in range(1, 2000):
+        for numerator in (
+            step * (b - step) * x / ((a + 2 * step - 1) * (a + 2 * step)),
+            -(a + step) * (a + b + step) * x / ((a + 2 * step) * (a + 2 * step + 1)),
+        ):
+            d, c = 1 + numerator * d, 1 + numerator / c
+            d, c = 1 / torch.where(d.abs() < tiny, tiny, d), torch.where(c.abs() < tiny, tiny, c)
+            fraction = fraction * d * c
+        if bool(((d * c - 1).abs() < 1e-15).all()):
+            break
+    return front * fraction

@@ -1,0 +1,342 @@
+"""Distance measures of invariance (paper, section 2.5), online."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_invariance.functional.distance import DISTANCES, Distance, distance_between
+from lightning_invariance.functional.variance import normalize
+from lightning_invariance.measures.base import States
+from lightning_invariance.measures.spread import chunks, scratch
+from lightning_invariance.measures.subsample import EMPTY, choose, indices_of_contents, keys_of
+from lightning_invariance.measures.variance import VarianceMeasure
+
+#: More transformations than this are sorted instead of compared pair by pair.
+MOST_PAIRED = 32
+
+
+class DistanceMeasure(VarianceMeasure):
+    r"""Shared update of the distance measures: distances within the rows, and samples kept for those in the columns.
+
+    ``distance="squared"`` needs only the sums of :class:`VarianceMeasure` (paper, eq. 7). Otherwise the states are
+
+    - ``row_distances`` (k,): the sum over rows of the distances of all ordered pairs within the row;
+    - ``keys`` (m, samples) and ``kept`` (m, samples, k): for each column, the values of the samples with the smallest
+      keys. A key is a random number made of the sample and the column, so that the choice is the same for every order,
+      batch size, number of processes and order of merging. Different columns keep different samples, which makes
+      their mean far more precise than a choice of whole rows would.
+    """
+
+    row_distances: Tensor
+    keys: Tensor
+    kept: Tensor
+
+    #: Which of the two sums a measure needs.
+    needs_rows = True
+    needs_columns = True
+
+    def __init__(self, distance: Distance = "abs", over: str = "activation", samples: int = 16, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if over not in ("activation", "channel"):
+            raise ValueError(f'Expected argument `over` to be "activation" or "channel", but got {over!r}.')
+        if not callable(distance) and distance not in DISTANCES:
+            raise ValueError(
+                f"Expected argument `distance` to be one of {DISTANCES} or a function, but got {distance!r}."
+            )
+        if over == "activation" and distance in ("euclidean", "cosine"):
+            raise ValueError(
+                f'Expected argument `distance` to be "abs", "squared" or a function for `over="activation"`, whose'
+                f" values are scalars, but got {distance!r}."
+            )
+        if not isinstance(samples, int) or samples < 2:
+            raise ValueError(f"Expected argument `samples` to be an int larger than 1, but got {samples}.")
+        self.distance, self.over, self.samples = distance, over, samples
+        if distance != "squared" and self.needs_rows:
+            self._add_states(row_distances=torch.zeros(0, dtype=torch.float64))
+        if distance != "squared" and self.needs_columns:
+            self._add_states(keys=torch.zeros(0, 0, dtype=torch.long), kept=torch.zeros(0, 0, 0))
+
+    @property
+    def update_rule(self) -> frozenset[Hashable]:
+        """The two sums are shared with measures of the same distance."""
+        if self.distance == "squared":
+            return super().update_rule
+        needs = {"rows": self.needs_rows, "columns": self.needs_columns}
+        about = (self.distance, self.over, self.samples)
+        return frozenset((DistanceMeasure, part, *about) for part, needed in needs.items() if needed)
+
+    def update(self, st_block: Tensor, indices: Tensor | None = None) -> None:
+        """Add complete rows of the ST matrix.
+
+        Args:
+            st_block: floating-point tensor ``(samples, transformations, *activation_shape)``.
+            indices: ``(samples,)``: whole numbers that name the samples. Without them samples are told apart by their
+                activations, which costs a little time.
+
+        Raises:
+            ValueError: If the block does not fit to those before.
+            TypeError: If the block is not of a real floating-point type.
+        """
+        self._update(st_block, **({} if indices is None else {"indices": indices}))
+
+    def dead(self) -> Tensor | None:
+        """Which activations never changed; known with ``distance="squared"``."""
+        return super().dead() if self.distance == "squared" else None
+
+    def _add(self, x: Tensor, **of_rows: Tensor) -> None:
+        if self.distance == "squared":
+            super()._add(x)
+            return
+        if self.needs_rows:
+            total = self._row_distances(x)
+            self.row_distances = self.row_distances + total if self.row_distances.numel() else total
+        if self.needs_columns:
+            indices = of_rows["indices"] if "indices" in of_rows else indices_of_contents(x)
+            self._keep(x, keys_of(indices, x.shape[1]))
+
+    def _row_distances(self, x: Tensor) -> Tensor:
+        """The distances of all ordered pairs within the rows, summed over rows, in float64."""
+        if self.distance == "abs" and self.over == "activation":
+            return torch.cat([_absolute_differences(values) for values in chunks(x)], -1)
+        return 2 * self._pairs(self._maps(x), dim=1).sum(0)
+
+    def _pairs(self, x: Tensor, dim: int) -> Tensor:
+        """The sum of the distances of all unordered pairs along ``dim`` of maps (..., channels, positions)."""
+        length = x.shape[dim]
+        total: Tensor | None = None
+        for shift in range(1, length):
+            first, second = x.narrow(dim, 0, length - shift), x.narrow(dim, shift, length - shift)
+            distances = distance_between(first, second, self.distance, self.over).double().sum(dim)
+            total = distances if total is None else total + distances
+        if total is None:
+            total = distance_between(x.select(dim, 0), x.select(dim, 0), self.distance, self.over).double()
+        return total.flatten(1) if self.over == "activation" else total
+
+    def _maps(self, x: Tensor) -> Tensor:
+        """``(n, m, k)`` → ``(n, m, channels, positions)``."""
+        shape = self.activation_shape.tolist()
+        return x.reshape(*x.shape[:2], shape[0] if shape else 1, -1)
+
+    def _keep(self, x: Tensor, candidates: Tensor) -> None:
+        if not self.keys.numel():
+            m = x.shape[1]
+            with torch.inference_mode(False):  # what is made in inference mode could be changed only there
+                self.keys = torch.full((m, self.samples), EMPTY, device=x.device)
+                self.kept = torch.zeros(m, self.samples, x.shape[2], dtype=x.dtype, device=x.device)
+        columns, leaving, entering, keys = choose(self.keys, candidates)
+        if len(columns):
+            # In place, unlike all other states: it is by far the largest, and nobody else holds it.
+            self.keys[columns, leaving] = keys
+            self.kept[columns, leaving] = x[entering, columns].to(self.kept.dtype)
+
+    def _merge(self, a: States, b: States) -> States:
+        if self.distance == "squared":
+            return super()._merge(a, b)
+        merged = {name: a[name] for name in self._defaults}
+        if self.needs_rows:
+            merged["row_distances"] = a["row_distances"] + b["row_distances"]
+        if self.needs_columns:
+            keys, kept = torch.cat([a["keys"], b["keys"]], 1), torch.cat([a["kept"], b["kept"]], 1)
+            order = keys.argsort(dim=1, stable=True)[:, : self.samples]
+            merged["keys"], merged["kept"] = keys.gather(1, order), kept[torch.arange(len(keys))[:, None], order]
+        return merged
+
+    def _transformation_distance(self) -> Tensor:
+        n, m = self.n_samples, self.n_transformations
+        if self.distance == "squared":
+            return self._summed(2 * (m - 1) / m * self._transformation_variance())
+        return self._summed(self.row_distances / (n * m * m))
+
+    def _sample_distance(self) -> Tensor:
+        n = int(self.n_samples)
+        if self.distance == "squared":
+            return self._summed(2 * (n - 1) / n * self._sample_variance())
+        s = min(n, self.samples)
+        order = self.keys.argsort(dim=1)[:, :s]  # empty places come last
+        kept = self.kept[torch.arange(len(order), device=order.device)[:, None], order]
+        total = sum(self._pairs(self._maps(values[None]), dim=1)[0] for values in kept)
+        pairs = s * (s - 1) / 2 * len(kept)
+        return self._summed(torch.as_tensor(total) / pairs * ((n - 1) / n))
+
+    def _summed(self, values: Tensor) -> Tensor:
+        """The shape of the activation, or ``(channels,)``."""
+        if self.over == "activation":
+            return self._shaped(values.reshape(-1))
+        if self.distance == "squared":
+            return values.reshape(self.activation_shape.tolist()[0] if values.ndim else 1, -1).sum(1)
+        return values.reshape(-1)
+
+    def _undefined(self) -> Tensor:
+        nan = super()._undefined()
+        return nan if self.over == "activation" else nan.flatten(1).sum(1) if nan.ndim else nan.reshape(1)
+
+
+def _absolute_differences(x: Tensor) -> Tensor:
+    """|x_j − x_l| of all ordered pairs in the rows of (n, m, k), summed over rows: (k,) in float64."""
+    m = x.shape[1]
+    if m > MOST_PAIRED:
+        ordered = (x - x[:, :1]).movedim(1, -1).contiguous().sort(-1).values
+        weights = torch.arange(1 - m, m, 2, dtype=x.dtype, device=x.device)
+        return 2 * (ordered @ weights).sum(0, dtype=torch.float64)
+    total = torch.zeros(x.shape[2], dtype=torch.float64, device=x.device)
+    buffer = scratch(x)
+    for shift in range(1, m):
+        differences = torch.sub(x[:, shift:], x[:, :-shift], out=buffer[:, shift:]).abs_()
+        total += differences.sum((0, 1))
+    return 2 * total
+
+
+class TransformationDistance(DistanceMeasure):
+    r"""Transformation Distance (TD): how far apart an activation is under different transformations of a sample.
+
+    The mean over samples of the average distance of all pairs of transformations (paper, section 2.5, eqs. 5 and 6):
+
+    .. math::
+        TD = \frac{1}{n} \sum_{i=1}^{n} \mathrm{AverageDistance}(\mathbf{ST}[i, :]), \qquad
+        \mathrm{AverageDistance}(x_1 \dots x_m) = \frac{1}{m^2} \sum_{j,l} d(x_j, x_l)
+
+    It lies in ``[0, inf)``, in units of the activation for ``"abs"``. Lower is more invariant; 0 is invariant. Unlike a
+    variance it does not suppose one mode. It is exact.
+
+    As input to ``forward`` and ``update`` the metric accepts
+
+    - ``st_block`` (:class:`~torch.Tensor`): complete rows of the ST matrix of every activation of a layer,
+      floating point, ``(samples, transformations, *activation_shape)``.
+
+    As output of ``forward`` and ``compute`` the metric returns
+
+    - ``td`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``, or ``(channels,)`` for
+      ``over="channel"``. NaN, with a warning, for fewer than two transformations.
+
+    Args:
+        distance: ``"abs"``: \|x − y\|, the sum of it over a feature map. ``"squared"``: computed through the variances
+            (paper, eq. 7). ``"euclidean"`` and ``"cosine"``, of feature maps. Or a function ``d(x, y)`` of broadcast
+            tensors, symmetric and with d(x, x) = 0, that keeps their shape for ``over="activation"`` and reduces their
+            last axis for ``over="channel"``.
+        over: ``"activation"``: every scalar by itself. ``"channel"``: a feature map is one vector.
+        samples: not used here; the same argument as of :class:`SampleDistance`.
+        kwargs: additional arguments of ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: If an argument is out of its range, or blocks do not fit together.
+        TypeError: If a block is not of a real floating-point type.
+
+    Example:
+        >>> import torch
+        >>> from lightning_invariance.measures import TransformationDistance
+        >>> td = TransformationDistance()
+        >>> td.update(torch.tensor([[1.0, 3.0], [5.0, 5.0]]))  # two samples, two transformations
+        >>> td.compute()  # the mean of (0 + 2 + 2 + 0) / 4 and 0
+        tensor(0.5000, dtype=torch.float64)
+    """
+
+    needs_columns = False
+
+    def compute(self) -> Tensor:
+        """The value of every activation, or of every channel."""
+        return self._transformation_distance() if self._enough() else self._undefined()
+
+
+class SampleDistance(DistanceMeasure):
+    r"""Sample Distance (SD): how far apart an activation is for different samples.
+
+    The mean over transformations of the average distance of all pairs of samples (paper, section 2.5, eqs. 5 and 6):
+
+    .. math:: SD = \frac{1}{m} \sum_{j=1}^{m} \mathrm{AverageDistance}(\mathbf{ST}[:, j])
+
+    For ``distance="squared"``, and for up to ``samples`` samples, it is exact. Otherwise it is estimated, without bias:
+    each transformation keeps the values of ``samples`` samples of its own, and their s(s − 1)/2 pairs stand for all,
+    times (n − 1)/n for the pairs of a sample with itself. The choice does not depend on order, batches or processes.
+    The relative standard error is about 0.7/√s for one transformation and a normal distribution, and falls to
+    0.7/√(s·m) as the transformations of a sample have less in common; about m·s values are kept for each activation.
+
+    It lies in ``[0, inf)``, in units of the activation for ``"abs"``. It says nothing of invariance by itself: it is
+    the scale that :class:`NormalizedDistance` divides by.
+
+    As input to ``forward`` and ``update`` the metric accepts
+
+    - ``st_block`` (:class:`~torch.Tensor`): complete rows of the ST matrix of every activation of a layer,
+      floating point, ``(samples, transformations, *activation_shape)``.
+    - ``indices`` (:class:`~torch.Tensor`, optional): whole numbers that name the samples, ``(samples,)``.
+
+    As output of ``forward`` and ``compute`` the metric returns
+
+    - ``sd`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``, or ``(channels,)`` for
+      ``over="channel"``. NaN, with a warning, for fewer than two samples.
+
+    Args:
+        distance: see :class:`TransformationDistance`.
+        over: ``"activation"``: every scalar by itself. ``"channel"``: a feature map is one vector.
+        samples: how many samples each transformation keeps, s.
+        kwargs: additional arguments of ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: If an argument is out of its range, or blocks do not fit together.
+        TypeError: If a block is not of a real floating-point type.
+
+    Example:
+        >>> import torch
+        >>> from lightning_invariance.measures import SampleDistance
+        >>> sd = SampleDistance()
+        >>> sd.update(torch.tensor([[1.0, 3.0], [5.0, 5.0]]))  # columns (1, 5) and (3, 5)
+        >>> sd.compute()  # the mean of 2 and 1
+        tensor(1.5000, dtype=torch.float64)
+    """
+
+    higher_is_better = None
+    needs_rows = False
+
+    def compute(self) -> Tensor:
+        """The value of every activation, or of every channel."""
+        return self._sample_distance() if self._enough(samples=2, transformations=1) else self._undefined()
+
+
+class NormalizedDistance(DistanceMeasure):
+    r"""Normalized Distance (ND): how much transformations matter against samples, by distances.
+
+    Transformation distance over sample distance (paper, section 2.5, eq. 5):
+
+    .. math:: ND = \frac{TD}{SD}, \qquad \frac{0}{0} = 1, \quad \frac{x}{0} = \infty
+
+    It lies in ``[0, inf]`` and has no unit. Lower is more invariant: 0 is invariant; around 1 transformations matter as
+    much as samples do. SD is estimated from ``samples`` samples, see :class:`SampleDistance`; TD is exact.
+
+    As input to ``forward`` and ``update`` the metric accepts
+
+    - ``st_block`` (:class:`~torch.Tensor`): complete rows of the ST matrix of every activation of a layer,
+      floating point, ``(samples, transformations, *activation_shape)``.
+    - ``indices`` (:class:`~torch.Tensor`, optional): whole numbers that name the samples, ``(samples,)``.
+
+    As output of ``forward`` and ``compute`` the metric returns
+
+    - ``nd`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``, or ``(channels,)`` for
+      ``over="channel"``. NaN, with a warning, for fewer than two samples or transformations.
+
+    Args:
+        distance: see :class:`TransformationDistance`.
+        over: ``"activation"``: every scalar by itself. ``"channel"``: a feature map is one vector.
+        samples: how many samples each transformation keeps, s.
+        kwargs: additional arguments of ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: If an argument is out of its range, or blocks do not fit together.
+        TypeError: If a block is not of a real floating-point type.
+
+    Example:
+        >>> import torch
+        >>> from lightning_invariance.measures import NormalizedDistance
+        >>> nd = NormalizedDistance()
+        >>> nd.update(torch.tensor([[1.0, 3.0], [5.0, 5.0]]))  # TD = 0.5, SD = 1.5
+        >>> nd.compute()
+        tensor(0.3333, dtype=torch.float64)
+    """
+
+    def compute(self) -> Tensor:
+        """The value of every activation, or of every channel."""
+        if not self._enough(samples=2):
+            return self._undefined()
+        return normalize(self._transformation_distance(), self._sample_distance())

@@ -1,0 +1,226 @@
+"""The measures of every layer while a walk over the ST matrix feeds them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_invariance.distributed import gather_objects, merge_over_ranks
+from lightning_invariance.loader import STBlock
+from lightning_invariance.measures import Measure
+from lightning_invariance.result import InvarianceResult
+from lightning_invariance.transforms import TransformationSet
+
+#: Measures that share their states: name → metric. The first is updated for all of them.
+Group = dict[str, Metric]
+
+#: The layer of a network that gives back its input, for :attr:`InvarianceResult.floor`.
+INPUT = ""
+
+
+class Walk:
+    """Feeds blocks of activations to the measures of every layer, and makes the result.
+
+    Args:
+        measures: name → metric; every layer gets clones.
+        transformations: the columns of the ST matrix.
+
+    Attributes:
+        passes: how often the measures need to see every row.
+        n_samples: how many complete rows there were.
+    """
+
+    def __init__(self, measures: Mapping[str, Metric], transformations: TransformationSet) -> None:
+        self.passes = max(map(_passes, measures.values()), default=1)
+        self.n_samples = 0
+        self._pass = 1
+        self._measures = measures
+        self._groups = _groups(measures)
+        self._layers: dict[str, list[Group]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._transformations = transformations
+        self._has_floor = any(isinstance(metric, Measure) and metric.has_floor for metric in measures.values())
+        self._block: STBlock | None = None
+        self._parts: dict[str, list[Tensor]] = {}
+        self._batch_axes: dict[str, int] = {}
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers that ran."""
+        return [layer for layer in self._layers if layer != INPUT]
+
+    def start_block(self, block: STBlock) -> None:
+        """The outputs that follow belong to this block."""
+        self._block = block
+        self._shapes[INPUT] = tuple(block.inputs.shape[2:])
+        if self._pass == 1 and block.columns.stop == len(self._transformations):
+            self.n_samples += len(block.inputs)
+        if self._has_floor:
+            self._add(INPUT, block, block.inputs)
+
+    def consume(self, layer: str, module: nn.Module, output: Tensor) -> None:
+        """Update the measures of a layer with what it made of the block's inputs."""
+        if self._block is None:
+            raise RuntimeError("Expected a block before its activations.")
+        rows, columns = self._block.inputs.shape[:2]
+        output = self._batch_first(layer, module, output, rows * columns)
+        self._add(layer, self._block, output.reshape(rows, columns, *output.shape[1:]))
+
+    def _add(self, layer: str, block: STBlock, st: Tensor) -> None:
+        m = len(self._transformations)
+        if st.shape[1] < m:
+            # A row longer than a batch: wait for the rest of it.
+            parts = self._parts.setdefault(layer, [])
+            parts.append(st.clone())
+            if block.columns.stop < m:
+                return
+            st = torch.cat(self._parts.pop(layer), dim=1)
+        if layer not in self._layers:
+            self._shapes[layer] = tuple(st.shape[2:])
+            self._layers[layer] = self._new_groups(layer, st.device)
+        about = {"indices": block.indices, **({} if block.labels is None else {"labels": block.labels})}
+        for group in self._layers[layer]:
+            leader = _leader(group)
+            if self._pass <= _passes(leader):
+                leader.update(st, **leader._filter_kwargs(**about))
+
+    def _batch_first(self, layer: str, module: nn.Module, output: Tensor, batch: int) -> Tensor:
+        """Move the batch axis to the front; it is elsewhere in the states and time-first outputs of recurrent nets."""
+        if layer not in self._batch_axes:
+            if isinstance(module, nn.RNNBase):
+                hidden = layer.count("[") > 1 or not layer.endswith("[0]")  # (output, hidden) or (output, (h, c))
+                axis = 1 if hidden or not module.batch_first else 0
+            else:
+                axis = next((a for a, size in enumerate(output.shape) if size == batch), 0)
+            self._batch_axes[layer] = axis
+        axis = self._batch_axes[layer]
+        if output.ndim <= axis or output.shape[axis] != batch:
+            raise RuntimeError(
+                f"Expected layer {layer!r} to return a value for each of the {batch} inputs of a batch, but it returned"
+                f" a tensor of shape {tuple(output.shape)}. Leave it out with `layers`."
+            )
+        return output.movedim(axis, 0)
+
+    def _new_groups(self, layer: str, device: torch.device) -> list[Group]:
+        groups = [{name: self._new_metric(name, device) for name in names} for names in self._groups]
+        return [group for group in groups if _applies(_leader(group), layer, self._shapes[layer])]
+
+    def _new_metric(self, name: str, device: torch.device) -> Metric:
+        metric = self._measures[name].clone()
+        metric.reset()
+        if device.type == "mps":  # which has no float64
+            metric.set_dtype(torch.float32)
+        if isinstance(metric, Measure):
+            metric._to_sync = False  # the walk joins the processes, once for all measures
+            metric.prepare(self._transformations, self._shapes[INPUT])
+        return metric.to(device)
+
+    def end_pass(self, device: torch.device, error: BaseException | None = None) -> None:
+        """Join what the processes have seen in one pass, and prepare the next.
+
+        Raises:
+            RuntimeError: If another process failed, with its error. The one that failed raises that itself.
+        """
+        told = gather_objects((self._shapes, self.n_samples, None if error is None else repr(error)))
+        if error is not None:
+            raise error
+        for rank, (_, _, message) in enumerate(told):
+            if message is not None:
+                raise RuntimeError(f"Expected all processes to finish the walk, but rank {rank} failed: {message}")
+        if len(told) > 1:
+            self._add_unseen([shapes for shapes, _, _ in told], device)
+            leaders = [leader for leader in self._leaders() if isinstance(leader, Measure)]
+            merge_over_ranks([leader for leader in leaders if self._pass <= leader.passes], device)
+        if self._pass == 1:
+            self.n_samples = sum(n for _, n, _ in told)
+        self._pass += 1
+        for leader in self._leaders():
+            if isinstance(leader, Measure) and self._pass <= leader.passes:
+                leader.end_pass()
+
+    def _add_unseen(self, told: list[dict[str, tuple[int, ...]]], device: torch.device) -> None:
+        """Make the measures of layers that only other processes have seen, in one order everywhere."""
+        for shapes in told:
+            for layer, shape in shapes.items():
+                self._shapes.setdefault(layer, shape)
+        order = {layer: None for shapes in told for layer in shapes if layer != INPUT or self._has_floor}
+        for layer in order:
+            if layer not in self._layers:
+                self._layers[layer] = self._new_groups(layer, device)
+        self._layers = {layer: self._layers[layer] for layer in order}
+
+    def _leaders(self) -> Iterator[Metric]:
+        return (_leader(group) for groups in self._layers.values() for group in groups)
+
+    def result(self) -> InvarianceResult:
+        """Compute every measure of every layer."""
+        values: dict[str, dict[str, Tensor]] = {name: {} for name in self._measures}
+        dead: dict[str, Tensor] = {}
+        for layer, groups in self._layers.items():
+            for group in groups:
+                leader = _leader(group)
+                if isinstance(leader, Measure) and layer not in dead and (found := leader.dead()) is not None:
+                    dead[layer] = found.cpu()
+                for name, metric in group.items():
+                    values[name][layer] = _of_shape(_computed(metric, leader), self._shapes[layer])
+        floor = {name: layers.pop(INPUT) for name, layers in values.items() if INPUT in layers}
+        dead.pop(INPUT, None)
+        return InvarianceResult(
+            values,
+            dead=dead,
+            n_samples=self.n_samples,
+            transformations=self._transformations.labels,
+            parameters=self._transformations.parameters,
+            floor=floor,
+            skipped={name: [layer for layer in self.layers if layer not in values[name]] for name in values},
+        )
+
+
+def _groups(measures: Mapping[str, Metric]) -> list[list[str]]:
+    """The names of measures that share their states: the update of the first of each group serves all of it."""
+    rules: dict[str, frozenset[Hashable]] = {
+        name: measure.update_rule if isinstance(measure, Measure) else frozenset([id(measure)])
+        for name, measure in measures.items()
+    }
+    groups: list[list[str]] = []
+    for name in sorted(rules, key=lambda name: -len(rules[name])):
+        group = next((group for group in groups if rules[name] <= rules[group[0]]), None)
+        if group is None:
+            groups.append([name])
+        else:
+            group.append(name)
+    return groups
+
+
+def _leader(group: Group) -> Metric:
+    return next(iter(group.values()))
+
+
+def _passes(metric: Metric) -> int:
+    return metric.passes if isinstance(metric, Measure) else 1
+
+
+def _applies(metric: Metric, layer: str, shape: Iterable[int]) -> bool:
+    if not isinstance(metric, Measure):
+        return layer != INPUT
+    return (layer != INPUT or metric.has_floor) and metric.applies_to(tuple(shape))
+
+
+def _computed(metric: Metric, leader: Metric) -> Tensor:
+    """What a metric makes of the states of the leader of its group."""
+    for state in metric._defaults if metric is not leader else ():
+        setattr(metric, state, getattr(leader, state))
+    metric._update_count = max(1, leader._update_count)
+    value: Any = metric.compute()
+    return torch.as_tensor(value).detach().to("cpu", torch.float64)
+
+
+def _of_shape(value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The value of a layer; torchmetrics has turned one of shape (1,) into a scalar."""
+    if value.numel() == torch.Size(shape).numel():
+        return value.reshape(shape)
+    return value.reshape(1) if value.ndim == 0 and shape else value
