@@ -74,8 +74,8 @@ def evaluate(
         RuntimeError: If a layer that was asked for by name never runs (the message lists those that did).
 
     Warns:
-        UserWarning: If activations are NaN or infinite; the layers and how many activations are named. Their values are
-            NaN and left out of all means.
+        UserWarning: If values are NaN, since activations are NaN or infinite or a measure is undefined for them; the
+            layers and how many activations are named. They are left out of all means.
 
     Example:
         >>> import torch
@@ -169,11 +169,14 @@ def _check_number(n_samples: int) -> None:
 
 
 def _warn_of_nan(result: InvarianceResult) -> None:
-    found = {row.layer: row.nan for measure in result for row in result.table(measure) if row.nan}
+    found = []
+    for measure in result:
+        layers = ", ".join(f"{row.layer} ({row.nan})" for row in result.table(measure) if row.nan)
+        found += [f"{measure} of {layers}"] if layers else []
     if found:
-        layers = ", ".join(f"{layer} ({count})" for layer, count in found.items())
         warnings.warn(
-            f"NaN or infinite activations: the values of these are NaN and left out of all means: {layers}.",
+            "NaN, and left out of all means, because activations are NaN or infinite or the measure is undefined there:"
+            f" {'; '.join(found)}.",
             UserWarning,
             stacklevel=3,
         )

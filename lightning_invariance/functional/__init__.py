@@ -6,6 +6,8 @@ from lightning_invariance.functional.distance import (
     sample_distance,
     transformation_distance,
 )
+from lightning_invariance.functional.equivariance import distance_same_equivariance, variance_same_equivariance
+from lightning_invariance.functional.goodfellow import goodfellow
 from lightning_invariance.functional.variance import (
     normalized_variance,
     sample_variance,
@@ -14,10 +16,13 @@ from lightning_invariance.functional.variance import (
 
 __all__ = [
     "anova",
+    "distance_same_equivariance",
+    "goodfellow",
     "normalized_distance",
     "normalized_variance",
     "sample_distance",
     "sample_variance",
     "transformation_distance",
     "transformation_variance",
+    "variance_same_equivariance",
 ]

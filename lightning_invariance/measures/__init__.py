@@ -3,15 +3,22 @@
 from lightning_invariance.measures.anova import Anova
 from lightning_invariance.measures.base import Measure
 from lightning_invariance.measures.distance import NormalizedDistance, SampleDistance, TransformationDistance
+from lightning_invariance.measures.equivariance import DistanceSameEquivariance, VarianceSameEquivariance
+from lightning_invariance.measures.goodfellow import Goodfellow
+from lightning_invariance.measures.stratified import Stratified
 from lightning_invariance.measures.variance import NormalizedVariance, SampleVariance, TransformationVariance
 
 __all__ = [
     "Anova",
+    "DistanceSameEquivariance",
+    "Goodfellow",
     "Measure",
     "NormalizedDistance",
     "NormalizedVariance",
     "SampleDistance",
     "SampleVariance",
+    "Stratified",
     "TransformationDistance",
     "TransformationVariance",
+    "VarianceSameEquivariance",
 ]

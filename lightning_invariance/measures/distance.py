@@ -252,7 +252,8 @@ class SampleDistance(DistanceMeasure):
     each transformation keeps the values of ``samples`` samples of its own, and their s(s − 1)/2 pairs stand for all,
     times (n − 1)/n for the pairs of a sample with itself. The choice does not depend on order, batches or processes.
     The relative standard error is about 0.7/√s for one transformation and a normal distribution, and falls to
-    0.7/√(s·m) as the transformations of a sample have less in common; about m·s values are kept for each activation.
+    0.7/√(s·m) as the transformations of a sample have less in common; m·s values are kept for each activation. Of a
+    unit that fires so rarely that no kept sample fires it the estimate is 0.
 
     It lies in ``[0, inf)``, in units of the activation for ``"abs"``. It says nothing of invariance by itself: it is
     the scale that :class:`NormalizedDistance` divides by.

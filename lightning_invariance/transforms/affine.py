@@ -44,27 +44,31 @@ class AffineSet(TransformationSet):
         self.matrices = matrices.to(torch.float64)
         self.square = square
 
-    def _apply(self, x: Tensor) -> Tensor:
+    def _apply(self, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
         if x.ndim < 3:
             raise ValueError(f"Expected a batch of images (batch, channels, height, width), but got {tuple(x.shape)}.")
         self._check_square(x)
         columns = x.reshape(1, -1, *x.shape[-2:]).expand(len(self), -1, -1, -1)
         # Resampling asks where the content of each pixel comes from: the inverse of where content goes.
-        moved = _resample(columns, torch.linalg.inv(self.matrices))
+        moved = _resample(columns, torch.linalg.inv(self._scaled(x, input_size)))
         return moved.view(len(self), *x.shape).transpose(0, 1).contiguous()
 
     def _invert(self, st: Tensor, input_size: tuple[int, int] | None) -> Tensor:
         if st.ndim < 4:
             raise ValueError(f"Expected feature maps (batch, {len(self)}, ..., height, width), got {tuple(st.shape)}.")
         self._check_square(st)
-        matrices = self.matrices
-        if input_size is not None:
-            ratio = torch.tensor([st.shape[-1] / input_size[1], st.shape[-2] / input_size[0]], dtype=torch.float64)
-            matrices = matrices.clone()
-            matrices[:, :2, 2] *= ratio
         columns = st.transpose(0, 1)
-        moved = _resample(columns.reshape(len(self), -1, *st.shape[-2:]), matrices)
+        moved = _resample(columns.reshape(len(self), -1, *st.shape[-2:]), self._scaled(st, input_size))
         return moved.view(columns.shape).transpose(0, 1).contiguous()
+
+    def _scaled(self, maps: Tensor, input_size: tuple[int, int] | None) -> Tensor:
+        """The matrices in pixels of the maps, whose pixels may be larger than those of the input."""
+        if input_size is None:
+            return self.matrices
+        ratio = torch.tensor([maps.shape[-1] / input_size[1], maps.shape[-2] / input_size[0]], dtype=torch.float64)
+        matrices = self.matrices.clone()
+        matrices[:, :2, 2] *= ratio
+        return matrices
 
     def _select(self, columns: list[int]) -> AffineSet:
         labels = [self.labels[j] for j in columns]

@@ -98,9 +98,14 @@ class TransformationSet(ABC, Sequence[Transformation]):
 
         return CallableSet(transformations, inverses, parameters)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Apply every transformation to a batch: ``(batch, ...)`` → ``(batch, m, ...)``."""
-        return self._apply(x)
+    def __call__(self, x: Tensor, input_size: tuple[int, int] | None = None) -> Tensor:
+        """Apply every transformation to a batch: ``(batch, ...)`` → ``(batch, m, ...)``.
+
+        Args:
+            x: inputs, or feature maps, ``(batch, ...)``.
+            input_size: as for :meth:`inverse`, where ``x`` holds feature maps.
+        """
+        return self._apply(x, input_size)
 
     def inverse(self, st: Tensor, input_size: tuple[int, int] | None = None) -> Tensor:
         """Map every column of ``(batch, m, ...)`` back by the inverse of its transformation.
@@ -121,7 +126,7 @@ class TransformationSet(ABC, Sequence[Transformation]):
         return self._invert(st, input_size)
 
     @abstractmethod
-    def _apply(self, x: Tensor) -> Tensor:
+    def _apply(self, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
         """``(batch, ...)`` → ``(batch, m, ...)``."""
 
     @abstractmethod

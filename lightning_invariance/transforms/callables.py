@@ -30,7 +30,7 @@ class CallableSet(TransformationSet):
             self._inverses = _matched(inverses, list(named))
         self.invertible = self._inverses is not None
 
-    def _apply(self, x: Tensor) -> Tensor:
+    def _apply(self, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
         return self._stack([function(x) for function in self._functions], x)
 
     def _invert(self, st: Tensor, input_size: tuple[int, int] | None) -> Tensor:
