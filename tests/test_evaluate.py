@@ -316,7 +316,7 @@ def test_nan_activations_are_counted_and_reported():
             x[0, 1, 3, 4] = torch.inf
             return self.inner(x)
 
-    with pytest.warns(UserWarning, match=r"NaN or infinite activations.*inner \(2\)"):
+    with pytest.warns(UserWarning, match=r"NaN.*inner \(2\)"):
         result = evaluate(Poisoned(), IMAGES, rotations(4))
     row = result.table()[0]
     assert row.nan == 2

@@ -87,6 +87,61 @@ def test_float32_far_from_zero(measure, definition, squared, size):
     torch.testing.assert_close(value, definition(tensor.double(), squared), rtol=1e-4, atol=0)
 
 
+def wide(mean=0.0, sparse=False, n=160, m=16, k=2048):
+    """A float32 layer large enough for the fast sums; its samples vary from a tenth to ten times as much as its rows."""
+    generator = torch.Generator().manual_seed(6)
+    samples = torch.randn(n, 1, k, generator=generator) * torch.logspace(-1, 1, k)
+    tensor = samples + torch.randn(n, m, k, generator=generator)
+    if sparse:
+        tensor = (tensor - 2 * tensor.std((0, 1))).relu()  # most rows of a block are zero
+        tensor[..., :100] = 0.3  # dead
+    return tensor + mean
+
+
+@pytest.mark.parametrize(("measure", "definition"), CASES)
+@pytest.mark.parametrize("size", [2, 4, 7, 160])
+@pytest.mark.parametrize(("mean", "sparse"), [(0.0, False), (1e4, False), (0.0, True)])
+def test_wide_float32_layers_in_few_numbers(measure, definition, size, mean, sparse):
+    tensor = wide(mean, sparse)
+    metric = measure()
+    value = measured(metric, tensor.split(size))
+    torch.testing.assert_close(value, definition(tensor.double()), rtol=1e-4, atol=0)
+    assert metric.dead().tolist() == [sparse] * 100 + [False] * 1948
+    numbers = sum(state.numel() for state in metric.metric_state.values())
+    assert numbers <= (16 + 4) * 2048 + 5  # and the shape and the numbers of samples
+
+
+def test_wide_float32_layers_merge_and_mix_with_exact_rows():
+    tensor = wide(mean=100.0)
+    tensor[100:] = tensor[100:, :1]  # these rows do not change with the transformation: only the exact sums know
+    parts = [NormalizedVariance() for _ in range(4)]
+    for part, rows in zip(parts, tensor.split([50, 47, 3, 60]), strict=True):
+        measured(part, rows.split(4))
+    for one, other in ((2, 0), (1, 3), (1, 2)):
+        parts[one].merge_state(parts[other])
+    torch.testing.assert_close(parts[1].compute(), functional.normalized_variance(tensor.double()), rtol=1e-4, atol=0)
+
+
+def test_one_invariant_and_one_infinite_unit_of_a_wide_layer_are_exact():
+    tensor = wide()
+    tensor[..., 7] = tensor[:, :1, 7]
+    tensor[..., 9] = tensor[:1, :, 9]
+    value = measured(NormalizedVariance(), tensor.split(4))
+    assert value[7] == 0
+    assert value[9] == float("inf")
+    others = torch.ones(2048, dtype=torch.bool)
+    others[[7, 9]] = False
+    expected = functional.normalized_variance(tensor[..., others].double())
+    torch.testing.assert_close(value[others], expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e18, 1e30])
+def test_wide_float32_layers_out_of_range_of_squares(scale):
+    tensor = wide(n=8) * scale
+    value = measured(NormalizedVariance(), tensor.split(4))
+    torch.testing.assert_close(value, functional.normalized_variance(tensor.double()), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("size", [1, 3, 4])
 @pytest.mark.parametrize("columns_apart", [1.0, 30.0, 1e4])
 def test_float32_columns_far_from_each_other(size, columns_apart):
@@ -261,7 +316,7 @@ def test_metric_habits():
     torch.testing.assert_close(doubled.compute(), 2 * expected + 1)
     metric.reset()
     assert metric.n_samples == 0
-    assert metric.row_spread.numel() == 0
+    assert all(state.numel() <= 1 for state in metric.metric_state.values())
     torch.testing.assert_close(measured(metric, [tensor]), expected)
 
 

@@ -41,7 +41,8 @@ def distance_between(x: Tensor, y: Tensor, distance: Distance = "abs", over: str
     if over == "activation":
         return (x - y).square() if distance == "squared" else (x - y).abs()
     if distance == "euclidean":
-        return (x - y).norm(dim=-1)
+        norm: Tensor = (x - y).norm(dim=-1)
+        return norm
     return ((x - y).square() if distance == "squared" else (x - y).abs()).sum(-1)
 
 

@@ -38,8 +38,8 @@ class Measure(Metric):
     columns: Tensor
     activation_shape: Tensor
 
-    #: Rows are taken in groups of this many, to bound both the memory and the rounding of one step.
-    rows_at_once: ClassVar[int] = 64
+    #: Rows are taken in groups with about this many values of each activation, which bounds the rounding of one step.
+    values_at_once: ClassVar[int] = 256
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -114,8 +114,9 @@ class Measure(Metric):
         with torch.no_grad():
             x = st_block.detach().reshape(n, m, -1)
             x = x if x.dtype == torch.float64 else x.float()
-            for start in range(0, n, self.rows_at_once):
-                rows = slice(start, start + self.rows_at_once)
+            step = max(1, self.values_at_once // m)
+            for start in range(0, n, step):
+                rows = slice(start, start + step)
                 self._add(x[rows], **{name: values[rows] for name, values in of_rows.items()})
                 self.n_samples = self.n_samples + len(x[rows])
 

@@ -82,20 +82,24 @@ class VarianceMeasure(Measure):
 
     def _add_plain(self, x: Tensor) -> bool:
         """Add rows to the plain set, and say whether it holds them."""
-        n, old, centres = int(self.plain_samples), self._plain(), self.centres
-        if n and self._update_count in MOVE_REFERENCES:
-            # Squares about a centre far from the mean would cancel.
-            moved = (centres + old.total / (n * len(old.sums))).to(x.dtype).to(centres.dtype)  # as precise as x
-            old, centres = old.about(centres - moved, n), moved
-        block = plain_sums(x, centres.to(x.dtype) if n else x[0, 0])
+        n, sums, centres = int(self.plain_samples), self._plain(), self.centres if self.plain_samples else x[0, 0]
+        block = plain_sums(x, centres.to(x.dtype))
         if block is None:
             return False
-        new = old.plus(block) if n else PlainSums(*(b.to(o.dtype) for b, o in zip(block, old, strict=True)))
-        if not new.hold_digits(n + len(x)):
+        if n:
+            sums = sums.plus(block)
+        else:
+            sums = PlainSums(*(values.to(state.dtype) for values, state in zip(block, sums, strict=True)))
+            centres = centres.to(sums.squares.dtype)
+        n += len(x)
+        if n == len(x) or self._update_count in MOVE_REFERENCES:
+            # Squares about a centre far from the mean would cancel. A constant activation stays exactly at its centre.
+            moved = (centres + sums.total / (n * x.shape[1])).to(x.dtype).to(centres.dtype)  # as precise as x
+            sums, centres = sums.about(centres - moved, n), moved
+        if not sums.hold_digits(n):
             return False
-        self.centres = centres if n else x[0, 0].to(centres.dtype, copy=True)
-        self.plain_squares, self.plain_row_squares, self.plain_total, self.plain_sums = new
-        self.plain_samples = self.plain_samples + len(x)
+        self.centres, self.plain_samples = centres, self.plain_samples + len(x)
+        self.plain_squares, self.plain_row_squares, self.plain_total, self.plain_sums = sums
         return True
 
     def _add_exact(self, x: Tensor) -> None:
