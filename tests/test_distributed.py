@@ -1,32 +1,75 @@
-"""The same values from several processes: uneven shares, and a process that has no sample."""
+"""The same values from several processes: uneven shares, a process that has no sample, an error on one of them."""
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from lightning_invariance import evaluate, functional, rotations
-from lightning_invariance.measures import NormalizedVariance, SampleVariance, TransformationVariance
-
-SHARES = {2: (slice(0, 9), slice(9, 13)), 3: (slice(0, 9), slice(0, 0), slice(9, 13))}
-IMAGES = torch.rand(13, 2, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-CONSTANT_COLUMNS = torch.rand(1, 4, 1, generator=torch.Generator().manual_seed(3)).expand(13, 4, 1)
-MEASURES = (
-    (NormalizedVariance, functional.normalized_variance),
-    (SampleVariance, functional.sample_variance),
-    (TransformationVariance, functional.transformation_variance),
+from lightning_invariance.measures import (
+    Anova,
+    DistanceSameEquivariance,
+    Goodfellow,
+    NormalizedDistance,
+    NormalizedVariance,
+    SampleDistance,
+    SampleVariance,
+    Stratified,
+    TransformationDistance,
+    TransformationVariance,
+    VarianceSameEquivariance,
 )
 
+SHARES = {
+    2: (slice(0, 9), slice(9, 13)),
+    3: (slice(0, 9), slice(0, 0), slice(9, 13)),
+    4: (slice(0, 0), slice(0, 6), slice(6, 7), slice(7, 13)),
+}
+GENERATOR = torch.Generator().manual_seed(0)
+IMAGES = torch.rand(13, 2, 6, 6, generator=GENERATOR, dtype=torch.float64)
+CUBE = torch.randn(13, 4, 3, 2, generator=GENERATOR, dtype=torch.float64)
+CONSTANT_COLUMNS = torch.rand(1, 4, 1, generator=GENERATOR).expand(13, 4, 1)
 
-def cube():
-    return torch.randn(13, 4, 3, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+BY_HAND = {
+    "NV": (NormalizedVariance, functional.normalized_variance),
+    "SV": (SampleVariance, functional.sample_variance),
+    "TV": (TransformationVariance, functional.transformation_variance),
+    "ND": (NormalizedDistance, functional.normalized_distance),
+    "F": (lambda: Anova("f"), lambda st: functional.anova(st)[0]),
+}
+
+
+def every_measure():
+    return {
+        "TV": TransformationVariance(),
+        "SV": SampleVariance(),
+        "NV": NormalizedVariance(),
+        "std": NormalizedVariance(squared=False),
+        "TD": TransformationDistance(),
+        "SD": SampleDistance(samples=3),
+        "ND": NormalizedDistance(samples=3),
+        "F": Anova("f", paired=True),
+        "Goodfellow": Goodfellow(0.1),
+        "quantile": Goodfellow(0.1, threshold="quantile"),
+        "VSE": VarianceSameEquivariance(mask=True),
+        "DSE": DistanceSameEquivariance(normalized_by="samples"),
+        "Stratified": Stratified(NormalizedVariance(), 2),
+    }
 
 
 def model():
     torch.manual_seed(2)
     return nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4)).double()
+
+
+def everything(n):
+    data = TensorDataset(IMAGES[:n], torch.arange(n) % 2)
+    result = evaluate(model(), data, rotations(4), every_measure(), batch_size=8)
+    values = {f"{name}/{layer}": value for name in result for layer, value in result[name].items()}
+    floor = {f"floor/{name}": value for name, value in result.floor.items()}
+    return {**values, **floor, "dead": result.dead["1"], "n": torch.tensor(result.n_samples)}
 
 
 def in_process(rank, world_size, folder):
@@ -35,34 +78,60 @@ def in_process(rank, world_size, folder):
     share = SHARES[world_size][rank]
     found = {}
     for dtype in (torch.float64, torch.float32):
-        for measure, _ in MEASURES:
-            metric = measure()
-            if cube()[share].numel():
-                metric.update(cube()[share].to(dtype))
-            found[f"{measure.__name__} {dtype}"] = metric.compute()
+        for name, (make, _) in BY_HAND.items():
+            metric = make()
+            if CUBE[share].numel():
+                metric.update(CUBE[share].to(dtype))
+            found[f"{name} {dtype}"] = metric.compute()
         constant = NormalizedVariance()
-        if cube()[share].numel():
+        if CUBE[share].numel():
             constant.update(CONSTANT_COLUMNS[share].to(dtype))
         found[f"constant {dtype}"] = constant.compute()
-    result = evaluate(model(), IMAGES, rotations(4))
-    found["evaluate"] = result["NormalizedVariance"]["3"]
-    found["dead"] = result.dead["1"]
-    found["n"] = torch.tensor(result.n_samples)
+    found["all"] = everything(13)
+    found["few"] = everything(3)  # fewer than four processes
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.filterwarnings("ignore:NaN")
+@pytest.mark.filterwarnings("ignore:Stratified")
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_ranks_merge_to_the_definition(tmp_path, world_size):
     mp.start_processes(in_process, (world_size, str(tmp_path)), world_size, start_method="spawn")
-    alone = evaluate(model(), IMAGES, rotations(4))
+    alone = {"all": everything(13), "few": everything(3)}
     for rank in range(world_size):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
-            for measure, definition in MEASURES:
-                expected = definition(cube().to(dtype).double())
-                torch.testing.assert_close(found[f"{measure.__name__} {dtype}"], expected, rtol=tolerance, atol=0)
+            for name, (_, definition) in BY_HAND.items():
+                expected = definition(CUBE.to(dtype).double())
+                torch.testing.assert_close(found[f"{name} {dtype}"], expected, rtol=tolerance, atol=0)
             assert found[f"constant {dtype}"].item() == float("inf")
-        torch.testing.assert_close(found["evaluate"], alone["NormalizedVariance"]["3"], rtol=1e-9, atol=0)
-        assert torch.equal(found["dead"], alone.dead["1"])
-        assert found["n"] == 13
+        for case, expected in alone.items():
+            assert list(found[case]) == list(expected)
+            for name, value in expected.items():
+                torch.testing.assert_close(found[case][name], value, rtol=1e-9, atol=1e-12, equal_nan=True, msg=name)
+
+
+def fail_in_process(rank, world_size, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+
+    def forward(network, x):
+        if rank == 1:
+            raise ArithmeticError("a bad batch")
+        return network(x)
+
+    try:
+        evaluate(model(), IMAGES, rotations(4), forward=forward)
+    except Exception as error:
+        torch.save(f"{type(error).__name__}: {error}", f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_an_error_on_one_process_ends_all_of_them(tmp_path):
+    mp.start_processes(fail_in_process, (3, str(tmp_path)), 3, start_method="spawn")
+    told = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
+    assert told[1] == "ArithmeticError: a bad batch"
+    assert told[0] == told[2]
+    assert told[0].startswith("RuntimeError: ")
+    assert "rank 1 failed: ArithmeticError('a bad batch')" in told[0]

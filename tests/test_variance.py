@@ -88,7 +88,7 @@ def test_float32_far_from_zero(measure, definition, squared, size):
 
 
 def wide(mean=0.0, sparse=False, n=160, m=16, k=2048):
-    """A float32 layer large enough for the fast sums; its samples vary from a tenth to ten times as much as its rows."""
+    """A float32 layer large enough for the fast sums; samples vary from a tenth to ten times as much as rows."""
     generator = torch.Generator().manual_seed(6)
     samples = torch.randn(n, 1, k, generator=generator) * torch.logspace(-1, 1, k)
     tensor = samples + torch.randn(n, m, k, generator=generator)

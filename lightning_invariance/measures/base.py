@@ -14,6 +14,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 from torchmetrics.utilities.prints import rank_zero_warn
 
+from lightning_invariance.distributed import merge_over_ranks
 from lightning_invariance.transforms import TransformationSet
 
 States = dict[str, Tensor]
@@ -213,13 +214,7 @@ class Measure(Metric):
         self, dist_sync_fn: Callable[..., list[Tensor]] = gather_all_tensors, process_group: Any | None = None
     ) -> None:
         """Replace the own states by the merged states of all processes."""
-        group = process_group or self.process_group
-        gathered = {name: dist_sync_fn(getattr(self, name), group=group) for name in self._defaults}
-        ranks = [dict(zip(gathered, values, strict=True)) for values in zip(*gathered.values(), strict=True)]
-        merged = ranks[0]
-        for states in ranks[1:]:
-            merged = self._merged(merged, states)
-        self._set_states(merged)
+        merge_over_ranks([self], self.device, process_group or self.process_group)
 
     def _set_states(self, states: States) -> None:
         for name in self._defaults:

@@ -1,0 +1,192 @@
+"""Same-equivariance: networks that have it, masks, the floor, and layers that cannot be measured."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_invariance import (
+    TransformationSet,
+    evaluate,
+    flips,
+    functional,
+    quarter_turns,
+    rotations,
+    scales,
+    translations,
+)
+from lightning_invariance.measures import DistanceSameEquivariance, NormalizedVariance, VarianceSameEquivariance
+
+BOTH = [VarianceSameEquivariance, DistanceSameEquivariance]
+
+
+def images(n=6, size=12, dtype=torch.float64):
+    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+def symmetric_network():
+    """Kernels that quarter turns do not change, with whole numbers: no sum is ever rounded."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1), nn.AvgPool2d(2))
+    generator = torch.Generator().manual_seed(1)
+    for module in (model[0], model[2]):
+        kernel = torch.randint(-3, 4, module.weight.shape, generator=generator).double()
+        kernel = sum(torch.rot90(kernel, turns, (2, 3)) for turns in range(4))
+        module.weight.data, module.bias.data = kernel, torch.full_like(module.bias, 40.0).double()
+    return model.double()
+
+
+@pytest.mark.parametrize("measure", BOTH)
+@pytest.mark.parametrize("over", ["channel", "activation"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_quarter_turns_of_the_identity_and_of_a_symmetric_network_score_exactly_zero(measure, over, normalize):
+    whole = (images() * 9).round()
+    metric = measure(over=over, normalize=normalize)
+    for model in (nn.Sequential(nn.Identity()), symmetric_network()):
+        result = evaluate(model, whole, quarter_turns(), metric)
+        for layer in result.layers:
+            assert (result[measure.__name__][layer] == 0).all()
+
+
+@pytest.mark.parametrize("measure", BOTH)
+def test_a_network_that_is_not_symmetric_scores_above_zero(measure):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)).double()
+    result = evaluate(model, images(), quarter_turns(), measure())
+    assert (result[measure.__name__]["0"] > 0.01).all()
+    assert (result.floor[measure.__name__] == 0).all()
+
+
+@pytest.mark.parametrize("measure", BOTH)
+def test_a_circular_network_scores_zero_inside_the_mask_of_translations(measure):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), nn.ReLU()).double()
+    black_border = torch.nn.functional.pad(images(size=6), (5, 5, 5, 5))  # nothing leaves the frame
+    shifts = translations(pixels=(1, 2, 4))
+    inside = evaluate(model, black_border, shifts, measure(mask=True, normalize=False))
+    without = evaluate(model, black_border, shifts, measure(normalize=False))
+    for layer in ("0", "1"):
+        assert (inside[measure.__name__][layer] < 1e-12).all()
+    assert (without[measure.__name__]["0"] > 1e-3).all()  # the bias left the frame
+
+
+def test_a_wider_mask_leaves_out_what_a_kernel_sees_of_the_border():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")).double()
+    shifts = translations(pixels=(1, 2))
+    value = {
+        mask: evaluate(model, images(), shifts, VarianceSameEquivariance(mask=mask, normalize=False))
+        for mask in (True, 2)
+    }
+    assert (value[True]["VarianceSameEquivariance"]["0"] > 1e-3).all()
+    assert (value[2]["VarianceSameEquivariance"]["0"] < 1e-12).all()
+
+
+def test_the_mask_worked_out_by_hand():
+    def shift(x, pixels):
+        moved = torch.zeros_like(x)
+        if pixels > 0:
+            moved[..., pixels:] = x[..., :-pixels]
+        else:
+            moved[..., :pixels] = x[..., -pixels:]
+        return moved
+
+    t = TransformationSet.from_callables(
+        {"1": lambda x: shift(x, 1), "-2": lambda x: shift(x, -2)},
+        inverses={"1": lambda x: shift(x, -1), "-2": lambda x: shift(x, 2)},
+    )
+    st = torch.ones(2, 2, 1, 1, 6)
+    # The last pixel leaves to the right, the first two to the left.
+    value = functional.variance_same_equivariance(st, t, over="activation", mask=True)
+    assert value.isnan().tolist() == [[[True, True, False, False, False, True]]]
+    value = functional.variance_same_equivariance(st[..., :1, :].expand(2, 2, 1, 3, 6), t, mask=True)
+    assert value.tolist() == [0]
+
+
+def test_values_worked_out_by_hand():
+    t = flips()[:2]  # the identity and left-right
+    x = torch.tensor([[3.0, 4.0]]).view(1, 1, 1, 2)
+    maps = torch.stack([x, x], 1)  # a network that gives the same map for both: mapped back (3, 4) and (4, 3)
+    metric = {
+        "variance": VarianceSameEquivariance(t, normalize=False),
+        "unit": VarianceSameEquivariance(t),
+        "pixels": VarianceSameEquivariance(t, normalize=False, over="activation"),
+        "distance": DistanceSameEquivariance(t, normalize=False),
+        "abs": DistanceSameEquivariance(t, normalize=False, over="activation"),
+    }
+    found = {name: (m.update(maps), m.compute())[1].flatten().tolist() for name, m in metric.items()}
+    assert found["variance"] == pytest.approx([1.0])  # 0.5 for each pixel
+    assert found["unit"] == pytest.approx([1 / 25])
+    assert found["pixels"] == pytest.approx([0.5, 0.5])
+    assert found["distance"] == pytest.approx([2**0.5 / 2])  # (0 + √2 + √2 + 0) / 4
+    assert found["abs"] == pytest.approx([0.5, 0.5])
+
+
+def test_the_floor_is_the_measure_of_the_identity_network():
+    t = rotations(8)
+    measures = {"vse": VarianceSameEquivariance(mask=True), "dse": DistanceSameEquivariance()}
+    result = evaluate(nn.Sequential(nn.Identity()), images(), t, measures)
+    st = t(images())
+    torch.testing.assert_close(result.floor["vse"], functional.variance_same_equivariance(st, t, mask=True))
+    torch.testing.assert_close(result.floor["dse"], functional.distance_same_equivariance(st, t))
+    torch.testing.assert_close(result["vse"]["0"], result.floor["vse"])
+    assert (result.floor["vse"] > 1e-3).all()
+
+
+def test_maps_are_mapped_back_at_their_own_resolution():
+    # A shift by four pixels of the input is one by two pixels of a map of half the size.
+    model = nn.Sequential(nn.AvgPool2d(2))
+    inner = torch.nn.functional.pad(images(size=4), (8, 8, 8, 8))
+    result = evaluate(model, inner, translations(pixels=(2, 4)), VarianceSameEquivariance())
+    assert (result["VarianceSameEquivariance"]["0"] < 1e-12).all()
+
+
+def test_layers_without_spatial_axes_are_skipped_and_named():
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(200, 5)).double()
+    result = evaluate(model, images(), rotations(4), [VarianceSameEquivariance(), NormalizedVariance()])
+    assert list(result["VarianceSameEquivariance"]) == ["0"]
+    assert result.skipped == {"VarianceSameEquivariance": ["1", "2"]}
+    assert list(result["NormalizedVariance"]) == result.layers == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("measure", BOTH)
+def test_zero_maps_are_dead_and_do_not_spoil_a_channel(measure):
+    t = quarter_turns()
+    st = t(images(4)).clone()
+    st[:, :, 1] = 0  # always zero
+    st[2, :, 2] = 0  # zero for one sample: a quarter of the rows does not vary
+    metric = measure(t)
+    metric.update(st)
+    assert metric.compute().isnan().tolist() == [False, True, False]
+    assert metric.dead()[:, 0, 0].tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("measure", BOTH)
+def test_a_set_without_inverses_is_refused_before_any_work(measure):
+    t = TransformationSet.from_callables({"a": lambda x: x, "b": lambda x: x / 2})
+
+    def never(x):
+        raise AssertionError
+
+    model = nn.Sequential(nn.Identity())
+    with pytest.raises(ValueError, match="`transformations` to have inverses"):
+        evaluate(model, images(), t, measure(), forward=never)
+    with pytest.raises(ValueError, match="`transformations` to have inverses"):
+        measure(t)
+
+
+@pytest.mark.parametrize("measure", BOTH)
+def test_bad_arguments(measure):
+    with pytest.raises(ValueError, match="`over` to be .* but got 'layer'"):
+        measure(over="layer")
+    with pytest.raises(ValueError, match="`normalized_by` to be .* but got 'classes'"):
+        measure(normalized_by="classes")
+    with pytest.raises(ValueError, match="`mask` to be .* but got -1"):
+        measure(mask=-1)
+    with pytest.raises(ValueError, match="where the measure is updated by hand"):
+        measure().update(torch.rand(2, 4, 3, 5, 5))
+    with pytest.raises(ValueError, match="channels, height, width"):
+        measure(rotations(4)).update(torch.rand(2, 4, 3))
+
+
+def test_scales_can_be_mapped_back():
+    result = evaluate(nn.Sequential(nn.Identity()), images(), scales(), VarianceSameEquivariance(mask=True))
+    assert (result.floor["VarianceSameEquivariance"] < 0.2).all()

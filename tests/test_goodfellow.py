@@ -1,0 +1,107 @@
+"""Goodfellow's measure: hand calculations, and what it must tell apart."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_invariance import TransformationSet, evaluate
+from lightning_invariance.measures import Goodfellow
+
+# Two of eight values lie above 4, both in the first row: L = 1, G = 1/4.
+BY_HAND = torch.tensor([[9.0, 8.0], [1.0, 2.0], [0.0, 3.0], [4.0, 1.0]])
+
+
+def measured(st, size=100, **arguments):
+    metric = Goodfellow(**arguments)
+    for position in range(2):
+        if position:
+            metric.end_pass()
+        for rows in st.split(size):
+            metric.update(rows)
+    return metric.compute()
+
+
+def invariant_and_noise(n=4000, m=10):
+    generator = torch.Generator().manual_seed(0)
+    invariant = torch.randn(n, 1, generator=generator).expand(n, m)
+    return torch.stack([invariant, torch.randn(n, m, generator=generator)], 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        ({}, 4.0),
+        ({"direction": "lower_is_invariant"}, 0.25),
+        # Below 1 lies one value, 0; two share the 1: only one fires, so L = 1/2, G = 1/8.
+        ({"sign": -1}, 4.0),
+        ({"sign": "best"}, 4.0),
+    ],
+)
+def test_values_worked_out_by_hand(arguments, value):
+    found = measured(BY_HAND, alpha=0.25, threshold="quantile", **arguments)
+    assert found.item() == pytest.approx(value)
+
+
+def test_the_better_sign_is_taken():
+    st = torch.stack([BY_HAND, -BY_HAND, torch.tensor([[9.0, 1.0], [8.0, 2.0], [0.0, 0.5], [3.0, 4.0]])], 2)
+    plus, minus, best = (measured(st, alpha=0.25, threshold="quantile", sign=sign) for sign in (1, -1, "best"))
+    assert best.tolist() == torch.maximum(plus, minus).tolist()
+    assert plus[2] == 2  # 9 and 8 fire, in two of four rows
+    assert minus[2] == 4  # 0 and 0.5 fire, in one
+
+
+@pytest.mark.parametrize("threshold", ["normal", "quantile"])
+def test_an_invariant_unit_and_noise_are_far_apart(threshold):
+    invariant, noise = measured(invariant_and_noise(), threshold=threshold, capacity=1000).tolist()
+    assert invariant == pytest.approx(100, rel=0.25)  # 1 / alpha
+    assert noise == pytest.approx(1 / (1 - 0.99**10), rel=0.1)  # 10.5
+
+
+def test_the_normal_threshold_is_the_normal_quantile():
+    st = invariant_and_noise()
+    metric = Goodfellow(alpha=0.1)
+    metric.update(st)
+    metric.end_pass()
+    metric.update(st)
+    level = 1.2815515655 * st.double().std((0, 1)) + st.double().mean((0, 1))
+    rows = (st > level).any(1).sum(0)
+    torch.testing.assert_close(metric.compute(), len(st) / rows.double())
+
+
+def test_evaluate_makes_both_passes():
+    st = invariant_and_noise(n=300, m=4)
+    # A network whose units are the columns of a table: the "transformation" picks the column.
+    picks = {f"{j}": (lambda x, j=j: x[:, j]) for j in range(4)}
+    result = evaluate(
+        nn.Identity(),
+        st,
+        TransformationSet.from_callables(picks),
+        Goodfellow(alpha=0.05),
+        batch_size=40,
+        progress=False,
+    )
+    torch.testing.assert_close(result["Goodfellow"]["Identity"], measured(st, alpha=0.05))
+
+
+def test_units_that_never_fire_are_nan():
+    st = torch.stack([torch.full((5, 4), 2.0), torch.rand(5, 4, generator=torch.Generator().manual_seed(0))], 2)
+    assert measured(st, alpha=0.001).isnan().tolist() == [True, True]
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"`alpha` to be in \(0, 1\), but got 0"):
+        Goodfellow(alpha=0)
+    with pytest.raises(ValueError, match="`threshold` to be .* but got 'median'"):
+        Goodfellow(threshold="median")
+    with pytest.raises(ValueError, match="`sign` to be .* but got 2"):
+        Goodfellow(sign=2)
+    with pytest.raises(ValueError, match="`direction` to be .* but got 'up'"):
+        Goodfellow(direction="up")
+    with pytest.raises(ValueError, match=r"`alpha` to be at least 1 / 8, .* but got 0.1"):
+        measured(BY_HAND, alpha=0.1, threshold="quantile")
+    with pytest.raises(ValueError, match=r"`capacity` to be larger than alpha·n·m = 2, but got 2"):
+        measured(BY_HAND, alpha=0.25, threshold="quantile", capacity=2)
+    once = Goodfellow()
+    once.update(BY_HAND)
+    with pytest.raises(RuntimeError, match="two passes"):
+        once.compute()
