@@ -195,6 +195,22 @@ def catch_activations(selection: Selection, consumer: Consumer) -> Iterator[Catc
             handle.remove()
 
 
+@contextmanager
+def transformed_input(module: nn.Module, transform: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace the first argument of a module by ``transform`` of it while the context lasts."""
+
+    def replaced(module: nn.Module, args: Any) -> Any:
+        if not args or not isinstance(args[0], Tensor):
+            raise RuntimeError("Expected the module of argument `transform_at` to take a tensor as its first argument.")
+        return (transform(args[0]), *args[1:])
+
+    handle = module.register_forward_pre_hook(replaced)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _floating_tensors(output: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
     """Every floating-point tensor of an output, with its place: ``""``, ``"[0]"``, ``"[1][key]"``, …."""
     if isinstance(output, Tensor):

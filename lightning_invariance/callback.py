@@ -224,7 +224,7 @@ class InvarianceMonitor(pl.Callback):
         if not trainer.is_global_zero or not trainer.loggers:
             return
         latest, step = self.history[-1], logger_step(trainer)
-        for measure in latest:
+        for measure in (measure for measure in latest if latest[measure]):  # one may have skipped every layer
             tag = self._tag(measure)
             log_image(trainer, f"{tag}/heatmap", render(heatmap(latest, measure)), step)
             log_image(trainer, f"{tag}/evolution", render(evolution(self.history, measure)), step)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-from lightning_invariance.activations import Layers, catch_activations, select_layers
+from lightning_invariance.activations import Layers, catch_activations, select_layers, transformed_input
 from lightning_invariance.distributed import rank_and_world_size
 from lightning_invariance.isolation import device_of, evaluation_mode, forced_eager, isolated_random_state, on_device
 from lightning_invariance.loader import STBlock, STLoader
@@ -38,6 +38,8 @@ def evaluate(
     device: torch.device | str | None = None,
     forward: Callable[[nn.Module, Tensor], Any] | None = None,
     input_fn: Callable[..., Tensor] | None = None,
+    transform_at: str | None = None,
+    convergence: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> InvarianceResult:
@@ -61,6 +63,10 @@ def evaluate(
         device: where to run; by default where the model's parameters are. The model is moved there and back.
         forward: ``forward(model, x)`` runs the model where it is not simply called as ``model(x)``.
         input_fn: picks x from a collated batch, where :class:`STLoader` does not find it.
+        transform_at: name of a module whose input is transformed instead of the network's (paper, figure 1 b and d):
+            its first argument, a tensor with the batch first. Only what runs from there on is measured.
+        convergence: also report the value of each layer after 1/8, 1/4 and 1/2 of the samples, as
+            ``result.convergence``; of measures of this package that need one pass, in a single process.
         seed: of the choice of samples and of random transformations.
         progress: show a bar when the walk takes longer than a few seconds.
 
@@ -69,7 +75,7 @@ def evaluate(
 
     Raises:
         ValueError: Before anything runs: for fewer than two samples or transformations, unknown or no layers, two
-            measures of one name, or data without inputs.
+            measures of one name, data without inputs, or ``convergence`` without a known number of samples.
         TypeError: If a measure is no ``Metric`` or the transformations are no :class:`TransformationSet`.
         RuntimeError: If a layer that was asked for by name never runs (the message lists those that did).
 
@@ -87,6 +93,7 @@ def evaluate(
     """
     named = named_measures(measures)
     selection = select_layers(model, layers)
+    entry = None if transform_at is None else next(iter(select_layers(model, [transform_at]).modules.values()))
     where = torch.device(device) if device is not None else device_of(model)
     rank, world_size = rank_and_world_size()
     loader = STLoader(
@@ -99,18 +106,21 @@ def evaluate(
         seed=seed,
         rank=rank,
         world_size=world_size,
+        transform=entry is None,
     )
     _check_numbers(loader)
     for measure in named.values():
         if isinstance(measure, Measure):
             deepcopy(measure).prepare(transformations, ())  # raises where it cannot work with them
-    walk = Walk(named, transformations)
+    walk = Walk(named, transformations, _milestones(loader, world_size) if convergence else ())
     run = forward or _call
     with ExitStack() as stack:
         stack.enter_context(on_device(model, where))
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(torch.no_grad())
         stack.enter_context(forced_eager())
+        if entry is not None:
+            stack.enter_context(transformed_input(entry, walk.enter))
         catcher = stack.enter_context(catch_activations(selection, walk.consume))
         for _ in range(walk.passes):
             error: BaseException | None = None
@@ -118,7 +128,7 @@ def evaluate(
                 with isolated_random_state(seed):  # every pass sees the same random transformations
                     for block in _with_progress(loader, progress and rank == 0):
                         catcher.start_pass()
-                        walk.start_block(block)
+                        walk.start_block(block, entered=entry is None)
                         run(model, block.inputs.flatten(0, 1))
             except Exception as raised:  # the other processes shall hear of it instead of waiting for ever
                 error = raised
@@ -129,6 +139,16 @@ def evaluate(
     if rank == 0:
         _warn_of_nan(result)
     return result
+
+
+def _milestones(loader: STLoader, world_size: int) -> list[int]:
+    """The numbers of samples after which values are reported."""
+    if loader.n_samples is None or world_size > 1:
+        raise ValueError(
+            "Expected argument `convergence` to be used in a single process with data of known length, but got"
+            f" {world_size} processes and {'unknown' if loader.n_samples is None else loader.n_samples} samples."
+        )
+    return sorted({max(2, loader.n_samples // part) for part in (8, 4, 2)} - {loader.n_samples})
 
 
 def named_measures(measures: Sequence[Metric] | Mapping[str, Metric] | None) -> dict[str, Metric]:

@@ -56,6 +56,7 @@ class STLoader:
         seed: of the choice of samples.
         rank: this process takes its share of the samples, one of ``world_size``.
         world_size: number of processes.
+        transform: if false, a block holds each sample as it is, as often as there are transformations.
 
     Raises:
         ValueError: If ``batch_size`` or ``max_samples`` is too small, there are no samples, an iterable dataset comes
@@ -80,6 +81,7 @@ class STLoader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        transform: bool = True,
     ) -> None:
         if not isinstance(transformations, TransformationSet):
             raise TypeError(
@@ -93,6 +95,7 @@ class STLoader:
         self.transformations = transformations
         self.batch_size = batch_size
         self.input_fn = input_fn
+        self.transform = transform
         self.device = torch.device(device) if device is not None else None
         self.rows = max(1, batch_size // len(transformations))
         self._rank, self._world_size = rank, world_size
@@ -147,7 +150,11 @@ class STLoader:
             indices = torch.arange(first, first + len(samples), device=samples.device)
             first += len(samples)
             for columns, transformations in parts:
-                yield STBlock(transformations(samples), labels, columns, self._rank + self._world_size * indices)
+                if self.transform:
+                    inputs = transformations(samples)
+                else:
+                    inputs = torch.stack([samples] * len(transformations), dim=1)
+                yield STBlock(inputs, labels, columns, self._rank + self._world_size * indices)
 
     def _rows(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The samples, :attr:`rows` at a time however they were batched, on the device."""

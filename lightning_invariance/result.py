@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_invariance.functional.variance import aggregate_maps
+
 
 @dataclass(frozen=True)
 class LayerStatistics:
@@ -112,9 +114,12 @@ class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
         floor: same-equivariance measure → its values for the network that returns its input: what interpolation and
             the borders cost by themselves.
         skipped: measure → layers for which it is not defined, such as those without spatial axes.
+        convergence: measure → layer → number of samples → mean of the layer after so many samples.
+        higher_is_better: measure → whether higher values are more invariant; None where neither is.
 
     Attributes:
-        n_samples: see Args. So are ``transformations``, ``parameters``, ``epoch``, ``step``, ``floor``, ``skipped``.
+        n_samples: see Args. So are ``transformations``, ``parameters``, ``epoch``, ``step``, ``floor``, ``skipped``,
+            ``convergence`` and ``higher_is_better``.
     """
 
     def __init__(
@@ -129,6 +134,8 @@ class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
         step: int | None = None,
         floor: Mapping[str, Tensor] | None = None,
         skipped: Mapping[str, Sequence[str]] | None = None,
+        convergence: Mapping[str, Mapping[str, Mapping[int, float]]] | None = None,
+        higher_is_better: Mapping[str, bool | None] | None = None,
     ) -> None:
         self._values = {measure: dict(layers) for measure, layers in values.items()}
         self.dead = dict(dead or {})
@@ -139,6 +146,11 @@ class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
         self.step = step
         self.floor = dict(floor or {})
         self.skipped = {measure: list(layers) for measure, layers in (skipped or {}).items() if layers}
+        self.higher_is_better = dict(higher_is_better or {})
+        self.convergence = {
+            measure: {layer: {int(n): value for n, value in found.items()} for layer, found in layers.items()}
+            for measure, layers in (convergence or {}).items()
+        }
         self._tables = {
             measure: Table(LayerStatistics.of(layer, v, self.dead.get(layer)) for layer, v in layers.items())
             for measure, layers in self._values.items()
@@ -185,16 +197,22 @@ class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
         """
         return {row.layer: row.mean for row in self.table(measure)}
 
-    def per_channel(self, measure: str, layer: str) -> Tensor:
-        """The mean over the spatial axes, as in the paper's figure 8: ``(channels,)``.
+    def per_channel(self, measure: str, layer: str, aggregate: str = "mean") -> Tensor:
+        """One value for each channel, the mean over the spatial axes as in the paper's figure 8: ``(channels,)``.
 
         A channel with an infinite or NaN value is infinite or NaN itself. The first axis of the activation is taken as
         the channels; an activation without axes gives one channel.
+
+        Args:
+            measure: its name.
+            layer: its name.
+            aggregate: ``"mean"``, ``"max"`` or ``"sum"`` over the spatial axes.
         """
         if layer not in self[measure]:
-            raise KeyError(f"No layer {layer!r} in this result; it has {', '.join(self.layers)}.")
-        values = self[measure][layer]
-        return values.flatten(1).mean(1) if values.ndim > 1 else values.reshape(-1)
+            raise KeyError(f"No layer {layer!r} of {measure} in this result; it has {', '.join(self[measure])}.")
+        if aggregate not in ("mean", "max", "sum"):
+            raise ValueError(f'Expected argument `aggregate` to be "mean", "max" or "sum", but got {aggregate!r}.')
+        return aggregate_maps(self[measure][layer], aggregate)
 
     def dead_channels(self, layer: str) -> Tensor:
         """Which channels hold nothing but dead activations: bool ``(channels,)``."""
@@ -204,10 +222,17 @@ class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
             return torch.zeros_like(self.per_channel(measure, layer), dtype=torch.bool)
         return dead.flatten(1).all(1) if dead.ndim > 1 else dead.reshape(-1)
 
-    def mean(self, measure: str | None = None) -> float:
-        """The mean over layers of :meth:`per_layer` where it is finite: one number for the network."""
-        finite = [value for value in self.per_layer(measure).values() if math.isfinite(value)]
-        return sum(finite) / len(finite) if finite else math.nan
+    def mean(self, measure: str | None = None, weighted: bool = False) -> float:
+        """The mean over layers of :meth:`per_layer` where it is finite: one number for the network.
+
+        Args:
+            measure: its name; by default the first.
+            weighted: weigh each layer by its number of finite values; by default all layers count the same.
+        """
+        rows = [row for row in self.table(measure) if math.isfinite(row.mean)]
+        sizes = [math.prod(row.shape) - row.infinite - row.nan if weighted else 1 for row in rows]
+        total = sum(sizes)
+        return sum(row.mean * size for row, size in zip(rows, sizes, strict=True)) / total if total else math.nan
 
     def reduced(self) -> InvarianceResult:
         """The same result with one value for each channel; tables, means and pictures stay what they are."""
@@ -235,6 +260,8 @@ class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
             "step": self.step,
             "floor": self.floor,
             "skipped": self.skipped,
+            "convergence": self.convergence,
+            "higher_is_better": self.higher_is_better,
         }
 
     @classmethod

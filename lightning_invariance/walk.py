@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -28,13 +29,16 @@ class Walk:
     Args:
         measures: name → metric; every layer gets clones.
         transformations: the columns of the ST matrix.
+        milestones: numbers of samples after which the values so far are noted, in rising order.
 
     Attributes:
         passes: how often the measures need to see every row.
         n_samples: how many complete rows there were.
     """
 
-    def __init__(self, measures: Mapping[str, Metric], transformations: TransformationSet) -> None:
+    def __init__(
+        self, measures: Mapping[str, Metric], transformations: TransformationSet, milestones: Iterable[int] = ()
+    ) -> None:
         self.passes = max(map(_passes, measures.values()), default=1)
         self.n_samples = 0
         self._pass = 1
@@ -47,25 +51,70 @@ class Walk:
         self._block: STBlock | None = None
         self._parts: dict[str, list[Tensor]] = {}
         self._batch_axes: dict[str, int] = {}
+        self._entered = True
+        self._milestones = list(milestones)
+        self._noted: list[InvarianceResult] = []
 
     @property
     def layers(self) -> list[str]:
         """The layers that ran."""
         return [layer for layer in self._layers if layer != INPUT]
 
-    def start_block(self, block: STBlock) -> None:
-        """The outputs that follow belong to this block."""
-        self._block = block
-        self._shapes[INPUT] = tuple(block.inputs.shape[2:])
+    def start_block(self, block: STBlock, entered: bool = True) -> None:
+        """The outputs that follow belong to this block.
+
+        Args:
+            block: the inputs.
+            entered: if false, the inputs are not transformed yet, and nothing counts before :meth:`enter` does that.
+        """
+        if self._pass == 1 and self._milestones and self.n_samples >= self._milestones[0]:
+            self._note()
+        self._block, self._entered = block, entered
         if self._pass == 1 and block.columns.stop == len(self._transformations):
             self.n_samples += len(block.inputs)
+        if entered:
+            self._start(block, block.inputs)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Transform what reaches a module: ``(rows · columns, ...)``, each row so many times the same."""
+        block = self._block
+        if block is None:
+            raise RuntimeError("Expected a block before its activations.")
+        if self._entered:  # the module runs a second time
+            return x
+        rows, columns = block.inputs.shape[:2]
+        if len(x) != rows * columns:
+            raise RuntimeError(
+                f"Expected the module of argument `transform_at` to take a batch of {rows * columns}, but it got an"
+                f" input of shape {tuple(x.shape)}."
+            )
+        inputs = self._transformations[block.columns](x.reshape(rows, columns, *x.shape[1:])[:, 0])
+        self._entered = True
+        self._start(block, inputs)
+        return inputs.flatten(0, 1)
+
+    def _start(self, block: STBlock, inputs: Tensor) -> None:
+        self._shapes[INPUT] = tuple(inputs.shape[2:])
         if self._has_floor:
-            self._add(INPUT, block, block.inputs)
+            self._add(INPUT, block, inputs)
+
+    def _note(self) -> None:
+        """Compute what there is so far; a copy of a metric at a time, since computing may not disturb the walk."""
+        self._milestones = [n for n in self._milestones if n > self.n_samples]
+        noted = Walk({name: m for name, m in self._measures.items() if _passes(m) == 1}, self._transformations)
+        noted.n_samples, noted._shapes = self.n_samples, self._shapes
+        noted._layers = {
+            layer: [deepcopy(group) for group in groups if _passes(_leader(group)) == 1]
+            for layer, groups in self._layers.items()
+        }
+        self._noted.append(noted.result())
 
     def consume(self, layer: str, module: nn.Module, output: Tensor) -> None:
         """Update the measures of a layer with what it made of the block's inputs."""
         if self._block is None:
             raise RuntimeError("Expected a block before its activations.")
+        if not self._entered:
+            return
         rows, columns = self._block.inputs.shape[:2]
         output = self._batch_first(layer, module, output, rows * columns)
         self._add(layer, self._block, output.reshape(rows, columns, *output.shape[1:]))
@@ -169,7 +218,7 @@ class Walk:
                     values[name][layer] = _of_shape(_computed(metric, leader), self._shapes[layer])
         floor = {name: layers.pop(INPUT) for name, layers in values.items() if INPUT in layers}
         dead.pop(INPUT, None)
-        return InvarianceResult(
+        result = InvarianceResult(
             values,
             dead=dead,
             n_samples=self.n_samples,
@@ -177,7 +226,22 @@ class Walk:
             parameters=self._transformations.parameters,
             floor=floor,
             skipped={name: [layer for layer in self.layers if layer not in values[name]] for name in values},
+            higher_is_better={name: measure.higher_is_better for name, measure in self._measures.items()},
         )
+        if self._noted:
+            result.convergence = _convergence([*self._noted, result])
+        return result
+
+
+def _convergence(results: list[InvarianceResult]) -> dict[str, dict[str, dict[int, float]]]:
+    """Measure → layer → number of samples → mean of the layer."""
+    return {
+        measure: {
+            layer: {result.n_samples: result.per_layer(measure)[layer] for result in results}
+            for layer in results[0][measure]
+        }
+        for measure in results[0]
+    }
 
 
 def _groups(measures: Mapping[str, Metric]) -> list[list[str]]:

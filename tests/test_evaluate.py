@@ -21,7 +21,15 @@ from lightning_invariance import (
     rotations,
     scales,
 )
-from lightning_invariance.measures import NormalizedVariance, SampleVariance, TransformationVariance
+from lightning_invariance.measures import (
+    Goodfellow,
+    NormalizedDistance,
+    NormalizedVariance,
+    SampleDistance,
+    SampleVariance,
+    TransformationVariance,
+    VarianceSameEquivariance,
+)
 
 IMAGES = torch.rand(13, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -386,3 +394,93 @@ def test_a_long_walk_shows_its_progress(capsys, monkeypatch):
     assert "Measuring invariance" in capsys.readouterr().err
     evaluate(network(), IMAGES, rotations(4), progress=False)
     assert capsys.readouterr().err == ""
+
+
+def deep():
+    torch.manual_seed(3)
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.Flatten(), nn.Linear(256, 3)]
+    return nn.Sequential(*layers).double()
+
+
+@pytest.mark.parametrize("batch_size", [64, 3])
+def test_the_input_of_an_inner_module_is_transformed(batch_size):
+    model, images = deep(), torch.rand(10, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        inner = model[:2](images)
+    measures = [NormalizedVariance(), VarianceSameEquivariance()]
+    expected = evaluate(model[2:], inner, rotations(4), measures, seed=5)
+    found = evaluate(model, images, rotations(4), measures, transform_at="2", batch_size=batch_size, seed=5)
+    assert found.layers == ["2", "3", "4"]  # what runs before sees no transformation
+    for measure in expected:
+        for one, other in zip(found[measure].values(), expected[measure].values(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12, equal_nan=True)
+    floors = found.floor["VarianceSameEquivariance"], expected.floor["VarianceSameEquivariance"]
+    torch.testing.assert_close(*floors, rtol=1e-9, atol=1e-12, equal_nan=True)
+    assert not model[2]._forward_pre_hooks
+
+
+def test_an_unknown_place_of_transformation_lists_near_names():
+    with pytest.raises(ValueError, match="no layer '22'"):
+        evaluate(deep(), torch.rand(10, 3, 8, 8), rotations(4), transform_at="22")
+
+
+def test_convergence_gives_the_values_of_the_first_samples():
+    model, images = deep(), torch.rand(48, 3, 8, 8, dtype=torch.float64)
+    measures = [NormalizedVariance(), SampleDistance(samples=4), Goodfellow(0.1)]
+    result = evaluate(model, images, rotations(4), measures, convergence=True, batch_size=8)
+    assert set(result.convergence) == {"NormalizedVariance", "SampleDistance"}  # Goodfellow takes two passes
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
+    for n in (6, 12, 24, 48):
+        cube = functional.normalized_variance(cube_of(model, images[order[:n]], rotations(4)))
+        assert result.convergence["NormalizedVariance"]["4"][n] == pytest.approx(cube.mean().item(), rel=1e-9)
+    unchanged = evaluate(model, images, rotations(4), measures, batch_size=8)
+    assert torch.equal(unchanged["NormalizedVariance"]["0"], result["NormalizedVariance"]["0"])
+
+
+def cube_of(model, images, transformations):
+    with torch.no_grad():
+        return model(transformations(images).flatten(0, 1)).unflatten(0, (len(images), len(transformations)))
+
+
+def test_convergence_needs_to_know_the_number_of_samples():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from IMAGES
+
+    with pytest.raises(ValueError, match="`convergence` .* unknown samples"):
+        evaluate(network(), Stream(), rotations(4), max_samples=9, convergence=True)
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "max", "sum"])
+def test_feature_maps_are_aggregated_before_or_after_the_quotient(aggregate):
+    model, images = deep(), torch.rand(10, 3, 8, 8, dtype=torch.float64)
+    measures = {
+        "after": NormalizedVariance(),
+        "before": NormalizedVariance(aggregate=aggregate),
+        "distance": NormalizedDistance(aggregate=aggregate),
+    }
+    result = evaluate(model, images, rotations(4), measures)
+    cube = cube_of(model[:1], images, rotations(4))
+
+    def aggregated(values):
+        return {"mean": values.mean, "max": values.amax, "sum": values.sum}[aggregate]((1, 2))
+
+    before = aggregated(functional.transformation_variance(cube)) / aggregated(functional.sample_variance(cube))
+    torch.testing.assert_close(result["before"]["0"], before)
+    torch.testing.assert_close(
+        result.per_channel("after", "0", aggregate), aggregated(functional.normalized_variance(cube))
+    )
+    distances = functional.transformation_distance(cube), functional.sample_distance(cube)
+    torch.testing.assert_close(result["distance"]["0"], aggregated(distances[0]) / aggregated(distances[1]))
+    assert result["before"]["4"].shape == (3,)
+    with pytest.raises(ValueError, match="`aggregate` to be one of"):
+        NormalizedVariance(aggregate="median")
+
+
+def test_the_mean_over_layers_can_be_weighted_by_size():
+    result = evaluate(deep(), torch.rand(10, 3, 8, 8, dtype=torch.float64), rotations(4))
+    means = result.per_layer()
+    assert result.mean() == pytest.approx(sum(means.values()) / 5)
+    sizes = {"0": 256, "1": 256 - result.table()[1].infinite, "2": 256, "3": 256, "4": 3}
+    weighted = sum(means[layer] * size for layer, size in sizes.items()) / sum(sizes.values())
+    assert result.mean(weighted=True) == pytest.approx(weighted)

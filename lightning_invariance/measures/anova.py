@@ -68,7 +68,7 @@ class Anova(VarianceMeasure):
         paired: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(squared=True, aggregate=None, **kwargs)
         if statistic not in ("f", "p", "reject", "effect"):
             raise ValueError(
                 f'Expected argument `statistic` to be "f", "p", "reject" or "effect", but got {statistic!r}.'
@@ -93,7 +93,10 @@ class Anova(VarianceMeasure):
         n, m = int(self.n_samples), self.n_transformations
         spread, means = self._columns_joined()
         between = n * (means - means.mean(0)).square().sum(0)
-        within = (self._row_spread() - between).clamp_min(0) if self.paired else spread[0]
+        within = spread[0]
+        if self.paired:
+            # No more than the whole, so that it is exactly 0 where columns are constant.
+            within = torch.minimum((self._row_spread() - between).clamp_min(0), within)
         d2 = (m - 1) * (n - 1) if self.paired else m * (n - 1)
         f, p, effect = (self._shaped(value) for value in f_test(between, within, m - 1, d2))
         if self.statistic == "reject":

@@ -39,8 +39,15 @@ class DistanceMeasure(VarianceMeasure):
     needs_rows = True
     needs_columns = True
 
-    def __init__(self, distance: Distance = "abs", over: str = "activation", samples: int = 16, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        distance: Distance = "abs",
+        over: str = "activation",
+        samples: int = 16,
+        aggregate: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(squared=True, aggregate=aggregate, **kwargs)
         if over not in ("activation", "channel"):
             raise ValueError(f'Expected argument `over` to be "activation" or "channel", but got {over!r}.')
         if not callable(distance) and distance not in DISTANCES:
@@ -219,6 +226,8 @@ class TransformationDistance(DistanceMeasure):
             last axis for ``over="channel"``.
         over: ``"activation"``: every scalar by itself. ``"channel"``: a feature map is one vector.
         samples: not used here; the same argument as of :class:`SampleDistance`.
+        aggregate: ``"mean"``, ``"max"`` or ``"sum"`` over the feature map gives one value for each channel, before any
+            quotient.
         kwargs: additional arguments of ``torchmetrics.Metric``.
 
     Raises:
@@ -238,7 +247,7 @@ class TransformationDistance(DistanceMeasure):
 
     def compute(self) -> Tensor:
         """The value of every activation, or of every channel."""
-        return self._transformation_distance() if self._enough() else self._undefined()
+        return self._aggregated(self._transformation_distance() if self._enough() else self._undefined())
 
 
 class SampleDistance(DistanceMeasure):
@@ -273,6 +282,8 @@ class SampleDistance(DistanceMeasure):
         distance: see :class:`TransformationDistance`.
         over: ``"activation"``: every scalar by itself. ``"channel"``: a feature map is one vector.
         samples: how many samples each transformation keeps, s.
+        aggregate: ``"mean"``, ``"max"`` or ``"sum"`` over the feature map gives one value for each channel, before any
+            quotient.
         kwargs: additional arguments of ``torchmetrics.Metric``.
 
     Raises:
@@ -293,7 +304,8 @@ class SampleDistance(DistanceMeasure):
 
     def compute(self) -> Tensor:
         """The value of every activation, or of every channel."""
-        return self._sample_distance() if self._enough(samples=2, transformations=1) else self._undefined()
+        enough = self._enough(samples=2, transformations=1)
+        return self._aggregated(self._sample_distance() if enough else self._undefined())
 
 
 class NormalizedDistance(DistanceMeasure):
@@ -321,6 +333,8 @@ class NormalizedDistance(DistanceMeasure):
         distance: see :class:`TransformationDistance`.
         over: ``"activation"``: every scalar by itself. ``"channel"``: a feature map is one vector.
         samples: how many samples each transformation keeps, s.
+        aggregate: ``"mean"``, ``"max"`` or ``"sum"`` over the feature map gives one value for each channel, before any
+            quotient.
         kwargs: additional arguments of ``torchmetrics.Metric``.
 
     Raises:
@@ -339,5 +353,5 @@ class NormalizedDistance(DistanceMeasure):
     def compute(self) -> Tensor:
         """The value of every activation, or of every channel."""
         if not self._enough(samples=2):
-            return self._undefined()
-        return normalize(self._transformation_distance(), self._sample_distance())
+            return self._aggregated(self._undefined())
+        return normalize(self._aggregated(self._transformation_distance()), self._aggregated(self._sample_distance()))

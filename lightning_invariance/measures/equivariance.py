@@ -179,7 +179,7 @@ class VarianceSameEquivariance(SameEquivarianceMeasure, VarianceMeasure):
         input_size: tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(squared=True, aggregate=None, **kwargs)
         if over not in ("activation", "channel"):
             raise ValueError(f'Expected argument `over` to be "activation" or "channel", but got {over!r}.')
         self.over = over
@@ -275,7 +275,7 @@ class DistanceSameEquivariance(SameEquivarianceMeasure, DistanceMeasure):
     ) -> None:
         self._by_samples = normalized_by is not None
         chosen = distance if distance is not None else "abs" if over == "activation" else "euclidean"
-        super().__init__(chosen, over, samples, **kwargs)
+        super().__init__(chosen, over, samples, aggregate=None, **kwargs)
         self._configure(transformations, normalize, mask, normalized_by, input_size)
 
     @property

@@ -84,7 +84,7 @@ class Goodfellow(VarianceMeasure):
         capacity: int = 256,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(squared=True, aggregate=None, **kwargs)
         if not 0 < alpha < 1:
             raise ValueError(f"Expected argument `alpha` to be in (0, 1), but got {alpha}.")
         if threshold not in ("normal", "quantile"):

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_invariance.functional.variance import normalize
+from lightning_invariance.functional.variance import aggregate_maps, normalize
 from lightning_invariance.measures.base import Measure, States
 from lightning_invariance.measures.spread import PlainSums, exact_sums, plain_sums
 
 #: Updates before which the references move to the means: often enough for the digits, rare enough for the time.
 MOVE_REFERENCES = frozenset(4**power for power in range(1, 16))
+
+#: How the values of a feature map can be made one.
+AGGREGATES = (None, "mean", "max", "sum")
 
 #: The states of the plain set, and those of the exact set.
 PLAIN = ("plain_samples", "centres", "plain_squares", "plain_row_squares", "plain_total", "plain_sums")
@@ -49,11 +52,13 @@ class VarianceMeasure(Measure):
     squares: Tensor
     sums: Tensor
 
-    def __init__(self, squared: bool = True, **kwargs: Any) -> None:
+    def __init__(self, squared: bool = True, aggregate: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not isinstance(squared, bool):
             raise ValueError(f"Expected argument `squared` to be a bool, but got {squared!r}.")
-        self.squared = squared
+        if aggregate not in AGGREGATES:
+            raise ValueError(f"Expected argument `aggregate` to be one of {AGGREGATES}, but got {aggregate!r}.")
+        self.squared, self.aggregate = squared, aggregate
         vector, matrix = torch.zeros(0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64)
         self._add_states(exact_samples=torch.tensor(0), row_spread=vector)
         self._add_states(references=matrix, squares=matrix, sums=matrix)
@@ -192,6 +197,9 @@ class VarianceMeasure(Measure):
             return self._shaped(variance[0] / self.n_transformations)
         return self._shaped(variance.sqrt().mean(0))
 
+    def _aggregated(self, values: Tensor) -> Tensor:
+        return aggregate_maps(values, self.aggregate)
+
     def _undefined(self) -> Tensor:
         return torch.full(self.activation_shape.tolist(), torch.nan, dtype=torch.float64, device=self.device)
 
@@ -214,15 +222,16 @@ class TransformationVariance(VarianceMeasure):
 
     As output of ``forward`` and ``compute`` the metric returns
 
-    - ``tv`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``. NaN, with a warning, for fewer than two
-      transformations.
+    - ``tv`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``, or ``(channels,)`` with ``aggregate``.
+      NaN, with a warning, for fewer than two transformations.
 
     Args:
         squared: if false, the mean of the standard deviations instead of the variances, in units of the activation.
+        aggregate: ``"mean"``, ``"max"`` or ``"sum"`` over the feature map gives one value for each channel.
         kwargs: additional arguments of ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: If ``squared`` is no bool, or blocks do not fit together.
+        ValueError: If an argument is out of its range, or blocks do not fit together.
         TypeError: If a block is not of a real floating-point type.
 
     Example:
@@ -236,7 +245,7 @@ class TransformationVariance(VarianceMeasure):
 
     def compute(self) -> Tensor:
         """The value of every activation."""
-        return self._transformation_variance() if self._enough() else self._undefined()
+        return self._aggregated(self._transformation_variance() if self._enough() else self._undefined())
 
 
 class SampleVariance(VarianceMeasure):
@@ -256,15 +265,16 @@ class SampleVariance(VarianceMeasure):
 
     As output of ``forward`` and ``compute`` the metric returns
 
-    - ``sv`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``. NaN, with a warning, for fewer than two
-      samples.
+    - ``sv`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``, or ``(channels,)`` with ``aggregate``.
+      NaN, with a warning, for fewer than two samples.
 
     Args:
         squared: if false, the mean of the standard deviations instead of the variances, in units of the activation.
+        aggregate: ``"mean"``, ``"max"`` or ``"sum"`` over the feature map gives one value for each channel.
         kwargs: additional arguments of ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: If ``squared`` is no bool, or blocks do not fit together.
+        ValueError: If an argument is out of its range, or blocks do not fit together.
         TypeError: If a block is not of a real floating-point type.
 
     Example:
@@ -280,7 +290,8 @@ class SampleVariance(VarianceMeasure):
 
     def compute(self) -> Tensor:
         """The value of every activation."""
-        return self._sample_variance() if self._enough(samples=2, transformations=1) else self._undefined()
+        enough = self._enough(samples=2, transformations=1)
+        return self._aggregated(self._sample_variance() if enough else self._undefined())
 
 
 class NormalizedVariance(VarianceMeasure):
@@ -301,15 +312,17 @@ class NormalizedVariance(VarianceMeasure):
 
     As output of ``forward`` and ``compute`` the metric returns
 
-    - ``nv`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``. NaN, with a warning, for fewer than two
-      samples or transformations.
+    - ``nv`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``, or ``(channels,)`` with ``aggregate``.
+      NaN, with a warning, for fewer than two samples or transformations.
 
     Args:
         squared: if false, the quotient of mean standard deviations instead of mean variances.
+        aggregate: ``"mean"``, ``"max"`` or ``"sum"`` over the feature map, of both variances before the quotient, gives
+            one value for each channel. The paper takes the quotient of every activation first, as the default does.
         kwargs: additional arguments of ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: If ``squared`` is no bool, or blocks do not fit together.
+        ValueError: If an argument is out of its range, or blocks do not fit together.
         TypeError: If a block is not of a real floating-point type.
 
     Example:
@@ -324,5 +337,5 @@ class NormalizedVariance(VarianceMeasure):
     def compute(self) -> Tensor:
         """The value of every activation."""
         if not self._enough(samples=2):
-            return self._undefined()
-        return normalize(self._transformation_variance(), self._sample_variance())
+            return self._aggregated(self._undefined())
+        return normalize(self._aggregated(self._transformation_variance()), self._aggregated(self._sample_variance()))

@@ -25,7 +25,7 @@ def evolution(history: Sequence[InvarianceResult], measure: str | None = None) -
     if not history:
         raise ValueError("Expected argument `history` to hold at least one result, but it is empty.")
     measure = measure or history[0].measures[0]
-    layers = list(dict.fromkeys(layer for result in history for layer in result.layers))
+    layers = list(dict.fromkeys(layer for result in history for layer in result[measure]))
     means = [result.per_layer(measure) for result in history]
     values = np.array([[per_layer.get(layer, np.nan) for per_layer in means] for layer in layers])
     scale = scale_of(measure, values.ravel().tolist())

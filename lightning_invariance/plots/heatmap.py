@@ -31,9 +31,9 @@ def heatmap(result: InvarianceResult, measure: str | None = None) -> Figure:
         measure: its name; by default the first.
     """
     measure = measure or result.measures[0]
-    layers = result.layers
+    layers = list(result[measure])
     columns = {layer: result.per_channel(measure, layer).numpy() for layer in layers}
-    scale = scale_of(measure, np.concatenate(list(columns.values())).tolist())
+    scale = scale_of(measure, [value for values in columns.values() for value in values.tolist()])
     figure = new_figure(width=min(24, max(6, 2.5 + 0.4 * len(layers))), height=5.5)
     axes = figure.add_subplot()
     counts = {"infinite": 0, "dead": 0, "nan": 0}
@@ -49,7 +49,7 @@ def heatmap(result: InvarianceResult, measure: str | None = None) -> Figure:
             if mask.any():
                 over = np.ma.masked_where(~mask, np.ones(len(values)))[:, None]
                 axes.imshow(over, aspect="auto", extent=place, cmap=ListedColormap([colour]), interpolation="nearest")
-    axes.set_xlim(-0.5, len(layers) - 0.5)
+    axes.set_xlim(-0.5, max(len(layers), 1) - 0.5)
     axes.set_ylim(1, 0)
     axes.set_xticks(range(len(layers)), [shorten(layer) for layer in layers], rotation=90)
     axes.set_yticks([])

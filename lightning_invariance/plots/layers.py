@@ -22,7 +22,7 @@ def layers(results: Mapping[str, InvarianceResult], measure: str | None = None) 
     if not results:
         raise ValueError("Expected argument `results` to hold at least one result, but it is empty.")
     measure = measure or next(iter(results.values())).measures[0]
-    names = list(dict.fromkeys(layer for result in results.values() for layer in result.layers))
+    names = list(dict.fromkeys(layer for result in results.values() for layer in result[measure]))
     figure = new_figure(width=min(24, max(6, 2 + 0.4 * len(names))), height=4.5)
     axes = figure.add_subplot()
     for (label, result), style in zip(results.items(), ("-", "--", "-.", ":") * len(results), strict=False):
@@ -32,7 +32,9 @@ def layers(results: Mapping[str, InvarianceResult], measure: str | None = None) 
     axes.set_ylabel(f"{measure}, mean of the layer")
     if measure.startswith("Normalized"):
         axes.set_ylim(bottom=0)
-    axes.set_title("lower is more invariant", fontsize="medium")
+    higher = next(iter(results.values())).higher_is_better.get(measure)
+    if higher is not None:
+        axes.set_title(f"{'higher' if higher else 'lower'} is more invariant", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
