@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
-from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-from lightning_invariance.activations import Layers, catch_activations, select_layers, transformed_input
+from lightning_invariance.activations import Layers, select_layers
 from lightning_invariance.distributed import rank_and_world_size
-from lightning_invariance.isolation import device_of, evaluation_mode, forced_eager, isolated_random_state, on_device
-from lightning_invariance.loader import STBlock, STLoader
+from lightning_invariance.isolation import device_of
+from lightning_invariance.loader import STLoader
 from lightning_invariance.measures import Measure, NormalizedVariance
 from lightning_invariance.result import InvarianceResult
+from lightning_invariance.run import Run
 from lightning_invariance.transforms import TransformationSet
-from lightning_invariance.walk import Walk
+from lightning_invariance.two_walks import in_two_walks, state_bytes
 
-#: A progress bar appears when a walk takes longer than this, in seconds.
-PROGRESS_DELAY = 3.0
+#: The states of rows longer than a batch may take so many bytes where the user does not say.
+DEFAULT_BUDGET = 2**31
 
 
 def evaluate(
@@ -40,6 +39,7 @@ def evaluate(
     input_fn: Callable[..., Tensor] | None = None,
     transform_at: str | None = None,
     convergence: bool = False,
+    state_budget: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> InvarianceResult:
@@ -67,6 +67,10 @@ def evaluate(
             its first argument, a tensor with the batch first. Only what runs from there on is measured.
         convergence: also report the value of each layer after 1/8, 1/4 and 1/2 of the samples, as
             ``result.convergence``; of measures of this package that need one pass, in a single process.
+        state_budget: bytes that the states of all layers may take. Where the sums of the columns of a large set do not
+            fit, the variances are computed in two walks instead, samples first and then some transformations at a
+            time: the same values from twice as many forward passes, and more passes over the data. By default 2 GiB,
+            for rows longer than a batch.
         seed: of the choice of samples and of random transformations.
         progress: show a bar when the walk takes longer than a few seconds.
 
@@ -75,7 +79,8 @@ def evaluate(
 
     Raises:
         ValueError: Before anything runs: for fewer than two samples or transformations, unknown or no layers, two
-            measures of one name, data without inputs, or ``convergence`` without a known number of samples.
+            measures of one name, data without inputs, ``convergence`` without a known number of samples, or measures
+            whose states exceed ``state_budget`` and that cannot do with less.
         TypeError: If a measure is no ``Metric`` or the transformations are no :class:`TransformationSet`.
         RuntimeError: If a layer that was asked for by name never runs (the message lists those that did).
 
@@ -92,57 +97,44 @@ def evaluate(
         tensor([True, True, True])
     """
     named = named_measures(measures)
-    selection = select_layers(model, layers)
-    entry = None if transform_at is None else next(iter(select_layers(model, [transform_at]).modules.values()))
-    where = torch.device(device) if device is not None else device_of(model)
-    rank, world_size = rank_and_world_size()
-    loader = STLoader(
-        data,
-        transformations,
-        batch_size,
+    run = Run(
+        model=model,
+        data=data,
+        selection=select_layers(model, layers),
+        entry=None if transform_at is None else next(iter(select_layers(model, [transform_at]).modules.values())),
+        device=torch.device(device) if device is not None else device_of(model),
+        forward=forward,
+        batch_size=batch_size,
         max_samples=max_samples,
         input_fn=input_fn,
-        device=where,
         seed=seed,
-        rank=rank,
-        world_size=world_size,
-        transform=entry is None,
+        progress=progress,
     )
+    loader = run.loader(transformations)
     _check_numbers(loader)
     for measure in named.values():
         if isinstance(measure, Measure):
             deepcopy(measure).prepare(transformations, ())  # raises where it cannot work with them
-    walk = Walk(named, transformations, _milestones(loader, world_size) if convergence else ())
-    run = forward or _call
-    with ExitStack() as stack:
-        stack.enter_context(on_device(model, where))
-        stack.enter_context(evaluation_mode(model))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(forced_eager())
-        if entry is not None:
-            stack.enter_context(transformed_input(entry, walk.enter))
-        catcher = stack.enter_context(catch_activations(selection, walk.consume))
-        for _ in range(walk.passes):
-            error: BaseException | None = None
-            try:
-                with isolated_random_state(seed):  # every pass sees the same random transformations
-                    for block in _with_progress(loader, progress and rank == 0):
-                        catcher.start_pass()
-                        walk.start_block(block, entered=entry is None)
-                        run(model, block.inputs.flatten(0, 1))
-            except Exception as raised:  # the other processes shall hear of it instead of waiting for ever
-                error = raised
-            walk.end_pass(where, error)
-    _check_number(walk.n_samples)
-    selection.check_fired(walk.layers)
-    result = walk.result()
-    if rank == 0:
+    milestones = _milestones(loader) if convergence else []
+    if state_budget is not None or len(transformations) > batch_size:
+        budget = DEFAULT_BUDGET if state_budget is None else state_budget
+        activations, itemsize = run.sizes(loader)
+        if state_bytes(activations, itemsize, len(transformations), batch_size) > budget:
+            result = in_two_walks(run, named, loader, activations, budget)
+        else:
+            result = run.walk(named, loader, milestones).result()
+    else:
+        result = run.walk(named, loader, milestones).result()
+    _check_number(result.n_samples)
+    run.selection.check_fired(result.layers)
+    if rank_and_world_size()[0] == 0:
         _warn_of_nan(result)
     return result
 
 
-def _milestones(loader: STLoader, world_size: int) -> list[int]:
+def _milestones(loader: STLoader) -> list[int]:
     """The numbers of samples after which values are reported."""
+    _, world_size = rank_and_world_size()
     if loader.n_samples is None or world_size > 1:
         raise ValueError(
             "Expected argument `convergence` to be used in a single process with data of known length, but got"
@@ -200,13 +192,3 @@ def _warn_of_nan(result: InvarianceResult) -> None:
             UserWarning,
             stacklevel=3,
         )
-
-
-def _call(model: nn.Module, x: Tensor) -> Any:
-    return model(x)
-
-
-def _with_progress(loader: STLoader, show: bool) -> Iterator[STBlock]:
-    total = None if loader.n_samples is None else len(loader)
-    bar = tqdm(loader, "Measuring invariance", total, leave=False, delay=PROGRESS_DELAY, unit="batch", disable=not show)
-    yield from bar

@@ -13,6 +13,7 @@ from torchmetrics import Metric
 from lightning_invariance.distributed import gather_objects, merge_over_ranks
 from lightning_invariance.loader import STBlock
 from lightning_invariance.measures import Measure
+from lightning_invariance.measures.longrows import LongRows
 from lightning_invariance.result import InvarianceResult
 from lightning_invariance.transforms import TransformationSet
 
@@ -52,6 +53,7 @@ class Walk:
         self._parts: dict[str, list[Tensor]] = {}
         self._batch_axes: dict[str, int] = {}
         self._entered = True
+        self._in_parts = all(isinstance(metric, LongRows) for metric in measures.values())
         self._milestones = list(milestones)
         self._noted: list[InvarianceResult] = []
 
@@ -121,6 +123,13 @@ class Walk:
 
     def _add(self, layer: str, block: STBlock, st: Tensor) -> None:
         m = len(self._transformations)
+        if self._in_parts:
+            if layer not in self._layers:
+                self._shapes[layer] = tuple(st.shape[2:])
+                self._layers[layer] = self._new_groups(layer, st.device)
+            for group in self._layers[layer]:
+                _leader(group).update(st, last=block.columns.stop == m)
+            return
         if st.shape[1] < m:
             # A row longer than a batch: wait for the rest of it.
             parts = self._parts.setdefault(layer, [])

@@ -389,7 +389,7 @@ def test_a_stream_of_one_sample():
 
 def test_a_long_walk_shows_its_progress(capsys, monkeypatch):
     # The function of the same name hides the module from an import.
-    monkeypatch.setattr(sys.modules["lightning_invariance.evaluate"], "PROGRESS_DELAY", 0.0)
+    monkeypatch.setattr(sys.modules["lightning_invariance.run"], "PROGRESS_DELAY", 0.0)
     evaluate(network(), IMAGES, rotations(4))
     assert "Measuring invariance" in capsys.readouterr().err
     evaluate(network(), IMAGES, rotations(4), progress=False)
@@ -484,3 +484,30 @@ def test_the_mean_over_layers_can_be_weighted_by_size():
     sizes = {"0": 256, "1": 256 - result.table()[1].infinite, "2": 256, "3": 256, "4": 3}
     weighted = sum(means[layer] * size for layer, size in sizes.items()) / sum(sizes.values())
     assert result.mean(weighted=True) == pytest.approx(weighted)
+
+
+@pytest.mark.parametrize("budget", [1, 60_000, 200_000])
+@pytest.mark.parametrize("batch_size", [4, 64])
+def test_large_sets_in_two_walks_give_the_same_values(budget, batch_size):
+    model, images = deep(), torch.rand(9, 3, 8, 8, dtype=torch.float64)
+    measures = {
+        "nv": NormalizedVariance(),
+        "tv": TransformationVariance(),
+        "sv": SampleVariance(),
+        "std": NormalizedVariance(squared=False, aggregate="mean"),
+    }
+    t = combine(rotations(4), scales(factors=[0.7, 1, 1.2]))
+    expected = evaluate(model, images, t, measures, batch_size=64)
+    found = evaluate(model, images, t, measures, batch_size=batch_size, state_budget=budget)
+    for name in measures:
+        assert list(found[name]) == list(expected[name])
+        for one, other in zip(found[name].values(), expected[name].values(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=0)
+    for layer in expected.layers:
+        assert torch.equal(found.dead[layer], expected.dead[layer])
+    assert found.n_samples == 9
+
+
+def test_a_measure_that_does_not_fit_the_budget_is_refused():
+    with pytest.raises(ValueError, match="`state_budget` to be larger, but got 1 bytes: .* NormalizedDistance"):
+        evaluate(deep(), torch.rand(9, 3, 8, 8).double(), rotations(4), NormalizedDistance(), state_budget=1)
