@@ -32,6 +32,21 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def gather_or_raise(value: Any, error: BaseException | None) -> list[Any]:
+    """One small object from every process, unless one of them failed: then no process waits for it.
+
+    Raises:
+        RuntimeError: If another process failed, with its error. The one that failed raises that itself.
+    """
+    told = gather_objects((value, None if error is None else repr(error)))
+    if error is not None:
+        raise error
+    for rank, (_, message) in enumerate(told):
+        if message is not None:
+            raise RuntimeError(f"Expected all processes to finish the walk, but rank {rank} failed: {message}")
+    return [value for value, _ in told]
+
+
 def merge_over_ranks(measures: Sequence[Measure], device: torch.device, group: Any = None) -> int:
     """Give the measures of every process the merged states of all; measures correspond by position.
 

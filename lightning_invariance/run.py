@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from lightning_invariance.activations import Selection, catch_activations, transformed_input
-from lightning_invariance.distributed import rank_and_world_size
+from lightning_invariance.distributed import gather_or_raise, rank_and_world_size
 from lightning_invariance.isolation import evaluation_mode, forced_eager, isolated_random_state, on_device
 from lightning_invariance.loader import STBlock, STLoader
 from lightning_invariance.transforms import TransformationSet
@@ -100,11 +100,18 @@ class Run:
             numbers.append(output.numel())
             sizes.append(output.element_size())
 
-        caught = catch_activations(self.selection, measured)
-        with isolated_random_state(self.seed), self._prepared(lambda x: x), caught as catcher:
-            catcher.start_pass()
-            self._call(next(iter(loader)).inputs[0, :1])
-        return sum(numbers), max(sizes)
+        error: BaseException | None = None
+        try:
+            caught = catch_activations(self.selection, measured)
+            with isolated_random_state(self.seed), self._prepared(lambda x: x), caught as catcher:
+                catcher.start_pass()
+                for block in loader:
+                    self._call(block.inputs[0, :1])
+                    break
+        except Exception as raised:
+            error = raised
+        told = gather_or_raise((sum(numbers), max(sizes)), error)
+        return max(number for number, _ in told), max(size for _, size in told)
 
     def _call(self, x: Tensor) -> Any:
         return self.model(x) if self.forward is None else self.forward(self.model, x)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_invariance.distributed import gather_objects, merge_over_ranks
+from lightning_invariance.distributed import gather_or_raise, merge_over_ranks
 from lightning_invariance.loader import STBlock
 from lightning_invariance.measures import Measure
 from lightning_invariance.measures.longrows import LongRows
@@ -183,18 +183,13 @@ class Walk:
         Raises:
             RuntimeError: If another process failed, with its error. The one that failed raises that itself.
         """
-        told = gather_objects((self._shapes, self.n_samples, None if error is None else repr(error)))
-        if error is not None:
-            raise error
-        for rank, (_, _, message) in enumerate(told):
-            if message is not None:
-                raise RuntimeError(f"Expected all processes to finish the walk, but rank {rank} failed: {message}")
+        told = gather_or_raise((self._shapes, self.n_samples), error)
         if len(told) > 1:
-            self._add_unseen([shapes for shapes, _, _ in told], device)
+            self._add_unseen([shapes for shapes, _ in told], device)
             leaders = [leader for leader in self._leaders() if isinstance(leader, Measure)]
             merge_over_ranks([leader for leader in leaders if self._pass <= leader.passes], device)
         if self._pass == 1:
-            self.n_samples = sum(n for _, n, _ in told)
+            self.n_samples = sum(n for _, n in told)
         self._pass += 1
         for leader in self._leaders():
             if isinstance(leader, Measure) and self._pass <= leader.passes:
@@ -215,7 +210,7 @@ class Walk:
         return (_leader(group) for groups in self._layers.values() for group in groups)
 
     def result(self) -> InvarianceResult:
-        """Compute every measure of every layer."""
+        """Compute every measure of every layer, and forget the states."""
         values: dict[str, dict[str, Tensor]] = {name: {} for name in self._measures}
         dead: dict[str, Tensor] = {}
         for layer, groups in self._layers.items():
@@ -225,6 +220,8 @@ class Walk:
                     dead[layer] = found.cpu()
                 for name, metric in group.items():
                     values[name][layer] = _of_shape(_computed(metric, leader), self._shapes[layer])
+                for metric in group.values():
+                    metric.reset()  # its states would wait for the garbage collector: a metric refers to itself
         floor = {name: layers.pop(INPUT) for name, layers in values.items() if INPUT in layers}
         dead.pop(INPUT, None)
         result = InvarianceResult(
