@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -54,6 +55,7 @@ def in_two_walks(
     transformations = loader.transformations
     columns = max(1, (budget // max(1, activations) - VECTORS) // 20)  # of the exact sums, which are the largest
     for start in range(0, len(transformations), columns):
+        gc.collect()  # a metric refers to itself: the last walk would still be there
         some = transformations[start : start + columns]
         of_columns = {kind: SampleVariance(squared) for kind, squared in kinds.items()}
         about = f"Measuring invariance: transformations {start + 1}–{start + len(some)}"
