@@ -190,3 +190,37 @@ def test_bad_arguments(measure):
 def test_scales_can_be_mapped_back():
     result = evaluate(nn.Sequential(nn.Identity()), images(), scales(), VarianceSameEquivariance(mask=True))
     assert (result.floor["VarianceSameEquivariance"] < 0.2).all()
+
+
+def test_the_first_formulation_compares_with_the_transformed_map():
+    t = flips()[:2]
+    x = torch.tensor([[3.0, 4.0]], dtype=torch.float64).view(1, 1, 1, 2)
+    maps = torch.stack([x, x], 1)  # A(x) = A(t(x)) = (3, 4), t(A(x)) = (4, 3)
+    metric = DistanceSameEquivariance(t, formulation="direct", normalize=False)
+    metric.update(maps)
+    assert metric.compute().item() == pytest.approx(2**0.5 / 2)  # 0 for the identity, √2 for the flip
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh()).double()
+    for mask in (False, True, 2):
+        measure = DistanceSameEquivariance(formulation="direct", mask=mask)
+        found = evaluate(model, images(), rotations(8), measure)["DistanceSameEquivariance"]["1"]
+        with torch.no_grad():
+            st = model(rotations(8)(images()).flatten(0, 1)).unflatten(0, (6, 8))
+        expected = functional.distance_same_equivariance(st, rotations(8), mask=mask, formulation="direct")
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+        assert (found > 0.1).all()
+
+
+def test_the_first_formulation_is_zero_for_a_symmetric_network():
+    measure = DistanceSameEquivariance(formulation="direct", normalize=False)
+    result = evaluate(symmetric_network(), (images() * 9).round(), quarter_turns(), measure)
+    assert all((value == 0).all() for value in result["DistanceSameEquivariance"].values())
+
+
+def test_the_first_formulation_needs_the_identity():
+    with pytest.raises(ValueError, match="Expected the identity among the transformations"):
+        evaluate(nn.Sequential(nn.Identity()), images(), translations(), DistanceSameEquivariance(formulation="direct"))
+    with pytest.raises(ValueError, match="`formulation` to be .* but got 'both'"):
+        DistanceSameEquivariance(formulation="both")
+    with pytest.raises(ValueError, match='`formulation` to be "pairs"'):
+        DistanceSameEquivariance(formulation="direct", normalized_by="samples")

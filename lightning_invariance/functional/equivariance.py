@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from lightning_invariance.functional.distance import Distance, sample_distance, transformation_distance
+from lightning_invariance.functional.distance import (
+    Distance,
+    distance_between,
+    sample_distance,
+    transformation_distance,
+)
 from lightning_invariance.functional.variance import normalize as quotient
 from lightning_invariance.functional.variance import sample_variance, transformation_variance
 from lightning_invariance.transforms import TransformationSet
@@ -37,11 +42,45 @@ def mapped_back(
     back = transformations.inverse(st, input_size)
     if mask:
         back = back * seen(st, transformations, mask, input_size)
+    return _unit(back) if normalize else back
+
+
+def _unit(st: Tensor) -> Tensor:
+    """Feature maps divided by their norms; a map of zeros stays one."""
+    maps = st.flatten(3)
+    norm = maps.norm(dim=3, keepdim=True)
+    return torch.where(norm > 0, maps / norm, 0.0).view(st.shape)
+
+
+def direct_distances(
+    st: Tensor,
+    transformations: TransformationSet,
+    distance: Distance,
+    normalize: bool,
+    over: str,
+    mask: bool | int,
+    input_size: tuple[int, int] | None = None,
+) -> Tensor:
+    """The distance of A(t(x)) and t(A(x)) for every sample and transformation, (samples, transformations, ...).
+
+    A(x) is the column of the identity, which the set must hold; see :func:`distance_same_equivariance` for the rest.
+
+    Raises:
+        ValueError: If no transformation of the set is the identity.
+    """
+    probe = torch.rand(1, *st.shape[2:], generator=torch.Generator().manual_seed(0)).to(st.device)
+    same = [j for j, moved in enumerate(transformations(probe, input_size)[0]) if torch.equal(moved, probe[0])]
+    if not same:
+        raise ValueError(f'Expected the identity among the transformations for "direct", but got {transformations!r}.')
+    expected, found = transformations(st[:, same[0]], input_size), st
+    if mask:
+        ones = torch.ones(1, 1, *st.shape[-2:], dtype=torch.float64, device=st.device)
+        inside = _widened(transformations(ones, input_size)[0] < SEEN, mask)
+        expected, found = expected * inside, found * inside
     if normalize:
-        maps = back.flatten(3)
-        norm = maps.norm(dim=3, keepdim=True)
-        back = torch.where(norm > 0, maps / norm, 0.0).view(back.shape)
-    return back
+        expected, found = _unit(expected), _unit(found)
+    distances = distance_between(found.flatten(3), expected.flatten(3), distance, over)
+    return distances if over == "channel" else distances.view(st.shape)
 
 
 def seen(
@@ -57,10 +96,15 @@ def seen(
     """
     ones = torch.ones(1, 1, *st.shape[-2:], dtype=torch.float64, device=st.device)
     least = transformations.inverse(transformations(ones, input_size), input_size).amin(1)
-    out = (least < SEEN).to(torch.float64)
+    return _widened(least < SEEN, mask)[0, 0].to(st.dtype)
+
+
+def _widened(out: Tensor, mask: bool | int) -> Tensor:
+    """1 where nothing is out of the frame, nor fewer than ``mask`` pixels away: (..., channels, height, width)."""
+    far = out.to(torch.float64)
     if int(mask) > 1:
-        out = max_pool2d(out, 2 * int(mask) - 1, 1, int(mask) - 1)
-    return (1 - out)[0, 0].to(st.dtype)
+        far = max_pool2d(far, 2 * int(mask) - 1, 1, int(mask) - 1)
+    return 1 - far
 
 
 def variance_same_equivariance(
@@ -103,6 +147,7 @@ def distance_same_equivariance(
     mask: bool | int = False,
     normalized_by: str | None = None,
     input_size: tuple[int, int] | None = None,
+    formulation: str = "pairs",
 ) -> Tensor:
     """Distance-based same-equivariance (paper, eq. 8): the transformation distance of ST'.
 
@@ -115,10 +160,14 @@ def distance_same_equivariance(
         mask: see :func:`mapped_back`.
         normalized_by: ``"samples"`` divides by the sample distance of ST'.
         input_size: see :func:`mapped_back`.
+        formulation: ``"direct"`` for the mean distance of A(t(x)) and t(A(x)), the paper's first formulation.
 
     Returns:
         Tensor of ``(channels, height, width)`` or ``(channels,)``; 0 is same-equivariant.
     """
+    if formulation == "direct":
+        value = direct_distances(st, transformations, distance, normalize, over, mask, input_size).mean((0, 1))
+        return _undefined_where_zero(value, st, transformations, normalize, over, False, input_size)
     back = mapped_back(st, transformations, normalize, mask, input_size)
     value = transformation_distance(back, distance, over)
     if normalized_by is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.functional.distance import Distance
-from lightning_invariance.functional.equivariance import mapped_back, seen
+from lightning_invariance.functional.equivariance import direct_distances, mapped_back, seen
 from lightning_invariance.functional.variance import normalize as quotient
 from lightning_invariance.measures.base import Measure, States
 from lightning_invariance.measures.distance import DistanceMeasure
@@ -88,10 +88,14 @@ class SameEquivarianceMeasure(Measure):
         with torch.no_grad():
             x = st_block.detach()
             x = x if x.dtype == torch.float64 else x.float()
-            back = mapped_back(x, self.transformations, self.normalize, self.mask, self.input_size)
-            lit = (back != 0).flatten(3).any(3).sum((0, 1))
+            back, lit = self._mapped(x, self.transformations)
         self._update(back, **({} if indices is None else {"indices": indices}))
         self.lit = self.lit + lit if self.lit.numel() else lit
+
+    def _mapped(self, x: Tensor, transformations: TransformationSet) -> tuple[Tensor, Tensor]:
+        """ST', and how many feature maps of each channel are not zero."""
+        back = mapped_back(x, transformations, self.normalize, self.mask, self.input_size)
+        return back, (back != 0).flatten(3).any(3).sum((0, 1))
 
     def dead(self) -> Tensor | None:
         """Activations of feature maps that were zero throughout: bool of ``activation_shape``."""
@@ -244,6 +248,9 @@ class DistanceSameEquivariance(SameEquivarianceMeasure, DistanceMeasure):
         normalized_by: ``"samples"`` divides by the sample distance of ST'; 0/0 is 1, x/0 is inf.
         input_size: height and width of the network's input, where the maps are of another size.
         samples: how many samples each transformation keeps for ``normalized_by``; see :class:`SampleDistance`.
+        formulation: ``"direct"`` is the paper's first formulation, the mean of ‖A(t(x)) − t(A(x))‖ over samples and
+            transformations, of which one must be the identity. By default ``"pairs"``, eq. 8, which also sees how
+            different transformations differ from each other.
         kwargs: additional arguments of ``torchmetrics.Metric``.
 
     Raises:
@@ -271,8 +278,17 @@ class DistanceSameEquivariance(SameEquivarianceMeasure, DistanceMeasure):
         normalized_by: str | None = None,
         input_size: tuple[int, int] | None = None,
         samples: int = 16,
+        formulation: str = "pairs",
         **kwargs: Any,
     ) -> None:
+        if formulation not in ("pairs", "direct"):
+            raise ValueError(f'Expected argument `formulation` to be "pairs" or "direct", but got {formulation!r}.')
+        if formulation == "direct" and (normalized_by is not None or distance == "squared"):
+            raise ValueError(
+                'Expected argument `formulation` to be "pairs" with `normalized_by` or `distance="squared"`,'
+                f" but got {formulation!r}."
+            )
+        self._direct = formulation == "direct"
         self._by_samples = normalized_by is not None
         chosen = distance if distance is not None else "abs" if over == "activation" else "euclidean"
         super().__init__(chosen, over, samples, aggregate=None, **kwargs)
@@ -286,8 +302,19 @@ class DistanceSameEquivariance(SameEquivarianceMeasure, DistanceMeasure):
     @property
     def update_rule(self) -> frozenset[Hashable]:
         """Shared by measures that map back in the same way."""
-        about = (id(self.transformations), self.normalize, self.mask, self.input_size)
+        about = (id(self.transformations), self.normalize, self.mask, self.input_size, self._direct)
         return frozenset((DistanceSameEquivariance, part, *about) for part in super().update_rule)
+
+    def _mapped(self, x: Tensor, transformations: TransformationSet) -> tuple[Tensor, Tensor]:
+        if not self._direct:
+            return super()._mapped(x, transformations)
+        how = self.distance, self.normalize, self.over, self.mask, self.input_size
+        return direct_distances(x, transformations, *how), (x != 0).flatten(3).any(3).sum((0, 1))
+
+    def _row_distances(self, x: Tensor) -> Tensor:
+        if not self._direct:
+            return super()._row_distances(x)
+        return x.shape[1] * x.double().sum((0, 1))  # distances already, whose mean is over m, not m²
 
     def compute(self) -> Tensor:
         """The value of every channel, or of every activation."""
