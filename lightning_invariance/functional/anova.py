@@ -33,15 +33,31 @@ def anova(st: Tensor, paired: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     within = (st - columns).square().sum((0, 1))
     if paired:
         within = (st - columns - rows[:, None] + mean).square().sum((0, 1))
-    return f_test(between, within, m - 1, (m - 1) * (n - 1) if paired else m * (n - 1))
+    d1, d2 = m - 1, (m - 1) * (n - 1) if paired else m * (n - 1)
+    f, effect = f_ratio(between, within, d1, d2)
+    return f, f_survival(f, d1, d2), effect
 
 
-def f_test(between: Tensor, within: Tensor, d1: int, d2: int) -> tuple[Tensor, Tensor, Tensor]:
-    """F, its p-value and the effect size of sums of squares with d1 and d2 degrees of freedom."""
+def f_ratio(between: Tensor, within: Tensor, d1: int, d2: int) -> tuple[Tensor, Tensor]:
+    """F and the effect size of sums of squares with d1 and d2 degrees of freedom."""
     constant = (between == 0) & (within == 0)
     f = torch.where(constant, 0.0, (between / d1) / (within / d2))
-    effect = torch.where(constant, 0.0, between / (between + within))
-    return f, f_survival(f, d1, d2), effect
+    return f, torch.where(constant, 0.0, between / (between + within))
+
+
+def rejected_f(f: Tensor, d1: int, d2: int, alpha: float, correction: str | None) -> Tensor:
+    """Which F statistics are rejected; as :func:`rejected` of their p-values, but without all of these if possible."""
+    if correction not in (None, "bonferroni"):
+        return rejected(f_survival(f, d1, d2), alpha, correction)
+    level = alpha / (1 if correction is None else max(int((~f.isnan()).sum()), 1))
+    low, high = 0.0, 1.0
+    while float(f_survival(torch.tensor([high]), d1, d2)) > level:
+        high = 2 * high
+    for _ in range(10):  # each step takes one of 64 parts: down to the last bit
+        places = torch.linspace(low, high, 65, dtype=torch.float64)
+        above = int((f_survival(places, d1, d2) > level).sum())
+        low, high = float(places[above - 1]), float(places[min(above, 64)])
+    return f >= high
 
 
 def rejected(p: Tensor, alpha: float, correction: str | None) -> Tensor:
@@ -83,21 +99,21 @@ def regularized_beta(x: Tensor, complement: Tensor, a: float, b: float) -> Tenso
         a: above 0.
         b: above 0.
     """
-    mirrored = x > (a + 1) / (a + b + 2)
-    direct = _beta_fraction(x, complement, a, b)
-    return torch.where(mirrored, 1 - _beta_fraction(complement, x, b, a), direct).clamp(0, 1) + 0 * x
+    mirrored = x > (a + 1) / (a + b + 2)  # where the fraction of 1 − I_{1 − x}(b, a) converges faster
+    first, second = torch.where(mirrored, b, a).to(x.dtype), torch.where(mirrored, a, b).to(x.dtype)
+    found = _beta_fraction(torch.where(mirrored, complement, x), torch.where(mirrored, x, complement), first, second)
+    return torch.where(mirrored, 1 - found, found).clamp(0, 1) + 0 * x
 
 
-def _beta_fraction(x: Tensor, complement: Tensor, a: float, b: float) -> Tensor:
+def _beta_fraction(x: Tensor, complement: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """x^a (1 − x)^b / (a B(a, b)) over the continued fraction, by the modified Lentz method."""
-    a_, b_ = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
-    log_beta = torch.lgamma(a_) + torch.lgamma(b_) - torch.lgamma(a_ + b_)
+    log_beta = torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
     front = torch.exp(a * x.log() + b * complement.log() - log_beta) / a
     tiny = 1e-300
-    c = torch.ones_like(x)
-    d = 1 - (a + b) * x / (a + 1)
+    shape, (x, a, b) = x.shape, (values.flatten() for values in (x, a, b))
+    c, d = torch.ones_like(x), 1 - (a + b) * x / (a + 1)
     d = 1 / torch.where(d.abs() < tiny, tiny, d)
-    fraction = d
+    fraction, value, waiting = d.clone(), d, torch.arange(x.numel(), device=x.device)
     for step in range(1, 2000):
         for numerator in (
             step * (b - step) * x / ((a + 2 * step - 1) * (a + 2 * step)),
@@ -105,7 +121,13 @@ def _beta_fraction(x: Tensor, complement: Tensor, a: float, b: float) -> Tensor:
         ):
             d, c = 1 + numerator * d, 1 + numerator / c
             d, c = 1 / torch.where(d.abs() < tiny, tiny, d), torch.where(c.abs() < tiny, tiny, c)
-            fraction = fraction * d * c
-        if bool(((d * c - 1).abs() < 1e-15).all()):
-            break
-    return front * fraction
+            value = value * d * c
+        unfinished = (d * c - 1).abs() > 1e-15
+        if step % 8 == 0 or not bool(unfinished.any()):
+            # Most need few steps: go on with the others only.
+            fraction[waiting] = value
+            waiting, value, c, d, x, a, b = (v[unfinished] for v in (waiting, value, c, d, x, a, b))
+            if not len(waiting):
+                break
+    fraction[waiting] = value
+    return front * fraction.view(shape)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_invariance.functional.anova import CORRECTIONS, f_test, rejected
+from lightning_invariance.functional.anova import CORRECTIONS, f_ratio, f_survival, rejected_f
 from lightning_invariance.measures.variance import VarianceMeasure
 
 
@@ -98,7 +98,10 @@ class Anova(VarianceMeasure):
             # No more than the whole, so that it is exactly 0 where columns are constant.
             within = torch.minimum((self._row_spread() - between).clamp_min(0), within)
         d2 = (m - 1) * (n - 1) if self.paired else m * (n - 1)
-        f, p, effect = (self._shaped(value) for value in f_test(between, within, m - 1, d2))
+        f, effect = (self._shaped(value) for value in f_ratio(between, within, m - 1, d2))
         if self.statistic == "reject":
-            return torch.where(p.isnan(), torch.nan, rejected(p, self.alpha, self.correction).to(p.dtype))
-        return {"f": f, "p": p, "effect": effect}[self.statistic]
+            reject = rejected_f(f, m - 1, d2, self.alpha, self.correction)
+            return torch.where(f.isnan(), torch.nan, reject.to(f.dtype))
+        if self.statistic == "p":
+            return f_survival(f, m - 1, d2)
+        return f if self.statistic == "f" else effect

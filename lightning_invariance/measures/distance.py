@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from lightning_invariance.measures.spread import chunks, scratch
 from lightning_invariance.measures.subsample import EMPTY, choose, indices_of_contents, keys_of
 from lightning_invariance.measures.variance import VarianceMeasure
 
-#: More transformations than this are sorted instead of compared pair by pair.
-MOST_PAIRED = 32
+#: Rows longer than this are sorted by the library, which needs them next to each other in memory.
+MOST_SORTED_BY_NETWORK = 64
 
 
 class DistanceMeasure(VarianceMeasure):
@@ -183,18 +184,45 @@ class DistanceMeasure(VarianceMeasure):
 
 
 def _absolute_differences(x: Tensor) -> Tensor:
-    """|x_j − x_l| of all ordered pairs in the rows of (n, m, k), summed over rows: (k,) in float64."""
-    m = x.shape[1]
-    if m > MOST_PAIRED:
+    """|x_j − x_l| of all ordered pairs in the rows of (n, m, k), summed over rows: (k,) in float64.
+
+    Of the values in order, the r-th smallest is larger than r − 1 others and smaller than m − r.
+    """
+    n, m, k = x.shape
+    if m > MOST_SORTED_BY_NETWORK:
         ordered = (x - x[:, :1]).movedim(1, -1).contiguous().sort(-1).values
         weights = torch.arange(1 - m, m, 2, dtype=x.dtype, device=x.device)
         return 2 * (ordered @ weights).sum(0, dtype=torch.float64)
-    total = torch.zeros(x.shape[2], dtype=torch.float64, device=x.device)
-    buffer = scratch(x)
-    for shift in range(1, m):
-        differences = torch.sub(x[:, shift:], x[:, :-shift], out=buffer[:, shift:]).abs_()
-        total += differences.sum((0, 1))
-    return 2 * total
+    buffer = scratch(x[:, :1].expand(n, m + 1, k).transpose(0, 1))
+    places = list(buffer.unbind(0))
+    for j in range(m):
+        torch.sub(x[:, j], x[:, 0], out=places[j])
+    spare = places.pop()
+    for low, high in _network(m):
+        torch.minimum(places[low], places[high], out=spare)
+        torch.maximum(places[low], places[high], out=places[high])
+        places[low], spare = spare, places[low]
+    total = torch.mul(places[0], 1 - m)
+    for r in range(1, m):
+        total.add_(places[r], alpha=2 * r + 1 - m)
+    return 2 * total.sum(0, dtype=torch.float64)
+
+
+@cache
+def _network(m: int) -> list[tuple[int, int]]:
+    """Pairs to compare so that m values come out in order: Batcher's odd-even merge sort."""
+    pairs = []
+    p = 1
+    while p < m:
+        k = p
+        while k >= 1:
+            for j in range(k % p, m - k, 2 * k):
+                for i in range(min(k, m - j - k)):
+                    if (i + j) // (2 * p) == (i + j + k) // (2 * p):
+                        pairs.append((i + j, i + j + k))
+            k //= 2
+        p *= 2
+    return pairs
 
 
 class TransformationDistance(DistanceMeasure):
