@@ -24,7 +24,7 @@ def mapped_back(
     st: Tensor,
     transformations: TransformationSet,
     normalize: bool = True,
-    mask: bool | int = False,
+    mask: bool | int | Tensor = False,
     input_size: tuple[int, int] | None = None,
 ) -> Tensor:
     r"""The matrix ST' (paper, eq. 8): column j of feature maps mapped back by the inverse of transformation j.
@@ -36,11 +36,13 @@ def mapped_back(
         transformations: its columns, with inverses.
         normalize: divide every feature map by its norm; a map of zeros stays one.
         mask: set pixels to zero that some transformation moves out of the frame; a number larger than 1 also those
-            that are fewer than so many pixels away from one. See :func:`seen`.
+            that are fewer than so many pixels away from one. See :func:`seen`, whose result can be given as well.
         input_size: of the network's input, where the maps are of another size.
     """
     back = transformations.inverse(st, input_size)
-    if mask:
+    if isinstance(mask, Tensor):
+        back = back * mask
+    elif mask:
         back = back * seen(st, transformations, mask, input_size)
     return _unit(back) if normalize else back
 

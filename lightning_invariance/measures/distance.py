@@ -166,9 +166,8 @@ class DistanceMeasure(VarianceMeasure):
         s = min(n, self.samples)
         order = self.keys.argsort(dim=1)[:, :s]  # empty places come last
         kept = self.kept[torch.arange(len(order), device=order.device)[:, None], order]
-        total = sum(self._pairs(self._maps(values[None]), dim=1)[0] for values in kept)
-        pairs = s * (s - 1) / 2 * len(kept)
-        return self._summed(torch.as_tensor(total) / pairs * ((n - 1) / n))
+        pairs = s * (s - 1) * len(kept)
+        return self._summed(self._row_distances(kept) / pairs * ((n - 1) / n))
 
     def _summed(self, values: Tensor) -> Tensor:
         """The shape of the activation, or ``(channels,)``."""

@@ -42,6 +42,7 @@ class SameEquivarianceMeasure(Measure):
         self.transformations, self.input_size = transformations, input_size
         self.normalize, self.mask, self.normalized_by = normalize, mask, normalized_by
         self._input_axes: int | None = None
+        self._inside: Tensor | None = None  # the mask of the maps of this layer
         if transformations is not None:
             self._check_inverses(transformations)
         self._add_states(lit=torch.zeros(0, dtype=torch.long))
@@ -94,7 +95,12 @@ class SameEquivarianceMeasure(Measure):
 
     def _mapped(self, x: Tensor, transformations: TransformationSet) -> tuple[Tensor, Tensor]:
         """ST', and how many feature maps of each channel are not zero."""
-        back = mapped_back(x, transformations, self.normalize, self.mask, self.input_size)
+        mask: bool | Tensor = False
+        if self.mask:
+            if self._inside is None or self._inside.shape != x.shape[-2:] or self._inside.dtype != x.dtype:
+                self._inside = seen(x, transformations, self.mask, self.input_size)
+            mask = self._inside.to(x.device)
+        back = mapped_back(x, transformations, self.normalize, mask, self.input_size)
         return back, (back != 0).flatten(3).any(3).sum((0, 1))
 
     def dead(self) -> Tensor | None:
