@@ -116,14 +116,17 @@ def evaluate(
         if isinstance(measure, Measure):
             deepcopy(measure).prepare(transformations, ())  # raises where it cannot work with them
     milestones = _milestones(loader) if convergence else []
+    result: InvarianceResult | None = None
     if state_budget is not None or len(transformations) > batch_size:
         budget = DEFAULT_BUDGET if state_budget is None else state_budget
         activations, itemsize = run.sizes(loader)
         if state_bytes(activations, itemsize, len(transformations), batch_size) > budget:
+            if convergence:
+                raise ValueError(
+                    f"Expected `convergence` with states within `state_budget`, but {budget} bytes are less."
+                )
             result = in_two_walks(run, named, loader, activations, budget)
-        else:
-            result = run.walk(named, loader, milestones).result()
-    else:
+    if result is None:
         result = run.walk(named, loader, milestones).result()
     _check_number(result.n_samples)
     run.selection.check_fired(result.layers)

@@ -164,3 +164,10 @@ def test_the_family_shares_its_sums_in_evaluate(monkeypatch):
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         NormalizedDistance(**arguments)
+
+
+@pytest.mark.parametrize("distance", ["abs", "squared", "euclidean", "cosine"])
+def test_nan_is_not_averaged_away(distance):
+    st = torch.randn(6, 4, 2, 3, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    st[1, 2, 0, 1] = float("nan")
+    assert measured(NormalizedDistance(distance, "channel"), st).isnan().tolist() == [True, False]

@@ -209,6 +209,23 @@ def test_the_first_formulation_compares_with_the_transformed_map():
         expected = functional.distance_same_equivariance(st, rotations(8), mask=mask, formulation="direct")
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
         assert (found > 0.1).all()
+        pixels = DistanceSameEquivariance(formulation="direct", mask=mask, over="activation")
+        found = evaluate(model, images(), rotations(8), pixels)["DistanceSameEquivariance"]["1"]
+        expected = functional.distance_same_equivariance(
+            st, rotations(8), "abs", over="activation", mask=mask, formulation="direct"
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("measure", BOTH)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_nan_in_a_feature_map_is_not_averaged_away(measure, normalize):
+    t = quarter_turns()
+    st = t(images(4)).clone()
+    st[1, 2, 0, 3, 3] = float("nan")
+    metric = measure(t, normalize=normalize)
+    metric.update(st)
+    assert metric.compute().isnan().tolist() == [True, False, False]
 
 
 def test_the_first_formulation_is_zero_for_a_symmetric_network():

@@ -511,3 +511,8 @@ def test_large_sets_in_two_walks_give_the_same_values(budget, batch_size):
 def test_a_measure_that_does_not_fit_the_budget_is_refused():
     with pytest.raises(ValueError, match="`state_budget` to be larger, but got 1 bytes: .* NormalizedDistance"):
         evaluate(deep(), torch.rand(9, 3, 8, 8).double(), rotations(4), NormalizedDistance(), state_budget=1)
+
+
+def test_convergence_is_refused_where_two_walks_are_needed():
+    with pytest.raises(ValueError, match="`convergence` with states within `state_budget`"):
+        evaluate(deep(), torch.rand(9, 3, 8, 8).double(), rotations(4), convergence=True, state_budget=1)

@@ -36,7 +36,7 @@ def distance_between(x: Tensor, y: Tensor, distance: Distance = "abs", over: str
     if distance == "cosine":
         dot, size = (x * y).sum(-1), x.norm(dim=-1) * y.norm(dim=-1)
         both_zero = (x == 0).all(-1) & (y == 0).all(-1)
-        cosine = torch.where(size > 0, dot / size, both_zero.to(dot.dtype))
+        cosine = torch.where(size == 0, both_zero.to(dot.dtype), dot / size)  # NaN stays NaN
         return torch.where((x == y).all(-1), 0.0, (1 - cosine).clamp_min(0))
     if over == "activation":
         return (x - y).square() if distance == "squared" else (x - y).abs()

@@ -51,7 +51,7 @@ def _unit(st: Tensor) -> Tensor:
     """Feature maps divided by their norms; a map of zeros stays one."""
     maps = st.flatten(3)
     norm = maps.norm(dim=3, keepdim=True)
-    return torch.where(norm > 0, maps / norm, 0.0).view(st.shape)
+    return torch.where(norm == 0, 0.0, maps / norm).view(st.shape)  # NaN stays NaN
 
 
 def direct_distances(
@@ -169,7 +169,8 @@ def distance_same_equivariance(
     """
     if formulation == "direct":
         value = direct_distances(st, transformations, distance, normalize, over, mask, input_size).mean((0, 1))
-        return _undefined_where_zero(value, st, transformations, normalize, over, False, input_size)
+        zero = (st == 0).transpose(0, 2).flatten(1).all(1) & torch.tensor(normalize)
+        return torch.where(zero.view(-1, *[1] * (value.ndim - 1)), torch.nan, value)
     back = mapped_back(st, transformations, normalize, mask, input_size)
     value = transformation_distance(back, distance, over)
     if normalized_by is not None:

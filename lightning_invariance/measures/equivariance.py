@@ -25,6 +25,9 @@ class SameEquivarianceMeasure(Measure):
 
     has_floor = True
 
+    #: Whether each column has a mask of its own, so that no pixel is left out of all.
+    _direct = False
+
     lit: Tensor
 
     def _configure(
@@ -114,7 +117,7 @@ class SameEquivarianceMeasure(Measure):
         if over == "channel":
             return torch.where(lit, value, torch.nan)
         inside = torch.ones_like(value, dtype=torch.bool)
-        if self.mask and self.transformations is not None:
+        if self.mask and self.transformations is not None and not self._direct:
             inside = inside & (seen(value, self.transformations, self.mask, self.input_size) > 0)
         return torch.where(lit.view(-1, *[1] * (value.ndim - 1)) & inside, value, torch.nan)
 
