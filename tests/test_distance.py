@@ -171,3 +171,18 @@ def test_nan_is_not_averaged_away(distance):
     st = torch.randn(6, 4, 2, 3, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
     st[1, 2, 0, 1] = float("nan")
     assert measured(NormalizedDistance(distance, "channel"), st).isnan().tolist() == [True, False]
+
+
+def test_nan_of_a_sample_that_is_not_kept_is_not_lost():
+    for over in ("activation", "channel"):
+        st = torch.randn(300, 4, 2, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+        for row in range(0, 300, 50):
+            metric = SampleDistance(over=over, samples=2)
+            spoiled = st.clone()
+            spoiled[row, 1, 0] = float("inf")
+            parts = [SampleDistance(over=over, samples=2) for _ in range(2)]
+            for part, rows in zip(parts, spoiled.split(150), strict=True):
+                part.update(rows)
+            parts[0].merge_state(parts[1])
+            assert measured(metric, *spoiled.split(7)).isnan().tolist() == [True, False]
+            assert parts[0].compute().isnan().tolist() == [True, False]

@@ -21,9 +21,9 @@ class Anova(VarianceMeasure):
         F_{paired} = \frac{SS_B / (m - 1)}{SS_E / ((m - 1)(n - 1))}
 
     where :math:`SS_B = n \sum_j (\bar x_{\cdot j} - \bar x)^2`, :math:`SS_W` are the squared deviations from the
-    column means and :math:`SS_E` is the part of them that is not due to the samples. F and the effect size do not
-    decrease with invariance of single samples as the other measures do: they see the means of the columns only, and
-    with many samples the smallest difference of means is significant.
+    column means and :math:`SS_E` is the part of them that is not due to the samples. Only the column means count: a
+    unit that varies with the transformation, but for each sample in another way, is not rejected; with many samples the
+    smallest difference of means is.
 
     As input to ``forward`` and ``update`` the metric accepts
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from functools import cache
 from typing import Any
 
 import torch
@@ -12,12 +11,10 @@ from torch import Tensor
 from lightning_invariance.functional.distance import DISTANCES, Distance, distance_between
 from lightning_invariance.functional.variance import normalize
 from lightning_invariance.measures.base import States
-from lightning_invariance.measures.spread import chunks, scratch
+from lightning_invariance.measures.pairs import absolute_differences
+from lightning_invariance.measures.spread import chunks
 from lightning_invariance.measures.subsample import EMPTY, choose, indices_of_contents, keys_of
 from lightning_invariance.measures.variance import VarianceMeasure
-
-#: Rows longer than this are sorted by the library, which needs them next to each other in memory.
-MOST_SORTED_BY_NETWORK = 64
 
 
 class DistanceMeasure(VarianceMeasure):
@@ -29,12 +26,14 @@ class DistanceMeasure(VarianceMeasure):
     - ``keys`` (m, samples) and ``kept`` (m, samples, k): for each column, the values of the samples with the smallest
       keys. A key is a random number made of the sample and the column, so that the choice is the same for every order,
       batch size, number of processes and order of merging. Different columns keep different samples, which makes
-      their mean far more precise than a choice of whole rows would.
+      their mean far more precise than a choice of whole rows would. ``flawed`` (k,): whether an activation was NaN or
+      infinite for any sample, kept or not.
     """
 
     row_distances: Tensor
     keys: Tensor
     kept: Tensor
+    flawed: Tensor
 
     #: Which of the two sums a measure needs.
     needs_rows = True
@@ -67,6 +66,7 @@ class DistanceMeasure(VarianceMeasure):
             self._add_states(row_distances=torch.zeros(0, dtype=torch.float64))
         if distance != "squared" and self.needs_columns:
             self._add_states(keys=torch.zeros(0, 0, dtype=torch.long), kept=torch.zeros(0, 0, 0))
+            self._add_states(flawed=torch.zeros(0, dtype=torch.bool))
 
     @property
     def update_rule(self) -> frozenset[Hashable]:
@@ -109,19 +109,16 @@ class DistanceMeasure(VarianceMeasure):
     def _row_distances(self, x: Tensor) -> Tensor:
         """The distances of all ordered pairs within the rows, summed over rows, in float64."""
         if self.distance == "abs" and self.over == "activation":
-            return torch.cat([_absolute_differences(values) for values in chunks(x)], -1)
-        return 2 * self._pairs(self._maps(x), dim=1).sum(0)
+            return torch.cat([absolute_differences(values) for values in chunks(x)], -1)
+        return 2 * self._pairs(self._maps(x)).sum(0)
 
-    def _pairs(self, x: Tensor, dim: int) -> Tensor:
-        """The sum of the distances of all unordered pairs along ``dim`` of maps (..., channels, positions)."""
-        length = x.shape[dim]
-        total: Tensor | None = None
-        for shift in range(1, length):
-            first, second = x.narrow(dim, 0, length - shift), x.narrow(dim, shift, length - shift)
-            distances = distance_between(first, second, self.distance, self.over).double().sum(dim)
-            total = distances if total is None else total + distances
-        if total is None:
-            total = distance_between(x.select(dim, 0), x.select(dim, 0), self.distance, self.over).double()
+    def _pairs(self, maps: Tensor) -> Tensor:
+        """The sum of the distances of all unordered pairs within the rows of (n, m, channels, positions)."""
+        m = maps.shape[1]
+        total = 0 * distance_between(maps[:, 0], maps[:, 0], self.distance, self.over).double()
+        for shift in range(1, m):
+            distances = distance_between(maps[:, : m - shift], maps[:, shift:], self.distance, self.over)
+            total = total + distances.double().sum(1)
         return total.flatten(1) if self.over == "activation" else total
 
     def _maps(self, x: Tensor) -> Tensor:
@@ -130,6 +127,10 @@ class DistanceMeasure(VarianceMeasure):
         return x.reshape(*x.shape[:2], shape[0] if shape else 1, -1)
 
     def _keep(self, x: Tensor, candidates: Tensor) -> None:
+        if not self.flawed.numel():
+            self.flawed = torch.zeros(x.shape[2], dtype=torch.bool, device=x.device)
+        if not x.sum().isfinite():
+            self.flawed = self.flawed | ~x.isfinite().flatten(0, 1).all(0)
         if not self.keys.numel():
             m = x.shape[1]
             with torch.inference_mode(False):  # what is made in inference mode could be changed only there
@@ -149,6 +150,7 @@ class DistanceMeasure(VarianceMeasure):
             merged["row_distances"] = a["row_distances"] + b["row_distances"]
         if self.needs_columns:
             keys, kept = torch.cat([a["keys"], b["keys"]], 1), torch.cat([a["kept"], b["kept"]], 1)
+            merged["flawed"] = a["flawed"] | b["flawed"]
             order = keys.argsort(dim=1, stable=True)[:, : self.samples]
             merged["keys"], merged["kept"] = keys.gather(1, order), kept[torch.arange(len(keys))[:, None], order]
         return merged
@@ -167,7 +169,10 @@ class DistanceMeasure(VarianceMeasure):
         order = self.keys.argsort(dim=1)[:, :s]  # empty places come last
         kept = self.kept[torch.arange(len(order), device=order.device)[:, None], order]
         pairs = s * (s - 1) * len(kept)
-        return self._summed(self._row_distances(kept) / pairs * ((n - 1) / n))
+        flawed = self.flawed
+        if self.over == "channel":
+            flawed = self._maps(flawed[None, None])[0, 0].any(1)
+        return self._summed(torch.where(flawed, torch.nan, self._row_distances(kept).flatten()) / pairs * ((n - 1) / n))
 
     def _summed(self, values: Tensor) -> Tensor:
         """The shape of the activation, or ``(channels,)``."""
@@ -180,48 +185,6 @@ class DistanceMeasure(VarianceMeasure):
     def _undefined(self) -> Tensor:
         nan = super()._undefined()
         return nan if self.over == "activation" else nan.flatten(1).sum(1) if nan.ndim else nan.reshape(1)
-
-
-def _absolute_differences(x: Tensor) -> Tensor:
-    """|x_j − x_l| of all ordered pairs in the rows of (n, m, k), summed over rows: (k,) in float64.
-
-    Of the values in order, the r-th smallest is larger than r − 1 others and smaller than m − r.
-    """
-    n, m, k = x.shape
-    if m > MOST_SORTED_BY_NETWORK:
-        ordered = (x - x[:, :1]).movedim(1, -1).contiguous().sort(-1).values
-        weights = torch.arange(1 - m, m, 2, dtype=x.dtype, device=x.device)
-        return 2 * (ordered @ weights).sum(0, dtype=torch.float64)
-    buffer = scratch(x[:, :1].expand(n, m + 1, k).transpose(0, 1))
-    places = list(buffer.unbind(0))
-    for j in range(m):
-        torch.sub(x[:, j], x[:, 0], out=places[j])
-    spare = places.pop()
-    for low, high in _network(m):
-        torch.minimum(places[low], places[high], out=spare)
-        torch.maximum(places[low], places[high], out=places[high])
-        places[low], spare = spare, places[low]
-    total = torch.mul(places[0], 1 - m)
-    for r in range(1, m):
-        total.add_(places[r], alpha=2 * r + 1 - m)
-    return 2 * total.sum(0, dtype=torch.float64)
-
-
-@cache
-def _network(m: int) -> list[tuple[int, int]]:
-    """Pairs to compare so that m values come out in order: Batcher's odd-even merge sort."""
-    pairs = []
-    p = 1
-    while p < m:
-        k = p
-        while k >= 1:
-            for j in range(k % p, m - k, 2 * k):
-                for i in range(min(k, m - j - k)):
-                    if (i + j) // (2 * p) == (i + j + k) // (2 * p):
-                        pairs.append((i + j, i + j + k))
-            k //= 2
-        p *= 2
-    return pairs
 
 
 class TransformationDistance(DistanceMeasure):

@@ -1,0 +1,55 @@
+"""All pairs of the values in a row, without looking at each of them."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lightning_invariance.measures.spread import scratch
+
+#: Rows longer than this are sorted by the library, which needs them next to each other in memory.
+MOST_SORTED_BY_NETWORK = 64
+
+
+def absolute_differences(x: Tensor) -> Tensor:
+    """|x_j − x_l| of all ordered pairs in the rows of (n, m, k), summed over rows: (k,) in float64.
+
+    Of the values in order, the r-th smallest is larger than r − 1 others and smaller than m − r.
+    """
+    n, m, k = x.shape
+    if m > MOST_SORTED_BY_NETWORK:
+        ordered = (x - x[:, :1]).movedim(1, -1).contiguous().sort(-1).values
+        weights = torch.arange(1 - m, m, 2, dtype=x.dtype, device=x.device)
+        return 2 * (ordered @ weights).sum(0, dtype=torch.float64)
+    buffer = scratch(x[:, :1].expand(n, m + 1, k).transpose(0, 1))
+    places = list(buffer.unbind(0))
+    for j in range(m):
+        torch.sub(x[:, j], x[:, 0], out=places[j])
+    spare = places.pop()
+    for low, high in _network(m):
+        torch.minimum(places[low], places[high], out=spare)
+        torch.maximum(places[low], places[high], out=places[high])
+        places[low], spare = spare, places[low]
+    total = torch.mul(places[0], 1 - m)
+    for r in range(1, m):
+        total.add_(places[r], alpha=2 * r + 1 - m)
+    return 2 * total.sum(0, dtype=torch.float64)
+
+
+@cache
+def _network(m: int) -> list[tuple[int, int]]:
+    """Pairs to compare so that m values come out in order: Batcher's odd-even merge sort."""
+    pairs = []
+    p = 1
+    while p < m:
+        k = p
+        while k >= 1:
+            for j in range(k % p, m - k, 2 * k):
+                for i in range(min(k, m - j - k)):
+                    if (i + j) // (2 * p) == (i + j + k) // (2 * p):
+                        pairs.append((i + j, i + j + k))
+            k //= 2
+        p *= 2
+    return pairs
