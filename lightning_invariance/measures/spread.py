@@ -35,54 +35,51 @@ class PlainSums(NamedTuple):
     """Sums of the deviations of rows ``x`` (n, m, k) from one centre for each activation. They add up over blocks.
 
     Attributes:
-        squares: (k,) squared deviations.
-        row_squares: (k,) squared sums of the deviations of each row.
-        total: (k,) deviations.
-        sums: (m, k) deviations of each column.
+        moments: (3, k) squared deviations, squared sums of the deviations of each row, and deviations.
+        columns: (m, k) deviations of each column.
     """
 
-    squares: Tensor
-    row_squares: Tensor
-    total: Tensor
-    sums: Tensor
+    moments: Tensor
+    columns: Tensor
 
     def row_spread(self) -> Tensor:
         """Squared deviations from the row means, (k,)."""
-        return torch.sub(self.squares, self.row_squares, alpha=1 / len(self.sums)).clamp_min_(0)
+        squares, row_squares, _ = self.moments
+        return torch.sub(squares, row_squares, alpha=1 / len(self.columns)).clamp_min_(0)
 
     def column_spread(self, n: int | Tensor) -> Tensor:
         """Squared deviations from the column means of n rows, (k,)."""
-        return (self.squares - self.sums.to(self.squares.dtype).square_().sum(0) / n).clamp_min_(0)
+        return (self.moments[0] - self.columns.to(self.moments.dtype).square_().sum(0) / n).clamp_min_(0)
 
     def about(self, shift: Tensor, n: int | Tensor) -> PlainSums:
         """The sums about centres that lie lower by ``shift`` (k,), so that each of the n·m deviations grows by it."""
-        m = len(self.sums)
-        return PlainSums(
-            self.squares + shift * (2 * self.total + n * m * shift),
-            self.row_squares + m * shift * (2 * self.total + n * m * shift),
-            self.total + n * m * shift,
-            self.sums + (n * shift).to(self.sums.dtype),
-        )
+        m = len(self.columns)
+        squares, row_squares, total = self.moments
+        grown = shift * (2 * total + n * m * shift)
+        moments = torch.stack([squares + grown, row_squares + m * grown, total + n * m * shift])
+        return PlainSums(moments, self.columns + (n * shift).to(self.columns.dtype))
 
     def plus(self, other: PlainSums) -> PlainSums:
         """The sums of both sets of rows."""
-        return PlainSums(*(a + b for a, b in zip(self, other, strict=True)))
+        return PlainSums(self.moments + other.moments, self.columns + other.columns)
 
     def hold_digits(self, n: int) -> bool:
         """Whether the spread of the n rows, and of the columns, is clear of the rounding of float32."""
-        m = len(self.sums)
-        small = self.squares < SMALLEST_FLOAT32_SQUARE
-        if bool(small.any()) and bool(self.total[small].any()):
-            return False
+        squares, row_squares, total = self.moments.float()  # enough to tell which activations need a closer look
+        rows = torch.sub(squares, row_squares, alpha=1 / len(self.columns))
         # The spread of the row means is part of that of the columns: where it is large enough, so is theirs.
-        rows = torch.sub(self.squares, self.row_squares, alpha=1 / m)
-        between = torch.addcmul(self.row_squares, self.total, self.total, value=-1 / n).mul_(1 / m)
-        doubtful = torch.minimum(rows, between) < CLEAR_OF_ROUNDING * self.squares
-        if not bool(doubtful.any()):
+        between = row_squares.addcmul_(total, total, value=-1 / n).mul_(1 / len(self.columns))
+        clear = squares.clamp_min_(SMALLEST_FLOAT32_SQUARE).mul_(CLEAR_OF_ROUNDING)
+        unclear = torch.minimum(rows, between) < clear
+        if not bool(unclear.any()):
             return True
-        some = PlainSums(*(values[..., doubtful] for values in self))
+        which = unclear.nonzero()[:, 0]
+        some = PlainSums(self.moments[:, which], self.columns[:, which])
+        squares, _, total = some.moments
+        if bool(((squares < SMALLEST_FLOAT32_SQUARE) & (total != 0)).any()):
+            return False
         spread = torch.minimum(some.row_spread(), some.column_spread(n))
-        return not bool((spread < CLEAR_OF_ROUNDING * some.squares).any())
+        return not bool((spread < CLEAR_OF_ROUNDING * squares).any())
 
 
 class ExactSums(NamedTuple):
@@ -100,21 +97,26 @@ class ExactSums(NamedTuple):
 
 
 def plain_sums(x: Tensor, centres: Tensor) -> PlainSums | None:
-    """The sums of float32 rows, with every value read once; None where float32 does not hold them."""
+    """The sums of float32 rows, with every value read once; None where float32 does not hold them.
+
+    They lie in buffers that the next call uses again.
+    """
     n, m, k = x.shape
     if x.dtype != torch.float32 or max(n, m) > LONGEST_FLOAT32_SUM or m * k < SMALLEST_PLAIN_ROW:
         return None
-    parts = [_plain_sums(*part) for part in zip(chunks(x), torch.split(centres, chunk_length(x)), strict=True)]
-    joined = parts[0] if len(parts) == 1 else PlainSums(*(torch.cat(p, -1) for p in zip(*parts, strict=True)))
-    return joined if bool(joined.squares.sum() < LARGEST_FLOAT32_SQUARE) else None  # nor where one is NaN
-
-
-def _plain_sums(x: Tensor, centres: Tensor) -> PlainSums:
-    deviation = torch.sub(x, centres, out=scratch(x))
-    rows, columns = deviation.sum(1), deviation.sum(0)
-    torch.mul(deviation, deviation, out=deviation)
-    squares, total = deviation.view(-1, x.shape[-1]).sum(0), rows.sum(0)
-    return PlainSums(squares, rows.square_().sum(0), total, columns)
+    sums = PlainSums(scratch(x[0, :1].expand(3, k), "moments"), scratch(x[0], "columns"))
+    length = chunk_length(x)
+    for start in range(0, k, length):
+        part = slice(start, start + length)
+        deviation = torch.sub(x[..., part], centres[part], out=scratch(x[..., part]))
+        squares, row_squares, total = sums.moments[:, part]
+        rows = deviation.sum(1)
+        torch.sum(rows, 0, out=total)
+        torch.sum(rows.square_(), 0, out=row_squares)
+        torch.sum(deviation, 0, out=sums.columns[:, part])
+        torch.mul(deviation, deviation, out=deviation)
+        torch.sum(deviation.view(n * m, -1), 0, out=squares)
+    return sums if bool(sums.moments[0].sum() < LARGEST_FLOAT32_SQUARE) else None  # nor where one is NaN
 
 
 def exact_sums(x: Tensor, references: Tensor, squared: bool) -> ExactSums:
@@ -174,11 +176,15 @@ def chunks(x: Tensor) -> tuple[Tensor, ...]:
 _buffers = threading.local()
 
 
-def scratch(like: Tensor) -> Tensor:
+def scratch(like: Tensor, use: str = "values") -> Tensor:
     """A buffer for intermediate results, the same memory at every call: fresh pages cost more than the arithmetic.
 
     Its rows lie a little further apart than they are long. Feature maps are often a power of two long, and a sum over
     rows that are a power of two apart would read them all through the same few lines of the cache.
+
+    Args:
+        like: the buffer has its shape and type.
+        use: buffers of different uses are different memory.
     """
     if like.device.type != "cpu":  # whose allocator keeps its memory
         return torch.empty_like(like, memory_format=torch.contiguous_format)
@@ -186,7 +192,8 @@ def scratch(like: Tensor) -> Tensor:
     apart = length + PADDING
     needed = math.prod(rows) * apart
     buffers: dict[Any, Tensor] = _buffers.__dict__
-    if like.dtype not in buffers or buffers[like.dtype].numel() < needed:
+    key = (use, like.dtype)
+    if key not in buffers or buffers[key].numel() < needed:
         with torch.inference_mode(False):  # a buffer made in inference mode could be used only there
-            buffers[like.dtype] = torch.empty(needed, dtype=like.dtype)
-    return buffers[like.dtype][:needed].view(*rows, apart)[..., :length]
+            buffers[key] = torch.empty(needed, dtype=like.dtype)
+    return buffers[key][:needed].view(*rows, apart)[..., :length]

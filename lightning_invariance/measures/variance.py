@@ -19,7 +19,7 @@ MOVE_REFERENCES = frozenset(4**power for power in range(1, 16))
 AGGREGATES = (None, "mean", "max", "sum")
 
 #: The states of the plain set, and those of the exact set.
-PLAIN = ("plain_samples", "centres", "plain_squares", "plain_row_squares", "plain_total", "plain_sums")
+PLAIN = ("plain_samples", "centres", "plain_moments", "plain_columns")
 EXACT = ("exact_samples", "row_spread", "references", "squares", "sums")
 
 
@@ -28,8 +28,8 @@ class VarianceMeasure(Measure):
 
     For k activations and m transformations the states are two sets of sums:
 
-    - of blocks whose sums float32 holds without losing digits, which is the rule: ``centres`` (k,), ``plain_squares``
-      (k,), ``plain_row_squares`` (k,), ``plain_total`` (k,), ``plain_sums`` (m, k) in float32; see ``PlainSums``.
+    - of blocks whose sums float32 holds without losing digits, which is the rule: ``centres`` (k,), ``plain_moments``
+      (3, k), ``plain_columns`` (m, k) in float32; see ``PlainSums``.
     - of the other blocks, such as those of float64 activations or with rows or columns that are constant:
       ``row_spread`` (k,): the sum over rows of their squared deviations from the row mean, ``references`` (m, k),
       ``squares`` (1, k) and ``sums`` (m, k); see ``ExactSums``. They keep an invariant unit (TV = 0) and a division by
@@ -42,10 +42,8 @@ class VarianceMeasure(Measure):
 
     plain_samples: Tensor
     centres: Tensor
-    plain_squares: Tensor
-    plain_row_squares: Tensor
-    plain_total: Tensor
-    plain_sums: Tensor
+    plain_moments: Tensor
+    plain_columns: Tensor
     exact_samples: Tensor
     row_spread: Tensor
     references: Tensor
@@ -64,9 +62,9 @@ class VarianceMeasure(Measure):
         self._add_states(references=matrix, squares=matrix, sums=matrix)
         if squared:
             # The names of states also tell collections of metrics which measures may share them.
-            self._add_states(plain_samples=torch.tensor(0), centres=vector, plain_squares=vector)
+            self._add_states(plain_samples=torch.tensor(0), centres=vector, plain_moments=matrix)
             # The column sums, much the largest state, are sums of float32 deviations and stay float32.
-            self._add_states(plain_row_squares=vector, plain_total=vector, plain_sums=matrix.float())
+            self._add_states(plain_columns=matrix.float())
 
     @property
     def update_rule(self) -> frozenset[Hashable]:
@@ -83,7 +81,7 @@ class VarianceMeasure(Measure):
             self._add_exact(x)
 
     def _plain(self) -> PlainSums:
-        return PlainSums(self.plain_squares, self.plain_row_squares, self.plain_total, self.plain_sums)
+        return PlainSums(self.plain_moments, self.plain_columns)
 
     def _add_plain(self, x: Tensor) -> bool:
         """Add rows to the plain set, and say whether it holds them."""
@@ -94,17 +92,17 @@ class VarianceMeasure(Measure):
         if n:
             sums = sums.plus(block)
         else:
-            sums = PlainSums(*(values.to(state.dtype) for values, state in zip(block, sums, strict=True)))
-            centres = centres.to(sums.squares.dtype)
+            sums = PlainSums(block.moments.to(self.plain_moments.dtype), block.columns.clone())
+            centres = centres.to(sums.moments.dtype)
         n += len(x)
         if n == len(x) or self._update_count in MOVE_REFERENCES:
             # Squares about a centre far from the mean would cancel. A constant activation stays exactly at its centre.
-            moved = (centres + sums.total / (n * x.shape[1])).to(x.dtype).to(centres.dtype)  # as precise as x
+            moved = (centres + sums.moments[2] / (n * x.shape[1])).to(x.dtype).to(centres.dtype)  # as precise as x
             sums, centres = sums.about(centres - moved, n), moved
         if not sums.hold_digits(n):
             return False
         self.centres, self.plain_samples = centres, self.plain_samples + len(x)
-        self.plain_squares, self.plain_row_squares, self.plain_total, self.plain_sums = sums
+        self.plain_moments, self.plain_columns = sums
         return True
 
     def _add_exact(self, x: Tensor) -> None:
@@ -148,7 +146,7 @@ class VarianceMeasure(Measure):
         if self.squared and self.centres.numel():
             n_plain = self.plain_samples
             spread = self._plain().column_spread(n_plain)[None]
-            found.append((n_plain, spread, self.centres + self.plain_sums / n_plain))
+            found.append((n_plain, spread, self.centres + self.plain_columns / n_plain))
         if self.references.numel():
             n_exact = self.exact_samples
             spread = (self.squares - self._over_columns(self.sums.square()) / n_exact).clamp_min_(0)
