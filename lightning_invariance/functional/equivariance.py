@@ -51,7 +51,7 @@ def _unit(st: Tensor) -> Tensor:
     """Feature maps divided by their norms; a map of zeros stays one."""
     maps = st.flatten(3)
     norm = maps.norm(dim=3, keepdim=True)
-    return torch.where(norm == 0, 0.0, maps / norm).view(st.shape)  # NaN stays NaN
+    return (maps / torch.where(norm == 0, 1, norm)).view(st.shape)  # NaN stays NaN
 
 
 def direct_distances(

@@ -92,7 +92,12 @@ class SameEquivarianceMeasure(Measure):
         with torch.no_grad():
             x = st_block.detach()
             x = x if x.dtype == torch.float64 else x.float()
-            back, lit = self._mapped(x, self.transformations)
+            # What is mapped back lies with its block, so that measures that map back in the same way do it once.
+            known = vars(st_block).setdefault("_mapped_back", {})
+            how = (self._direct and self.update_rule, id(self.transformations), *self._how, st_block._version)
+            if how not in known:
+                known[how] = self._mapped(x, self.transformations)
+            back, lit = known[how]
         self._update(back, **({} if indices is None else {"indices": indices}))
         self.lit = self.lit + lit if self.lit.numel() else lit
 
@@ -105,6 +110,10 @@ class SameEquivarianceMeasure(Measure):
             mask = self._inside.to(x.device)
         back = mapped_back(x, transformations, self.normalize, mask, self.input_size)
         return back, (back != 0).flatten(3).any(3).sum((0, 1))
+
+    @property
+    def _how(self) -> tuple[Hashable, ...]:
+        return self.normalize, self.mask, self.input_size
 
     def dead(self) -> Tensor | None:
         """Activations of feature maps that were zero throughout: bool of ``activation_shape``."""
@@ -201,7 +210,7 @@ class VarianceSameEquivariance(SameEquivarianceMeasure, VarianceMeasure):
     @property
     def update_rule(self) -> frozenset[Hashable]:
         """Shared by measures that map back in the same way."""
-        about = (id(self.transformations), self.normalize, self.mask, self.input_size)
+        about = (id(self.transformations), *self._how)
         return frozenset([(VarianceSameEquivariance, *about)])
 
     def compute(self) -> Tensor:
@@ -311,7 +320,7 @@ class DistanceSameEquivariance(SameEquivarianceMeasure, DistanceMeasure):
     @property
     def update_rule(self) -> frozenset[Hashable]:
         """Shared by measures that map back in the same way."""
-        about = (id(self.transformations), self.normalize, self.mask, self.input_size, self._direct)
+        about = (id(self.transformations), *self._how, self._direct)
         return frozenset((DistanceSameEquivariance, part, *about) for part in super().update_rule)
 
     def _mapped(self, x: Tensor, transformations: TransformationSet) -> tuple[Tensor, Tensor]:

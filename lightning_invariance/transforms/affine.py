@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from lightning_invariance.transforms.base import TransformationSet
 
 #: The factors of the paper's scale set (section 3.1.2).
 PAPER_FACTORS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.05, 1.1, 1.15, 1.2, 1.25)
+
+#: A set remembers where pixels come from for so many sizes of images: a network has few.
+KNOWN_SIZES = 16
 
 
 class AffineSet(TransformationSet):
@@ -43,23 +47,37 @@ class AffineSet(TransformationSet):
             raise ValueError(f"Expected matrices of shape ({len(self)}, 3, 3), but got {tuple(matrices.shape)}.")
         self.matrices = matrices.to(torch.float64)
         self.square = square
+        self._known_sources: dict[Hashable, _Sources] = {}
 
     def _apply(self, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
         if x.ndim < 3:
             raise ValueError(f"Expected a batch of images (batch, channels, height, width), but got {tuple(x.shape)}.")
         self._check_square(x)
-        columns = x.reshape(1, -1, *x.shape[-2:]).expand(len(self), -1, -1, -1)
+        # Every column reads the same images: they are not copied.
+        columns = x.reshape(1, 1, -1, *x.shape[-2:]).expand(-1, len(self), -1, -1, -1)
         # Resampling asks where the content of each pixel comes from: the inverse of where content goes.
-        moved = _resample(columns, torch.linalg.inv(self._scaled(x, input_size)))
+        moved = self._sources(x, input_size, forward=True)(columns)
         return moved.view(len(self), *x.shape).transpose(0, 1).contiguous()
 
     def _invert(self, st: Tensor, input_size: tuple[int, int] | None) -> Tensor:
         if st.ndim < 4:
             raise ValueError(f"Expected feature maps (batch, {len(self)}, ..., height, width), got {tuple(st.shape)}.")
         self._check_square(st)
-        columns = st.transpose(0, 1)
-        moved = _resample(columns.reshape(len(self), -1, *st.shape[-2:]), self._scaled(st, input_size))
-        return moved.view(columns.shape).transpose(0, 1).contiguous()
+        columns = st.reshape(len(st), len(self), -1, *st.shape[-2:])
+        return self._sources(st, input_size, forward=False)(columns).view(st.shape)
+
+    def _sources(self, maps: Tensor, input_size: tuple[int, int] | None, forward: bool) -> _Sources:
+        """Where each pixel comes from, worked out once for each size of maps."""
+        key = (tuple(maps.shape[-2:]), input_size, forward, maps.device)
+        if key not in self._known_sources:
+            matrices = self._scaled(maps, input_size)
+            sources = torch.linalg.inv(matrices) if forward else matrices
+            self._known_sources = dict(list(self._known_sources.items())[-KNOWN_SIZES:])
+            self._known_sources[key] = _Sources(sources, maps.shape[-2], maps.shape[-1], maps.device)
+        return self._known_sources[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known_sources": {}}
 
     def _scaled(self, maps: Tensor, input_size: tuple[int, int] | None) -> Tensor:
         """The matrices in pixels of the maps, whose pixels may be larger than those of the input."""
@@ -82,23 +100,48 @@ class AffineSet(TransformationSet):
             )
 
 
-def _resample(x: Tensor, sources: Tensor) -> Tensor:
-    """Fill every pixel of ``x`` (m, planes, height, width) from where ``sources[j]`` (output → input) points."""
-    height, width = x.shape[-2:]
-    centre = torch.tensor([(width - 1) / 2, (height - 1) / 2], dtype=torch.float64)
-    linear = sources[:, :2, :2]
-    # The same map in array indices: index_in = linear @ index_out + offset.
-    offset = sources[:, :2, 2] + centre - linear @ centre
-    exact = (_is_whole(linear).flatten(1).all(1) & _is_whole(offset).all(1)).to(x.device)
+class _Sources:
+    """Where every pixel of an image of one size comes from, for each of m maps (output → input, in pixels)."""
 
-    if bool(exact.all()):
-        return _permute(x, linear.round(), offset.round())
-    if not bool(exact.any()):
-        return _interpolate(x, linear, offset)
-    moved = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    moved[exact] = _permute(x[exact], linear[exact.cpu()].round(), offset[exact.cpu()].round())
-    moved[~exact] = _interpolate(x[~exact], linear[~exact.cpu()], offset[~exact.cpu()])
-    return moved
+    def __init__(self, sources: Tensor, height: int, width: int, device: torch.device) -> None:
+        centre = torch.tensor([(width - 1) / 2, (height - 1) / 2], dtype=torch.float64)
+        linear = sources[:, :2, :2]
+        # The same map in array indices: index_in = linear @ index_out + offset.
+        offset = sources[:, :2, 2] + centre - linear @ centre
+        exact = _is_whole(linear).flatten(1).all(1) & _is_whole(offset).all(1)
+        self._exact, self._others = exact.nonzero()[:, 0].to(device), (~exact).nonzero()[:, 0].to(device)
+
+        index = _indices(linear[exact].round(), offset[exact].round(), height, width).long()
+        inside = ((index >= 0) & (index < torch.tensor([width, height]))).all(-1)
+        black = height * width  # the index of one extra pixel that is zero
+        self._moves = torch.where(inside, index[..., 1] * width + index[..., 0], black).flatten(1).to(device)
+
+        size = torch.tensor([width, height], dtype=torch.float64)
+        grids = (2 * _indices(linear[~exact], offset[~exact], height, width) + 1) / size - 1
+        self._grids = {dtype: grids.to(device, dtype) for dtype in (torch.float32, torch.float64)}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Fill every pixel of images ``(batch, m, planes, height, width)`` from where it comes from."""
+        if not len(self._others):
+            return self._move(x)
+        if not len(self._exact):
+            return self._interpolate(x)
+        moved = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        moved[:, self._exact] = self._move(x[:, self._exact])
+        moved[:, self._others] = self._interpolate(x[:, self._others])
+        return moved
+
+    def _move(self, x: Tensor) -> Tensor:
+        """Move whole pixels; what comes from outside is zero."""
+        padded = torch.nn.functional.pad(x.flatten(3), (0, 1))
+        return padded.gather(3, self._moves[:, None].expand(*x.shape[:3], -1)).view(x.shape)
+
+    def _interpolate(self, x: Tensor) -> Tensor:
+        """Bilinear interpolation with zeros outside."""
+        dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+        grid = self._grids[dtype].expand(len(x), -1, -1, -1, -1).flatten(0, 1)
+        moved = grid_sample(x.flatten(0, 1).to(dtype), grid, padding_mode="zeros", align_corners=False).view(x.shape)
+        return moved.to(x.dtype) if x.is_floating_point() else moved.round().to(x.dtype)
 
 
 def _indices(linear: Tensor, offset: Tensor, height: int, width: int) -> Tensor:
@@ -108,27 +151,6 @@ def _indices(linear: Tensor, offset: Tensor, height: int, width: int) -> Tensor:
     along_x = xs[None, None, :, None] * linear[:, None, None, :, 0]
     along_y = ys[None, :, None, None] * linear[:, None, None, :, 1]
     return along_x + along_y + offset[:, None, None, :]
-
-
-def _permute(x: Tensor, linear: Tensor, offset: Tensor) -> Tensor:
-    """Move whole pixels; what comes from outside is zero."""
-    height, width = x.shape[-2:]
-    index = _indices(linear, offset, height, width).long()
-    inside = ((index >= 0) & (index < torch.tensor([width, height]))).all(-1)
-    black = height * width  # the index of one extra pixel that is zero
-    flat = torch.where(inside, index[..., 1] * width + index[..., 0], black).flatten(1).to(x.device)
-    padded = torch.nn.functional.pad(x.flatten(2), (0, 1))
-    return padded.gather(2, flat[:, None].expand(-1, x.shape[1], -1)).view(x.shape)
-
-
-def _interpolate(x: Tensor, linear: Tensor, offset: Tensor) -> Tensor:
-    """Bilinear interpolation with zeros outside."""
-    height, width = x.shape[-2:]
-    size = torch.tensor([width, height], dtype=torch.float64)
-    grid = (2 * _indices(linear, offset, height, width) + 1) / size - 1
-    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-    moved = grid_sample(x.to(dtype), grid.to(x.device, dtype), padding_mode="zeros", align_corners=False)
-    return moved.to(x.dtype) if x.is_floating_point() else moved.round().to(x.dtype)
 
 
 def _is_whole(values: Tensor) -> Tensor:
