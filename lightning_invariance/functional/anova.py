@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,12 @@ def rejected_f(f: Tensor, d1: int, d2: int, alpha: float, correction: str | None
     """Which F statistics are rejected; as :func:`rejected` of their p-values, but without all of these if possible."""
     if correction not in (None, "bonferroni"):
         return rejected(f_survival(f, d1, d2), alpha, correction)
-    level = alpha / (1 if correction is None else max(int((~f.isnan()).sum()), 1))
+    return f >= _critical(d1, d2, alpha / (1 if correction is None else max(int((~f.isnan()).sum()), 1)))
+
+
+@lru_cache(maxsize=1024)
+def _critical(d1: int, d2: int, level: float) -> float:
+    """The smallest F whose p-value does not exceed ``level``."""
     low, high = 0.0, 1.0
     while float(f_survival(torch.tensor([high]), d1, d2)) > level:
         high = 2 * high
@@ -57,7 +64,7 @@ def rejected_f(f: Tensor, d1: int, d2: int, alpha: float, correction: str | None
         places = torch.linspace(low, high, 65, dtype=torch.float64)
         above = int((f_survival(places, d1, d2) > level).sum())
         low, high = float(places[above - 1]), float(places[min(above, 64)])
-    return f >= high
+    return high
 
 
 def rejected(p: Tensor, alpha: float, correction: str | None) -> Tensor:
