@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 #: What selects layers: see :func:`layer_names`.
 Layers: TypeAlias = (
@@ -90,8 +91,16 @@ def layer_names(model: nn.Module, layers: Layers = None) -> list[str]:
     return list(select_layers(model, layers).modules)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers that ``torch.compile`` and distributed training put around it."""
+    while "_orig_mod" in model._modules or isinstance(model, DataParallel | DistributedDataParallel):
+        model = model.get_submodule("_orig_mod" if "_orig_mod" in model._modules else "module")
+    return model
+
+
 def select_layers(model: nn.Module, layers: Layers = None) -> Selection:
     """Resolve a request for layers; see :func:`layer_names`."""
+    model = unwrapped(model)
     everything = {name: module for name, module in model.named_modules() if name}
     leaves = {name: module for name, module in everything.items() if not any(True for _ in module.children())}
     if not everything:  # the model itself is the only layer

@@ -7,6 +7,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -21,6 +25,9 @@ from lightning_invariance.transforms import TransformationSet
 #: Memory for the values of every single activation in the history; older results then keep one value a channel.
 HISTORY_BYTES = 256 * 2**20
 
+#: Strategies under which no process holds the whole model.
+SHARDED: tuple[type[Strategy], ...] = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+
 
 class InvarianceMonitor(pl.Callback):
     """Shows, while a model trains, how invariant every layer is to a set of transformations of its input.
@@ -33,8 +40,11 @@ class InvarianceMonitor(pl.Callback):
     **Logged metrics**, to every logger of the trainer, at the step of Lightning's validation metrics:
 
     - ``{Measure}/{layer}``: the mean over the finite values of the layer, such as ``NormalizedVariance/conv1``.
-    - ``{Measure}_mean``: the mean over the layers. ``EarlyStopping`` and ``ModelCheckpoint`` can monitor all of these;
-      with ``every_n_epochs`` above 1, set their patience in units of validations.
+    - ``{Measure}_mean``: the mean over the layers.
+
+    ``EarlyStopping`` and ``ModelCheckpoint`` can monitor all of these. With ``every_n_epochs`` above 1 a validation
+    without a new value does not count against the patience of ``EarlyStopping``; give ``ModelCheckpoint`` the same
+    ``every_n_epochs``, since it would take the last value for that of a later model.
 
     **Logged images**, where the logger takes images:
 
@@ -65,8 +75,9 @@ class InvarianceMonitor(pl.Callback):
 
     Raises:
         ValueError: If ``every_n_epochs`` is below 1, or (when training starts) a layer is unknown.
-        MisconfigurationException: When training starts, if there are neither ``data`` nor validation data, or another
-            monitor of the same name.
+        MisconfigurationException: When training starts, if there are neither ``data`` nor validation data, another
+            monitor of the same name, or a strategy that splits the model over processes (FSDP, DeepSpeed, tensor
+            parallel); all others work, on one process and on many.
 
     Example::
 
@@ -127,6 +138,15 @@ class InvarianceMonitor(pl.Callback):
         """Monitors of different names keep different states in a checkpoint."""
         return self._generate_state_key(name=self.name)
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what cannot work."""
+        if isinstance(trainer.strategy, SHARDED):
+            raise MisconfigurationException(
+                "InvarianceMonitor needs the whole model on each process, but"
+                f" {type(trainer.strategy).__name__} splits it: use a single device or one of the `ddp` strategies, or"
+                " call `evaluate()` on a checkpoint after training."
+            )
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check what can be checked before any work is done."""
         self._validated = False
@@ -142,6 +162,12 @@ class InvarianceMonitor(pl.Callback):
                 " loader and the model a `validation_step`."
             )
         select_layers(pl_module, self.layers)
+        for callback in callbacks:
+            if isinstance(callback, ModelCheckpoint) and self.every_n_epochs > 1 and self._is_own(callback.monitor):
+                rank_zero_warn(
+                    f"ModelCheckpoint monitors {callback.monitor!r}, which is new every {self.every_n_epochs} epochs:"
+                    f" give it `every_n_epochs={self.every_n_epochs}`, or it takes a value for that of a later model."
+                )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate the untrained network."""
@@ -154,9 +180,15 @@ class InvarianceMonitor(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate at the end of validation."""
-        if not trainer.sanity_checking and (self._is_due(trainer) or not self._validated):
-            self._validated = True
+        if trainer.sanity_checking:
+            return
+        if self._is_due(trainer) or not self._validated or not self._fits(trainer):
+            self._validated = self._fits(trainer)
             self._evaluate_and_log(trainer, pl_module)
+            return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EarlyStopping) and self._is_own(callback.monitor):
+                callback.wait_count -= 1  # it is about to count the old value as one that is no better
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate at the end of an epoch that has no validation."""
@@ -170,6 +202,15 @@ class InvarianceMonitor(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the history of a checkpoint."""
         self.history = [InvarianceResult.from_state_dict(state) for state in state_dict["history"]]
+
+    @staticmethod
+    def _fits(trainer: pl.Trainer) -> bool:
+        return trainer.state.fn == TrainerFn.FITTING
+
+    def _is_own(self, monitored: str | None) -> bool:
+        """Whether a metric is one that this monitor logs."""
+        tags = [self._tag(measure) for measure in self.measures]
+        return monitored is not None and any(monitored == f"{t}_mean" or monitored.startswith(f"{t}/") for t in tags)
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
         return (trainer.current_epoch + 1) % self.every_n_epochs == 0

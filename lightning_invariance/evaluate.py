@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_invariance.activations import Layers, select_layers
+from lightning_invariance.activations import Layers, select_layers, unwrapped
 from lightning_invariance.distributed import rank_and_world_size
 from lightning_invariance.isolation import device_of
 from lightning_invariance.loader import STLoader
@@ -50,7 +50,8 @@ def evaluate(
     and buffers, and every random generator are what they were before.
 
     Args:
-        model: any module; called as ``model(x)`` unless ``forward`` is given.
+        model: any module; called as ``model(x)`` unless ``forward`` is given. A compiled model runs uncompiled, since a
+            compiled graph skips hooks; its graphs stay as they are.
         data: ``Dataset``, ``DataLoader`` or tensor. Samples are ``x``, ``(x, y)`` or dicts; see :class:`STLoader`.
         transformations: the columns of the ST matrix, at least two, such as ``rotations(16)``.
         measures: metrics that are updated with ST blocks ``(samples, transformations, *activation_shape)``; those of
@@ -97,6 +98,7 @@ def evaluate(
         tensor([True, True, True])
     """
     named = named_measures(measures)
+    model = unwrapped(model)
     run = Run(
         model=model,
         data=data,

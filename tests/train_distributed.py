@@ -1,4 +1,4 @@
-"""A training run in several processes, for test_strategies.py: ``python train_distributed.py STRATEGY FOLDER [FAIL]``."""
+"""Training in several processes, for test_strategies.py: ``python train_distributed.py STRATEGY FOLDER [FAIL]``."""
 
 import sys
 from pathlib import Path

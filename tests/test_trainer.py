@@ -1,0 +1,473 @@
+"""At home in every Trainer: when it evaluates, what it leaves alone, and which models, data and loggers it takes."""
+
+import copy
+import random
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+import torchvision
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from test_callback import DATA, IMAGES, Net, Recorder, events, fit
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightning_invariance import InvarianceMonitor, TransformationSet, evaluate, layer_names, rotations
+from lightning_invariance.measures import NormalizedVariance
+
+
+def monitor(**options):
+    return InvarianceMonitor(rotations(4), **options)
+
+
+# What it leaves alone
+
+
+class Manual(Net):
+    """Two optimizers, stepped by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, _):
+        loss = super().training_step(batch, _)
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss
+
+    def configure_optimizers(self):
+        convolution, rest = list(self.conv.parameters()), [*self.bn.parameters(), *self.fc.parameters()]
+        return torch.optim.SGD(convolution, lr=0.1), torch.optim.Adam(rest)
+
+
+@pytest.mark.parametrize(
+    ("model", "callbacks", "options"),
+    [
+        (Net, list, {"accumulate_grad_batches": 2}),
+        (Net, lambda: [StochasticWeightAveraging(0.01, swa_epoch_start=1)], {}),
+        (Manual, list, {}),
+        (Net, list, {"precision": "bf16-mixed"}),
+        (Net, list, {"num_sanity_val_steps": 0, "limit_train_batches": 3}),
+    ],
+    ids=["accumulation", "SWA", "two optimizers", "bf16-mixed", "no sanity check"],
+)
+def test_training_does_not_notice_it(tmp_path, model, callbacks, options):
+    seen = []
+    for extra in ([], [monitor()]):
+        recorder = Recorder()
+        trainer = fit(tmp_path / str(len(seen)), *callbacks(), *extra, recorder, model=seeded(model), **options)
+        generators = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        logged = {name: v.item() for name, v in trainer.logged_metrics.items() if "Variance" not in name}
+        module = trainer.lightning_module
+        state = {name: value.tolist() for name, value in module.state_dict().items()}
+        flags = [m.training for m in module.modules()], [p.requires_grad for p in module.parameters()]
+        seen.append((recorder.seen, generators, logged, state, flags))
+    assert seen[0] == seen[1]
+
+
+def seeded(model):
+    torch.manual_seed(3)
+    return model()
+
+
+def test_workers_and_their_batches_are_left_alone(tmp_path):
+    seen = []
+    for extra in ([], [monitor()]):
+        recorder = Recorder()
+        pl.seed_everything(1, verbose=False)
+        trainer = pl.Trainer(
+            max_epochs=2,
+            callbacks=[*extra, recorder],
+            logger=False,
+            accelerator="cpu",
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        loaders = [DataLoader(DATA, 8, shuffle=s, num_workers=1, persistent_workers=True) for s in (True, False)]
+        trainer.fit(Net(), *loaders)
+        seen.append(recorder.seen)
+    assert seen[0] == seen[1]
+
+
+# When
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs"),
+    [
+        ({"overfit_batches": 2}, [-1, 0, 1, 2]),
+        ({"val_check_interval": 0.5, "limit_train_batches": 4}, [-1, 0, 0, 1, 1, 2, 2]),
+        ({"check_val_every_n_epoch": 3}, [-1, 2]),
+        ({"limit_val_batches": 1}, [-1, 0, 1, 2]),
+        ({"num_sanity_val_steps": 0}, [-1, 0, 1, 2]),
+    ],
+)
+def test_when_it_evaluates(tmp_path, options, epochs):
+    watching = monitor()
+    fit(tmp_path, watching, **options)
+    assert [result.epoch for result in watching.history] == epochs
+
+
+class TwoLoaders(Net):
+    def validation_step(self, batch, _, dataloader_idx=0):
+        super().validation_step(batch, _)
+
+
+def test_the_first_of_several_validation_loaders(tmp_path):
+    watching = monitor()
+    trainer = pl.Trainer(max_epochs=1, callbacks=[watching], logger=False, accelerator="cpu", enable_progress_bar=False,
+                         enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path)  # fmt: skip
+    trainer.fit(TwoLoaders(), DataLoader(DATA, 8), [DataLoader(DATA, 8), DataLoader(TensorDataset(*DATA[:5]), 8)])
+    assert watching.history[-1].n_samples == len(DATA)
+
+
+class WithTest(Net):
+    def test_step(self, batch, batch_idx):
+        self.log("test_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+
+def test_validate_always_evaluates_and_test_never(tmp_path):
+    watching = monitor(every_n_epochs=3)
+    trainer = fit(tmp_path, watching, epochs=1, model=WithTest())
+    assert len(watching.history) == 2
+    for expected in (3, 4):
+        trainer.validate(trainer.lightning_module, DataLoader(DATA, 8), verbose=False)
+        assert len(watching.history) == expected
+    trainer.test(trainer.lightning_module, DataLoader(DATA, 8), verbose=False)
+    assert len(watching.history) == 4
+
+
+def test_a_resume_in_the_middle_of_an_epoch_evaluates_nothing_twice(tmp_path):
+    middle = ModelCheckpoint(tmp_path / "middle", "{step}", every_n_train_steps=7, save_top_k=-1)
+    fit(tmp_path, monitor(), middle, epochs=2)
+    resumed = monitor()
+    fit(tmp_path, resumed, epochs=3, ckpt_path=tmp_path / "middle" / "step=7.ckpt")  # 5 steps an epoch
+    assert [result.epoch for result in resumed.history] == [-1, 0, 1, 2]
+
+
+@pytest.mark.parametrize(("patience", "epochs"), [(1, [-1, 0, 2, 5]), (2, [-1, 0, 2, 5, 8])])
+def test_early_stopping_counts_new_values_only(tmp_path, patience, epochs):
+    class Rising(NormalizedVariance):  # never better than at first
+        def compute(self):
+            return super().compute() * 0 + len(watching.history)
+
+    watching = monitor(measures={"Rising": Rising()}, every_n_epochs=3, layers=["fc"])
+    fit(tmp_path, EarlyStopping("Rising/fc", patience=patience), watching, epochs=20)
+    # The first validation always evaluates; then every third epoch is one that is no better.
+    assert [result.epoch for result in watching.history] == epochs[: patience + 2]
+
+
+def test_a_checkpoint_of_another_pace_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="every_n_epochs=2"):
+        fit(tmp_path, monitor(every_n_epochs=2), ModelCheckpoint(tmp_path, monitor="NormalizedVariance_mean"), epochs=1)
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+def test_split_models_are_refused(strategy):
+    trainer = SimpleNamespace(strategy=object.__new__(strategy))
+    with pytest.raises(MisconfigurationException, match=f"{strategy.__name__} splits it: use a single device or one"):
+        monitor().setup(trainer, Net(), "fit")
+
+
+# Which model
+
+
+def values(model, images=IMAGES, **options):
+    return evaluate(model, images, rotations(4), progress=False, **options)["NormalizedVariance"]
+
+
+def assert_same(one, other, **tolerance):
+    assert list(one) == list(other)
+    for layer in one:
+        torch.testing.assert_close(one[layer], other[layer], msg=layer, **tolerance)
+
+
+def test_compiled_models_have_the_values_and_names_of_eager_ones():
+    model = Net().eval()
+    expected = values(model)
+    calls = []
+
+    def backend(graph, _):
+        calls.append("compiled")
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        before = compiled(IMAGES)
+    assert layer_names(compiled) == layer_names(model)
+    assert_same(values(compiled), expected)
+    in_place = copy.deepcopy(model)
+    in_place.conv.compile(backend=backend)
+    with torch.no_grad():
+        in_place(IMAGES)
+    assert_same(values(in_place), expected)
+    graphs = len(calls)
+    with torch.no_grad():
+        assert torch.equal(compiled(IMAGES), before)
+        in_place(IMAGES)
+    assert len(calls) == graphs  # nothing was compiled again
+
+
+def test_wrappers_are_taken_off():
+    model = Net().eval()
+    assert_same(values(nn.DataParallel(model)), values(model))
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16-mixed", 0.2), ("bf16-true", 0.2), ("64-true", 1e-5)])
+def test_precisions(tmp_path, precision, tolerance):
+    data = TensorDataset(IMAGES, DATA.tensors[1])
+    model = seeded(Net)
+    expected = values(copy.deepcopy(model), images=data)
+    watching = monitor()
+    fit(tmp_path, watching, epochs=1, model=model, precision=precision)
+    untrained = watching.history[0]
+    assert untrained["NormalizedVariance"]["conv"].dtype == torch.float64
+    for layer, value in untrained.per_layer().items():
+        assert value == pytest.approx(expected[layer][expected[layer].isfinite()].mean().item(), rel=tolerance)
+
+
+def test_channels_last_and_inference_mode():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)).eval()
+    images = torch.rand(12, 3, 10, 10, generator=torch.Generator().manual_seed(1))
+    expected = values(model, images)
+    with torch.inference_mode():
+        assert_same(values(model, images), expected)
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    run = values(last, images, forward=lambda m, x: m(x.contiguous(memory_format=torch.channels_last)))
+    assert_same(run, expected, rtol=1e-4, atol=1e-6)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(36, 36), nn.Linear(36, 36)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.first(x.flatten(1)))
+
+
+class UNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down, self.pool, self.bottom = nn.Conv2d(1, 4, 3, padding=1), nn.MaxPool2d(2), nn.Conv2d(4, 8, 1)
+        self.up, self.head = nn.ConvTranspose2d(8, 4, 2, 2), nn.Conv2d(8, 1, 1)
+
+    def forward(self, x):
+        skip = self.down(x).relu_()
+        return self.head(torch.cat([skip, self.up(self.bottom(self.pool(skip)))], 1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(6, 5, batch_first=True), nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.head(self.lstm(x[:, 0])[0][:, -1])
+
+
+@pytest.mark.parametrize(
+    ("model", "layers"),
+    [
+        (Tied, {"first", "second"}),
+        (UNet, {"down", "pool", "bottom", "up", "head"}),
+        (Recurrent, {"lstm[0]", "lstm[1][0]", "lstm[1][1]", "head"}),
+    ],
+)
+def test_architectures(model, layers):
+    found = values(seeded(model))
+    assert set(found) == layers
+    assert all(v.isfinite().any() for v in found.values())
+
+
+def test_a_residual_network_whose_relu_runs_twice():
+    model = torchvision.models.resnet18(num_classes=3)
+    found = values(model, torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
+    assert {"layer1.0.relu", "layer1.0.relu#1", "fc"} <= set(found)
+
+
+def test_a_vision_transformer():
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(
+        image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=16, num_classes=3
+    )
+    images = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    found = values(model, images)
+    assert found["encoder.layers.encoder_layer_1.mlp.0"].shape == (5, 16)  # a class token and four patches
+    attention = values(model, images, layers=["*", "encoder.layers.encoder_layer_0.self_attention"])
+    assert attention["encoder.layers.encoder_layer_0.self_attention[0]"].shape == (5, 8)
+
+
+class Hungry(Net):
+    """Takes a dict, and more than the picture."""
+
+    def forward(self, batch, *, scale):
+        return super().forward(batch["picture"] * scale)
+
+    def training_step(self, batch, _):
+        return nn.functional.cross_entropy(self(batch, scale=1.0), batch["kind"])
+
+    def validation_step(self, batch, _):
+        self.log("val_loss", self.training_step(batch, _))
+
+
+class Dicts(TensorDataset):
+    def __getitem__(self, index):
+        picture, kind = super().__getitem__(index)
+        return {"picture": picture, "kind": kind, "weight": torch.ones(1)}
+
+
+def test_models_that_take_more_than_a_tensor(tmp_path):
+    watching = monitor(
+        forward=lambda model, x: model({"picture": x}, scale=1.0), input_fn=lambda batch: batch["picture"]
+    )
+    fit(tmp_path, watching, epochs=1, model=seeded(Hungry), data=Dicts(*DATA.tensors))
+    plain = seeded(Net)
+    for layer, expected in values(plain, DATA).items():
+        assert torch.equal(watching.history[0]["NormalizedVariance"][layer], expected)
+
+
+# Which data
+
+
+class Module(pl.LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(DATA, 8)
+
+    def val_dataloader(self):
+        return DataLoader(DATA, 8)
+
+
+def test_a_data_module(tmp_path):
+    watching = monitor()
+    trainer = pl.Trainer(max_epochs=1, callbacks=[watching], logger=False, accelerator="cpu", enable_progress_bar=False,
+                         enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path)  # fmt: skip
+    trainer.fit(Net(), Module())
+    assert [result.n_samples for result in watching.history] == [len(DATA)] * 2
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(zip(*DATA.tensors, strict=True))
+
+
+@dataclass
+class Sample:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+def test_streams_and_dataclasses():
+    expected = values(seeded(Net), DATA)
+    assert_same(values(seeded(Net), DataLoader(Stream(), 8), max_samples=40), expected, rtol=1e-4, atol=1e-6)
+
+    def collate(samples):
+        return Sample(torch.stack([x for x, _ in samples]), torch.stack([y for _, y in samples]))
+
+    loader = DataLoader(DATA, 8, collate_fn=collate)
+    assert_same(values(seeded(Net), loader, input_fn=lambda batch: batch.x), expected)
+
+
+def test_images_of_another_size_than_those_of_training():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    found = values(model, torch.rand(6, 1, 11, 17, generator=torch.Generator().manual_seed(1)))
+    assert found["0"].shape == (4, 9, 15)
+
+
+def noise(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(4))
+
+
+def test_sound():
+    shifts = {f"shift {s}": lambda x, s=s: x.roll(s, -1) for s in (0, 4, 8)}
+    gains = {f"gain {g}": lambda x, g=g: g * x for g in (0.5, 2.0)}
+    network = nn.Sequential(nn.Conv1d(1, 4, 5, padding=2, padding_mode="circular"), nn.AdaptiveAvgPool1d(1))
+    by_shift = evaluate(network, noise(20, 1, 32), TransformationSet.from_callables(shifts))["NormalizedVariance"]
+    by_gain = evaluate(network, noise(20, 1, 32), TransformationSet.from_callables(gains))["NormalizedVariance"]
+    assert by_shift["0"].mean() > 0.5
+    assert by_shift["1"].max() < 1e-9  # the mean over a circle does not depend on where it begins
+    assert by_gain["1"].min() > 1e-3
+
+
+def test_sequences_of_tokens():
+    orders = {str(p): lambda x, p=p: x[:, list(p)] for p in ((0, 1, 2, 3), (3, 2, 1, 0), (1, 0, 3, 2))}
+
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.mean = nn.Embedding(30, 6), nn.AdaptiveAvgPool1d(1)
+
+        def forward(self, tokens):
+            return self.mean(self.embed(tokens).transpose(1, 2))
+
+    tokens = torch.randint(30, (20, 4), generator=torch.Generator().manual_seed(4))
+    found = evaluate(seeded(Bag), tokens, TransformationSet.from_callables(orders))["NormalizedVariance"]
+    assert found["embed"].mean() > 0.5
+    assert found["mean"].max() < 1e-9  # a bag of words has no order
+
+
+def test_clouds_of_points():
+    def turned(degrees):
+        angle = torch.deg2rad(torch.tensor(float(degrees)))
+        turn = torch.tensor([[angle.cos(), -angle.sin(), 0], [angle.sin(), angle.cos(), 0], [0, 0, 1]])
+        return lambda points: points @ turn
+
+    class Radii(nn.Module):
+        def forward(self, points):
+            return points.norm(dim=-1)
+
+    turns = TransformationSet.from_callables({f"{d}°": turned(d) for d in (0, 30, 60, 90)})
+    found = evaluate(nn.Sequential(nn.Identity(), Radii()), noise(20, 8, 3), turns)["NormalizedVariance"]
+    assert found["1"].max() < 1e-9  # a turn keeps the distance to the origin
+    assert found["0"][:, :2].min() > 0.1
+
+
+# Which logger
+
+
+class Plain(Logger):
+    """A logger that can do no more than it must."""
+
+    name, version, save_dir, log_dir = "plain", 0, None, None
+
+    def __init__(self):
+        super().__init__()
+        self.scalars = []
+
+    def log_metrics(self, metrics, step=None):
+        self.scalars.append((step, metrics))
+
+    def log_hyperparams(self, *args, **kwargs):
+        """Nothing to keep."""
+
+
+def test_several_loggers_one_of_which_takes_no_pictures(tmp_path):
+    plain = Plain()
+    loggers = [TensorBoardLogger(tmp_path, name="", version="run"), CSVLogger(tmp_path, "", "csv"), plain]
+    with pytest.warns(UserWarning, match="cannot log pictures to Plain") as caught:
+        fit(tmp_path, monitor(), epochs=2, logger=loggers)
+    assert sum("cannot log pictures" in str(w.message) for w in caught) == 1
+    assert sum("NormalizedVariance_mean" in metrics for _, metrics in plain.scalars) == 3
+    assert len(events(tmp_path).Images("NormalizedVariance/heatmap")) == 3
+    assert len(list((tmp_path / "csv").rglob("*.png"))) == 6
+
+
+def test_its_state_is_plain_data(tmp_path):
+    watching = monitor()
+    fit(tmp_path, watching, epochs=1)
+    torch.save(watching.state_dict(), tmp_path / "state.pt")
+    again = monitor()
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert [result.per_layer() for result in again.history] == [result.per_layer() for result in watching.history]
