@@ -182,13 +182,17 @@ class InvarianceMonitor(pl.Callback):
         """Evaluate at the end of validation."""
         if trainer.sanity_checking:
             return
-        if self._is_due(trainer) or not self._validated or not self._fits(trainer):
-            self._validated = self._fits(trainer)
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if self._is_due(trainer) or not self._validated or not fitting:
+            self._validated = self._validated or fitting
             self._evaluate_and_log(trainer, pl_module)
-            return
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, EarlyStopping) and self._is_own(callback.monitor):
-                callback.wait_count -= 1  # it is about to count the old value as one that is no better
+        else:
+            self._spare_patience(trainer)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Nothing new will come of an epoch without validation that is not due."""
+        if not trainer.enable_validation and not self._is_due(trainer):
+            self._spare_patience(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate at the end of an epoch that has no validation."""
@@ -203,9 +207,12 @@ class InvarianceMonitor(pl.Callback):
         """Continue the history of a checkpoint."""
         self.history = [InvarianceResult.from_state_dict(state) for state in state_dict["history"]]
 
-    @staticmethod
-    def _fits(trainer: pl.Trainer) -> bool:
-        return trainer.state.fn == TrainerFn.FITTING
+    def _spare_patience(self, trainer: pl.Trainer) -> None:
+        """Keep callbacks that stop early from counting the old value once more as one that is no better."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            known = isinstance(callback, EarlyStopping) and callback.monitor in trainer.callback_metrics
+            if known and self._is_own(callback.monitor):
+                callback.wait_count -= 1
 
     def _is_own(self, monitored: str | None) -> bool:
         """Whether a metric is one that this monitor logs."""

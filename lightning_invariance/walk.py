@@ -140,7 +140,9 @@ class Walk:
         if layer not in self._layers:
             self._shapes[layer] = tuple(st.shape[2:])
             self._layers[layer] = self._new_groups(layer, st.device)
-        about = {"indices": block.indices, **({} if block.labels is None else {"labels": block.labels})}
+        about: dict[str, Any] = {"indices": block.indices, "shared": {}}
+        if block.labels is not None:
+            about["labels"] = block.labels
         for group in self._layers[layer]:
             leader = _leader(group)
             if self._pass <= _passes(leader):

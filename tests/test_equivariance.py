@@ -241,3 +241,31 @@ def test_the_first_formulation_needs_the_identity():
         DistanceSameEquivariance(formulation="both")
     with pytest.raises(ValueError, match='`formulation` to be "pairs"'):
         DistanceSameEquivariance(formulation="direct", normalized_by="samples")
+
+
+def test_measures_that_are_taken_together_have_the_values_of_each_alone():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).double(), images()
+    together = {
+        "plain": VarianceSameEquivariance(),
+        "masked": VarianceSameEquivariance(mask=True),
+        "raw": VarianceSameEquivariance(normalize=False),
+        "pairs": DistanceSameEquivariance(mask=True),
+        "direct": DistanceSameEquivariance(formulation="direct", mask=True),
+        "squared": DistanceSameEquivariance(distance="squared"),
+    }
+    result = evaluate(model, x, rotations(8), together)
+    for name, measure in together.items():
+        alone = evaluate(model, x, rotations(8), {name: measure})
+        for layer in ("0", "1"):
+            assert torch.equal(result[name][layer], alone[name][layer]), name
+
+
+def test_inference_mode():
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 4, 3).double()
+    expected = evaluate(model, images(), rotations(8), [BOTH[0](mask=True), BOTH[1](mask=True)])
+    with torch.inference_mode():
+        found = evaluate(model, images(), rotations(8), [BOTH[0](mask=True), BOTH[1](mask=True)])
+    for name in expected:
+        assert torch.equal(found[name]["Conv2d"], expected[name]["Conv2d"])

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_invariance import InvarianceMonitor, TransformationSet, evaluate, layer_names, rotations
-from lightning_invariance.measures import NormalizedVariance
+from lightning_invariance.measures import DistanceSameEquivariance, NormalizedVariance, VarianceSameEquivariance
 
 
 def monitor(**options):
@@ -166,6 +166,26 @@ def test_early_stopping_counts_new_values_only(tmp_path, patience, epochs):
     fit(tmp_path, EarlyStopping("Rising/fc", patience=patience), watching, epochs=20)
     # The first validation always evaluates; then every third epoch is one that is no better.
     assert [result.epoch for result in watching.history] == epochs[: patience + 2]
+
+
+def test_early_stopping_counts_new_values_only_without_validation(tmp_path):
+    class Rising(NormalizedVariance):
+        def compute(self):
+            return super().compute() * 0 + len(watching.history)
+
+    watching = monitor(measures={"Rising": Rising()}, every_n_epochs=3, layers=["fc"], data=IMAGES)
+    # The callback comes first, so that the value of an epoch is there when it is looked at.
+    stop = EarlyStopping("Rising/fc", patience=1, strict=False)
+    fit(tmp_path, watching, stop, epochs=20, limit_val_batches=0)
+    assert [result.epoch for result in watching.history] == [-1, 2, 5]
+
+
+def test_same_equivariance_in_a_trainer(tmp_path):
+    same = [VarianceSameEquivariance(mask=True), DistanceSameEquivariance(mask=True)]
+    watching = monitor(measures=same, layers=["conv", "bn", "fc"])
+    fit(tmp_path, watching, epochs=1)
+    assert watching.history[-1].skipped == {name: ["fc"] for name in watching.measures}
+    assert all(watching.history[-1].mean(name) > 0 for name in watching.measures)
 
 
 def test_a_checkpoint_of_another_pace_is_warned_of(tmp_path):

@@ -211,3 +211,26 @@ def test_sets_pickle():
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_set_that_has_seen_other_images_does_as_a_new_one():
+    generator = torch.Generator().manual_seed(0)
+    used = combine(rotations(8), translations([1]))
+    for size in [(6, 6), (6, 9), (12, 12), *[(5, 5 + j) for j in range(20)], (6, 6)]:
+        for dtype in (torch.float32, torch.float64):
+            x = torch.rand(2, 1, *size, generator=generator, dtype=dtype)
+            for input_size in (None, (12, 12)):
+                fresh = combine(rotations(8), translations([1]))
+                moved = fresh(x, input_size)
+                assert torch.equal(used(x, input_size), moved)
+                assert torch.equal(used.inverse(moved, input_size), fresh.inverse(moved, input_size))
+    assert len(pickle.dumps(used)) < 2 * len(pickle.dumps(fresh))
+
+
+def test_gradients_flow_through_a_set_that_was_used_in_inference_mode():
+    t = rotations(8)
+    with torch.inference_mode():
+        t(torch.rand(1, 1, 6, 6))
+    x = torch.ones(1, 1, 6, 6, requires_grad=True)
+    t(x).sum().backward()
+    assert x.grad[0, 0, 3, 3] == pytest.approx(8, rel=0.2)  # a pixel near the centre stays inside under all of them

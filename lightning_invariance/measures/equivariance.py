@@ -65,12 +65,16 @@ class SameEquivarianceMeasure(Measure):
         axes = 3 if self._input_axes is None else self._input_axes
         return len(activation_shape) == axes
 
-    def update(self, st_block: Tensor, indices: Tensor | None = None) -> None:
+    def update(
+        self, st_block: Tensor, indices: Tensor | None = None, shared: dict[Hashable, Any] | None = None
+    ) -> None:
         """Add complete rows of the ST matrix.
 
         Args:
             st_block: floating-point tensor ``(samples, transformations, channels, height, width)``.
             indices: ``(samples,)``: whole numbers that name the samples; used with ``normalized_by="samples"``.
+            shared: one dict for all measures that are updated with this block, and for no other block: those that map
+                back in the same way then do it once.
 
         Raises:
             ValueError: If the block does not hold feature maps, or does not fit to those before.
@@ -92,12 +96,11 @@ class SameEquivarianceMeasure(Measure):
         with torch.no_grad():
             x = st_block.detach()
             x = x if x.dtype == torch.float64 else x.float()
-            # What is mapped back lies with its block, so that measures that map back in the same way do it once.
-            known = vars(st_block).setdefault("_mapped_back", {})
-            how = (self._direct and self.update_rule, id(self.transformations), *self._how, st_block._version)
-            if how not in known:
-                known[how] = self._mapped(x, self.transformations)
-            back, lit = known[how]
+            shared = {} if shared is None else shared
+            how = (self._direct and self.update_rule, id(self.transformations), *self._how)
+            if how not in shared:
+                shared[how] = self._mapped(x, self.transformations)
+            back, lit = shared[how]
         self._update(back, **({} if indices is None else {"indices": indices}))
         self.lit = self.lit + lit if self.lit.numel() else lit
 

@@ -19,6 +19,9 @@ PAPER_FACTORS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.05, 1.1, 1.15, 1.2, 1.25)
 #: A set remembers where pixels come from for so many sizes of images: a network has few.
 KNOWN_SIZES = 16
 
+#: Sets of more transformations × pixels than this remember nothing: it would take much memory and save little time.
+LARGEST_KNOWN = 2**20
+
 
 class AffineSet(TransformationSet):
     """Affine maps of images about their centre, applied with one bilinear resampling and filled with zeros (black).
@@ -68,13 +71,16 @@ class AffineSet(TransformationSet):
 
     def _sources(self, maps: Tensor, input_size: tuple[int, int] | None, forward: bool) -> _Sources:
         """Where each pixel comes from, worked out once for each size of maps."""
-        key = (tuple(maps.shape[-2:]), input_size, forward, maps.device)
-        if key not in self._known_sources:
-            matrices = self._scaled(maps, input_size)
-            sources = torch.linalg.inv(matrices) if forward else matrices
-            self._known_sources = dict(list(self._known_sources.items())[-KNOWN_SIZES:])
-            self._known_sources[key] = _Sources(sources, maps.shape[-2], maps.shape[-1], maps.device)
-        return self._known_sources[key]
+        key = (tuple(maps.shape[-2:]), input_size, forward, maps.device, maps.dtype == torch.float64)
+        if key in self._known_sources:
+            return self._known_sources[key]
+        matrices = self._scaled(maps, input_size)
+        with torch.inference_mode(False):  # what is made in inference mode could be used only there
+            found = _Sources(torch.linalg.inv(matrices) if forward else matrices, maps)
+        if len(self) * maps.shape[-1] * maps.shape[-2] <= LARGEST_KNOWN:
+            self._known_sources = dict([*self._known_sources.items()][1 - KNOWN_SIZES :])
+            self._known_sources[key] = found
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_known_sources": {}}
@@ -101,9 +107,10 @@ class AffineSet(TransformationSet):
 
 
 class _Sources:
-    """Where every pixel of an image of one size comes from, for each of m maps (output → input, in pixels)."""
+    """Where every pixel of images like ``like`` comes from, for each of m maps (output → input, in pixels)."""
 
-    def __init__(self, sources: Tensor, height: int, width: int, device: torch.device) -> None:
+    def __init__(self, sources: Tensor, like: Tensor) -> None:
+        (height, width), device = like.shape[-2:], like.device
         centre = torch.tensor([(width - 1) / 2, (height - 1) / 2], dtype=torch.float64)
         linear = sources[:, :2, :2]
         # The same map in array indices: index_in = linear @ index_out + offset.
@@ -118,7 +125,7 @@ class _Sources:
 
         size = torch.tensor([width, height], dtype=torch.float64)
         grids = (2 * _indices(linear[~exact], offset[~exact], height, width) + 1) / size - 1
-        self._grids = {dtype: grids.to(device, dtype) for dtype in (torch.float32, torch.float64)}
+        self._grids = grids.to(device, torch.float64 if like.dtype == torch.float64 else torch.float32)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Fill every pixel of images ``(batch, m, planes, height, width)`` from where it comes from."""
@@ -138,9 +145,10 @@ class _Sources:
 
     def _interpolate(self, x: Tensor) -> Tensor:
         """Bilinear interpolation with zeros outside."""
-        dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-        grid = self._grids[dtype].expand(len(x), -1, -1, -1, -1).flatten(0, 1)
-        moved = grid_sample(x.flatten(0, 1).to(dtype), grid, padding_mode="zeros", align_corners=False).view(x.shape)
+        grid = self._grids.expand(len(x), -1, -1, -1, -1).flatten(0, 1)
+        moved = grid_sample(x.flatten(0, 1).to(grid.dtype), grid, padding_mode="zeros", align_corners=False).view(
+            x.shape
+        )
         return moved.to(x.dtype) if x.is_floating_point() else moved.round().to(x.dtype)
 
 
