@@ -131,7 +131,7 @@ def evaluate(
     if result is None:
         result = run.walk(named, loader, milestones).result()
     _check_number(result.n_samples)
-    run.selection.check_fired(result.layers)
+    run.selection.check_fired([*result.layers, *(layer for layers in result.skipped.values() for layer in layers)])
     if rank_and_world_size()[0] == 0:
         _warn_of_nan(result)
     return result

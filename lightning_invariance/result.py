@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,85 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.functional.variance import aggregate_maps
-
-
-@dataclass(frozen=True)
-class LayerStatistics:
-    """One row of :meth:`InvarianceResult.table`.
-
-    Attributes:
-        layer: its name.
-        shape: of the activation; ``(channels, height, width)`` for feature maps.
-        mean: over the finite values; NaN if there are none. The same for ``std`` (n − 1), ``min`` and ``max``.
-        std: see mean.
-        min: see mean.
-        max: see mean.
-        dead: how many activations never changed (0/0).
-        infinite: how many values are infinite (x/0).
-        nan: how many values are NaN: the activation was NaN or infinite itself, or the measure is undefined.
-    """
-
-    layer: str
-    shape: tuple[int, ...]
-    mean: float
-    std: float
-    min: float
-    max: float
-    dead: int
-    infinite: int
-    nan: int
-
-    @classmethod
-    def of(cls, layer: str, values: Tensor, dead: Tensor | None) -> LayerStatistics:
-        """Summarise the values of a layer."""
-        finite = values[values.isfinite()]
-        some = finite.numel() > 0
-        return cls(
-            layer=layer,
-            shape=tuple(values.shape),
-            mean=float(finite.mean()) if some else math.nan,
-            std=float(finite.std()) if finite.numel() > 1 else (0.0 if some else math.nan),
-            min=float(finite.min()) if some else math.nan,
-            max=float(finite.max()) if some else math.nan,
-            dead=0 if dead is None else int(dead.sum()),
-            infinite=int(values.isinf().sum()),
-            nan=int(values.isnan().sum()),
-        )
-
-
-class Table(list[LayerStatistics]):
-    """Rows of statistics, one a layer, that print as a table."""
-
-    def cells(self) -> list[list[str]]:
-        """The table as text, the heading first."""
-        names = [field.name for field in fields(LayerStatistics)]
-        rows = [[_cell(getattr(row, name)) for name in names] for row in self]
-        return [names, *rows]
-
-    def __str__(self) -> str:
-        cells = self.cells()
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zipped))
-            for zipped in (list(zip(row, widths, strict=True)) for row in cells)
-        ]
-        return "\n".join(line.rstrip() for line in lines)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        heading, *rows = self.cells()
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in heading)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, tuple):
-        return "×".join(map(str, value)) or "scalar"
-    return str(value)
+from lightning_invariance.table import LayerStatistics, Table
 
 
 class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):

@@ -269,3 +269,10 @@ def test_inference_mode():
         found = evaluate(model, images(), rotations(8), [BOTH[0](mask=True), BOTH[1](mask=True)])
     for name in expected:
         assert torch.equal(found[name]["Conv2d"], expected[name]["Conv2d"])
+
+
+def test_a_layer_that_was_asked_for_and_that_every_measure_skips():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).double()
+    result = evaluate(model, images(), quarter_turns(), VarianceSameEquivariance(), layers=["0", "1"])
+    assert list(result["VarianceSameEquivariance"]) == ["0"]
+    assert result.skipped == {"VarianceSameEquivariance": ["1"]}

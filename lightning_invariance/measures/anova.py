@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.functional.anova import CORRECTIONS, f_ratio, f_survival, rejected_f
-from lightning_invariance.measures.variance import VarianceMeasure
+from lightning_invariance.measures.variance_sums import VarianceMeasure
 
 
 class Anova(VarianceMeasure):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.measures.base import States
-from lightning_invariance.measures.variance import VarianceMeasure
+from lightning_invariance.measures.variance_sums import VarianceMeasure
 
 #: The paper's share of values that fire.
 PAPER_ALPHA = 0.01

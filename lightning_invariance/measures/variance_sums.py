@@ -1,0 +1,202 @@
+"""The sums behind all measures of variance: squared deviations within the rows and columns of the ST matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_invariance.functional.variance import aggregate_maps
+from lightning_invariance.measures.base import Measure, States
+from lightning_invariance.measures.spread import PlainSums, exact_sums, plain_sums
+
+#: Updates before which the references move to the means: often enough for the digits, rare enough for the time.
+MOVE_REFERENCES = frozenset(4**power for power in range(1, 16))
+
+#: How the values of a feature map can be made one.
+AGGREGATES = (None, "mean", "max", "sum")
+
+#: The states of the plain set, and those of the exact set.
+PLAIN = ("plain_samples", "centres", "plain_moments", "plain_columns")
+EXACT = ("exact_samples", "row_spread", "references", "squares", "sums")
+
+
+class VarianceMeasure(Measure):
+    r"""Shared update of the variance measures: squared deviations within the rows and columns of the ST matrix.
+
+    For k activations and m transformations the states are two sets of sums:
+
+    - of blocks whose sums float32 holds without losing digits, which is the rule: ``centres`` (k,), ``plain_moments``
+      (3, k), ``plain_columns`` (m, k) in float32; see ``PlainSums``.
+    - of the other blocks, such as those of float64 activations or with rows or columns that are constant:
+      ``row_spread`` (k,): the sum over rows of their squared deviations from the row mean, ``references`` (m, k),
+      ``squares`` (1, k) and ``sums`` (m, k); see ``ExactSums``. They keep an invariant unit (TV = 0) and a division by
+      zero (SV = 0) apart from small numbers.
+
+    A set is empty as long as it is not needed: most layers hold (m + 4) k numbers. Where ``squared`` is false,
+    ``row_spread`` is the sum of the rows' standard deviations, ``squares`` (m, k) is kept for each column, and the
+    first set is not used.
+    """
+
+    plain_samples: Tensor
+    centres: Tensor
+    plain_moments: Tensor
+    plain_columns: Tensor
+    exact_samples: Tensor
+    row_spread: Tensor
+    references: Tensor
+    squares: Tensor
+    sums: Tensor
+
+    def __init__(self, squared: bool = True, aggregate: str | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not isinstance(squared, bool):
+            raise ValueError(f"Expected argument `squared` to be a bool, but got {squared!r}.")
+        if aggregate not in AGGREGATES:
+            raise ValueError(f"Expected argument `aggregate` to be one of {AGGREGATES}, but got {aggregate!r}.")
+        self.squared, self.aggregate = squared, aggregate
+        vector, matrix = torch.zeros(0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64)
+        self._add_states(exact_samples=torch.tensor(0), row_spread=vector)
+        self._add_states(references=matrix, squares=matrix, sums=matrix)
+        if squared:
+            # The names of states also tell collections of metrics which measures may share them.
+            self._add_states(plain_samples=torch.tensor(0), centres=vector, plain_moments=matrix)
+            # The column sums, much the largest state, are sums of float32 deviations and stay float32.
+            self._add_states(plain_columns=matrix.float())
+
+    @property
+    def update_rule(self) -> frozenset[Hashable]:
+        """The family shares its states; those of standard deviations are others."""
+        return frozenset([(VarianceMeasure, self.squared)])
+
+    def dead(self) -> Tensor | None:
+        """Which activations never changed, over all samples and transformations: bool of ``activation_shape``."""
+        return self._shaped((self._row_spread() == 0) & (self._column_spread() == 0).all(0))
+
+    def _add(self, x: Tensor, **of_rows: Tensor) -> None:
+        # A device without float64 has only the exact way.
+        if not (self.squared and self.row_spread.dtype == torch.float64 and self._add_plain(x)):
+            self._add_exact(x)
+
+    def _plain(self) -> PlainSums:
+        return PlainSums(self.plain_moments, self.plain_columns)
+
+    def _add_plain(self, x: Tensor) -> bool:
+        """Add rows to the plain set, and say whether it holds them."""
+        n, sums, centres = int(self.plain_samples), self._plain(), self.centres if self.plain_samples else x[0, 0]
+        block = plain_sums(x, centres.to(x.dtype))
+        if block is None:
+            return False
+        if n:
+            sums = sums.plus(block)
+        else:
+            sums = PlainSums(block.moments.to(self.plain_moments.dtype), block.columns.clone())
+            centres = centres.to(sums.moments.dtype)
+        n += len(x)
+        if n == len(x) or self._update_count in MOVE_REFERENCES:
+            # Squares about a centre far from the mean would cancel. A constant activation stays exactly at its centre.
+            moved = (centres + sums.moments[2] / (n * x.shape[1])).to(x.dtype).to(centres.dtype)  # as precise as x
+            sums, centres = sums.about(centres - moved, n), moved
+        if not sums.hold_digits(n):
+            return False
+        self.centres, self.plain_samples = centres, self.plain_samples + len(x)
+        self.plain_moments, self.plain_columns = sums
+        return True
+
+    def _add_exact(self, x: Tensor) -> None:
+        if not self.references.numel():
+            self.references = x[0].to(self.row_spread.dtype, copy=True)
+            self.row_spread, self.squares, self.sums = exact_sums(x, self.references, self.squared)
+        else:
+            if self._update_count in MOVE_REFERENCES:
+                n = self.exact_samples
+                moved = torch.add(self.references, self.sums / n).to(x.dtype).to(self.sums.dtype)
+                self.squares, self.sums = self._about(self.squares, self.sums, self.references - moved, n)
+                self.references = moved
+            block = exact_sums(x, self.references, self.squared)
+            self.row_spread = self.row_spread + block.row_spread
+            self.squares, self.sums = self.squares + block.squares, self.sums + block.sums
+        self.exact_samples = self.exact_samples + len(x)
+
+    def _about(self, squares: Tensor, sums: Tensor, shift: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        """Squares and sums of n deviations that all grow by ``shift``."""
+        grown = sums + n * shift
+        return squares + self._over_columns(shift * (sums + grown)), grown
+
+    def _over_columns(self, values: Tensor) -> Tensor:
+        """Sum (transformations, activations) to the shape of ``squares``."""
+        return values.sum(0, keepdim=True) if self.squared else values
+
+    def _row_spread(self) -> Tensor:
+        """Squared deviations from the row means, or the sum of the rows' standard deviations: (k,)."""
+        if not self.squared or not self.centres.numel():
+            return self.row_spread
+        plain = self._plain().row_spread()
+        return plain + self.row_spread if self.references.numel() else plain
+
+    def _column_spread(self) -> Tensor:
+        """Squared deviations from the column means: (1, k), or (m, k) where ``squared`` is false."""
+        return self._columns_joined()[0]
+
+    def _columns_joined(self) -> tuple[Tensor, Tensor]:
+        """Squared deviations from the column means, and the column means (m, k), of both sets of rows."""
+        found = []
+        if self.squared and self.centres.numel():
+            n_plain = self.plain_samples
+            spread = self._plain().column_spread(n_plain)[None]
+            found.append((n_plain, spread, self.centres + self.plain_columns / n_plain))
+        if self.references.numel():
+            n_exact = self.exact_samples
+            spread = (self.squares - self._over_columns(self.sums.square()) / n_exact).clamp_min_(0)
+            found.append((n_exact, spread, self.references + self.sums / n_exact))
+        if len(found) == 1:
+            return found[0][1:]
+        # Two sets of rows with different means (Chan, Golub and LeVeque 1983, the paper's reference 20).
+        (n_a, spread_a, means_a), (n_b, spread_b, means_b) = found
+        part = n_b / self.n_samples.to(means_b.dtype)
+        between = self._over_columns((means_a - means_b).square()) * (n_a * part)
+        return spread_a + spread_b + between, means_a + (means_b - means_a) * part
+
+    def _merge(self, a: States, b: States) -> States:
+        plain = self._merge_plain(a, b) if self.squared else {}
+        return {**plain, **self._merge_exact(a, b)}
+
+    def _merge_plain(self, a: States, b: States) -> States:
+        if not a["centres"].numel() or not b["centres"].numel():
+            return {name: (a if a["centres"].numel() else b)[name] for name in PLAIN}
+        first, second = (PlainSums(*(states[name] for name in PLAIN[2:])) for states in (a, b))
+        merged = first.plus(second.about(b["centres"] - a["centres"], b["plain_samples"]))
+        samples = a["plain_samples"] + b["plain_samples"]
+        return dict(zip(PLAIN, (samples, a["centres"], *merged), strict=True))
+
+    def _merge_exact(self, a: States, b: States) -> States:
+        if not a["references"].numel() or not b["references"].numel():
+            return {name: (a if a["references"].numel() else b)[name] for name in EXACT}
+        shift, n = b["references"] - a["references"], b["exact_samples"]
+        squares, sums = self._about(b["squares"], b["sums"], shift, n)
+        return {
+            "exact_samples": a["exact_samples"] + n,
+            "row_spread": a["row_spread"] + b["row_spread"],
+            "references": a["references"],
+            "squares": a["squares"] + squares,
+            "sums": a["sums"] + sums,
+        }
+
+    def _transformation_variance(self) -> Tensor:
+        m = self.n_transformations
+        mean = self._row_spread() / self.n_samples
+        return self._shaped(mean / (m - 1) if self.squared else mean)
+
+    def _sample_variance(self) -> Tensor:
+        variance = self._column_spread() / (self.n_samples - 1)
+        if self.squared:
+            return self._shaped(variance[0] / self.n_transformations)
+        return self._shaped(variance.sqrt().mean(0))
+
+    def _aggregated(self, values: Tensor) -> Tensor:
+        return aggregate_maps(values, self.aggregate)
+
+    def _undefined(self) -> Tensor:
+        return torch.full(self.activation_shape.tolist(), torch.nan, dtype=torch.float64, device=self.device)
