@@ -49,6 +49,12 @@ class Manual(Net):
         return torch.optim.SGD(convolution, lr=0.1), torch.optim.Adam(rest)
 
 
+#: Transformations that draw from every random generator.
+NOISE = TransformationSet.from_callables(
+    {"as it is": lambda x: x, "noise": lambda x: x + random.random() + np.random.rand() + torch.randn_like(x)}
+)
+
+
 @pytest.mark.parametrize(
     ("model", "callbacks", "options"),
     [
@@ -62,7 +68,7 @@ class Manual(Net):
 )
 def test_training_does_not_notice_it(tmp_path, model, callbacks, options):
     seen = []
-    for extra in ([], [monitor()]):
+    for extra in ([], [InvarianceMonitor(NOISE)]):
         recorder = Recorder()
         trainer = fit(tmp_path / str(len(seen)), *callbacks(), *extra, recorder, model=seeded(model), **options)
         generators = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
