@@ -33,7 +33,7 @@ VALUES = [0.0, -0.0, 1e-40, -3e-39, 2e-20, 1e-3, 1.0, -1.0, 1e4 + 1, 1e4, 3e17, 
 
 @st.composite
 def cubes(draw, values, dtype):
-    n, m, k = draw(st.integers(2, 7)), draw(st.integers(2, 5)), draw(st.integers(2, 4))  # torchmetrics makes a scalar of one value
+    n, m, k = draw(st.integers(2, 7)), draw(st.integers(2, 5)), draw(st.integers(2, 4))  # one value would be a scalar
     flat = draw(st.lists(st.sampled_from(values), min_size=n * m * k, max_size=n * m * k))
     return torch.tensor(flat, dtype=dtype).view(n, m, k)
 

@@ -30,6 +30,7 @@ def anova(st: Tensor, paired: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         ``[0, 1]``: tensors of ``activation_shape``. A constant activation has F = 0, p = 1 and no effect.
     """
     n, m = st.shape[:2]
+    st = st - st[:1, :1]  # a shift changes nothing, and the mean of a constant would round
     columns, rows, mean = st.mean(0), st.mean(1), st.mean((0, 1))
     between = n * (columns - mean).square().sum(0)
     within = (st - columns).square().sum((0, 1))
