@@ -42,7 +42,7 @@ class Net(pl.LightningModule):
 
 def fit(tmp_path, *callbacks, epochs=3, model=None, logger=None, data=DATA, ckpt_path=None, **options):
     pl.seed_everything(1, verbose=False)
-    model = model or Net()
+    model = Net() if model is None else model
     trainer = pl.Trainer(
         max_epochs=epochs,
         callbacks=list(callbacks),

@@ -1,5 +1,7 @@
 """The same values from several processes: uneven shares, a process that has no sample, an error on one of them."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -73,6 +75,22 @@ def everything(n):
     return {**values, **floor, "dead": result.dead["1"], "n": torch.tensor(result.n_samples)}
 
 
+@contextmanager
+def counted_messages():
+    """Sizes in bytes of the tensors that this process sends."""
+    sent, send = [], dist.send
+
+    def counting(tensor, *args, **kwargs):
+        sent.append(tensor.nbytes)
+        return send(tensor, *args, **kwargs)
+
+    dist.send = counting
+    try:
+        yield sent
+    finally:
+        dist.send = send
+
+
 def in_process(rank, world_size, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
@@ -88,6 +106,15 @@ def in_process(rank, world_size, folder):
         if CUBE[share].numel():
             constant.update(CONSTANT_COLUMNS[share].to(dtype))
         found[f"constant {dtype}"] = constant.compute()
+    numbers = []
+    for network in (model(), nn.Sequential(*model(), *(nn.ELU() for _ in range(20)))):
+        with counted_messages() as sent:
+            result = evaluate(network, TensorDataset(IMAGES, torch.arange(13) % 2), rotations(4), every_measure())
+        numbers.append((len(sent), len(result.layers)))
+    found["messages"] = numbers
+    with counted_messages() as sent:
+        evaluate(model(), IMAGES, rotations(4))
+    found["variance bytes"] = sum(sent)
     found["all"] = everything(13)
     found["few"] = everything(3)  # fewer than four processes
     torch.save(found, f"{folder}/{rank}.pt")
@@ -107,6 +134,11 @@ def test_ranks_merge_to_the_definition(tmp_path, world_size):
                 expected = definition(CUBE.to(dtype).double())
                 torch.testing.assert_close(found[f"{name} {dtype}"], expected, rtol=tolerance, atol=0)
             assert found[f"constant {dtype}"].item() == float("inf")
+        # A header and a message to each neighbour in the chain, in each of Goodfellow's two passes, for any depth.
+        neighbours = 1 if rank in (0, world_size - 1) else 2
+        assert found["messages"] == [(2 * 2 * neighbours, 4), (2 * 2 * neighbours, 24)]
+        activations = 48 + 48 + 48 + 4
+        assert found["variance bytes"] < 2 * 1.5 * activations * (2 * 4 + 2) * 8  # states of m = 4 in float64
         for case, expected in alone.items():
             assert list(found[case]) == list(expected)
             for name, value in expected.items():

@@ -21,11 +21,14 @@ def run(launcher, *arguments):
     )
 
 
-@pytest.mark.parametrize(
+LAUNCHERS = pytest.mark.parametrize(
     ("launcher", "strategy"),
     [([], "ddp_fork"), ([], "ddp_spawn"), ([], "ddp"), (TORCHRUN, "ddp")],
     ids=["ddp_fork", "ddp_spawn", "ddp", "torchrun"],
 )
+
+
+@LAUNCHERS
 def test_every_process_has_the_values_of_one(tmp_path, launcher, strategy):
     done = run(launcher, strategy, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -50,8 +53,9 @@ def test_every_process_has_the_values_of_one(tmp_path, launcher, strategy):
     assert len(logged.Scalars("NormalizedVariance_mean")) == 3
 
 
-def test_an_error_on_one_process_ends_the_job_with_that_error(tmp_path):
-    done = run([], "ddp_fork", tmp_path, "fail")
+@LAUNCHERS
+def test_an_error_on_one_process_ends_the_job_with_that_error(tmp_path, launcher, strategy):
+    done = run(launcher, strategy, tmp_path, "fail")
     assert done.returncode != 0
     assert "ArithmeticError" in done.stderr
     assert "a bad batch" in done.stderr
