@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -27,12 +27,6 @@ def device_of(model: nn.Module) -> torch.device:
     """Where the first parameter or buffer is; the CPU for a model without any."""
     tensor = next((t for tensors in (model.parameters(), model.buffers()) for t in tensors), None)
     return torch.device("cpu") if tensor is None else tensor.device
-
-
-def forced_eager() -> AbstractContextManager[None]:
-    """Run compiled modules uncompiled: a compiled graph silently skips hooks that were added later."""
-    stance = getattr(torch.compiler, "set_stance", None)  # torch >= 2.6
-    return nullcontext() if stance is None else stance("force_eager")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from lightning_invariance.activations import Selection, catch_activations, transformed_input
 from lightning_invariance.distributed import gather_or_raise, rank_and_world_size
-from lightning_invariance.isolation import evaluation_mode, forced_eager, isolated_random_state, on_device
+from lightning_invariance.isolation import evaluation_mode, isolated_random_state, on_device
 from lightning_invariance.loader import STBlock, STLoader
 from lightning_invariance.transforms import TransformationSet
 from lightning_invariance.walk import Walk
@@ -122,7 +122,8 @@ class Run:
             stack.enter_context(on_device(self.model, self.device))
             stack.enter_context(evaluation_mode(self.model))
             stack.enter_context(torch.no_grad())
-            stack.enter_context(forced_eager())
+            # A compiled graph silently skips hooks that were added later.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             if self.entry is not None:
                 stack.enter_context(transformed_input(self.entry, enter))
             return stack.pop_all()

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torchvision
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from test_callback import DATA, IMAGES, Net, Recorder, fit
@@ -62,7 +62,10 @@ NOISE = TransformationSet.from_callables(
     [
         (Net, list, {"accumulate_grad_batches": 2}),
         (Net, lambda: [StochasticWeightAveraging(0.01, swa_epoch_start=1)], {}),
-        (Net, lambda: [EMAWeightAveraging()], {}),
+        pytest.param(
+            *(Net, lambda: [pl.callbacks.EMAWeightAveraging()], {}),
+            marks=pytest.mark.skipif(not hasattr(pl.callbacks, "EMAWeightAveraging"), reason="Lightning 2.6 has it"),
+        ),
         (Manual, list, {}),
         (Net, list, {"precision": "bf16-mixed"}),
         (Net, list, {"num_sanity_val_steps": 0, "limit_train_batches": 3}),
