@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,10 @@ from torch import Tensor
 
 from lightning_invariance.functional.variance import aggregate_maps
 from lightning_invariance.table import LayerStatistics, Table
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
 
 
 class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
@@ -38,10 +42,13 @@ class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
         skipped: measure → layers for which it is not defined, such as those without spatial axes.
         convergence: measure → layer → number of samples → mean of the layer after so many samples.
         higher_is_better: measure → whether higher values are more invariant; None where neither is.
+        response: measure → layer → what each transformation does to the layer, where the measure was asked for it
+            (``NormalizedVariance(response=True)``).
+        scores: the trainer's metrics of that moment, such as an accuracy.
 
     Attributes:
         n_samples: see Args. So are ``transformations``, ``parameters``, ``epoch``, ``step``, ``floor``, ``skipped``,
-            ``convergence`` and ``higher_is_better``.
+            ``convergence``, ``higher_is_better``, ``response`` and ``scores``.
     """
 
     def __init__(
@@ -58,6 +65,8 @@ class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
         skipped: Mapping[str, Sequence[str]] | None = None,
         convergence: Mapping[str, Mapping[str, Mapping[int, float]]] | None = None,
         higher_is_better: Mapping[str, bool | None] | None = None,
+        response: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+        scores: Mapping[str, float] | None = None,
     ) -> None:
         self._values = {measure: dict(layers) for measure, layers in values.items()}
         self.dead = dict(dead or {})
@@ -69,6 +78,8 @@ class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
         self.floor = dict(floor or {})
         self.skipped = {measure: list(layers) for measure, layers in (skipped or {}).items() if layers}
         self.higher_is_better = dict(higher_is_better or {})
+        self.response = {measure: dict(layers) for measure, layers in (response or {}).items()}
+        self.scores = dict(scores or {})
         self.convergence = {
             measure: {layer: {int(n): value for n, value in found.items()} for layer, found in layers.items()}
             for measure, layers in (convergence or {}).items()
@@ -156,6 +167,26 @@ class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
         total = sum(sizes)
         return sum(row.mean * size for row, size in zip(rows, sizes, strict=True)) / total if total else math.nan
 
+    def plot(self, measure: str | None = None) -> Figure:
+        """The heatmap of a measure: :func:`lightning_invariance.plots.heatmap`.
+
+        Args:
+            measure: its name; by default the first.
+        """
+        from lightning_invariance.plots import heatmap  # which knows results
+
+        return heatmap(self, measure)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The tables of all measures as one ``DataFrame`` (pandas must be installed): a row for each measure and layer.
+
+        The columns are ``measure`` and those of :class:`LayerStatistics`.
+        """
+        import pandas
+
+        rows = [{"measure": measure, **asdict(row)} for measure, table in self._tables.items() for row in table]
+        return pandas.DataFrame(rows)
+
     def reduced(self) -> InvarianceResult:
         """The same result with one value for each channel; tables, means and pictures stay what they are."""
         state = self.state_dict()
@@ -184,6 +215,8 @@ class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
             "skipped": self.skipped,
             "convergence": self.convergence,
             "higher_is_better": self.higher_is_better,
+            "response": self.response,
+            "scores": self.scores,
         }
 
     @classmethod

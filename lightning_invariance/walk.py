@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -11,17 +11,12 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_invariance.distributed import gather_or_raise, merge_over_ranks
+from lightning_invariance.groups import INPUT, Group, applies, computed, groups_of, leader_of, passes_of
 from lightning_invariance.loader import STBlock
 from lightning_invariance.measures import Measure
 from lightning_invariance.measures.longrows import LongRows
 from lightning_invariance.result import InvarianceResult
 from lightning_invariance.transforms import TransformationSet
-
-#: Measures that share their states: name → metric. The first is updated for all of them.
-Group = dict[str, Metric]
-
-#: The layer of a network that gives back its input, for :attr:`InvarianceResult.floor`.
-INPUT = ""
 
 
 class Walk:
@@ -40,11 +35,11 @@ class Walk:
     def __init__(
         self, measures: Mapping[str, Metric], transformations: TransformationSet, milestones: Iterable[int] = ()
     ) -> None:
-        self.passes = max(map(_passes, measures.values()), default=1)
+        self.passes = max(map(passes_of, measures.values()), default=1)
         self.n_samples = 0
         self._pass = 1
         self._measures = measures
-        self._groups = _groups(measures)
+        self._groups = groups_of(measures)
         self._layers: dict[str, list[Group]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._transformations = transformations
@@ -103,10 +98,10 @@ class Walk:
     def _note(self) -> None:
         """Compute what there is so far; a copy of a metric at a time, since computing may not disturb the walk."""
         self._milestones = [n for n in self._milestones if n > self.n_samples]
-        noted = Walk({name: m for name, m in self._measures.items() if _passes(m) == 1}, self._transformations)
+        noted = Walk({name: m for name, m in self._measures.items() if passes_of(m) == 1}, self._transformations)
         noted.n_samples, noted._shapes = self.n_samples, self._shapes
         noted._layers = {
-            layer: [deepcopy(group) for group in groups if _passes(_leader(group)) == 1]
+            layer: [deepcopy(group) for group in groups if passes_of(leader_of(group)) == 1]
             for layer, groups in self._layers.items()
         }
         self._noted.append(noted.result())
@@ -128,7 +123,7 @@ class Walk:
                 self._shapes[layer] = tuple(st.shape[2:])
                 self._layers[layer] = self._new_groups(layer, st.device)
             for group in self._layers[layer]:
-                _leader(group).update(st, last=block.columns.stop == m)
+                leader_of(group).update(st, last=block.columns.stop == m)
             return
         if st.shape[1] < m:
             # A row longer than a batch: wait for the rest of it.
@@ -144,8 +139,8 @@ class Walk:
         if block.labels is not None:
             about["labels"] = block.labels
         for group in self._layers[layer]:
-            leader = _leader(group)
-            if self._pass <= _passes(leader):
+            leader = leader_of(group)
+            if self._pass <= passes_of(leader):
                 leader.update(st, **leader._filter_kwargs(**about))
 
     def _batch_first(self, layer: str, module: nn.Module, output: Tensor, batch: int) -> Tensor:
@@ -167,7 +162,7 @@ class Walk:
 
     def _new_groups(self, layer: str, device: torch.device) -> list[Group]:
         groups = [{name: self._new_metric(name, device) for name in names} for names in self._groups]
-        return [group for group in groups if _applies(_leader(group), layer, self._shapes[layer])]
+        return [group for group in groups if applies(leader_of(group), layer, self._shapes[layer])]
 
     def _new_metric(self, name: str, device: torch.device) -> Metric:
         metric = self._measures[name].clone()
@@ -209,19 +204,22 @@ class Walk:
         self._layers = {layer: self._layers[layer] for layer in order}
 
     def _leaders(self) -> Iterator[Metric]:
-        return (_leader(group) for groups in self._layers.values() for group in groups)
+        return (leader_of(group) for groups in self._layers.values() for group in groups)
 
     def result(self) -> InvarianceResult:
         """Compute every measure of every layer, and forget the states."""
         values: dict[str, dict[str, Tensor]] = {name: {} for name in self._measures}
         dead: dict[str, Tensor] = {}
+        response: dict[str, dict[str, list[float]]] = {}
         for layer, groups in self._layers.items():
             for group in groups:
-                leader = _leader(group)
+                leader = leader_of(group)
                 if isinstance(leader, Measure) and layer not in dead and (found := leader.dead()) is not None:
                     dead[layer] = found.cpu()
                 for name, metric in group.items():
-                    values[name][layer] = _of_shape(_computed(metric, leader), self._shapes[layer])
+                    values[name][layer] = _of_shape(computed(metric, leader), self._shapes[layer])
+                    if isinstance(metric, Measure) and (parts := metric.response()) is not None:
+                        response.setdefault(name, {})[layer] = parts.tolist()
                 for metric in group.values():
                     metric.reset()  # its states would wait for the garbage collector: a metric refers to itself
         floor = {name: layers.pop(INPUT) for name, layers in values.items() if INPUT in layers}
@@ -233,6 +231,7 @@ class Walk:
             transformations=self._transformations.labels,
             parameters=self._transformations.parameters,
             floor=floor,
+            response=response,
             skipped={name: [layer for layer in self.layers if layer not in values[name]] for name in values},
             higher_is_better={name: measure.higher_is_better for name, measure in self._measures.items()},
         )
@@ -250,45 +249,6 @@ def _convergence(results: list[InvarianceResult]) -> dict[str, dict[str, dict[in
         }
         for measure in results[0]
     }
-
-
-def _groups(measures: Mapping[str, Metric]) -> list[list[str]]:
-    """The names of measures that share their states: the update of the first of each group serves all of it."""
-    rules: dict[str, frozenset[Hashable]] = {
-        name: measure.update_rule if isinstance(measure, Measure) else frozenset([id(measure)])
-        for name, measure in measures.items()
-    }
-    groups: list[list[str]] = []
-    for name in sorted(rules, key=lambda name: -len(rules[name])):
-        group = next((group for group in groups if rules[name] <= rules[group[0]]), None)
-        if group is None:
-            groups.append([name])
-        else:
-            group.append(name)
-    return groups
-
-
-def _leader(group: Group) -> Metric:
-    return next(iter(group.values()))
-
-
-def _passes(metric: Metric) -> int:
-    return metric.passes if isinstance(metric, Measure) else 1
-
-
-def _applies(metric: Metric, layer: str, shape: Iterable[int]) -> bool:
-    if not isinstance(metric, Measure):
-        return layer != INPUT
-    return (layer != INPUT or metric.has_floor) and metric.applies_to(tuple(shape))
-
-
-def _computed(metric: Metric, leader: Metric) -> Tensor:
-    """What a metric makes of the states of the leader of its group."""
-    for state in metric._defaults if metric is not leader else ():
-        setattr(metric, state, getattr(leader, state))
-    metric._update_count = max(1, leader._update_count)
-    value: Any = metric.compute()
-    return torch.as_tensor(value).detach().to("cpu", torch.float64)
 
 
 def _of_shape(value: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -47,7 +47,7 @@ def every_measure():
     return {
         "TV": TransformationVariance(),
         "SV": SampleVariance(),
-        "NV": NormalizedVariance(),
+        "NV": NormalizedVariance(response=True),
         "std": NormalizedVariance(squared=False),
         "TD": TransformationDistance(),
         "SD": SampleDistance(samples=3),
@@ -72,7 +72,8 @@ def everything(n):
     values = {f"{name}/{layer}": value for name in result for layer, value in result[name].items()}
     values["two walks"] = evaluate(model(), data, rotations(4), state_budget=1)["NormalizedVariance"]["3"]
     floor = {f"floor/{name}": value for name, value in result.floor.items()}
-    return {**values, **floor, "dead": result.dead["1"], "n": torch.tensor(result.n_samples)}
+    response = {f"response/{layer}": torch.tensor(parts) for layer, parts in result.response["NV"].items()}
+    return {**values, **floor, **response, "dead": result.dead["1"], "n": torch.tensor(result.n_samples)}
 
 
 @contextmanager

@@ -50,6 +50,11 @@ class TestNormalizedVariance(MeasureTester):
         return functional.normalized_variance(st)
 
 
+class TestNormalizedVarianceWithResponse(TestNormalizedVariance):
+    def make(self):
+        return NormalizedVariance(response=True)
+
+
 class TestTransformationDistance(MeasureTester):
     one_sample = True
 

@@ -77,6 +77,10 @@ class Measure(Metric):
         """Which activations never changed: bool of ``activation_shape``; None where the measure does not know."""
         return None
 
+    def response(self) -> Tensor | None:
+        """The part of each transformation in the value of the layer, ``(m,)``; None where it is not measured."""
+        return None
+
     @property
     def update_rule(self) -> frozenset[Hashable]:
         """What an update adds up. A measure whose rule is part of another's is served by the update of that other.

@@ -151,6 +151,23 @@ def exact_sums(x: Tensor, references: Tensor, squared: bool) -> ExactSums:
     return ExactSums(*(torch.cat(p, -1) for p in zip(*parts, strict=True)))
 
 
+def channel_changes(x: Tensor, channels: int, reference: int | None) -> Tensor:
+    """Squared deviations from the reference column, or without one from the row mean: float64 sums (m, channels)."""
+    n, m, k = x.shape
+    maps = x.view(n, m, channels, -1)
+    step = max(1, chunk_length(x) // (k // channels))
+    sums = []
+    for start in range(0, channels, step):
+        values = maps[:, :, start : start + step]
+        origin = values.mean(1, keepdim=True) if reference is None else values[:, reference, None]
+        deviation = torch.sub(values, origin, out=scratch(values.flatten(2)).view(values.shape))
+        sums.append(torch.linalg.vector_norm(deviation, dim=-1).double().square_().sum(0))
+    changes = torch.cat(sums, -1)
+    if x.dtype == torch.float32 and not SMALLEST_FLOAT32_SQUARE < changes.max() < LARGEST_FLOAT32_SQUARE:
+        return channel_changes(x.double(), channels, reference)
+    return changes
+
+
 def lost_in_float32(squares: Tensor, sums: Tensor) -> bool:
     """Whether squares left the range of float32: too large, or too small although the sums are not zero."""
     if squares.dtype != torch.float32:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from lightning_invariance.functional.variance import normalize
+from lightning_invariance.functional.variance import aggregate_maps, normalize
 from lightning_invariance.measures.variance_sums import VarianceMeasure
 
 
@@ -32,6 +33,7 @@ class TransformationVariance(VarianceMeasure):
     Args:
         squared: if false, the mean of the standard deviations instead of the variances, in units of the activation.
         aggregate: ``"mean"``, ``"max"`` or ``"sum"`` over the feature map gives one value for each channel.
+        response: also find which transformations change the layer; see :meth:`response`.
         kwargs: additional arguments of ``torchmetrics.Metric``.
 
     Raises:
@@ -50,6 +52,17 @@ class TransformationVariance(VarianceMeasure):
     def compute(self) -> Tensor:
         """The value of every activation."""
         return self._aggregated(self._transformation_variance() if self._enough() else self._undefined())
+
+    def response(self) -> Tensor | None:
+        r"""What each transformation does to the layer, ``(m,)``; None without ``response=True``.
+
+        Half the mean squared change of an activation from its value under the identity, which is the transformation
+        variance of that pair of transformations; averaged over the activations of the layer. For a set that knows of
+        no identity the mean squared deviation from the mean over the transformations, times m / (m − 1), whose mean
+        over the transformations is the transformation variance.
+        """
+        changes = self._changes()
+        return None if changes is None else changes.mean(1)
 
 
 class SampleVariance(VarianceMeasure):
@@ -91,6 +104,7 @@ class SampleVariance(VarianceMeasure):
     """
 
     higher_is_better = None
+    _responds = False
 
     def compute(self) -> Tensor:
         """The value of every activation."""
@@ -123,6 +137,7 @@ class NormalizedVariance(VarianceMeasure):
         squared: if false, the quotient of mean standard deviations instead of mean variances.
         aggregate: ``"mean"``, ``"max"`` or ``"sum"`` over the feature map, of both variances before the quotient, gives
             one value for each channel. The paper takes the quotient of every activation first, as the default does.
+        response: also find which transformations change the layer; see :meth:`response`.
         kwargs: additional arguments of ``torchmetrics.Metric``.
 
     Raises:
@@ -143,3 +158,16 @@ class NormalizedVariance(VarianceMeasure):
         if not self._enough(samples=2):
             return self._aggregated(self._undefined())
         return normalize(self._aggregated(self._transformation_variance()), self._aggregated(self._sample_variance()))
+
+    def response(self) -> Tensor | None:
+        """What each transformation does to the layer, ``(m,)``; None without ``response=True``.
+
+        That of :meth:`TransformationVariance.response` over the sample variance, each averaged over the feature map
+        before the quotient, and the mean over the channels where it is finite: 0 is a transformation that the layer
+        does not notice; 1 one that changes it as much as another sample does.
+        """
+        changes = self._changes()
+        if changes is None:
+            return None
+        quotient = changes / aggregate_maps(self._sample_variance(), "mean")
+        return torch.where(quotient.isfinite(), quotient, torch.nan).nanmean(1)

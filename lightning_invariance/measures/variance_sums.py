@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_invariance.functional.variance import aggregate_maps
 from lightning_invariance.measures.base import Measure, States
-from lightning_invariance.measures.spread import PlainSums, exact_sums, plain_sums
+from lightning_invariance.measures.spread import PlainSums, channel_changes, exact_sums, plain_sums
+from lightning_invariance.transforms import TransformationSet
 
 #: Updates before which the references move to the means: often enough for the digits, rare enough for the time.
 MOVE_REFERENCES = frozenset(4**power for power in range(1, 16))
@@ -49,14 +51,26 @@ class VarianceMeasure(Measure):
     references: Tensor
     squares: Tensor
     sums: Tensor
+    changes: Tensor
 
-    def __init__(self, squared: bool = True, aggregate: str | None = None, **kwargs: Any) -> None:
+    #: Whether the measure can tell what each transformation does.
+    _responds: ClassVar[bool] = True
+
+    def __init__(
+        self, squared: bool = True, aggregate: str | None = None, response: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         if not isinstance(squared, bool):
             raise ValueError(f"Expected argument `squared` to be a bool, but got {squared!r}.")
         if aggregate not in AGGREGATES:
             raise ValueError(f"Expected argument `aggregate` to be one of {AGGREGATES}, but got {aggregate!r}.")
-        self.squared, self.aggregate = squared, aggregate
+        if not isinstance(response, bool) or (response and not (squared and self._responds)):
+            raise ValueError(
+                "Expected argument `response` to be a bool, true only for TransformationVariance and NormalizedVariance"
+                f" with `squared=True`, but got {response!r}."
+            )
+        self.squared, self.aggregate, self._with_response = squared, aggregate, response
+        self._identity: int | None = None
         vector, matrix = torch.zeros(0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64)
         self._add_states(exact_samples=torch.tensor(0), row_spread=vector)
         self._add_states(references=matrix, squares=matrix, sums=matrix)
@@ -65,11 +79,18 @@ class VarianceMeasure(Measure):
             self._add_states(plain_samples=torch.tensor(0), centres=vector, plain_moments=matrix)
             # The column sums, much the largest state, are sums of float32 deviations and stay float32.
             self._add_states(plain_columns=matrix.float())
+        if response:
+            self._add_states(changes=matrix)
 
     @property
     def update_rule(self) -> frozenset[Hashable]:
         """The family shares its states; those of standard deviations are others."""
-        return frozenset([(VarianceMeasure, self.squared)])
+        shared: list[Hashable] = [(VarianceMeasure, self.squared)]
+        return frozenset([*shared, "response"] if self._with_response else shared)
+
+    def prepare(self, transformations: TransformationSet, input_shape: Sequence[int]) -> None:
+        """Learn which transformation changes nothing."""
+        self._identity = transformations.identity
 
     def dead(self) -> Tensor | None:
         """Which activations never changed, over all samples and transformations: bool of ``activation_shape``."""
@@ -79,6 +100,9 @@ class VarianceMeasure(Measure):
         # A device without float64 has only the exact way.
         if not (self.squared and self.row_spread.dtype == torch.float64 and self._add_plain(x)):
             self._add_exact(x)
+        if self._with_response:
+            changes = channel_changes(x, math.prod(self.activation_shape.tolist()[:1]), self._identity)
+            self.changes = self.changes + changes if self.changes.numel() else changes
 
     def _plain(self) -> PlainSums:
         return PlainSums(self.plain_moments, self.plain_columns)
@@ -161,7 +185,8 @@ class VarianceMeasure(Measure):
 
     def _merge(self, a: States, b: States) -> States:
         plain = self._merge_plain(a, b) if self.squared else {}
-        return {**plain, **self._merge_exact(a, b)}
+        response = {"changes": a["changes"] + b["changes"]} if self._with_response else {}
+        return {**plain, **self._merge_exact(a, b), **response}
 
     def _merge_plain(self, a: States, b: States) -> States:
         if not a["centres"].numel() or not b["centres"].numel():
@@ -194,6 +219,14 @@ class VarianceMeasure(Measure):
         if self.squared:
             return self._shaped(variance[0] / self.n_transformations)
         return self._shaped(variance.sqrt().mean(0))
+
+    def _changes(self) -> Tensor | None:
+        """Half the mean squared change from the identity, or the mean squared deviation: (m, channels)."""
+        if not self._with_response or not self.changes.numel():
+            return None
+        size, m = math.prod(self.activation_shape.tolist()[1:]), self.n_transformations
+        spread: Tensor = self.changes / (self.n_samples * size)
+        return spread / 2 if self._identity is not None else spread * m / (m - 1)
 
     def _aggregated(self, values: Tensor) -> Tensor:
         return aggregate_maps(values, self.aggregate)

@@ -50,6 +50,8 @@ class AffineSet(TransformationSet):
             raise ValueError(f"Expected matrices of shape ({len(self)}, 3, 3), but got {tuple(matrices.shape)}.")
         self.matrices = matrices.to(torch.float64)
         self.square = square
+        same = (self.matrices == torch.eye(3, dtype=torch.float64)).flatten(1).all(1).nonzero()
+        self.identity = int(same[0]) if len(same) else None
         self._known_sources: dict[Hashable, _Sources] = {}
 
     def _apply(self, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:

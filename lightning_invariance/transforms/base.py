@@ -51,9 +51,11 @@ class TransformationSet(ABC, Sequence[Transformation]):
         parameters: numbers for the axes of plots, one list of length m for each parameter, such as
             ``{"angle": [0.0, 22.5, ...]}``.
         invertible: whether :meth:`inverse` can be called.
+        identity: position of the transformation that changes nothing; None where the set knows of none.
     """
 
     invertible: bool = True
+    identity: int | None = None
 
     def __init__(self, labels: Sequence[str], parameters: Mapping[str, Sequence[float]] | None = None) -> None:
         if not labels:

@@ -1,0 +1,96 @@
+"""What each transformation does to a layer."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_invariance import TransformationSet, evaluate, functional, quarter_turns, rotations, scales, translations
+from lightning_invariance.measures import NormalizedVariance, SampleVariance, TransformationVariance
+
+IMAGES = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+HALF = {"same": lambda x: x, "half": lambda x: x / 2, "turned": lambda x: x.flip(-1)}
+
+
+def network(dtype=torch.float64):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 3, 3), nn.ELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)]
+    return nn.Sequential(*layers).to(dtype)
+
+
+def responses(transformations, measure, images=IMAGES, **options):
+    model = network(images.dtype)
+    return evaluate(model, images, transformations, measure, progress=False, **options).response
+
+
+def test_it_is_the_transformation_variance_of_the_pair_with_the_identity():
+    turns = rotations(angles=[30, 0, 90])
+    found = responses(turns, TransformationVariance(response=True))["TransformationVariance"]
+    for j, pair in enumerate(([30, 0], [0, 0], [90, 0])):
+        alone = evaluate(network(), IMAGES, rotations(angles=pair), TransformationVariance(), progress=False)
+        for layer, values in alone["TransformationVariance"].items():
+            assert found[layer][j] == pytest.approx(values.mean().item(), rel=1e-9, abs=1e-15)
+
+
+def test_normalised_it_is_over_the_sample_variance_of_each_channel():
+    turns = rotations(angles=[0, 30, 90])
+    found = responses(turns, NormalizedVariance(response=True))["NormalizedVariance"]["0"]
+    st = network()[0](turns(IMAGES).flatten(0, 1)).view(20, 3, 3, 36)
+    for j in range(3):
+        pair = functional.transformation_variance(st[:, [0, j]]).mean(-1)
+        assert found[j] == pytest.approx((pair / functional.sample_variance(st).mean(-1)).mean().item(), rel=1e-9)
+
+
+def test_without_an_identity_the_mean_over_transformations_is_the_variance():
+    transformations = TransformationSet.from_callables(HALF)
+    assert transformations.identity is None
+    result = evaluate(network(), IMAGES, transformations, TransformationVariance(response=True), progress=False)
+    for layer, parts in result.response["TransformationVariance"].items():
+        assert sum(parts) / 3 == pytest.approx(result.per_layer()[layer], rel=1e-9)
+
+
+def test_an_invariant_layer_has_no_response_and_a_dead_channel_does_not_count():
+    found = responses(quarter_turns(), NormalizedVariance(response=True), IMAGES.float())["NormalizedVariance"]
+    assert found["2"] != pytest.approx([0, 0, 0, 0], abs=1e-3)  # of a convolution that is no symmetric one
+    symmetric, model = torch.ones(3, 1, 3, 3), network(torch.float32)
+    symmetric[2] = 0
+    model[0].weight.data = symmetric
+    result = evaluate(model, IMAGES.float(), quarter_turns(), NormalizedVariance(response=True), progress=False)
+    assert result.response["NormalizedVariance"]["3"] == pytest.approx([0, 0, 0, 0], abs=1e-9)
+
+
+@pytest.mark.parametrize("images", [IMAGES, 1e-25 * IMAGES.float(), 1e25 * IMAGES.float()])
+@pytest.mark.parametrize("batch_size", [3, 16, 64])
+def test_any_batches_and_sizes_of_values(batch_size, images):
+    turns = rotations(5)
+    model = network(images.dtype)
+    nn.init.zeros_(model[0].bias)
+    result = evaluate(model, images, turns, TransformationVariance(response=True), layers="0", batch_size=batch_size)
+    found = result.response["TransformationVariance"]["0"]
+    with torch.no_grad():
+        st = model[0](turns(images).flatten(0, 1)).view(20, 5, -1).double()
+    expected = [functional.transformation_variance(st[:, [0, j]]).mean().item() for j in range(5)]
+    assert found == pytest.approx(expected, rel=1e-9 if images.dtype == torch.float64 else 1e-4, abs=0)
+
+
+def test_it_merges():
+    st = torch.randn(11, 4, 3, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    whole, one, other = (NormalizedVariance(response=True) for _ in range(3))
+    whole.update(st)
+    one.update(st[:4])
+    other.update(st[4:])
+    other.merge_state(one)
+    torch.testing.assert_close(other.response(), whole.response(), rtol=1e-12, atol=0)
+
+
+def test_which_sets_know_their_identity():
+    assert rotations(16).identity == 0
+    assert scales().identity == 5
+    assert translations().identity is None
+    assert rotations(16)[3:].identity is None
+
+
+def test_it_must_be_asked_for_and_makes_sense():
+    assert responses(rotations(4), NormalizedVariance()) == {}
+    for make in (lambda: NormalizedVariance(squared=False, response=True), lambda: SampleVariance(response=True)):
+        with pytest.raises(ValueError, match="Expected argument `response`"):
+            make()
