@@ -16,9 +16,16 @@ from torchmetrics import Metric
 
 from lightning_invariance.activations import Layers, select_layers
 from lightning_invariance.evaluate import evaluate, named_measures
-from lightning_invariance.logging import log_image, log_scalars, logger_step
-from lightning_invariance.plots import evolution, heatmap
-from lightning_invariance.plots.common import render
+from lightning_invariance.logging import (
+    explain,
+    log_histograms,
+    log_pictures,
+    log_scalars,
+    logger_step,
+    scalars,
+    scores,
+)
+from lightning_invariance.measures import NormalizedVariance
 from lightning_invariance.result import InvarianceResult
 from lightning_invariance.transforms import TransformationSet
 
@@ -49,14 +56,20 @@ class InvarianceMonitor(pl.Callback):
     **Logged images**, where the logger takes images:
 
     - ``{Measure}/heatmap``: layers × channels (the paper's figure 8).
-    - ``{Measure}/evolution``: layers × evaluations so far; the last image tells the whole training.
+    - ``{Measure}/evolution``: layers × evaluations so far, under the accuracy or loss that the model logs; the last
+      image tells the whole training.
+    - ``{Measure}/response``: what each transformation does to each layer, for measures with ``response=True``.
+
+    **In TensorBoard** also, once, a chart of all layers of each measure under Custom Scalars (a layout of your own is
+    kept), and under Text what the tags mean; with ``histograms=True`` the distribution over the channels of each layer,
+    ``{Measure}/channels/{layer}``.
 
     With ``name="rotation"``, ``{Measure}`` becomes ``{Measure}_rotation``.
 
     Args:
         transformations: the set, such as ``rotations(16)``; at least two transformations.
         measures: metrics of ``lightning_invariance.measures``, or a dict that names them; see :func:`evaluate`. By
-            default :class:`~lightning_invariance.measures.NormalizedVariance`.
+            default :class:`~lightning_invariance.measures.NormalizedVariance` with ``response=True``.
         data: samples to measure with: dataset, loader or tensor. By default the trainer's validation data (the first
             loader, if there are several).
         layers: which layers; by default every leaf module. See :func:`layer_names`.
@@ -67,10 +80,11 @@ class InvarianceMonitor(pl.Callback):
         input_fn: picks x from a collated batch where :class:`STLoader` does not find it.
         seed: of the choice of samples.
         name: added to the names of the measures; needed where one trainer has several monitors.
+        histograms: whether TensorBoard gets the distribution over the channels of each layer.
 
     Attributes:
-        history: the results so far, the untrained network first, each with ``epoch`` (−1 for the untrained network) and
-            ``step``. It is part of the checkpoint, there with one value for each channel; so it is in memory for older
+        history: the results so far, the untrained network first, each with ``epoch`` (−1 for the untrained network),
+            ``step`` and ``scores``, the metrics that the model logged in the same validation. It is part of the checkpoint, there with one value for each channel; so it is in memory for older
             results when the whole of it exceeds 256 MB.
 
     Raises:
@@ -101,6 +115,7 @@ class InvarianceMonitor(pl.Callback):
         input_fn: Callable[..., Tensor] | None = None,
         seed: int = 0,
         name: str | None = None,
+        histograms: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(transformations, TransformationSet):
@@ -120,7 +135,7 @@ class InvarianceMonitor(pl.Callback):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"Expected argument `{argument}` to be an int of at least {least}, but got {value}.")
         self.transformations = transformations
-        self.measures = named_measures(measures)
+        self.measures = named_measures([NormalizedVariance(response=True)] if measures is None else measures)
         self.data = data
         self.layers = layers
         self.every_n_epochs = every_n_epochs
@@ -130,8 +145,10 @@ class InvarianceMonitor(pl.Callback):
         self.input_fn = input_fn
         self.seed = seed
         self.name = name
+        self.histograms = histograms
         self.history: list[InvarianceResult] = []
         self._validated = False
+        self._undrawn = self._explained = False
 
     @property
     def state_key(self) -> str:
@@ -175,8 +192,8 @@ class InvarianceMonitor(pl.Callback):
             return
         result = self._evaluate(trainer, pl_module, epoch=trainer.current_epoch - 1)
         # `self.log` here would wait for the end of the epoch.
-        log_scalars(trainer, self._scalars(result), logger_step(trainer))
-        self._log_images(trainer)
+        log_scalars(trainer, scalars(result, self._tags), logger_step(trainer))
+        self._draw(trainer)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate at the end of validation."""
@@ -189,6 +206,14 @@ class InvarianceMonitor(pl.Callback):
         else:
             self._spare_patience(trainer)
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw what the validation has measured, now that all of its metrics are known."""
+        if self._undrawn:
+            every: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            monitors = [callback for callback in every if isinstance(callback, InvarianceMonitor)]
+            self.history[-1].scores = scores(trainer, [tag for m in monitors for tag in m._tags.values()])
+            self._draw(trainer)
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Nothing new will come of an epoch without validation that is not due."""
         if not trainer.enable_validation and not self._is_due(trainer):
@@ -198,6 +223,7 @@ class InvarianceMonitor(pl.Callback):
         """Evaluate at the end of an epoch that has no validation."""
         if not trainer.enable_validation and self._is_due(trainer):
             self._evaluate_and_log(trainer, pl_module)
+            self._draw(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """The history, with one value for each channel."""
@@ -216,8 +242,9 @@ class InvarianceMonitor(pl.Callback):
 
     def _is_own(self, monitored: str | None) -> bool:
         """Whether a metric is one that this monitor logs."""
-        tags = [self._tag(measure) for measure in self.measures]
-        return monitored is not None and any(monitored == f"{t}_mean" or monitored.startswith(f"{t}/") for t in tags)
+        return monitored is not None and any(
+            monitored == f"{tag}_mean" or monitored.startswith(f"{tag}/") for tag in self._tags.values()
+        )
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
         return (trainer.current_epoch + 1) % self.every_n_epochs == 0
@@ -226,9 +253,8 @@ class InvarianceMonitor(pl.Callback):
         result = self._evaluate(trainer, pl_module, epoch=trainer.current_epoch)
         # Every rank has the same values: `rank_zero_only` logs them without a collective and without a warning.
         self.log_dict(  # type: ignore[attr-defined]
-            self._scalars(result), on_step=False, on_epoch=True, sync_dist=True, rank_zero_only=True
+            scalars(result, self._tags), on_step=False, on_epoch=True, sync_dist=True, rank_zero_only=True
         )
-        self._log_images(trainer)
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> InvarianceResult:
         precision = trainer.precision_plugin
@@ -254,28 +280,28 @@ class InvarianceMonitor(pl.Callback):
             progress=bar is not None and bar.is_enabled,
         )
         result.epoch, result.step = epoch, logger_step(trainer)
-        self.history = _within_budget([*self.history, result])
+        self.history = within_budget([*self.history, result], HISTORY_BYTES)
+        self._undrawn = True
         return result
 
-    def _tag(self, measure: str) -> str:
-        return measure if self.name is None else f"{measure}_{self.name}"
+    @property
+    def _tags(self) -> dict[str, str]:
+        """Measure → what its tags begin with."""
+        return {measure: measure if self.name is None else f"{measure}_{self.name}" for measure in self.measures}
 
-    def _scalars(self, result: InvarianceResult) -> dict[str, float]:
-        scalars: dict[str, float] = {}
-        for measure in result:
-            tag = self._tag(measure)
-            scalars.update({f"{tag}/{layer}": value for layer, value in result.per_layer(measure).items()})
-            scalars[f"{tag}_mean"] = result.mean(measure)
-        return scalars
-
-    def _log_images(self, trainer: pl.Trainer) -> None:
+    def _draw(self, trainer: pl.Trainer) -> None:
+        """Log all but numbers, on one process."""
+        self._undrawn = False
         if not trainer.is_global_zero or not trainer.loggers:
             return
-        latest, step = self.history[-1], logger_step(trainer)
-        for measure in (measure for measure in latest if latest[measure]):  # one may have skipped every layer
-            tag = self._tag(measure)
-            log_image(trainer, f"{tag}/heatmap", render(heatmap(latest, measure)), step)
-            log_image(trainer, f"{tag}/evolution", render(evolution(self.history, measure)), step)
+        latest = self.history[-1]
+        if not self._explained:
+            self._explained = True
+            page = "invariance" if self.name is None else f"invariance_{self.name}"
+            explain(trainer, latest, self._tags, self.measures, page)
+        log_pictures(trainer, self.history, self._tags)
+        if self.histograms:
+            log_histograms(trainer, latest, self._tags)
 
 
 def _validation_data(trainer: pl.Trainer) -> Any:
@@ -288,13 +314,3 @@ def _validation_data(trainer: pl.Trainer) -> Any:
     while isinstance(loaders, Mapping | list | tuple):
         loaders = next(iter(loaders.values() if isinstance(loaders, Mapping) else loaders))
     return loaders
-
-
-def _within_budget(history: list[InvarianceResult]) -> list[InvarianceResult]:
-    """The history with older results reduced to channels once the whole of it takes too much memory."""
-    kept: list[InvarianceResult] = []
-    budget = HISTORY_BYTES
-    for result in reversed(history):
-        budget -= sum(values.nbytes for layers in result.values() for values in layers.values())
-        kept.insert(0, result if budget >= 0 or result is history[-1] else result.reduced())
-    return kept

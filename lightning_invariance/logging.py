@@ -1,8 +1,12 @@
-"""Scalars and pictures to whatever loggers a trainer has."""
+"""Scalars, pictures and explanations to whatever loggers a trainer has."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,13 @@ import numpy.typing as npt
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from torchmetrics import Metric
+
+from lightning_invariance.plots import evolution, heatmap, response
+from lightning_invariance.plots.common import limits_of, render
+from lightning_invariance.result import InvarianceResult
 
 #: Classes of loggers that were warned of.
 _warned: set[type] = set()
@@ -53,3 +64,142 @@ def _log_image(logger: Any, tag: str, image: npt.NDArray[np.uint8], step: int) -
     else:
         return False
     return True
+
+
+def scalars(result: InvarianceResult, tags: Mapping[str, str]) -> dict[str, float]:
+    """Tag → the mean of each layer, and that over the layers.
+
+    Args:
+        result: an evaluation.
+        tags: measure → what its tags begin with.
+    """
+    found: dict[str, float] = {}
+    for measure, tag in tags.items():
+        found.update({f"{tag}/{layer}": value for layer, value in result.per_layer(measure).items()})
+        found[f"{tag}_mean"] = result.mean(measure)
+    return found
+
+
+def log_pictures(trainer: pl.Trainer, history: Sequence[InvarianceResult], tags: Mapping[str, str]) -> None:
+    """Draw and log the pictures of the last result of a history.
+
+    Args:
+        trainer: whose loggers.
+        history: results, the last of this moment.
+        tags: measure → what its tags begin with.
+    """
+    latest, step = history[-1], logger_step(trainer)
+    for measure, tag in tags.items():
+        if not latest[measure]:  # which has skipped every layer
+            continue
+        limits = _fixed_limits(history[0], measure)
+        log_image(trainer, f"{tag}/heatmap", render(heatmap(latest, measure, limits=limits)), step)
+        log_image(trainer, f"{tag}/evolution", render(evolution(history, measure, limits=limits)), step)
+        if measure in latest.response:
+            log_image(trainer, f"{tag}/response", render(response(latest, measure, limits=limits)), step)
+
+
+def _fixed_limits(first: InvarianceResult, measure: str) -> tuple[float, float] | None:
+    """One scale for a whole training: ten times beyond what there was at its beginning."""
+    if measure.startswith("Normalized"):
+        return None
+    values = [v for layer in first[measure] for v in first.per_channel(measure, layer).tolist()]
+    found = limits_of(values)
+    return found and (found[0] / 10, found[1] * 10)
+
+
+def log_histograms(trainer: pl.Trainer, result: InvarianceResult, tags: Mapping[str, str]) -> None:
+    """Log the distribution over the channels of each layer to the loggers that take histograms (TensorBoard)."""
+    for logger in trainer.loggers:
+        experiment = getattr(logger, "experiment", None)
+        if not hasattr(experiment, "add_histogram"):
+            continue
+        for measure, tag in tags.items():
+            for layer in result[measure]:
+                values = result.per_channel(measure, layer)
+                values = values[values.isfinite()]
+                if len(values):
+                    experiment.add_histogram(f"{tag}/channels/{layer}", values.numpy(), logger_step(trainer))
+
+
+def explain(
+    trainer: pl.Trainer, result: InvarianceResult, tags: Mapping[str, str], measures: Mapping[str, Metric], page: str
+) -> None:
+    """Tell TensorBoard, once, what the tags mean, and to show all layers of a measure in one chart.
+
+    Args:
+        trainer: whose loggers.
+        result: the first evaluation, which knows the layers.
+        tags: measure → what its tags begin with.
+        measures: the measures.
+        page: tag of the text.
+    """
+    for logger in trainer.loggers:
+        experiment = getattr(logger, "experiment", None)
+        if hasattr(experiment, "add_text"):
+            experiment.add_text(page, _text(result, tags, measures), logger_step(trainer))
+        if hasattr(experiment, "add_custom_scalars"):
+            # The tags of a chart are regular expressions that need not match to the end.
+            layout: dict[str, dict[str, list[Any]]] = {
+                tag: {
+                    "all layers": ["Multiline", [f"{re.escape(f'{tag}/{layer}')}$" for layer in result[measure]]],
+                    "mean over the layers": ["Multiline", [f"{re.escape(tag)}_mean$"]],
+                }
+                for measure, tag in tags.items()
+            }
+            experiment.add_custom_scalars({**_known_layout(experiment), **layout})
+
+
+def _known_layout(writer: Any) -> dict[str, dict[str, list[Any]]]:
+    """The layout that this process has written so far: a run has one only, so that ours must hold the user's."""
+    writer.flush()
+    layout: dict[str, dict[str, list[Any]]] = {}
+    for path in Path(writer.log_dir).glob(f"events.out.tfevents.*.{os.getpid()}.*"):
+        events = EventAccumulator(str(path), size_guidance={"images": 1, "tensors": 0})
+        events.Reload()
+        if "custom_scalars__config__" not in events.Tags()["tensors"]:
+            continue
+        found = events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
+        for category in Layout.FromString(found).category:
+            charts = layout.setdefault(category.title, {})
+            for chart in category.chart:
+                if chart.HasField("margin"):
+                    lines = [[part.value, part.lower, part.upper] for part in chart.margin.series]
+                    charts[chart.title] = ["Margin", lines[0]]
+                else:
+                    charts[chart.title] = ["Multiline", list(chart.multiline.tag)]
+    return layout
+
+
+def _text(result: InvarianceResult, tags: Mapping[str, str], measures: Mapping[str, Metric]) -> str:
+    """What is measured and what the tags mean, as Markdown."""
+    labels = result.transformations
+    shown = labels if len(labels) <= 32 else [*labels[:16], "…", labels[-1]]
+    lines = [
+        f"{result.n_samples} samples × {len(labels)} transformations: {', '.join(shown)}.",
+        "",
+        "| tag | meaning |",
+        "|---|---|",
+    ]
+    for measure, tag in tags.items():
+        about = (inspect.getdoc(type(measures[measure])) or "").split("\n")[0]
+        higher = result.higher_is_better.get(measure)
+        better = "" if higher is None else f" {'Higher' if higher else 'Lower'} is more invariant."
+        lines += [
+            f"| `{tag}/LAYER` | {about}{better} The mean over the finite values of the layer's activations. |",
+            f"| `{tag}_mean` | The mean of these over the layers. |",
+            f"| `{tag}/heatmap` | A column for each layer, a cell for each channel. |",
+            f"| `{tag}/evolution` | A row for each layer, a column for each evaluation so far. |",
+        ]
+        if measure in result.response:
+            lines.append(f"| `{tag}/response` | What each transformation does to each layer. |")
+    lines += ["", "| layer | shape |", "|---|---|"]
+    shapes = {row.layer: row.shape for measure in tags for row in result.table(measure)}
+    lines += [f"| {layer} | {' × '.join(map(str, shape)) or 'scalar'} |" for layer, shape in shapes.items()]
+    return "\n".join(lines)
+
+
+def scores(trainer: pl.Trainer, own: Sequence[str]) -> dict[str, float]:
+    """The metrics that the trainer has at this moment, without those whose names begin with ``own``."""
+    found = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+    return {name: value for name, value in found.items() if not name.startswith(tuple(own)) and math.isfinite(value)}

@@ -283,3 +283,12 @@ class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
     def _repr_html_(self) -> str:
         tables = "".join(f"<h4>{html.escape(m)}</h4>{table._repr_html_()}" for m, table in self._tables.items())
         return f"<p>{html.escape(self._heading())}</p>{tables}"
+
+
+def within_budget(history: Sequence[InvarianceResult], budget: int) -> list[InvarianceResult]:
+    """The history with older results reduced to channels once the whole of it takes more bytes than the budget."""
+    kept: list[InvarianceResult] = []
+    for result in reversed(history):
+        budget -= sum(values.nbytes for layers in result.values() for values in layers.values())
+        kept.insert(0, result if budget >= 0 or result is history[-1] else result.reduced())
+    return kept

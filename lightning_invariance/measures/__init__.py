@@ -5,6 +5,7 @@ from lightning_invariance.measures.base import Measure
 from lightning_invariance.measures.distance import NormalizedDistance, SampleDistance, TransformationDistance
 from lightning_invariance.measures.equivariance import DistanceSameEquivariance, VarianceSameEquivariance
 from lightning_invariance.measures.goodfellow import Goodfellow
+from lightning_invariance.measures.matrix import STTensor
 from lightning_invariance.measures.stratified import Stratified
 from lightning_invariance.measures.variance import NormalizedVariance, SampleVariance, TransformationVariance
 
@@ -15,6 +16,7 @@ __all__ = [
     "Measure",
     "NormalizedDistance",
     "NormalizedVariance",
+    "STTensor",
     "SampleDistance",
     "SampleVariance",
     "Stratified",

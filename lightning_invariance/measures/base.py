@@ -15,6 +15,8 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from torchmetrics.utilities.prints import rank_zero_warn
 
 from lightning_invariance.distributed import merge_over_ranks
+from lightning_invariance.functional.variance import aggregate_maps
+from lightning_invariance.plots.bars import draw_bars
 from lightning_invariance.transforms import TransformationSet
 
 States = dict[str, Tensor]
@@ -167,7 +169,7 @@ class Measure(Metric):
         return False
 
     def plot(self, val: Tensor | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Draw a bar for each channel: the mean over the spatial axes.
+        """Draw a bar for each channel: the mean over the spatial axes. Infinite values reach the top, NaN are grey.
 
         Args:
             val: what ``compute`` or ``forward`` returned; by default ``compute()`` is called.
@@ -177,12 +179,9 @@ class Measure(Metric):
             The figure and the axes.
         """
         values = self.compute() if val is None else val
-        channels = values.flatten(1).mean(1) if values.ndim > 1 else values.reshape(-1)
         if ax is None:
             ax = Figure(figsize=(6, 3), layout="constrained").add_subplot()
-        ax.bar(range(len(channels)), channels.tolist())
-        ax.set_xlabel("channel")
-        ax.set_ylabel(type(self).__name__)
+        draw_bars(ax, aggregate_maps(values, "mean").tolist(), type(self).__name__)
         return ax.figure, ax  # type: ignore[return-value]
 
     def _reduce_states(self, incoming_state: States) -> None:

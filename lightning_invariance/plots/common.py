@@ -1,29 +1,53 @@
-"""What the figures share: colours, scales and rendering."""
+"""What the figures share: colours, scales, labels of layers, and rendering."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, LogNorm, Normalize
+from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+
+from lightning_invariance.result import InvarianceResult
+
+#: One result, or several: by the text of the legend, or just one after the other.
+Results = InvarianceResult | Mapping[str, InvarianceResult] | Sequence[InvarianceResult]
 
 #: Colours of values that no scale holds; told apart by their lightness too.
 INFINITE, DEAD, NAN = "#2ca02c", "#000000", "#bbbbbb"
 
+#: Colours that colour-blind readers tell apart (Okabe and Ito 2008), each with a marker.
+LINES = (
+    ("#0072b2", "o"),
+    ("#d55e00", "s"),
+    ("#009e73", "^"),
+    ("#cc79a7", "D"),
+    ("#e69f00", "v"),
+    ("#56b4e9", "P"),
+    ("#000000", "X"),
+)
+
 #: The fixed scale of normalised measures, which are ratios: around 1, transformations matter as much as samples do.
-NORMALIZED_RANGE = (0.01, 10)
+NORMALIZED_RANGE = (0.01, 10.0)
+
+#: The largest width and height of a figure, in inches of 100 pixels.
+LARGEST = 24.0
+
+#: More layers than this are not listed in a legend.
+MOST_IN_LEGEND = 12
 
 
 def new_figure(width: float, height: float) -> Figure:
     """A figure that belongs to nobody: no pyplot state."""
-    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    figure = Figure(figsize=(min(width, LARGEST), min(height, LARGEST)), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
@@ -36,22 +60,50 @@ def render(figure: Figure) -> npt.NDArray[np.uint8]:
     return rgb
 
 
-def scale_of(measure: str, values: Iterable[float]) -> Normalize:
-    """The logarithmic colour scale of a measure: fixed for normalised ones, so that epochs compare."""
-    if measure.startswith("Normalized"):
-        return LogNorm(*NORMALIZED_RANGE)
+def named(results: Results) -> dict[str, InvarianceResult]:
+    """Text of the legend → result."""
+    if isinstance(results, InvarianceResult):
+        return {"": results}
+    pairs: Any = results.items() if isinstance(results, Mapping) else ((str(i + 1), r) for i, r in enumerate(results))
+    found: dict[str, InvarianceResult] = dict(pairs)
+    if not found:
+        raise ValueError("Expected argument `results` to hold at least one result, but it is empty.")
+    return found
+
+
+def first_measure(results: Iterable[InvarianceResult]) -> str:
+    """The measure that is drawn where none is named."""
+    return next(iter(results)).measures[0]
+
+
+def limits_of(values: Iterable[float]) -> tuple[float, float] | None:
+    """The smallest and largest positive finite values, if there are any."""
     positive = [v for v in values if math.isfinite(v) and v > 0]
-    if not positive:
+    return (min(positive), max(positive)) if positive else None
+
+
+def scale_of(
+    measure: str, values: Iterable[float], limits: tuple[float, float] | None = None, log: bool = True
+) -> Normalize:
+    """The colour scale of a measure: between ``limits``; fixed for normalised measures, so that epochs compare."""
+    found = limits or (NORMALIZED_RANGE if measure.startswith("Normalized") else limits_of(values))
+    if not log:
+        low, high = (0.0, 1.0) if found is None else found
+        return Normalize(0.0 if limits is None else low, high)
+    if found is None:
         return Normalize(0, 1)
-    low, high = min(positive), max(positive)
+    low, high = found
     return LogNorm(low, high if high > low else low * 10)
 
 
 def colours() -> Colormap:
     """The perceptual colour map, with the special colours set; it holds no green, black or grey."""
-    from matplotlib import colormaps
-
     return colormaps["plasma"].with_extremes(bad=NAN)
+
+
+def depth_colours(count: int) -> list[Any]:
+    """A colour for each layer, from the first (dark) to the last (light, but dark enough for a line)."""
+    return [colormaps["plasma"](0.88 * i / max(count - 1, 1)) for i in range(count)]
 
 
 def within(scale: Normalize, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -60,9 +112,9 @@ def within(scale: Normalize, values: npt.NDArray[np.float64]) -> npt.NDArray[np.
     return np.clip(finite, scale.vmin, scale.vmax)
 
 
-def add_colourbar(figure: Figure, scale: Normalize, cmap: Colormap, label: str) -> None:
-    """A colour bar for all axes of the figure."""
-    figure.colorbar(ScalarMappable(scale, cmap), ax=figure.axes, label=label, extend="both", pad=0.01)
+def add_colourbar(figure: Figure, axes: Axes | list[Axes], scale: Normalize, label: str) -> None:
+    """A colour bar of a measure for some axes of the figure."""
+    figure.colorbar(ScalarMappable(scale, colours()), ax=axes, label=label, extend="both", pad=0.01)
 
 
 def special_patches(infinite: int, dead: int, nan: int) -> list[Patch]:
@@ -74,3 +126,44 @@ def special_patches(infinite: int, dead: int, nan: int) -> list[Patch]:
 def shorten(name: str, longest: int = 24) -> str:
     """A label that fits, its end kept (layers differ there)."""
     return name if len(name) <= longest else "…" + name[-longest + 1 :]
+
+
+def label_layers(axes: Axes, names: Sequence[str]) -> None:
+    """Write the names of layers below an axis; where there are very many, some of them."""
+    width = width_of(len(names)) - 2.5
+    size = min(9.0, 72 * 0.75 * width / max(len(names), 1))
+    every = max(1, math.ceil(6.5 / size))
+    ticks = range(0, len(names), every)
+    axes.set_xticks(ticks, [shorten(names[i]) for i in ticks], rotation=90, fontsize=max(size, 6.5))
+
+
+def width_of(count: int) -> float:
+    """A width that has room for so many layers, as far as figures go."""
+    return min(LARGEST, max(6, 2.5 + 0.4 * min(count, 15) + 0.2 * max(count - 15, 0)))
+
+
+def layers_of(results: Iterable[InvarianceResult], measure: str) -> list[str]:
+    """The layers of all results, in the order of the networks."""
+    return list(dict.fromkeys(layer for result in results for layer in result[measure]))
+
+
+def depths(count: int) -> npt.NDArray[np.float64]:
+    """Where layers lie between the first, at 0 %, and the last, at 100 %."""
+    return np.linspace(0, 100, count) if count > 1 else np.array([100.0])
+
+
+def key_of_layers(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
+    """Tell which line is which layer: a legend, or for many layers a colour bar from the first to the last."""
+    if len(names) <= MOST_IN_LEGEND:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small", frameon=False)
+        return
+    shades = ScalarMappable(Normalize(0, len(names) - 1), ListedColormap(depth_colours(256)))
+    bar = figure.colorbar(shades, ax=figure.axes, label="layer", pad=0.01)
+    ticks = sorted({round(x) for x in np.linspace(0, len(names) - 1, 6)})
+    bar.set_ticks(ticks, labels=[shorten(names[i]) for i in ticks])
+
+
+def direction(results: Iterable[InvarianceResult], measure: str) -> str:
+    """What a measure says, for a title."""
+    higher = next(iter(results)).higher_is_better.get(measure)
+    return "" if higher is None else f"{'higher' if higher else 'lower'} is more invariant"

@@ -1,40 +1,168 @@
-"""Curves over the layers of one or more results."""
+"""Curves over the layers of one or more results: one network beside another, or many of a kind."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Sequence
+from itertools import cycle
 
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_invariance.plots.common import new_figure, shorten
+from lightning_invariance.plots.common import (
+    LINES,
+    Results,
+    depths,
+    direction,
+    first_measure,
+    label_layers,
+    layers_of,
+    named,
+    new_figure,
+    width_of,
+)
 from lightning_invariance.result import InvarianceResult
 
 
-def layers(results: Mapping[str, InvarianceResult], measure: str | None = None) -> Figure:
+def layers(
+    results: Results, measure: str | None = None, *, dashed: str | Collection[str] = (), depth: bool = False
+) -> Figure:
     """Which layers are invariant, and in which network? The mean of each layer, a line for each result.
 
-    Lines are dashed in turn, solid first, so that they can be told apart without colour.
+    The band around a line is one standard deviation of the layer's activations.
 
     Args:
-        results: legend text → an evaluation.
+        results: an evaluation, several, or legend text → evaluation.
         measure: its name; by default the first.
+        dashed: legend texts of dashed lines; in the paper, the networks trained without augmentation.
+        depth: whether layers are placed by their depth in per cent instead of their names, so that networks with other
+            layers compare.
     """
-    if not results:
-        raise ValueError("Expected argument `results` to hold at least one result, but it is empty.")
-    measure = measure or next(iter(results.values())).measures[0]
-    names = list(dict.fromkeys(layer for result in results.values() for layer in result[measure]))
-    figure = new_figure(width=min(24, max(6, 2 + 0.4 * len(names))), height=4.5)
-    axes = figure.add_subplot()
-    for (label, result), style in zip(results.items(), ("-", "--", "-.", ":") * len(results), strict=False):
-        means = result.per_layer(measure)
-        axes.plot([names.index(name) for name in means], list(means.values()), style, marker="o", ms=4, label=label)
-    axes.set_xticks(range(len(names)), [shorten(name) for name in names], rotation=90)
+    found = named(results)
+    measure = measure or first_measure(found.values())
+    dashed = [dashed] if isinstance(dashed, str) else dashed
+    axes, places = _axes_of_layers(list(found.values()), measure, depth)
+    for (label, result), (colour, marker) in zip(found.items(), cycle(LINES), strict=False):
+        rows, x = result.table(measure), places(result)
+        mean, std = np.array([row.mean for row in rows]), np.array([row.std for row in rows])
+        style = "--" if label in dashed else "-"
+        axes.plot(x, mean, style, color=colour, marker=marker, ms=4, label=label or None)
+        low = np.maximum(mean - std, 0) if (mean[np.isfinite(mean)] >= 0).all() else mean - std
+        axes.fill_between(x, low, mean + std, color=colour, alpha=0.12, linewidth=0)
     axes.set_ylabel(f"{measure}, mean of the layer")
+    if len(found) > 1:
+        axes.legend()
+    return _finished(axes, list(found.values()), measure)
+
+
+def stability(results: Results, measure: str | None = None, *, depth: bool = False) -> Figure:
+    """Does another seed give another picture? A thin line for each result, their mean, and standard deviations.
+
+    As in the paper's figures 17 to 22: the dashed line is the mean over the results, bars are their standard deviation
+    (n − 1).
+
+    Args:
+        results: evaluations of networks with the same layers; with ``depth``, of as many layers.
+        measure: its name; by default the first.
+        depth: whether layers are placed by their depth in per cent instead of their names.
+    """
+    found = named(results)
+    measure = measure or first_measure(found.values())
+    axes, places = _axes_of_layers(list(found.values()), measure, depth)
+    lines: dict[float, list[float]] = {}
+    for result in found.values():
+        means, x = list(result.per_layer(measure).values()), places(result)
+        axes.plot(x, means, "-", color="#0072b2", alpha=0.45, linewidth=1, label="_each")
+        for place, value in zip(x.tolist(), means, strict=True):
+            lines.setdefault(place, []).append(value)
+    at = sorted(lines)
+    mean = [float(np.mean(lines[place])) for place in at]
+    std = [float(np.std(lines[place], ddof=1)) if len(lines[place]) > 1 else 0.0 for place in at]
+    label = f"mean and standard deviation of {len(found)}"
+    axes.errorbar(at, mean, std, fmt="--", color="#d55e00", capsize=3, linewidth=2, label=label)
+    axes.set_ylabel(f"{measure}, mean of the layer")
+    axes.legend()
+    return _finished(axes, list(found.values()), measure)
+
+
+def compare(
+    one: InvarianceResult,
+    other: InvarianceResult,
+    measure: str | None = None,
+    *,
+    names: tuple[str, str] = ("one", "other"),
+    depth: bool = False,
+) -> Figure:
+    """Where do two networks, or two moments, differ? The difference of the means of each layer, a bar for each.
+
+    Args:
+        one: an evaluation.
+        other: another.
+        measure: its name; by default the first.
+        names: how the two are called; the bars are the second minus the first.
+        depth: whether layers meet by their depth in per cent instead of their names: for each layer of ``one`` the
+            value of ``other`` is interpolated between its two nearest layers.
+
+    Raises:
+        ValueError: If they have no layer in common and ``depth`` is false.
+    """
+    measure = measure or one.measures[0]
+    first, second = one.per_layer(measure), other.per_layer(measure)
+    common = list(first) if depth else [layer for layer in first if layer in second]
+    if not common:
+        raise ValueError("Expected results with layers in common, but they have none: compare them with `depth=True`.")
+    if depth:
+        found = np.interp(depths(len(first)), depths(len(second)), list(second.values()))
+        second = dict(zip(common, found.tolist(), strict=True))
+    difference = np.array([second[layer] - first[layer] for layer in common])
+    figure = new_figure(width_of(len(common)), 4.5)
+    axes = figure.add_subplot()
+    for sign, colour, hatch in ((1, "#d55e00", "//"), (-1, "#0072b2", "")):
+        chosen = difference * sign > 0
+        axes.bar(np.flatnonzero(chosen), difference[chosen], color=colour, hatch=hatch, edgecolor="white", linewidth=0)
+    axes.axhline(0, color="black", linewidth=0.8)
+    label_layers(axes, common)
+    axes.set_xlim(-0.6, len(common) - 0.4)
+    axes.set_ylabel(f"{measure}:\n{names[1]} − {names[0]}")
+    axes.grid(alpha=0.3, axis="y")
+    higher = one.higher_is_better.get(measure)
+    if higher is not None:
+        axes.set_title(f"{'above' if higher else 'below'} 0: {names[1]} is more invariant", fontsize="medium")
+    return figure
+
+
+class _Places:
+    """Where the layers of a result lie on the axis."""
+
+    def __init__(self, names: Sequence[str], measure: str, depth: bool) -> None:
+        self.index = {name: i for i, name in enumerate(names)}
+        self.measure, self.depth = measure, depth
+
+    def __call__(self, result: InvarianceResult) -> npt.NDArray[np.float64]:
+        """One place a layer."""
+        if self.depth:
+            return depths(len(result[self.measure]))
+        return np.array([self.index[name] for name in result[self.measure]], dtype=np.float64)
+
+
+def _axes_of_layers(results: Sequence[InvarianceResult], measure: str, depth: bool) -> tuple[Axes, _Places]:
+    """New axes with the layers below."""
+    names = layers_of(results, measure)
+    figure = new_figure(7 if depth else width_of(len(names)), 4.5)
+    axes = figure.add_subplot()
+    if depth:
+        axes.set_xlabel("depth of the layer in %")
+    else:
+        label_layers(axes, names)
+    return axes, _Places(names, measure, depth)
+
+
+def _finished(axes: Axes, results: Sequence[InvarianceResult], measure: str) -> Figure:
     if measure.startswith("Normalized"):
         axes.set_ylim(bottom=0)
-    higher = next(iter(results.values())).higher_is_better.get(measure)
-    if higher is not None:
-        axes.set_title(f"{'higher' if higher else 'lower'} is more invariant", fontsize="medium")
+    axes.set_title(direction(results, measure), fontsize="medium")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure = axes.figure
+    assert isinstance(figure, Figure)  # noqa: S101 - not one within another
     return figure

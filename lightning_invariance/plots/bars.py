@@ -1,0 +1,32 @@
+"""The values of one layer, for the ``plot`` of a metric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+
+from lightning_invariance.plots.common import INFINITE, NAN, special_patches
+
+
+def draw_bars(axes: Axes, values: Sequence[float], label: str) -> None:
+    """A bar for each channel; infinite ones reach the top in green, NaN in grey, and a legend counts them.
+
+    Args:
+        axes: where to draw.
+        values: one for each channel.
+        label: of the values.
+    """
+    finite = {i: value for i, value in enumerate(values) if math.isfinite(value)}
+    axes.bar([*finite], [*finite.values()], color="#0072b2")
+    others = {INFINITE: [i for i, v in enumerate(values) if math.isinf(v)]}
+    others[NAN] = [i for i, v in enumerate(values) if math.isnan(v)]
+    for colour, places in others.items():
+        for place in places:
+            axes.axvspan(place - 0.4, place + 0.4, color=colour, linewidth=0)
+    patches = special_patches(len(others[INFINITE]), 0, len(others[NAN]))
+    if patches:
+        axes.legend(handles=patches, fontsize="small")
+    axes.set_xlabel("channel")
+    axes.set_ylabel(label)

@@ -1,0 +1,134 @@
+"""The measure against the parameter of the transformation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from lightning_invariance.plots.common import (
+    add_colourbar,
+    colours,
+    depth_colours,
+    first_measure,
+    key_of_layers,
+    new_figure,
+    scale_of,
+    shorten,
+    within,
+)
+from lightning_invariance.result import InvarianceResult
+
+#: Labels that fit below an axis.
+MOST_LABELS = 32
+
+#: Maps that fit into one figure.
+MOST_MAPS = 12
+
+
+def response(
+    result: InvarianceResult,
+    measure: str | None = None,
+    layers: Sequence[str] | None = None,
+    *,
+    limits: tuple[float, float] | None = None,
+) -> Figure:
+    """Which angles break it? What each transformation does to each layer, against its parameter.
+
+    A line for each layer, dark for the first and light for the last; for two parameters, such as the shifts of
+    translations, a map for each layer. See :meth:`NormalizedVariance.response
+    <lightning_invariance.measures.NormalizedVariance.response>` for what is drawn.
+
+    Args:
+        result: an evaluation with ``NormalizedVariance(response=True)`` or ``TransformationVariance(response=True)``.
+        measure: its name; by default the first that has a response.
+        layers: which layers; by default all, and of maps a dozen evenly spread over the depth.
+        limits: the ends of the colour scale of maps; see :func:`heatmap`.
+
+    Raises:
+        ValueError: If the result has no response, or not of these layers.
+    """
+    if not result.response:
+        raise ValueError(
+            "Expected a result that tells what each transformation does, but it does not: measure it with"
+            " `NormalizedVariance(response=True)`."
+        )
+    measure = measure or (m if (m := first_measure([result])) in result.response else next(iter(result.response)))
+    if measure not in result.response:
+        raise ValueError(f"Expected a measure with a response, {list(result.response)}, but got {measure!r}.")
+    found = result.response[measure]
+    for layer in layers or ():
+        if layer not in found:
+            raise ValueError(f"Expected layers of the result, {list(found)}, but got {layer!r}.")
+    lines = {layer: np.array(found[layer]) for layer in layers or found}
+    varying = {name: np.array(values) for name, values in result.parameters.items() if len(set(values)) > 1}
+    if len(varying) == 2:
+        return _maps(lines, varying, measure, limits)
+    return _lines(result, lines, varying, measure)
+
+
+def _lines(
+    result: InvarianceResult, lines: dict[str, np.ndarray], varying: dict[str, np.ndarray], measure: str
+) -> Figure:
+    figure = new_figure(8, 4.5)
+    axes = figure.add_subplot()
+    count = len(result.transformations)
+    name, x = next(iter(varying.items())) if len(varying) == 1 else ("transformation", np.arange(count))
+    order = np.argsort(x, kind="stable")
+    for (layer, values), colour in zip(lines.items(), depth_colours(len(lines)), strict=True):
+        style = "o-" if count <= MOST_LABELS else "-"
+        axes.plot(x[order], values[order], style, color=colour, ms=3, linewidth=1.2, label=shorten(layer))
+    if name == "transformation":
+        ticks = range(0, count, -(-count // MOST_LABELS))
+        axes.set_xticks(ticks, [shorten(result.transformations[j], 16) for j in ticks], rotation=90)
+    elif name == "angle":
+        axes.set_xticks(_angles(x))
+    axes.set_xlabel("angle in degrees, counter-clockwise" if name == "angle" else name)
+    axes.set_ylabel(f"{measure}\nof one transformation")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    key_of_layers(figure, axes, [*lines])
+    return figure
+
+
+def _angles(x: np.ndarray) -> np.ndarray:
+    """Round angles between the smallest and the largest."""
+    step = next(step for step in (15, 30, 45, 90, 180) if step * 9 > np.ptp(x))
+    return np.arange(np.ceil(x.min() / step) * step, x.max() + 1, step)
+
+
+def _maps(
+    lines: dict[str, np.ndarray],
+    varying: dict[str, np.ndarray],
+    measure: str,
+    limits: tuple[float, float] | None,
+) -> Figure:
+    chosen = [*lines]
+    if len(chosen) > MOST_MAPS:
+        chosen = [chosen[round(i)] for i in np.linspace(0, len(chosen) - 1, MOST_MAPS)]
+    (name_x, x), (name_y, y) = varying.items()
+    scale = scale_of(measure, [v for layer in chosen for v in lines[layer].tolist()], limits)
+    columns = min(4, len(chosen))
+    rows = -(-len(chosen) // columns)
+    figure = new_figure(2.1 * columns + 1.2, 2.2 * rows + 0.6)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    # Markers as large as the smallest distance between two of them allows.
+    places = np.stack([x / np.ptp(x), y / np.ptp(y)], 1)
+    apart = np.linalg.norm(places[:, None] - places[None], axis=-1)
+    size = min(16.0, 0.85 * 72 * 1.6 * float(apart[apart > 0].min()) / 1.15)
+    for axes, layer in zip(grid.flat, chosen, strict=False):
+        shown = within(scale, lines[layer])
+        axes.scatter(x, y, size**2, shown, "s", norm=scale, cmap=colours(), plotnonfinite=True, linewidths=0)
+        axes.set_title(shorten(layer), fontsize="medium")
+        axes.margins(0.15)
+        if name_y == "y":  # of images: down
+            axes.yaxis.set_inverted(True)
+    for axes in grid.flat[len(chosen) :]:
+        axes.set_visible(False)
+    for axes in grid[-1]:
+        axes.set_xlabel(name_x)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(name_y)
+    add_colourbar(figure, list(grid.flat), scale, f"{measure} of one transformation")
+    return figure
