@@ -16,6 +16,7 @@ from torchmetrics import Metric
 
 from lightning_invariance.activations import Layers, select_layers
 from lightning_invariance.evaluate import evaluate, named_measures
+from lightning_invariance.loader import validation_data
 from lightning_invariance.logging import (
     explain,
     log_histograms,
@@ -26,7 +27,7 @@ from lightning_invariance.logging import (
     scores,
 )
 from lightning_invariance.measures import NormalizedVariance
-from lightning_invariance.result import InvarianceResult
+from lightning_invariance.result import InvarianceResult, within_budget
 from lightning_invariance.transforms import TransformationSet
 
 #: Memory for the values of every single activation in the history; older results then keep one value a channel.
@@ -42,7 +43,7 @@ class InvarianceMonitor(pl.Callback):
     It evaluates the untrained network before the first epoch, and then at the end of validation every
     ``every_n_epochs`` epochs (when ``(epoch + 1) % every_n_epochs == 0``), and always at the first validation of a run.
     A trainer without validation evaluates at the end of the training epoch. The sanity check is left out. Training is
-    not affected: weights, modes, BatchNorm statistics and random states stay bit for bit what they would be.
+    bit for bit what it would be.
 
     **Logged metrics**, to every logger of the trainer, at the step of Lightning's validation metrics:
 
@@ -80,18 +81,18 @@ class InvarianceMonitor(pl.Callback):
         input_fn: picks x from a collated batch where :class:`STLoader` does not find it.
         seed: of the choice of samples.
         name: added to the names of the measures; needed where one trainer has several monitors.
-        histograms: whether TensorBoard gets the distribution over the channels of each layer.
+        histograms: whether TensorBoard gets the distribution over channels.
 
     Attributes:
         history: the results so far, the untrained network first, each with ``epoch`` (−1 for the untrained network),
-            ``step`` and ``scores``, the metrics that the model logged in the same validation. It is part of the checkpoint, there with one value for each channel; so it is in memory for older
-            results when the whole of it exceeds 256 MB.
+            ``step`` and ``scores``, the metrics that the model logged in the same validation. It is part of the
+            checkpoint, there with one value for each channel; so it is in memory for older results when the whole of it
+            exceeds 256 MB.
 
     Raises:
         ValueError: If ``every_n_epochs`` is below 1, or (when training starts) a layer is unknown.
         MisconfigurationException: When training starts, if there are neither ``data`` nor validation data, another
-            monitor of the same name, or a strategy that splits the model over processes (FSDP, DeepSpeed, tensor
-            parallel); all others work, on one process and on many.
+            monitor of the same name, or a strategy that splits the model (FSDP, DeepSpeed, tensor parallel).
 
     Example::
 
@@ -147,8 +148,7 @@ class InvarianceMonitor(pl.Callback):
         self.name = name
         self.histograms = histograms
         self.history: list[InvarianceResult] = []
-        self._validated = False
-        self._undrawn = self._explained = False
+        self._validated = self._undrawn = self._explained = False
 
     @property
     def state_key(self) -> str:
@@ -209,9 +209,9 @@ class InvarianceMonitor(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw what the validation has measured, now that all of its metrics are known."""
         if self._undrawn:
-            every: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-            monitors = [callback for callback in every if isinstance(callback, InvarianceMonitor)]
-            self.history[-1].scores = scores(trainer, [tag for m in monitors for tag in m._tags.values()])
+            callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            own = [tag for c in callbacks if isinstance(c, InvarianceMonitor) for tag in c._tags.values()]
+            self.history[-1].scores = scores(trainer, own)
             self._draw(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -242,9 +242,8 @@ class InvarianceMonitor(pl.Callback):
 
     def _is_own(self, monitored: str | None) -> bool:
         """Whether a metric is one that this monitor logs."""
-        return monitored is not None and any(
-            monitored == f"{tag}_mean" or monitored.startswith(f"{tag}/") for tag in self._tags.values()
-        )
+        tags = self._tags.values()
+        return monitored is not None and any(monitored == f"{t}_mean" or monitored.startswith(f"{t}/") for t in tags)
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
         return (trainer.current_epoch + 1) % self.every_n_epochs == 0
@@ -264,10 +263,9 @@ class InvarianceMonitor(pl.Callback):
                 x = precision.convert_input(x)
                 return model(x) if self.forward is None else self.forward(model, x)
 
-        bar: Any = trainer.progress_bar_callback
         result = evaluate(
             pl_module,
-            self.data if self.data is not None else _validation_data(trainer),
+            self.data if self.data is not None else validation_data(trainer),
             self.transformations,
             self.measures,
             layers=self.layers,
@@ -277,7 +275,7 @@ class InvarianceMonitor(pl.Callback):
             forward=run,
             input_fn=self.input_fn,
             seed=self.seed,
-            progress=bar is not None and bar.is_enabled,
+            progress=getattr(trainer.progress_bar_callback, "is_enabled", False),
         )
         result.epoch, result.step = epoch, logger_step(trainer)
         self.history = within_budget([*self.history, result], HISTORY_BYTES)
@@ -294,23 +292,9 @@ class InvarianceMonitor(pl.Callback):
         self._undrawn = False
         if not trainer.is_global_zero or not trainer.loggers:
             return
-        latest = self.history[-1]
         if not self._explained:
+            explain(trainer, self.history[-1], self._tags, self.measures, self.name)
             self._explained = True
-            page = "invariance" if self.name is None else f"invariance_{self.name}"
-            explain(trainer, latest, self._tags, self.measures, page)
         log_pictures(trainer, self.history, self._tags)
         if self.histograms:
-            log_histograms(trainer, latest, self._tags)
-
-
-def _validation_data(trainer: pl.Trainer) -> Any:
-    """The trainer's (first) validation loader, loaded if it is not yet."""
-    if trainer.val_dataloaders is None:
-        trainer.validating = True
-        trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        trainer.training = True
-    loaders = trainer.val_dataloaders
-    while isinstance(loaders, Mapping | list | tuple):
-        loaders = next(iter(loaders.values() if isinstance(loaders, Mapping) else loaders))
-    return loaders
+            log_histograms(trainer, self.history[-1], self._tags)

@@ -66,6 +66,11 @@ def _log_image(logger: Any, tag: str, image: npt.NDArray[np.uint8], step: int) -
     return True
 
 
+def _experiments(trainer: pl.Trainer) -> list[Any]:
+    """What the loggers write with."""
+    return [getattr(logger, "experiment", None) for logger in trainer.loggers if not isinstance(logger, DummyLogger)]
+
+
 def scalars(result: InvarianceResult, tags: Mapping[str, str]) -> dict[str, float]:
     """Tag → the mean of each layer, and that over the layers.
 
@@ -110,8 +115,7 @@ def _fixed_limits(first: InvarianceResult, measure: str) -> tuple[float, float] 
 
 def log_histograms(trainer: pl.Trainer, result: InvarianceResult, tags: Mapping[str, str]) -> None:
     """Log the distribution over the channels of each layer to the loggers that take histograms (TensorBoard)."""
-    for logger in trainer.loggers:
-        experiment = getattr(logger, "experiment", None)
+    for experiment in _experiments(trainer):
         if not hasattr(experiment, "add_histogram"):
             continue
         for measure, tag in tags.items():
@@ -123,7 +127,11 @@ def log_histograms(trainer: pl.Trainer, result: InvarianceResult, tags: Mapping[
 
 
 def explain(
-    trainer: pl.Trainer, result: InvarianceResult, tags: Mapping[str, str], measures: Mapping[str, Metric], page: str
+    trainer: pl.Trainer,
+    result: InvarianceResult,
+    tags: Mapping[str, str],
+    measures: Mapping[str, Metric],
+    name: str | None,
 ) -> None:
     """Tell TensorBoard, once, what the tags mean, and to show all layers of a measure in one chart.
 
@@ -132,10 +140,10 @@ def explain(
         result: the first evaluation, which knows the layers.
         tags: measure → what its tags begin with.
         measures: the measures.
-        page: tag of the text.
+        name: of the monitor, for the tag of the text.
     """
-    for logger in trainer.loggers:
-        experiment = getattr(logger, "experiment", None)
+    page = "invariance" if name is None else f"invariance_{name}"
+    for experiment in _experiments(trainer):
         if hasattr(experiment, "add_text"):
             experiment.add_text(page, _text(result, tags, measures), logger_step(trainer))
         if hasattr(experiment, "add_custom_scalars"):

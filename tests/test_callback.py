@@ -204,7 +204,9 @@ def test_the_csv_logger_gets_files(tmp_path):
     assert "NormalizedVariance/fc" in (tmp_path / "csv" / "metrics.csv").read_text()
     pictures = sorted(path.relative_to(tmp_path / "csv").as_posix() for path in tmp_path.glob("csv/**/*.png"))
     assert pictures == [
-        f"images/NormalizedVariance/{kind}_step={step}.png" for kind in ("evolution", "heatmap") for step in (0, 4)
+        f"images/NormalizedVariance/{kind}_step={step}.png"
+        for kind in ("evolution", "heatmap", "response")
+        for step in (0, 4)
     ]
     assert Image.open(tmp_path / "csv" / pictures[0]).size[0] > 300
 
