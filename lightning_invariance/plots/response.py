@@ -86,6 +86,8 @@ def _lines(
         axes.set_xticks(_angles(x))
     axes.set_xlabel("angle in degrees, counter-clockwise" if name == "angle" else name)
     axes.set_ylabel(f"{measure}\nof one transformation")
+    if measure.startswith("Normalized"):
+        axes.set_title("0: the layer does not notice; 1: as large a change as to another sample", fontsize="medium")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     key_of_layers(figure, axes, [*lines])
