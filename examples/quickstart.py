@@ -103,7 +103,7 @@ def main() -> None:
     results = {name: monitor.history[-1] for name, monitor in monitors.items()}
     print_comparison(results)
 
-    layers(results, "NormalizedVariance").savefig(FOLDER / "layers.png")
+    layers(results, "NormalizedVariance", dashed="not augmented").savefig(FOLDER / "layers.png")
     evolution(monitors["augmented"].history, "NormalizedVariance").savefig(FOLDER / "evolution.png")
     print(f"\nPictures: {FOLDER / 'layers.png'} and {FOLDER / 'evolution.png'}")
     print(f"Curves and heatmaps: .venv/bin/tensorboard --logdir {FOLDER}, then open http://localhost:6006")

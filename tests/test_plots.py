@@ -67,7 +67,7 @@ def test_evolution_draws_layers_against_evaluations():
 
 
 def test_layers_draws_a_line_for_each_result():
-    axes = layers({"a": result((1.0,) * 5), "b": result((0.5,) * 5)}).axes[0]
+    axes = layers({"a": result((1.0,) * 5), "b": result((0.5,) * 5)}, dashed="b").axes[0]
     assert [line.get_ydata()[1] for line in axes.lines] == [1.0, 0.5]
     assert [line.get_linestyle() for line in axes.lines] == ["-", "--"]
     assert texts(axes.get_legend().get_texts()) == ["a", "b"]
