@@ -23,7 +23,7 @@ class Walk:
     """Feeds blocks of activations to the measures of every layer, and makes the result.
 
     Args:
-        measures: name → metric; every layer gets clones.
+        measures: name → metric; every layer gets a clone of each that is updated.
         transformations: the columns of the ST matrix.
         milestones: numbers of samples after which the values so far are noted, in rising order.
 
@@ -40,6 +40,7 @@ class Walk:
         self._pass = 1
         self._measures = measures
         self._groups = groups_of(measures)
+        self._followers: dict[str, Metric] = {}
         self._layers: dict[str, list[Group]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._transformations = transformations
@@ -161,8 +162,17 @@ class Walk:
         return output.movedim(axis, 0)
 
     def _new_groups(self, layer: str, device: torch.device) -> list[Group]:
-        groups = [{name: self._new_metric(name, device) for name in names} for names in self._groups]
+        groups = [
+            {leader: self._new_metric(leader, device), **{name: self._follower(name, device) for name in others}}
+            for leader, *others in self._groups
+        ]
         return [group for group in groups if applies(leader_of(group), layer, self._shapes[layer])]
+
+    def _follower(self, name: str, device: torch.device) -> Metric:
+        """A metric that has the states of its leader while it computes; one for all layers, since copies take time."""
+        if name not in self._followers:
+            self._followers[name] = self._new_metric(name, device)
+        return self._followers[name]
 
     def _new_metric(self, name: str, device: torch.device) -> Metric:
         metric = self._measures[name].clone()

@@ -123,9 +123,9 @@ class Measure(Metric):
             x = x if x.dtype == torch.float64 else x.float()
             step = max(1, self.values_at_once // m)
             for start in range(0, n, step):
-                rows = slice(start, start + step)
+                rows = slice(start, min(start + step, n))
                 self._add(x[rows], **{name: values[rows] for name, values in of_rows.items()})
-                self.n_samples = self.n_samples + len(x[rows])
+                self.n_samples = self.n_samples + (rows.stop - start)
 
     def _check_shape(self, m: int, shape: list[int]) -> None:
         if self.n_transformations == 0:

@@ -61,25 +61,31 @@ class PlainSums(NamedTuple):
 
     def plus(self, other: PlainSums) -> PlainSums:
         """The sums of both sets of rows."""
-        return PlainSums(self.moments + other.moments, self.columns + other.columns)
+        sums = (mine.view(their.shape).add(their).view(mine.shape) for mine, their in zip(self, other, strict=True))
+        return PlainSums(*sums)
 
-    def hold_digits(self, n: int) -> bool:
-        """Whether the spread of the n rows, and of the columns, is clear of the rounding of float32."""
+    def limits(self, n: int) -> Tensor | None:
+        """How large the squares may grow while the spread of rows, and of columns, stays clear of the rounding of float32.
+
+        The spreads grow with every row, so that a block that keeps the squares below loses no digits. (k,); None where
+        digits of these n rows are lost already.
+        """
         squares, row_squares, total = self.moments.float()  # enough to tell which activations need a closer look
         rows = torch.sub(squares, row_squares, alpha=1 / len(self.columns))
         # The spread of the row means is part of that of the columns: where it is large enough, so is theirs.
         between = row_squares.addcmul_(total, total, value=-1 / n).mul_(1 / len(self.columns))
-        clear = squares.clamp_min_(SMALLEST_FLOAT32_SQUARE).mul_(CLEAR_OF_ROUNDING)
-        unclear = torch.minimum(rows, between) < clear
-        if not bool(unclear.any()):
-            return True
-        which = unclear.nonzero()[:, 0]
-        some = PlainSums(self.moments[:, which], self.columns[:, which])
-        squares, _, total = some.moments
-        if bool(((squares < SMALLEST_FLOAT32_SQUARE) & (total != 0)).any()):
-            return False
-        spread = torch.minimum(some.row_spread(), some.column_spread(n))
-        return not bool((spread < CLEAR_OF_ROUNDING * squares).any())
+        limits = torch.minimum(rows, between).mul_(1 / CLEAR_OF_ROUNDING)
+        unclear = ~(limits >= squares.clamp_min_(SMALLEST_FLOAT32_SQUARE))  # nor where one is NaN or infinite
+        if bool(unclear.any()):
+            which = unclear.nonzero()[:, 0]
+            some = PlainSums(self.moments[:, which], self.columns[:, which])
+            squares, _, total = some.moments
+            lost = (squares < SMALLEST_FLOAT32_SQUARE) & (total != 0)
+            spread = torch.minimum(some.row_spread(), some.column_spread(n)) / CLEAR_OF_ROUNDING
+            if bool((lost | ~(spread >= squares)).any()):
+                return None
+            limits[which] = spread.to(limits.dtype)
+        return limits
 
 
 class ExactSums(NamedTuple):
@@ -97,26 +103,32 @@ class ExactSums(NamedTuple):
 
 
 def plain_sums(x: Tensor, centres: Tensor) -> PlainSums | None:
-    """The sums of float32 rows, with every value read once; None where float32 does not hold them.
+    """The sums of float32 rows, with every value read once; None where float32 is not expected to hold them.
 
-    They lie in buffers that the next call uses again.
+    They lie in buffers that the next call uses again, with the activations in shares: (3, shares, k / shares) and
+    (m, shares, k / shares). The deviations are laid out share by share, one for each thread, so that every operation
+    gives a thread what it wrote itself: memory that one core wrote and another reads costs more than the arithmetic.
     """
     n, m, k = x.shape
     if x.dtype != torch.float32 or max(n, m) > LONGEST_FLOAT32_SUM or m * k < SMALLEST_PLAIN_ROW:
         return None
-    sums = PlainSums(scratch(x[0, :1].expand(3, k), "moments"), scratch(x[0], "columns"))
-    length = chunk_length(x)
-    for start in range(0, k, length):
+    shares = math.gcd(k, torch.get_num_threads())
+    values = x.unflatten(2, (shares, -1)).movedim(2, 0)
+    centres = centres.view(shares, 1, 1, -1)
+    moments = scratch(values[:, 0, :1].expand(-1, 3, -1), "moments")
+    columns = scratch(values[:, 0], "columns")
+    length = max(1, chunk_length(x) // shares)
+    for start in range(0, k // shares, length):
         part = slice(start, start + length)
-        deviation = torch.sub(x[..., part], centres[part], out=scratch(x[..., part]))
-        squares, row_squares, total = sums.moments[:, part]
-        rows = deviation.sum(1)
-        torch.sum(rows, 0, out=total)
-        torch.sum(rows.square_(), 0, out=row_squares)
-        torch.sum(deviation, 0, out=sums.columns[:, part])
+        deviation = torch.sub(values[..., part], centres[..., part], out=scratch(values[..., part]))
+        squares, row_squares, total = moments[..., part].unbind(1)
+        rows = deviation.sum(2)
+        torch.sum(rows, 1, out=total)
+        torch.sum(rows.square_(), 1, out=row_squares)
+        torch.sum(deviation, 1, out=columns[..., part])
         torch.mul(deviation, deviation, out=deviation)
-        torch.sum(deviation.view(n * m, -1), 0, out=squares)
-    return sums if bool(sums.moments[0].sum() < LARGEST_FLOAT32_SQUARE) else None  # nor where one is NaN
+        torch.sum(deviation, (1, 2), out=squares)
+    return PlainSums(moments.movedim(0, 1), columns.movedim(0, 1))
 
 
 def exact_sums(x: Tensor, references: Tensor, squared: bool) -> ExactSums:

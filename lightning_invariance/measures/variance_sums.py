@@ -71,6 +71,7 @@ class VarianceMeasure(Measure):
             )
         self.squared, self.aggregate, self._with_response = squared, aggregate, response
         self._identity: int | None = None
+        self._limits: tuple[Tensor, Tensor] | None = None
         vector, matrix = torch.zeros(0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64)
         self._add_states(exact_samples=torch.tensor(0), row_spread=vector)
         self._add_states(references=matrix, squares=matrix, sums=matrix)
@@ -116,15 +117,20 @@ class VarianceMeasure(Measure):
         if n:
             sums = sums.plus(block)
         else:
-            sums = PlainSums(block.moments.to(self.plain_moments.dtype), block.columns.clone())
+            sums = PlainSums(block.moments.flatten(1).to(self.plain_moments.dtype), block.columns.flatten(1).clone())
             centres = centres.to(sums.moments.dtype)
         n += len(x)
         if n == len(x) or self._update_count in MOVE_REFERENCES:
             # Squares about a centre far from the mean would cancel. A constant activation stays exactly at its centre.
             moved = (centres + sums.moments[2] / (n * x.shape[1])).to(x.dtype).to(centres.dtype)  # as precise as x
             sums, centres = sums.about(centres - moved, n), moved
-        if not sums.hold_digits(n):
-            return False
+        # What the last close look found is true of the sums that it saw only: they may have been reset or merged since.
+        limits = self._limits[1] if self._limits is not None and self._limits[0] is self.plain_moments else None
+        if limits is None or n == len(x) or not bool((sums.moments[0] <= limits).all()):
+            limits = sums.limits(n)
+            if limits is None:
+                return False
+        self._limits = sums.moments, limits
         self.centres, self.plain_samples = centres, self.plain_samples + len(x)
         self.plain_moments, self.plain_columns = sums
         return True
