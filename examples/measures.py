@@ -37,9 +37,10 @@ except ImportError:
 
 def measured(metric: Measure, st: Tensor, size: int = 12) -> Tensor:
     """Show a measure the rows of a whole ST tensor, as often as it needs."""
-    for position in range(metric.passes):
-        if position:
-            metric.end_pass()
+    for rows in st.split(size):
+        metric.update(rows)
+    if not metric.complete:
+        metric.end_pass()
         for rows in st.split(size):
             metric.update(rows)
     value: Tensor = metric.compute()

@@ -40,7 +40,7 @@ def leader_of(group: Group) -> Metric:
 
 
 def passes_of(metric: Metric) -> int:
-    """How often a metric needs to see every row."""
+    """How often a metric may need to see every row."""
     return metric.passes if isinstance(metric, Measure) else 1
 
 
@@ -51,10 +51,15 @@ def applies(metric: Metric, layer: str, shape: Iterable[int]) -> bool:
     return (layer != INPUT or metric.has_floor) and metric.applies_to(tuple(shape))
 
 
-def computed(metric: Metric, leader: Metric) -> Tensor:
-    """What a metric makes of the states of the leader of its group."""
+def lend(metric: Metric, leader: Metric) -> None:
+    """Give a metric the states of the leader of its group."""
     for state in metric._defaults if metric is not leader else ():
         setattr(metric, state, getattr(leader, state))
     metric._update_count = max(1, leader._update_count)
+
+
+def computed(metric: Metric, leader: Metric) -> Tensor:
+    """What a metric makes of the states of the leader of its group."""
+    lend(metric, leader)
     value: Any = metric.compute()
     return torch.as_tensor(value).detach().to("cpu", torch.float64)

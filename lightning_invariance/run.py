@@ -77,9 +77,9 @@ class Run:
         about: str = "Measuring invariance",
     ) -> Walk:
         """Show every row to the measures of every layer, as often as they need it."""
-        walk = Walk(measures, loader.transformations, milestones)
+        walk = Walk(measures, loader.transformations, milestones, loader.n_samples)
         with self._prepared(walk.enter), catch_activations(self.selection, walk.consume) as catcher:
-            for _ in range(walk.passes):
+            while not walk.finished:
                 error: BaseException | None = None
                 try:
                     with isolated_random_state(self.seed):  # every pass sees the same random transformations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_invariance.distributed import gather_or_raise, merge_over_ranks
-from lightning_invariance.groups import INPUT, Group, applies, computed, groups_of, leader_of, passes_of
+from lightning_invariance.groups import INPUT, Group, applies, computed, groups_of, leader_of, lend, passes_of
 from lightning_invariance.loader import STBlock
 from lightning_invariance.measures import Measure
 from lightning_invariance.measures.longrows import LongRows
@@ -26,18 +26,25 @@ class Walk:
         measures: name → metric; every layer gets a clone of each that is updated.
         transformations: the columns of the ST matrix.
         milestones: numbers of samples after which the values so far are noted, in rising order.
+        expected: how many samples there will be, if known.
 
     Attributes:
-        passes: how often the measures need to see every row.
+        finished: whether the measures have seen every row as often as they need to.
         n_samples: how many complete rows there were.
     """
 
     def __init__(
-        self, measures: Mapping[str, Metric], transformations: TransformationSet, milestones: Iterable[int] = ()
+        self,
+        measures: Mapping[str, Metric],
+        transformations: TransformationSet,
+        milestones: Iterable[int] = (),
+        expected: int | None = None,
     ) -> None:
-        self.passes = max(map(passes_of, measures.values()), default=1)
+        self.finished = False
         self.n_samples = 0
         self._pass = 1
+        self._expected = expected
+        self._again: list[Measure] = []  # those that this pass is for, if it is not the first
         self._measures = measures
         self._groups = groups_of(measures)
         self._followers: dict[str, Metric] = {}
@@ -101,10 +108,14 @@ class Walk:
         self._milestones = [n for n in self._milestones if n > self.n_samples]
         noted = Walk({name: m for name, m in self._measures.items() if passes_of(m) == 1}, self._transformations)
         noted.n_samples, noted._shapes = self.n_samples, self._shapes
-        noted._layers = {
-            layer: [deepcopy(group) for group in groups if passes_of(leader_of(group)) == 1]
-            for layer, groups in self._layers.items()
-        }
+        for layer, groups in self._layers.items():
+            copies = [deepcopy(group) for group in groups]
+            for group in copies:
+                for metric in group.values():
+                    lend(metric, leader_of(group))
+            noted._layers[layer] = [
+                {name: metric} for group in copies for name, metric in group.items() if passes_of(metric) == 1
+            ]
         self._noted.append(noted.result())
 
     def consume(self, layer: str, module: nn.Module, output: Tensor) -> None:
@@ -141,7 +152,7 @@ class Walk:
             about["labels"] = block.labels
         for group in self._layers[layer]:
             leader = leader_of(group)
-            if self._pass <= passes_of(leader):
+            if self._pass == 1 or any(leader is waiting for waiting in self._again):
                 leader.update(st, **leader._filter_kwargs(**about))
 
     def _batch_first(self, layer: str, module: nn.Module, output: Tensor, batch: int) -> Tensor:
@@ -181,7 +192,7 @@ class Walk:
             metric.set_dtype(torch.float32)
         if isinstance(metric, Measure):
             metric._to_sync = False  # the walk joins the processes, once for all measures
-            metric.prepare(self._transformations, self._shapes[INPUT])
+            metric.prepare(self._transformations, self._shapes[INPUT], self._expected)
         return metric.to(device)
 
     def end_pass(self, device: torch.device, error: BaseException | None = None) -> None:
@@ -193,14 +204,14 @@ class Walk:
         told = gather_or_raise((self._shapes, self.n_samples), error)
         if len(told) > 1:
             self._add_unseen([shapes for shapes, _ in told], device)
-            leaders = [leader for leader in self._leaders() if isinstance(leader, Measure)]
-            merge_over_ranks([leader for leader in leaders if self._pass <= leader.passes], device)
+            merge_over_ranks(self._again if self._pass > 1 else self._own_leaders(), device)
         if self._pass == 1:
             self.n_samples = sum(n for _, n in told)
         self._pass += 1
-        for leader in self._leaders():
-            if isinstance(leader, Measure) and self._pass <= leader.passes:
-                leader.end_pass()
+        self._again = [m for m in self._own_leaders() if self._pass <= m.passes and not m.complete]
+        for measure in self._again:
+            measure.end_pass()
+        self.finished = not self._again
 
     def _add_unseen(self, told: list[dict[str, tuple[int, ...]]], device: torch.device) -> None:
         """Make the measures of layers that only other processes have seen, in one order everywhere."""
@@ -213,8 +224,10 @@ class Walk:
                 self._layers[layer] = self._new_groups(layer, device)
         self._layers = {layer: self._layers[layer] for layer in order}
 
-    def _leaders(self) -> Iterator[Metric]:
-        return (leader_of(group) for groups in self._layers.values() for group in groups)
+    def _own_leaders(self) -> list[Measure]:
+        """The measures of this package that are updated."""
+        leaders = (leader_of(group) for groups in self._layers.values() for group in groups)
+        return [leader for leader in leaders if isinstance(leader, Measure)]
 
     def result(self) -> InvarianceResult:
         """Compute every measure of every layer, and forget the states."""

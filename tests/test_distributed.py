@@ -54,6 +54,7 @@ def every_measure():
         "ND": NormalizedDistance(samples=3),
         "F": Anova("f", paired=True),
         "Goodfellow": Goodfellow(0.1),
+        "twice": Goodfellow(0.1, capacity=2, sign="best"),
         "quantile": Goodfellow(0.1, threshold="quantile"),
         "VSE": VarianceSameEquivariance(mask=True),
         "DSE": DistanceSameEquivariance(normalized_by="samples"),
@@ -135,7 +136,7 @@ def test_ranks_merge_to_the_definition(tmp_path, world_size):
                 expected = definition(CUBE.to(dtype).double())
                 torch.testing.assert_close(found[f"{name} {dtype}"], expected, rtol=tolerance, atol=0)
             assert found[f"constant {dtype}"].item() == float("inf")
-        # A header and a message to each neighbour in the chain, in each of Goodfellow's two passes, for any depth.
+        # A header and a message to each neighbour in the chain, in each of the two passes of "twice", for any depth.
         neighbours = 1 if rank in (0, world_size - 1) else 2
         assert found["messages"] == [(2 * 2 * neighbours, 4), (2 * 2 * neighbours, 24)]
         activations = 48 + 48 + 48 + 4

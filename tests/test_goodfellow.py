@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_invariance import TransformationSet, evaluate
-from lightning_invariance.measures import Goodfellow
+from lightning_invariance import TransformationSet, evaluate, rotations
+from lightning_invariance.measures import Goodfellow, NormalizedVariance
 
 # Two of eight values lie above 4, both in the first row: L = 1, G = 1/4.
 BY_HAND = torch.tensor([[9.0, 8.0], [1.0, 2.0], [0.0, 3.0], [4.0, 1.0]])
@@ -13,9 +13,10 @@ BY_HAND = torch.tensor([[9.0, 8.0], [1.0, 2.0], [0.0, 3.0], [4.0, 1.0]])
 
 def measured(st, size=100, **arguments):
     metric = Goodfellow(**arguments)
-    for position in range(2):
-        if position:
-            metric.end_pass()
+    for rows in st.split(size):
+        metric.update(rows)
+    if not metric.complete:
+        metric.end_pass()
         for rows in st.split(size):
             metric.update(rows)
     return metric.compute()
@@ -68,6 +69,47 @@ def test_the_normal_threshold_is_the_normal_quantile():
     torch.testing.assert_close(metric.compute(), len(st) / rows.double())
 
 
+@pytest.mark.parametrize("threshold", ["normal", "quantile"])
+@pytest.mark.parametrize("sign", [1, -1, "best"])
+def test_one_pass_and_two_give_the_same(threshold, sign):
+    st = invariant_and_noise(n=100)
+    once, twice = Goodfellow(0.05, threshold, sign), Goodfellow(0.05, threshold, sign, capacity=99)
+    for metric in (once, twice):
+        for rows in st.split(30):
+            metric.update(rows)
+    assert once.complete
+    assert not twice.complete
+    with pytest.raises(RuntimeError, match="two passes for 100 samples"):
+        twice.compute()
+    twice.end_pass()
+    twice.update(st)
+    assert torch.equal(once.compute(), twice.compute())
+    once.end_pass()  # which is not needed, but possible
+    once.update(st)
+    assert torch.equal(once.compute(), twice.compute())
+
+
+def test_a_walk_shows_rows_twice_only_where_they_do_not_fit(monkeypatch):
+    calls = []
+
+    def forward(model, x):
+        calls.append(len(x))
+        return model(x)
+
+    model, images = nn.Conv2d(1, 2, 3), torch.rand(10, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    values = []
+    # 2 × 4 × 4 activations of 4 bytes: ten rows of them, and one byte less.
+    for capacity, room, passes in ((10, 1280, 1), (9, 1280, 2), (10, 1279, 2)):
+        monkeypatch.setattr("lightning_invariance.measures.goodfellow.MOST_PEAKS", room)
+        calls.clear()
+        measures = [NormalizedVariance(), Goodfellow(0.1, capacity=capacity)]
+        values.append(evaluate(model, images, rotations(4), measures, forward=forward, batch_size=40))
+        assert calls == [40] * passes
+    for result in values[1:]:
+        for measure in ("NormalizedVariance", "Goodfellow"):
+            assert torch.equal(result[measure]["Conv2d"], values[0][measure]["Conv2d"])
+
+
 def test_evaluate_makes_both_passes():
     st = invariant_and_noise(n=300, m=4)
     # A network whose units are the columns of a table: the "transformation" picks the column.
@@ -101,7 +143,3 @@ def test_errors():
         measured(BY_HAND, alpha=0.1, threshold="quantile")
     with pytest.raises(ValueError, match=r"`capacity` to be larger than alpha·n·m = 2, but got 2"):
         measured(BY_HAND, alpha=0.25, threshold="quantile", capacity=2)
-    once = Goodfellow()
-    once.update(BY_HAND)
-    with pytest.raises(RuntimeError, match="two passes"):
-        once.compute()

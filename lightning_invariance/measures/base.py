@@ -55,17 +55,29 @@ class Measure(Metric):
         for name, default in empty.items():
             self.add_state(name, default, dist_reduce_fx=None)
 
-    #: How often a walk shall show the measure every row; :meth:`end_pass` is called after each pass but the last.
+    #: How often a walk may have to show the measure every row; :meth:`end_pass` is called before each further pass.
     passes: ClassVar[int] = 1
 
     #: Whether results shall tell what the measure gives for a network that returns its input.
     has_floor: ClassVar[bool] = False
 
+    @property
+    def complete(self) -> bool:
+        """Whether the passes so far are enough to compute the value."""
+        return True
+
     def end_pass(self) -> None:
         """Prepare for the next pass over the same rows; the states are those of all processes."""
 
-    def prepare(self, transformations: TransformationSet, input_shape: Sequence[int]) -> None:
-        """Learn, before the first update, which transformations the columns are and the shape of a network input.
+    def prepare(
+        self, transformations: TransformationSet, input_shape: Sequence[int], n_samples: int | None = None
+    ) -> None:
+        """Learn, before the first update, what will come.
+
+        Args:
+            transformations: what the columns are.
+            input_shape: of a network input.
+            n_samples: how many samples all processes together will show, named by the ``indices`` 0 to n − 1, if known.
 
         Raises:
             ValueError: If the measure cannot work with these transformations.

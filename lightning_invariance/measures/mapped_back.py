@@ -46,7 +46,9 @@ class SameEquivarianceMeasure(Measure):
             self._check_inverses(transformations)
         self._add_states(lit=torch.zeros(0, dtype=torch.long))
 
-    def prepare(self, transformations: TransformationSet, input_shape: Sequence[int]) -> None:
+    def prepare(
+        self, transformations: TransformationSet, input_shape: Sequence[int], n_samples: int | None = None
+    ) -> None:
         """Take the transformations and the input size of a walk, where none were given."""
         self._check_inverses(transformations)
         if self.transformations is None:

@@ -85,7 +85,9 @@ class Stratified(Measure):
         """That of the measure."""
         return self._measure[0].higher_is_better
 
-    def prepare(self, transformations: TransformationSet, input_shape: Sequence[int]) -> None:
+    def prepare(
+        self, transformations: TransformationSet, input_shape: Sequence[int], n_samples: int | None = None
+    ) -> None:
         """Tell the measure."""
         self._measure[0].prepare(transformations, input_shape)
 

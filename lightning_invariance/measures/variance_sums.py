@@ -89,7 +89,9 @@ class VarianceMeasure(Measure):
         shared: list[Hashable] = [(VarianceMeasure, self.squared)]
         return frozenset([*shared, "response"] if self._with_response else shared)
 
-    def prepare(self, transformations: TransformationSet, input_shape: Sequence[int]) -> None:
+    def prepare(
+        self, transformations: TransformationSet, input_shape: Sequence[int], n_samples: int | None = None
+    ) -> None:
         """Learn which transformation changes nothing."""
         self._identity = transformations.identity
 
