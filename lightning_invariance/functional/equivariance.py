@@ -44,14 +44,21 @@ def mapped_back(
         back = back * mask
     elif mask:
         back = back * seen(st, transformations, mask, input_size)
-    return _unit(back) if normalize else back
+    return unit_maps(back)[0] if normalize else back
 
 
-def _unit(st: Tensor) -> Tensor:
-    """Feature maps divided by their norms; a map of zeros stays one."""
+def unit_maps(st: Tensor) -> tuple[Tensor, Tensor]:
+    """Feature maps divided by their norms, and which are zero everywhere, (samples, transformations, channels).
+
+    A map of zeros stays one; so does a map so small that its norm is 0.
+    """
     maps = st.flatten(3)
-    norm = maps.norm(dim=3, keepdim=True)
-    return (maps / torch.where(norm == 0, 1, norm)).view(st.shape)  # NaN stays NaN
+    norm = maps.norm(dim=3)
+    zero = norm == 0
+    unit = (maps / torch.where(zero, 1, norm)[..., None]).view(st.shape)  # NaN stays NaN
+    if bool(zero.any()):
+        zero = zero.masked_scatter(zero, (maps[zero] == 0).all(1))
+    return unit, zero
 
 
 def direct_distances(
@@ -80,7 +87,7 @@ def direct_distances(
         inside = _widened(transformations(ones, input_size)[0] < SEEN, mask)
         expected, found = expected * inside, found * inside
     if normalize:
-        expected, found = _unit(expected), _unit(found)
+        expected, found = unit_maps(expected)[0], unit_maps(found)[0]
     distances = distance_between(found.flatten(3), expected.flatten(3), distance, over)
     return distances if over == "channel" else distances.view(st.shape)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_invariance.functional.distance import DISTANCES, Distance, distance_between
 from lightning_invariance.measures.base import States
-from lightning_invariance.measures.pairs import absolute_differences
+from lightning_invariance.measures.pairs import absolute_differences, euclidean_distances
 from lightning_invariance.measures.spread import chunks
 from lightning_invariance.measures.subsample import EMPTY, choose, indices_of_contents, keys_of
 from lightning_invariance.measures.variance_sums import VarianceMeasure
@@ -113,6 +113,8 @@ class DistanceMeasure(VarianceMeasure):
 
     def _pairs(self, maps: Tensor) -> Tensor:
         """The sum of the distances of all unordered pairs within the rows of (n, m, channels, positions)."""
+        if self.distance == "euclidean":
+            return euclidean_distances(maps)
         m = maps.shape[1]
         total = 0 * distance_between(maps[:, 0], maps[:, 0], self.distance, self.over).double()
         for shift in range(1, m):

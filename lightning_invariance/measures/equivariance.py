@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_invariance.functional.distance import Distance
-from lightning_invariance.functional.equivariance import direct_distances
+from lightning_invariance.functional.equivariance import direct_distances, unit_maps
 from lightning_invariance.functional.variance import normalize as quotient
 from lightning_invariance.measures.base import States
 from lightning_invariance.measures.distance_sums import DistanceMeasure
@@ -203,7 +203,7 @@ class DistanceSameEquivariance(SameEquivarianceMeasure, DistanceMeasure):
         if not self._direct:
             return super()._mapped(x, transformations)
         how = self.distance, self.normalize, self.over, self.mask, self.input_size
-        return direct_distances(x, transformations, *how), (x != 0).flatten(3).any(3).sum((0, 1))
+        return direct_distances(x, transformations, *how), unit_maps(x)[1].logical_not().sum((0, 1))
 
     def _row_distances(self, x: Tensor) -> Tensor:
         if not self._direct:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_invariance.functional.equivariance import mapped_back, seen
+from lightning_invariance.functional.equivariance import mapped_back, seen, unit_maps
 from lightning_invariance.measures.base import Measure, States
 from lightning_invariance.transforms import TransformationSet
 
@@ -109,8 +109,9 @@ class SameEquivarianceMeasure(Measure):
             if self._inside is None or self._inside.shape != x.shape[-2:] or self._inside.dtype != x.dtype:
                 self._inside = seen(x, transformations, self.mask, self.input_size)
             mask = self._inside.to(x.device)
-        back = mapped_back(x, transformations, self.normalize, mask, self.input_size)
-        return back, (back != 0).flatten(3).any(3).sum((0, 1))
+        back = mapped_back(x, transformations, False, mask, self.input_size)
+        unit, zero = unit_maps(back)
+        return unit if self.normalize else back, zero.logical_not().sum((0, 1))
 
     @property
     def _how(self) -> tuple[Hashable, ...]:

@@ -7,10 +7,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lightning_invariance.measures.spread import scratch
+from lightning_invariance.measures.spread import CHUNK, scratch
 
 #: Rows longer than this are sorted by the library, which needs them next to each other in memory.
 MOST_SORTED_BY_NETWORK = 64
+
+#: Squared distances below this part of the squares of both are not taken from their difference.
+FAR = 1e-2
 
 
 def absolute_differences(x: Tensor) -> Tensor:
@@ -36,6 +39,29 @@ def absolute_differences(x: Tensor) -> Tensor:
     for r in range(1, m):
         total.add_(places[r], alpha=2 * r + 1 - m)
     return 2 * total.sum(0, dtype=torch.float64)
+
+
+def euclidean_distances(maps: Tensor) -> Tensor:
+    """‖x_j − x_l‖ of all unordered pairs in the rows of (n, m, channels, positions), summed: (n, channels) in float64.
+
+    From the products of all pairs, ‖x‖² + ‖y‖² − 2 x·y, about the mean of the row. Of two maps that are close to each
+    other that would be the difference of nearly equal numbers: these are compared themselves.
+    """
+    m, positions = maps.shape[1], maps.shape[3]
+    centred = torch.sub(maps, maps.mean(1, keepdim=True), out=scratch(maps.flatten(2)).view(maps.shape))
+    products = torch.stack([row.transpose(0, 1) @ row.permute(1, 2, 0) for row in centred])
+    squares = products.diagonal(dim1=-2, dim2=-1)
+    one, other = torch.triu_indices(m, m, 1, device=maps.device)
+    sizes = squares[..., one] + squares[..., other]
+    found = torch.sub(sizes, products[..., one, other], alpha=2)
+    close = ~(found >= FAR * sizes)  # nor where one is NaN
+    distances = found.clamp_min_(0).sqrt_().double()
+    rows = close.nonzero()
+    for some in rows.split(max(1, CHUNK // positions)):
+        sample, channel, pair = some.unbind(1)
+        difference = maps[sample, one[pair], channel] - maps[sample, other[pair], channel]
+        distances[sample, channel, pair] = difference.norm(dim=-1).double()
+    return distances.sum(-1)
 
 
 @cache

@@ -125,8 +125,11 @@ class _Sources:
         black = height * width  # the index of one extra pixel that is zero
         self._moves = torch.where(inside, index[..., 1] * width + index[..., 0], black).flatten(1).to(device)
 
+        # Where few are exact, all are interpolated and those few replaced: to pick the others would copy the images.
+        self._all = 0 < 2 * int(exact.sum()) <= len(exact)
+        some = torch.ones_like(exact) if self._all else ~exact
         size = torch.tensor([width, height], dtype=torch.float64)
-        grids = (2 * _indices(linear[~exact], offset[~exact], height, width) + 1) / size - 1
+        grids = (2 * _indices(linear[some], offset[some], height, width) + 1) / size - 1
         self._grids = grids.to(device, torch.float64 if like.dtype == torch.float64 else torch.float32)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -135,9 +138,12 @@ class _Sources:
             return self._move(x)
         if not len(self._exact):
             return self._interpolate(x)
-        moved = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        if self._all:
+            moved = self._interpolate(x)
+        else:
+            moved = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            moved[:, self._others] = self._interpolate(x[:, self._others])
         moved[:, self._exact] = self._move(x[:, self._exact])
-        moved[:, self._others] = self._interpolate(x[:, self._others])
         return moved
 
     def _move(self, x: Tensor) -> Tensor:
