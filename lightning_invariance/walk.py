@@ -53,6 +53,7 @@ class Walk:
         self._transformations = transformations
         self._has_floor = any(isinstance(metric, Measure) and metric.has_floor for metric in measures.values())
         self._block: STBlock | None = None
+        self._choices: dict[Any, Any] = {}
         self._parts: dict[str, list[Tensor]] = {}
         self._batch_axes: dict[str, int] = {}
         self._entered = True
@@ -74,7 +75,7 @@ class Walk:
         """
         if self._pass == 1 and self._milestones and self.n_samples >= self._milestones[0]:
             self._note()
-        self._block, self._entered = block, entered
+        self._block, self._entered, self._choices = block, entered, {}
         if self._pass == 1 and block.columns.stop == len(self._transformations):
             self.n_samples += len(block.inputs)
         if entered:
@@ -147,7 +148,7 @@ class Walk:
         if layer not in self._layers:
             self._shapes[layer] = tuple(st.shape[2:])
             self._layers[layer] = self._new_groups(layer, st.device)
-        about: dict[str, Any] = {"indices": block.indices, "shared": {}}
+        about: dict[str, Any] = {"indices": block.indices, "choices": self._choices, "shared": {}}
         if block.labels is not None:
             about["labels"] = block.labels
         for group in self._layers[layer]:

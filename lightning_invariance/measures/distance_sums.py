@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from lightning_invariance.functional.distance import DISTANCES, Distance, distan
 from lightning_invariance.measures.base import States
 from lightning_invariance.measures.pairs import absolute_differences, euclidean_distances
 from lightning_invariance.measures.spread import chunks
-from lightning_invariance.measures.subsample import EMPTY, choose, indices_of_contents, keys_of
+from lightning_invariance.measures.subsample import EMPTY, choose, indices_of_contents, keys_of, last_key
 from lightning_invariance.measures.variance_sums import VarianceMeasure
+from lightning_invariance.transforms import TransformationSet
 
 
 class DistanceMeasure(VarianceMeasure):
@@ -61,6 +62,8 @@ class DistanceMeasure(VarianceMeasure):
         if not isinstance(samples, int) or samples < 2:
             raise ValueError(f"Expected argument `samples` to be an int larger than 1, but got {samples}.")
         self.distance, self.over, self.samples = distance, over, samples
+        self._expected = 0
+        self._choices: dict[Hashable, Any] = {}
         if distance != "squared" and self.needs_rows:
             self._add_states(row_distances=torch.zeros(0, dtype=torch.float64))
         if distance != "squared" and self.needs_columns:
@@ -76,19 +79,32 @@ class DistanceMeasure(VarianceMeasure):
         about = (self.distance, self.over, self.samples)
         return frozenset((DistanceMeasure, part, *about) for part, needed in needs.items() if needed)
 
-    def update(self, st_block: Tensor, indices: Tensor | None = None) -> None:
+    def prepare(
+        self, transformations: TransformationSet, input_shape: Sequence[int], n_samples: int | None = None
+    ) -> None:
+        """Learn which samples there will be."""
+        super().prepare(transformations, input_shape)
+        self._expected = n_samples or 0
+
+    def update(
+        self, st_block: Tensor, indices: Tensor | None = None, choices: dict[Hashable, Any] | None = None
+    ) -> None:
         """Add complete rows of the ST matrix.
 
         Args:
             st_block: floating-point tensor ``(samples, transformations, *activation_shape)``.
             indices: ``(samples,)``: whole numbers that name the samples. Without them samples are told apart by their
                 activations, which costs a little time.
+            choices: one dict for the measures of all layers that are updated with these samples, and for no other
+                samples: those that choose among them in the same way then do it once.
 
         Raises:
             ValueError: If the block does not fit to those before.
             TypeError: If the block is not of a real floating-point type.
         """
+        self._choices = {} if choices is None else choices
         self._update(st_block, **({} if indices is None else {"indices": indices}))
+        self._choices = {}
 
     def dead(self) -> Tensor | None:
         """Which activations never changed; known with ``distance="squared"``."""
@@ -102,8 +118,7 @@ class DistanceMeasure(VarianceMeasure):
             total = self._row_distances(x)
             self.row_distances = self.row_distances + total if self.row_distances.numel() else total
         if self.needs_columns:
-            indices = of_rows["indices"] if "indices" in of_rows else indices_of_contents(x)
-            self._keep(x, keys_of(indices, x.shape[1]))
+            self._keep(x, of_rows.get("indices"))
 
     def _row_distances(self, x: Tensor) -> Tensor:
         """The distances of all ordered pairs within the rows, summed over rows, in float64."""
@@ -127,7 +142,7 @@ class DistanceMeasure(VarianceMeasure):
         shape = self.activation_shape.tolist()
         return x.reshape(*x.shape[:2], shape[0] if shape else 1, -1)
 
-    def _keep(self, x: Tensor, candidates: Tensor) -> None:
+    def _keep(self, x: Tensor, indices: Tensor | None) -> None:
         if not self.flawed.numel():
             self.flawed = torch.zeros(x.shape[2], dtype=torch.bool, device=x.device)
         if not x.sum().isfinite():
@@ -137,11 +152,27 @@ class DistanceMeasure(VarianceMeasure):
             with torch.inference_mode(False):  # what is made in inference mode could be changed only there
                 self.keys = torch.full((m, self.samples), EMPTY, device=x.device)
                 self.kept = torch.zeros(m, self.samples, x.shape[2], dtype=x.dtype, device=x.device)
-        columns, leaving, entering, keys = choose(self.keys, candidates)
+        columns, leaving, entering, keys = self._chosen(x, indices)
         if len(columns):
             # In place, unlike all other states: it is by far the largest, and nobody else holds it.
             self.keys[columns, leaving] = keys
             self.kept[columns, leaving] = x[entering, columns].to(self.kept.dtype)
+
+    def _chosen(self, x: Tensor, indices: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Which of the rows enter, and where; see ``choose``."""
+        if indices is None:
+            return choose(self.keys, keys_of(indices_of_contents(x), x.shape[1]))
+        how = (DistanceMeasure, self.keys.shape, self._expected, *indices.tolist())
+        kept, chosen = self._choices.get(how, (None, None))
+        if kept is None or not torch.equal(kept, self.keys):
+            candidates = keys_of(indices, x.shape[1])
+            if self._expected:  # those that leave again later need not enter
+                last = last_key(self._expected, x.shape[1], self.samples).to(x.device)
+                candidates = torch.where(candidates <= last, candidates, EMPTY)
+            chosen = choose(self.keys, candidates)
+            self._choices[how] = self.keys.clone(), chosen
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = chosen
+        return found
 
     def _merge(self, a: States, b: States) -> States:
         if self.distance == "squared":

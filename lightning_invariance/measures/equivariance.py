@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_invariance.functional.distance import Distance
@@ -13,6 +14,7 @@ from lightning_invariance.functional.variance import normalize as quotient
 from lightning_invariance.measures.base import States
 from lightning_invariance.measures.distance_sums import DistanceMeasure
 from lightning_invariance.measures.mapped_back import SameEquivarianceMeasure
+from lightning_invariance.measures.spread import channel_changes
 from lightning_invariance.measures.variance_sums import VarianceMeasure
 from lightning_invariance.transforms import TransformationSet
 
@@ -77,7 +79,9 @@ class VarianceSameEquivariance(SameEquivarianceMeasure, VarianceMeasure):
         input_size: tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(squared=True, aggregate=None, **kwargs)
+        # Of whole feature maps, the response to each transformation is all that the variance needs.
+        self._whole = over == "channel" and normalized_by is None
+        super().__init__(squared=True, aggregate=None, response=self._whole, **kwargs)
         if over not in ("activation", "channel"):
             raise ValueError(f'Expected argument `over` to be "activation" or "channel", but got {over!r}.')
         self.over = over
@@ -87,7 +91,7 @@ class VarianceSameEquivariance(SameEquivarianceMeasure, VarianceMeasure):
     def update_rule(self) -> frozenset[Hashable]:
         """Shared by measures that map back in the same way."""
         about = (id(self.transformations), *self._how)
-        return frozenset([(VarianceSameEquivariance, *about)])
+        return frozenset([(VarianceSameEquivariance, self._whole, *about)])
 
     def compute(self) -> Tensor:
         """The value of every channel, or of every activation."""
@@ -95,10 +99,30 @@ class VarianceSameEquivariance(SameEquivarianceMeasure, VarianceMeasure):
         if not self._enough(samples=2 if by_samples else 1):
             nan = self._undefined()
             return nan if self.over == "activation" else nan.flatten(1).sum(1)
-        value = self._over(self._transformation_variance())
+        if self._whole:
+            value = self.changes.sum(0) / (self.n_samples * (self.n_transformations - 1))
+        else:
+            value = self._over(self._transformation_variance())
         if by_samples:
             value = quotient(value, self._over(self._sample_variance()))
         return self._finished(value, self.over)
+
+    def response(self) -> Tensor | None:
+        """The part of each transformation in the value, ``(m,)``: its mean is that of the channels.
+
+        None for ``over="activation"`` or ``normalized_by="samples"``.
+        """
+        if not self._whole or not self._enough():
+            return None
+        m = self.n_transformations
+        return torch.where(self.lit > 0, self.changes, torch.nan).nanmean(1) * m / (self.n_samples * (m - 1))
+
+    def _add(self, x: Tensor, **of_rows: Tensor) -> None:
+        if not self._whole:
+            super()._add(x, **of_rows)
+            return
+        changes = channel_changes(x, int(self.activation_shape[0]), None)
+        self.changes = self.changes + changes if self.changes.numel() else changes
 
     def _over(self, values: Tensor) -> Tensor:
         return values if self.over == "activation" else values.flatten(1).sum(1)

@@ -171,8 +171,11 @@ def channel_changes(x: Tensor, channels: int, reference: int | None) -> Tensor:
     sums = []
     for start in range(0, channels, step):
         values = maps[:, :, start : start + step]
-        origin = values.mean(1, keepdim=True) if reference is None else values[:, reference, None]
+        # About its first value a constant row is exactly zero, about its mean it may not be.
+        origin = values[:, 0 if reference is None else reference, None]
         deviation = torch.sub(values, origin, out=scratch(values.flatten(2)).view(values.shape))
+        if reference is None:
+            deviation.sub_(deviation.mean(1, keepdim=True))
         sums.append(torch.linalg.vector_norm(deviation, dim=-1).double().square_().sum(0))
     changes = torch.cat(sums, -1)
     if x.dtype == torch.float32 and not SMALLEST_FLOAT32_SQUARE < changes.max() < LARGEST_FLOAT32_SQUARE:

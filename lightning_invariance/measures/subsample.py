@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,12 @@ def keys_of(indices: Tensor, columns: int) -> Tensor:
     """A random number, the same at every call, for each sample and column: ``(columns, samples)``."""
     column = torch.arange(columns, device=indices.device)
     return _mixed(_mixed(indices.long())[None, :] + column[:, None]) & EMPTY
+
+
+@lru_cache(maxsize=16)
+def last_key(n: int, columns: int, places: int) -> Tensor:
+    """The largest key that each column keeps in the end, of the samples 0 to n − 1: ``(columns, 1)``."""
+    return keys_of(torch.arange(n), columns).kthvalue(min(n, places), dim=1, keepdim=True).values
 
 
 def indices_of_contents(x: Tensor) -> Tensor:
