@@ -55,10 +55,10 @@ def unit_maps(st: Tensor) -> tuple[Tensor, Tensor]:
     maps = st.flatten(3)
     norm = maps.norm(dim=3)
     zero = norm == 0
-    unit = (maps / torch.where(zero, 1, norm)[..., None]).view(st.shape)  # NaN stays NaN
+    unit = maps / (norm + zero)[..., None]  # NaN stays NaN
     if bool(zero.any()):
         zero = zero.masked_scatter(zero, (maps[zero] == 0).all(1))
-    return unit, zero
+    return unit.view(st.shape), zero
 
 
 def direct_distances(

@@ -198,8 +198,10 @@ class DistanceMeasure(VarianceMeasure):
         if self.distance == "squared":
             return self._summed(2 * (n - 1) / n * self._sample_variance())
         s = min(n, self.samples)
-        order = self.keys.argsort(dim=1)[:, :s]  # empty places come last
-        kept = self.kept[torch.arange(len(order), device=order.device)[:, None], order]
+        kept = self.kept
+        if s < self.samples:
+            order = self.keys.argsort(dim=1)[:, :s]  # empty places come last
+            kept = kept[torch.arange(len(order), device=order.device)[:, None], order]
         pairs = s * (s - 1) * len(kept)
         flawed = self.flawed
         if self.over == "channel":

@@ -47,21 +47,20 @@ def euclidean_distances(maps: Tensor) -> Tensor:
     From the products of all pairs, ‖x‖² + ‖y‖² − 2 x·y, about the mean of the row. Of two maps that are close to each
     other that would be the difference of nearly equal numbers: these are compared themselves.
     """
-    m, positions = maps.shape[1], maps.shape[3]
+    positions = maps.shape[3]
     centred = torch.sub(maps, maps.mean(1, keepdim=True), out=scratch(maps.flatten(2)).view(maps.shape))
     products = torch.stack([row.transpose(0, 1) @ row.permute(1, 2, 0) for row in centred])
     squares = products.diagonal(dim1=-2, dim2=-1)
-    one, other = torch.triu_indices(m, m, 1, device=maps.device)
-    sizes = squares[..., one] + squares[..., other]
-    found = torch.sub(sizes, products[..., one, other], alpha=2)
-    close = ~(found >= FAR * sizes)  # nor where one is NaN
-    distances = found.clamp_min_(0).sqrt_().double()
-    rows = close.nonzero()
+    sizes = squares[..., None] + squares[..., None, :]
+    found = torch.sub(sizes, products, alpha=2)
+    close = ~(found >= sizes.mul_(FAR))  # nor where one is NaN
+    total = found.clamp_min_(0).sqrt_().masked_fill_(close, 0).double().sum((2, 3)) / 2
+    rows = close.triu(1).nonzero()
     for some in rows.split(max(1, CHUNK // positions)):
-        sample, channel, pair = some.unbind(1)
-        difference = maps[sample, one[pair], channel] - maps[sample, other[pair], channel]
-        distances[sample, channel, pair] = difference.norm(dim=-1).double()
-    return distances.sum(-1)
+        sample, channel, one, other = some.unbind(1)
+        difference = maps[sample, one, channel] - maps[sample, other, channel]
+        total.index_put_((sample, channel), difference.norm(dim=-1).double(), accumulate=True)
+    return total
 
 
 @cache

@@ -113,7 +113,7 @@ def plain_sums(x: Tensor, centres: Tensor) -> PlainSums | None:
     if x.dtype != torch.float32 or max(n, m) > LONGEST_FLOAT32_SUM or m * k < SMALLEST_PLAIN_ROW:
         return None
     shares = math.gcd(k, torch.get_num_threads())
-    values = x.unflatten(2, (shares, -1)).movedim(2, 0)
+    values = x.view(n, m, shares, -1).movedim(2, 0)
     centres = centres.view(shares, 1, 1, -1)
     moments = scratch(values[:, 0, :1].expand(-1, 3, -1), "moments")
     columns = scratch(values[:, 0], "columns")
