@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -109,13 +110,14 @@ def regularized_beta(x: Tensor, complement: Tensor, a: float, b: float) -> Tenso
     """
     mirrored = x > (a + 1) / (a + b + 2)  # where the fraction of 1 − I_{1 − x}(b, a) converges faster
     first, second = torch.where(mirrored, b, a).to(x.dtype), torch.where(mirrored, a, b).to(x.dtype)
-    found = _beta_fraction(torch.where(mirrored, complement, x), torch.where(mirrored, x, complement), first, second)
+    x_or_complement, other = torch.where(mirrored, complement, x), torch.where(mirrored, x, complement)
+    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)  # the same for both
+    found = _beta_fraction(x_or_complement, other, first, second, log_beta)
     return torch.where(mirrored, 1 - found, found).clamp(0, 1) + 0 * x
 
 
-def _beta_fraction(x: Tensor, complement: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def _beta_fraction(x: Tensor, complement: Tensor, a: Tensor, b: Tensor, log_beta: float) -> Tensor:
     """x^a (1 − x)^b / (a B(a, b)) over the continued fraction, by the modified Lentz method."""
-    log_beta = torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
     front = torch.exp(a * x.log() + b * complement.log() - log_beta) / a
     tiny = 1e-300
     shape, (x, a, b) = x.shape, (values.flatten() for values in (x, a, b))
