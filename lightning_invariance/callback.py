@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -76,7 +76,7 @@ class InvarianceMonitor(pl.Callback):
         layers: which layers; by default every leaf module. See :func:`layer_names`.
         every_n_epochs: how often.
         max_samples: how many samples: a random choice, the same every time. None takes all.
-        batch_size: largest number of transformed inputs in one forward pass.
+        batch_size: largest number of transformed inputs in one forward pass, or ``"auto"``; see :func:`evaluate`.
         forward: ``forward(model, x)`` runs the model where ``model(x)`` does not.
         input_fn: picks x from a collated batch where :class:`STLoader` does not find it.
         seed: of the choice of samples.
@@ -110,7 +110,7 @@ class InvarianceMonitor(pl.Callback):
         layers: Layers = None,
         every_n_epochs: int = 1,
         max_samples: int | None = 256,
-        batch_size: int = 64,
+        batch_size: int | Literal["auto"] = 64,
         *,
         forward: Callable[..., Any] | None = None,
         input_fn: Callable[..., Tensor] | None = None,
@@ -130,7 +130,7 @@ class InvarianceMonitor(pl.Callback):
             )
         for argument, value, least in (
             ("every_n_epochs", every_n_epochs, 1),
-            ("batch_size", batch_size, 1),
+            ("batch_size", 1 if batch_size == "auto" else batch_size, 1),
             ("max_samples", 2 if max_samples is None else max_samples, 2),
         ):
             if not isinstance(value, int) or value < least:

@@ -36,14 +36,16 @@ def gather_or_raise(value: Any, error: BaseException | None) -> list[Any]:
     """One small object from every process, unless one of them failed: then no process waits for it.
 
     Raises:
-        RuntimeError: If another process failed, with its error. The one that failed raises that itself.
+        RuntimeError: If another process failed, with its error; ``torch.OutOfMemoryError``, which is one, if it ran out
+            of memory. The one that failed raises its error itself.
     """
     told = gather_objects((value, None if error is None else repr(error)))
     if error is not None:
         raise error
     for rank, (_, message) in enumerate(told):
         if message is not None:
-            raise RuntimeError(f"Expected all processes to finish the walk, but rank {rank} failed: {message}")
+            kind = torch.OutOfMemoryError if message.startswith("OutOfMemoryError") else RuntimeError
+            raise kind(f"Expected all processes to finish the walk, but rank {rank} failed: {message}")
     return [value for value, _ in told]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ def evaluate(
     measures: Sequence[Metric] | Mapping[str, Metric] | None = None,
     *,
     layers: Layers = None,
-    batch_size: int = 64,
+    batch_size: int | Literal["auto"] = 64,
     max_samples: int | None = None,
     device: torch.device | str | None = None,
     forward: Callable[[nn.Module, Tensor], Any] | None = None,
@@ -59,7 +60,8 @@ def evaluate(
             default :class:`~lightning_invariance.measures.NormalizedVariance`.
         layers: which layers to measure; by default every leaf module. Names, glob patterns, module types, a predicate,
             or a dict that renames: see :func:`layer_names`.
-        batch_size: largest number of transformed inputs in one forward pass.
+        batch_size: largest number of transformed inputs in one forward pass. ``"auto"`` begins with 64, on an
+            accelerator with 1024, and halves where the memory does not suffice; values do not depend on it.
         max_samples: how many samples to use, a random choice that is the same every time; by default all.
         device: where to run; by default where the model's parameters are. The model is moved there and back.
         forward: ``forward(model, x)`` runs the model where it is not simply called as ``model(x)``.
@@ -99,19 +101,37 @@ def evaluate(
     """
     named = named_measures(measures)
     model = unwrapped(model)
+    on = torch.device(device) if device is not None else device_of(model)
     run = Run(
         model=model,
         data=data,
         selection=select_layers(model, layers),
         entry=None if transform_at is None else next(iter(select_layers(model, [transform_at]).modules.values())),
-        device=torch.device(device) if device is not None else device_of(model),
+        device=on,
         forward=forward,
-        batch_size=batch_size,
+        batch_size=batch_size if batch_size != "auto" else 64 if on.type == "cpu" else 1024,
         max_samples=max_samples,
         input_fn=input_fn,
         seed=seed,
         progress=progress,
     )
+    while True:
+        try:
+            return _measured(run, transformations, named, convergence, state_budget)
+        except torch.OutOfMemoryError:
+            if batch_size != "auto" or run.batch_size == 1:
+                raise
+        run = replace(run, batch_size=run.batch_size // 2)
+
+
+def _measured(
+    run: Run,
+    transformations: TransformationSet,
+    named: Mapping[str, Metric],
+    convergence: bool,
+    state_budget: int | None,
+) -> InvarianceResult:
+    """See :func:`evaluate`."""
     loader = run.loader(transformations)
     _check_numbers(loader)
     for measure in named.values():
@@ -119,10 +139,10 @@ def evaluate(
             deepcopy(measure).prepare(transformations, ())  # raises where it cannot work with them
     milestones = _milestones(loader) if convergence else []
     result: InvarianceResult | None = None
-    if state_budget is not None or len(transformations) > batch_size:
+    if state_budget is not None or len(transformations) > run.batch_size:
         budget = DEFAULT_BUDGET if state_budget is None else state_budget
         activations, itemsize = run.sizes(loader)
-        if state_bytes(activations, itemsize, len(transformations), batch_size) > budget:
+        if state_bytes(activations, itemsize, len(transformations), run.batch_size) > budget:
             if convergence:
                 raise ValueError(
                     f"Expected `convergence` with states within `state_budget`, but {budget} bytes are less."

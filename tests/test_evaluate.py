@@ -516,3 +516,25 @@ def test_a_measure_that_does_not_fit_the_budget_is_refused():
 def test_convergence_is_refused_where_two_walks_are_needed():
     with pytest.raises(ValueError, match="`convergence` with states within `state_budget`"):
         evaluate(deep(), torch.rand(9, 3, 8, 8).double(), rotations(4), convergence=True, state_budget=1)
+
+
+def test_automatic_batch_size_halves_until_it_fits_and_changes_no_value():
+    model, images, sizes = deep(), torch.rand(40, 3, 8, 8, dtype=torch.float64), []
+
+    def forward(model, x):
+        sizes.append(len(x))
+        if len(x) > 20:
+            raise torch.OutOfMemoryError("not that many")
+        return model(x)
+
+    found = evaluate(model, images, rotations(4), forward=forward, batch_size="auto")
+    assert sizes[:3] == [64, 32, 16]
+    assert set(sizes[2:]) == {16}
+    expected = evaluate(model, images, rotations(4))
+    for layer, values in expected["NormalizedVariance"].items():
+        torch.testing.assert_close(found["NormalizedVariance"][layer], values, rtol=1e-9, atol=0)
+    sizes.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate(model, images, rotations(4), forward=forward)
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate(model, images, rotations(4), forward=lambda *_: forward(model, images), batch_size="auto")

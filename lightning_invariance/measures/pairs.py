@@ -56,7 +56,7 @@ def euclidean_distances(maps: Tensor) -> Tensor:
     close = ~(found >= sizes.mul_(FAR))  # nor where one is NaN
     total = found.clamp_min_(0).sqrt_().masked_fill_(close, 0).double().sum((2, 3)) / 2
     rows = close.triu(1).nonzero()
-    for some in rows.split(max(1, CHUNK // positions)):
+    for some in torch.split(rows, max(1, CHUNK // positions)):
         sample, channel, one, other = some.unbind(1)
         difference = maps[sample, one, channel] - maps[sample, other, channel]
         total.index_put_((sample, channel), difference.norm(dim=-1).double(), accumulate=True)

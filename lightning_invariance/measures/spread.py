@@ -65,7 +65,7 @@ class PlainSums(NamedTuple):
         return PlainSums(*sums)
 
     def limits(self, n: int) -> Tensor | None:
-        """How large the squares may grow while the spread of rows, and of columns, stays clear of the rounding of float32.
+        """How large the squares may grow while the spread of rows, and of columns, stays clear of float32's rounding.
 
         The spreads grow with every row, so that a block that keeps the squares below loses no digits. (k,); None where
         digits of these n rows are lost already.

@@ -111,31 +111,50 @@ class VarianceMeasure(Measure):
         return PlainSums(self.plain_moments, self.plain_columns)
 
     def _add_plain(self, x: Tensor) -> bool:
-        """Add rows to the plain set, and say whether it holds them."""
-        n, sums, centres = int(self.plain_samples), self._plain(), self.centres if self.plain_samples else x[0, 0]
-        block = plain_sums(x, centres.to(x.dtype))
+        """Add rows to the plain set, and say whether it holds them.
+
+        Few rows seldom tell whether float32 will do for all of many activations. Those that had to go to the exact set
+        come along as soon as it does; that is tried each time that they have become four times as many.
+        """
+        n, waiting = int(self.plain_samples), 0 if self.plain_samples else int(self.exact_samples)
+        if waiting and (waiting + len(x)).bit_length() // 2 == waiting.bit_length() // 2:
+            return False
+        centres = self.centres if n else (self.references + self.sums / waiting).mean(0) if waiting else x[0, 0]
+        centres = centres.to(x.dtype)
+        block = plain_sums(x, centres)
         if block is None:
             return False
-        if n:
-            sums = sums.plus(block)
+        centres = centres.to(self.plain_moments.dtype)
+        if n or waiting:
+            sums = (self._plain() if n else self._exact_as_plain(centres)).plus(block)
         else:
             sums = PlainSums(block.moments.flatten(1).to(self.plain_moments.dtype), block.columns.flatten(1).clone())
-            centres = centres.to(sums.moments.dtype)
-        n += len(x)
-        if n == len(x) or self._update_count in MOVE_REFERENCES:
+        first, n = not n, n + waiting + len(x)
+        if first or self._update_count in MOVE_REFERENCES:
             # Squares about a centre far from the mean would cancel. A constant activation stays exactly at its centre.
             moved = (centres + sums.moments[2] / (n * x.shape[1])).to(x.dtype).to(centres.dtype)  # as precise as x
             sums, centres = sums.about(centres - moved, n), moved
         # What the last close look found is true of the sums that it saw only: they may have been reset or merged since.
         limits = self._limits[1] if self._limits is not None and self._limits[0] is self.plain_moments else None
-        if limits is None or n == len(x) or not bool((sums.moments[0] <= limits).all()):
+        if limits is None or first or not bool((sums.moments[0] <= limits).all()):
             limits = sums.limits(n)
             if limits is None:
                 return False
         self._limits = sums.moments, limits
-        self.centres, self.plain_samples = centres, self.plain_samples + len(x)
+        self.centres, self.plain_samples = centres, self.plain_samples + (waiting + len(x))
         self.plain_moments, self.plain_columns = sums
+        if waiting:
+            for name in EXACT:
+                setattr(self, name, torch.as_tensor(self._defaults[name]).to(x.device, copy=True))
         return True
+
+    def _exact_as_plain(self, centres: Tensor) -> PlainSums:
+        """The exact set about one centre for each activation."""
+        shift, m = self.references - centres, len(self.references)
+        columns = self.sums + self.exact_samples * shift
+        squares = self.squares[0] + (shift * (self.sums + columns)).sum(0)
+        moments = torch.stack([squares, m * (squares - self.row_spread), columns.sum(0)])
+        return PlainSums(moments, columns.to(self.plain_columns.dtype))
 
     def _add_exact(self, x: Tensor) -> None:
         if not self.references.numel():
