@@ -24,6 +24,10 @@ from lightning_invariance.plots import evolution, heatmap, response
 from lightning_invariance.plots.common import limits_of, render
 from lightning_invariance.result import InvarianceResult
 
+#: Pictures with more numbers than this are logged in so few colours that they compress well, which nobody sees.
+LARGE_PICTURE = 2**20
+FEWER_COLOURS = 128
+
 #: Classes of loggers that were warned of.
 _warned: set[type] = set()
 
@@ -41,6 +45,9 @@ def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float], step: int) ->
 
 def log_image(trainer: pl.Trainer, tag: str, image: npt.NDArray[np.uint8], step: int) -> None:
     """Log a picture ``(height, width, 3)`` to every logger that can take one; warn once of one that cannot."""
+    if image.size > LARGE_PICTURE:
+        fewer = Image.fromarray(image).quantize(FEWER_COLOURS, dither=Image.Dither.NONE)
+        image = np.asarray(fewer.convert("RGB"))
     for logger in trainer.loggers:
         if isinstance(logger, DummyLogger) or _log_image(logger, tag, image, step):
             continue

@@ -14,7 +14,13 @@ from lightning_invariance import (
     scales,
     translations,
 )
-from lightning_invariance.measures import DistanceSameEquivariance, NormalizedVariance, VarianceSameEquivariance
+from lightning_invariance.functional.equivariance import mapped_back
+from lightning_invariance.measures import (
+    DistanceSameEquivariance,
+    NormalizedVariance,
+    TransformationDistance,
+    VarianceSameEquivariance,
+)
 
 BOTH = [VarianceSameEquivariance, DistanceSameEquivariance]
 
@@ -276,3 +282,32 @@ def test_a_layer_that_was_asked_for_and_that_every_measure_skips():
     result = evaluate(model, images(), quarter_turns(), VarianceSameEquivariance(), layers=["0", "1"])
     assert list(result["VarianceSameEquivariance"]) == ["0"]
     assert result.skipped == {"VarianceSameEquivariance": ["1"]}
+
+
+def test_the_response_of_whole_maps_is_their_part_in_the_value():
+    turns = rotations(angles=[0, 20, 40, 90])
+    st = torch.rand(6, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    measure = VarianceSameEquivariance(turns)
+    for rows in (st[:2], st[2:]):
+        measure.update(rows)
+    torch.testing.assert_close(measure.response().mean(), measure.compute().mean(), rtol=1e-12, atol=0)
+    back = mapped_back(st, turns)
+    parts = (back - back.mean(1, keepdim=True)).square().sum((3, 4)).mean((0, 2)) * 4 / 3
+    torch.testing.assert_close(measure.response(), parts, rtol=1e-12, atol=0)
+    assert VarianceSameEquivariance(turns, over="activation").response() is None
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("apart", [1e-7, 1e-3, 0.03, 0.3, 1.0])
+def test_distances_of_maps_near_and_far_from_each_other(apart, dtype, tolerance):
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(3, 1, 5, 7, 7, generator=generator, dtype=torch.float64)
+    st = (maps + apart * torch.randn(3, 6, 5, 7, 7, generator=generator, dtype=torch.float64)).to(dtype)
+    st[:, 3], st[:, 5] = st[:, 1], 4 + st[:, 5]  # a pair of equals, and one map far from all others
+    measure = TransformationDistance("euclidean", over="channel")
+    measure.update(st)
+    expected = functional.transformation_distance(st.double(), "euclidean", over="channel")
+    torch.testing.assert_close(measure.compute(), expected, rtol=tolerance, atol=0)
+    equal = TransformationDistance("euclidean", over="channel")
+    equal.update(st[:, :1].expand(-1, 6, -1, -1, -1))
+    assert equal.compute().tolist() == [0.0] * 5

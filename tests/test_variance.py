@@ -1,6 +1,7 @@
 """The variance measures against hand calculations and the definitions in float64."""
 
 import itertools
+import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -377,3 +378,41 @@ def test_plot_returns_figure_and_axes():
     # The mean over the spatial axes of each of the 3 channels.
     expected = functional.normalized_variance(cube()).mean(1)
     torch.testing.assert_close(torch.tensor([bar.get_height() for bar in axes.patches]), expected, check_dtype=False)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 13])
+def test_few_rows_at_a_time_keep_no_more_numbers_than_many(rows):
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(60, 1, 4096, generator=generator)
+    st = 3 + samples + 0.7 * torch.randn(60, 8, 4096, generator=generator)
+    metric = NormalizedVariance()
+    for block in st.split(rows):
+        metric.update(block)
+    assert sum(getattr(metric, name).numel() for name in metric._defaults) <= (8 + 4) * 4096 + 10
+    torch.testing.assert_close(metric.compute(), functional.normalized_variance(st.double()), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_first_rows_that_float32_cannot_hold_stay_exact(rows):
+    generator = torch.Generator().manual_seed(0)
+    st = torch.randn(60, 8, 4096, generator=generator)
+    st[..., 0] = st[:1, :, 0]  # changes with the transformation alone
+    st[..., 1] = st[:, :1, 1]  # invariant
+    metric = NormalizedVariance()
+    for block in st.split(rows):
+        metric.update(block)
+    found = metric.compute()
+    assert found[0] == math.inf
+    assert found[1] == 0
+    expected = functional.normalized_variance(st[..., 2:].double())
+    torch.testing.assert_close(found[2:], expected, rtol=1e-5, atol=0)
+
+
+def test_rows_that_grow_beyond_what_the_first_promised_are_exact():
+    generator = torch.Generator().manual_seed(0)
+    st = torch.randn(64, 8, 4096, generator=generator)
+    st[32:] = 1e4 + 0.5 * st[32:]  # far from the centre that the first rows gave
+    metric = NormalizedVariance()
+    for block in st.split(4):
+        metric.update(block)
+    torch.testing.assert_close(metric.compute(), functional.normalized_variance(st.double()), rtol=1e-4, atol=0)

@@ -1,0 +1,73 @@
+"""What TensorBoard shows besides curves: the text page, the chart of all layers, histograms, responses."""
+
+import re
+
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from test_callback import LAYERS, events, fit
+
+from lightning_invariance import InvarianceMonitor, rotations
+from lightning_invariance.measures import TransformationVariance
+
+
+def layout(logged):
+    charts = Layout.FromString(logged.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
+    return {part.title: {chart.title: list(chart.multiline.tag) for chart in part.chart} for part in charts.category}
+
+
+def test_a_chart_of_all_layers_in_the_order_of_the_network(tmp_path):
+    fit(tmp_path, InvarianceMonitor(rotations(4)), epochs=1)
+    charts = layout(events(tmp_path))["NormalizedVariance"]
+    tags = [f"NormalizedVariance/{layer}" for layer in LAYERS]
+    assert len(charts["all layers"]) == len(tags)
+    for pattern, tag in zip(charts["all layers"], tags, strict=True):
+        assert re.match(pattern, tag)
+        assert not re.match(pattern, tag + "0")  # TensorBoard matches the beginning only
+        assert not re.match(pattern, tag.replace("/", ".") + "x")
+    assert re.match(charts["mean over the layers"][0], "NormalizedVariance_mean")
+
+
+def test_a_layout_of_the_user_is_kept(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    logger.experiment.add_custom_scalars({"mine": {"losses": ["Multiline", ["train_loss", "val_loss"]]}})
+    fit(tmp_path, InvarianceMonitor(rotations(4)), epochs=1, logger=logger)
+    found = layout(events(tmp_path))
+    assert found["mine"] == {"losses": ["train_loss", "val_loss"]}
+    assert "NormalizedVariance" in found
+
+
+def test_a_page_says_what_the_tags_mean(tmp_path):
+    measures = {"spread": TransformationVariance()}
+    fit(tmp_path, InvarianceMonitor(rotations(4), measures, name="turns"), epochs=2)
+    pages = events(tmp_path).Tensors("invariance_turns/text_summary")
+    assert len(pages) == 1
+    text = pages[0].tensor_proto.string_val[0].decode()
+    assert "40 samples × 4 transformations: 0°, 90°, 180°, 270°." in text
+    assert "| `spread_turns/LAYER` | Transformation Variance (TV)" in text
+    assert "Lower is more invariant." in text
+    assert "| conv | 3 × 4 × 4 |" in text
+
+
+def test_histograms_over_channels_only_where_they_are_asked_for(tmp_path):
+    monitor = InvarianceMonitor(rotations(4), histograms=True)
+    fit(tmp_path / "with", monitor, epochs=1)
+    fit(tmp_path / "without", InvarianceMonitor(rotations(4)), epochs=1)
+    logged = events(tmp_path / "with")
+    assert set(logged.Tags()["histograms"]) == {f"NormalizedVariance/channels/{layer}" for layer in LAYERS}
+    last = logged.Histograms("NormalizedVariance/channels/conv")[-1].histogram_value
+    channels = monitor.history[-1].per_channel("NormalizedVariance", "conv")
+    assert last.num == len(channels) == 3
+    torch.testing.assert_close(last.sum, channels.sum().item(), rtol=1e-6, atol=0)
+    assert events(tmp_path / "without").Tags()["histograms"] == []
+
+
+def test_the_default_measure_tells_the_response_and_the_history_the_scores(tmp_path):
+    monitor = InvarianceMonitor(rotations(4))
+    fit(tmp_path, monitor, epochs=2)
+    logged = events(tmp_path)
+    assert len(logged.Images("NormalizedVariance/response")) == 3
+    assert [set(result.scores) & {"val_loss"} for result in monitor.history] == [set(), {"val_loss"}, {"val_loss"}]
+    last = logged.Scalars("val_loss")[-1].value
+    torch.testing.assert_close(monitor.history[-1].scores["val_loss"], last, rtol=1e-6, atol=0)
+    assert not any("NormalizedVariance" in name for name in monitor.history[-1].scores)
