@@ -186,3 +186,17 @@ def test_nan_of_a_sample_that_is_not_kept_is_not_lost():
             parts[0].merge_state(parts[1])
             assert measured(metric, *spoiled.split(7)).isnan().tolist() == [True, False]
             assert parts[0].compute().isnan().tolist() == [True, False]
+
+
+def test_a_walk_keeps_the_samples_that_would_be_kept_without_knowing_their_number():
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten(), nn.Linear(48, 4)).double()
+    images = torch.rand(30, 1, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    turns = rotations(4)
+    found = evaluate(model, images, turns, SampleDistance(samples=5), progress=False)["SampleDistance"]
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        st = model(turns(images[order]).flatten(0, 1)).unflatten(0, (30, 4))
+    alone = SampleDistance(samples=5)
+    for rows in torch.arange(30).split(7):
+        alone.update(st[rows], rows)
+    torch.testing.assert_close(found["2"], alone.compute(), rtol=1e-9, atol=0)

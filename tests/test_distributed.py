@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_invariance import evaluate, functional, rotations
+from lightning_invariance.distributed import gather_or_raise
 from lightning_invariance.measures import (
     Anova,
     DistanceSameEquivariance,
@@ -170,3 +171,10 @@ def test_an_error_on_one_process_ends_all_of_them(tmp_path):
     assert told[0] == told[2]
     assert told[0].startswith("RuntimeError: ")
     assert "rank 1 failed: ArithmeticError('a bad batch')" in told[0]
+
+
+def test_all_processes_hear_that_one_ran_out_of_memory(monkeypatch):
+    told = [(1, None), (2, repr(torch.OutOfMemoryError("too large")))]
+    monkeypatch.setattr("lightning_invariance.distributed.gather_objects", lambda value: told)
+    with pytest.raises(torch.OutOfMemoryError, match="rank 1 failed"):
+        gather_or_raise(1, None)

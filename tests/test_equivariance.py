@@ -302,8 +302,8 @@ def test_the_response_of_whole_maps_is_their_part_in_the_value():
 def test_distances_of_maps_near_and_far_from_each_other(apart, dtype, tolerance):
     generator = torch.Generator().manual_seed(0)
     maps = torch.randn(3, 1, 5, 7, 7, generator=generator, dtype=torch.float64)
-    st = (maps + apart * torch.randn(3, 6, 5, 7, 7, generator=generator, dtype=torch.float64)).to(dtype)
-    st[:, 3], st[:, 5] = st[:, 1], 4 + st[:, 5]  # a pair of equals, and one map far from all others
+    st = (maps + apart * torch.randn(3, 16, 5, 7, 7, generator=generator, dtype=torch.float64)).to(dtype)
+    st[:, 3], st[:, 5] = st[:, 1], 100 + st[:, 5]  # a pair of equals, and one map far from all others
     measure = TransformationDistance("euclidean", over="channel")
     measure.update(st)
     expected = functional.transformation_distance(st.double(), "euclidean", over="channel")
