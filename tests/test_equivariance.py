@@ -308,6 +308,10 @@ def test_distances_of_maps_near_and_far_from_each_other(apart, dtype, tolerance)
     measure.update(st)
     expected = functional.transformation_distance(st.double(), "euclidean", over="channel")
     torch.testing.assert_close(measure.compute(), expected, rtol=tolerance, atol=0)
+    if dtype == torch.float32:
+        tiny = TransformationDistance("euclidean", over="channel")
+        tiny.update(1e-26 * st)
+        torch.testing.assert_close(tiny.compute(), 1e-26 * expected, rtol=tolerance, atol=0)
     equal = TransformationDistance("euclidean", over="channel")
     equal.update(st[:, :1].expand(-1, 6, -1, -1, -1))
     assert equal.compute().tolist() == [0.0] * 5

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lightning_invariance.measures.spread import CHUNK, scratch
+from lightning_invariance.measures.spread import CHUNK, SMALLEST_FLOAT32_SQUARE, scratch
 
 #: Rows longer than this are sorted by the library, which needs them next to each other in memory.
 MOST_SORTED_BY_NETWORK = 64
@@ -60,6 +60,10 @@ def euclidean_distances(maps: Tensor) -> Tensor:
         sample, channel, one, other = some.unbind(1)
         difference = maps[sample, one, channel] - maps[sample, other, channel]
         total.index_put_((sample, channel), difference.norm(dim=-1).double(), accumulate=True)
+    small = (squares < SMALLEST_FLOAT32_SQUARE).any(-1)
+    if maps.dtype == torch.float32 and bool(small.any()):  # some products may have lost digits, or be 0
+        few = maps.transpose(1, 2)[small]
+        total[small] = euclidean_distances(few[:, :, None].double())[:, 0]
     return total
 
 
