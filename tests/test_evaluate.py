@@ -424,6 +424,7 @@ def test_an_unknown_place_of_transformation_lists_near_names():
         evaluate(deep(), torch.rand(10, 3, 8, 8), rotations(4), transform_at="22")
 
 
+@pytest.mark.filterwarnings("ignore:NaN")  # of units that never fire
 def test_convergence_gives_the_values_of_the_first_samples():
     model, images = deep(), torch.rand(48, 3, 8, 8, dtype=torch.float64)
     measures = [NormalizedVariance(), SampleDistance(samples=4), Goodfellow(0.1)]
