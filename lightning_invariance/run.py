@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +73,7 @@ class Run:
         self,
         measures: Mapping[str, Metric],
         loader: STLoader,
-        milestones: Iterable[int] = (),
+        milestones: Sequence[int] = (),
         about: str = "Measuring invariance",
     ) -> Walk:
         """Show every row to the measures of every layer, as often as they need it."""

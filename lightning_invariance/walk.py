@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -37,13 +37,13 @@ class Walk:
         self,
         measures: Mapping[str, Metric],
         transformations: TransformationSet,
-        milestones: Iterable[int] = (),
+        milestones: Sequence[int] = (),
         expected: int | None = None,
     ) -> None:
         self.finished = False
         self.n_samples = 0
         self._pass = 1
-        self._expected = expected
+        self._expected = None if milestones else expected  # of a part of them the choices are others
         self._again: list[Measure] = []  # those that this pass is for, if it is not the first
         self._measures = measures
         self._groups = groups_of(measures)

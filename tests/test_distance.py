@@ -200,3 +200,13 @@ def test_a_walk_keeps_the_samples_that_would_be_kept_without_knowing_their_numbe
     for rows in torch.arange(30).split(7):
         alone.update(st[rows], rows)
     torch.testing.assert_close(found["2"], alone.compute(), rtol=1e-9, atol=0)
+
+
+def test_fewer_samples_than_announced_are_no_zeros():
+    st = torch.randn(100, 4, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    metric = SampleDistance(samples=8)
+    metric.prepare(rotations(4), (), n_samples=200)
+    for rows in torch.arange(100).split(7):
+        metric.update(st[rows], rows)
+    # E|x − y| of two standard normal values is 2 / √π.
+    assert metric.compute().mean().item() == pytest.approx(0.99 * 2 / math.sqrt(math.pi), rel=0.05)

@@ -434,6 +434,8 @@ def test_convergence_gives_the_values_of_the_first_samples():
     for n in (6, 12, 24, 48):
         cube = functional.normalized_variance(cube_of(model, images[order[:n]], rotations(4)))
         assert result.convergence["NormalizedVariance"]["4"][n] == pytest.approx(cube.mean().item(), rel=1e-9)
+        few = evaluate(model, images[order[:n]], rotations(4), SampleDistance(samples=n), layers="4")
+        assert result.convergence["SampleDistance"]["4"][n] == pytest.approx(few.per_layer()["4"], rel=0.35)
     unchanged = evaluate(model, images, rotations(4), measures, batch_size=8)
     assert torch.equal(unchanged["NormalizedVariance"]["0"], result["NormalizedVariance"]["0"])
 

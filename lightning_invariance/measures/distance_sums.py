@@ -197,16 +197,20 @@ class DistanceMeasure(VarianceMeasure):
         n = int(self.n_samples)
         if self.distance == "squared":
             return self._summed(2 * (n - 1) / n * self._sample_variance())
-        s = min(n, self.samples)
-        kept = self.kept
-        if s < self.samples:
-            order = self.keys.argsort(dim=1)[:, :s]  # empty places come last
-            kept = kept[torch.arange(len(order), device=order.device)[:, None], order]
-        pairs = s * (s - 1) * len(kept)
+        full = self.keys != EMPTY
+        counts = full.sum(1).tolist()
+        if len(set(counts)) == 1:
+            s = counts[0]
+            kept = self.kept if s == self.samples else self.kept[full].view(len(full), s, -1)
+            mean = self._row_distances(kept).flatten() / (s * (s - 1) * len(kept))
+        else:  # fewer samples came than were announced, as in a layer that does not always run
+            parts = [values[places][None] for values, places, s in zip(self.kept, full, counts, strict=True) if s > 1]
+            of_columns = [self._row_distances(part).flatten() / (part.shape[1] * (part.shape[1] - 1)) for part in parts]
+            mean = torch.stack(of_columns).mean(0) if parts else torch.full_like(self.kept[0, 0].double(), torch.nan)
         flawed = self.flawed
         if self.over == "channel":
             flawed = self._maps(flawed[None, None])[0, 0].any(1)
-        return self._summed(torch.where(flawed, torch.nan, self._row_distances(kept).flatten()) / pairs * ((n - 1) / n))
+        return self._summed(torch.where(flawed, torch.nan, mean) * ((n - 1) / n))
 
     def _summed(self, values: Tensor) -> Tensor:
         """The shape of the activation, or ``(channels,)``."""
