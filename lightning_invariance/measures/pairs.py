@@ -7,6 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lightning_invariance.measures import kernels
 from lightning_invariance.measures.spread import CHUNK, SMALLEST_FLOAT32_SQUARE, scratch
 
 #: Rows longer than this are sorted by the library, which needs them next to each other in memory.
@@ -26,12 +27,14 @@ def absolute_differences(x: Tensor) -> Tensor:
         ordered = (x - x[:, :1]).movedim(1, -1).contiguous().sort(-1).values
         weights = torch.arange(1 - m, m, 2, dtype=x.dtype, device=x.device)
         return 2 * (ordered @ weights).sum(0, dtype=torch.float64)
+    if kernels.takes(x):
+        return kernels.absolute_differences(x, _network(m))
     buffer = scratch(x[:, :1].expand(n, m + 1, k).transpose(0, 1))
     places = list(buffer.unbind(0))
     for j in range(m):
         torch.sub(x[:, j], x[:, 0], out=places[j])
     spare = places.pop()
-    for low, high in _network(m):
+    for low, high in _network(m).tolist():
         torch.minimum(places[low], places[high], out=spare)
         torch.maximum(places[low], places[high], out=places[high])
         places[low], spare = spare, places[low]
@@ -68,8 +71,8 @@ def euclidean_distances(maps: Tensor) -> Tensor:
 
 
 @cache
-def _network(m: int) -> list[tuple[int, int]]:
-    """Pairs to compare so that m values come out in order: Batcher's odd-even merge sort."""
+def _network(m: int) -> Tensor:
+    """Pairs to compare so that m values come out in order, (comparisons, 2): Batcher's odd-even merge sort."""
     pairs = []
     p = 1
     while p < m:
@@ -81,4 +84,4 @@ def _network(m: int) -> list[tuple[int, int]]:
                         pairs.append((i + j, i + j + k))
             k //= 2
         p *= 2
-    return pairs
+    return torch.tensor(pairs, dtype=torch.int32).view(-1, 2)

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_invariance.measures import kernels
+
 #: Values that are processed at once, so that the intermediate results stay in the processor's cache.
 CHUNK = 2**21
 
@@ -21,42 +23,39 @@ LONGEST_FLOAT32_SUM = 256
 #: Sums of squares below this lose digits in float32, whose smallest normal number is about 1e-38.
 SMALLEST_FLOAT32_SQUARE = 1e-30
 
+#: The same for sums over rows: some that are part of a smaller one may have been rounded to 0.
+SMALLEST = 1e-24
+
 #: Sums of squares above this may make other sums leave float32, which ends at 3e38.
 LARGEST_FLOAT32_SQUARE = 1e30
 
 #: Shorter rows (transformations × activations) are so quick to sum that the exact way costs nothing.
 SMALLEST_PLAIN_ROW = 2**14
 
-#: A spread of rows, or of columns, below this part of all squares drowns in the rounding of float32.
-CLEAR_OF_ROUNDING = 1e-3
+#: A spread of columns below this part of all squares drowns in the rounding of float32.
+CLEAR_OF_ROUNDING = 1e-2
 
 
 class PlainSums(NamedTuple):
     """Sums of the deviations of rows ``x`` (n, m, k) from one centre for each activation. They add up over blocks.
 
     Attributes:
-        moments: (3, k) squared deviations, squared sums of the deviations of each row, and deviations.
+        moments: (3, k) squared deviations from the row means, squared deviations, and deviations.
         columns: (m, k) deviations of each column.
     """
 
     moments: Tensor
     columns: Tensor
 
-    def row_spread(self) -> Tensor:
-        """Squared deviations from the row means, (k,)."""
-        squares, row_squares, _ = self.moments
-        return torch.sub(squares, row_squares, alpha=1 / len(self.columns)).clamp_min_(0)
-
     def column_spread(self, n: int | Tensor) -> Tensor:
         """Squared deviations from the column means of n rows, (k,)."""
-        return (self.moments[0] - self.columns.to(self.moments.dtype).square_().sum(0) / n).clamp_min_(0)
+        return (self.moments[1] - self.columns.to(self.moments.dtype).square_().sum(0) / n).clamp_min_(0)
 
     def about(self, shift: Tensor, n: int | Tensor) -> PlainSums:
         """The sums about centres that lie lower by ``shift`` (k,), so that each of the n·m deviations grows by it."""
-        m = len(self.columns)
-        squares, row_squares, total = self.moments
-        grown = shift * (2 * total + n * m * shift)
-        moments = torch.stack([squares + grown, row_squares + m * grown, total + n * m * shift])
+        rows, squares, total = self.moments
+        all_shifts = n * len(self.columns) * shift
+        moments = torch.stack([rows, squares + shift * (2 * total + all_shifts), total + all_shifts])
         return PlainSums(moments, self.columns + (n * shift).to(self.columns.dtype))
 
     def plus(self, other: PlainSums) -> PlainSums:
@@ -65,24 +64,23 @@ class PlainSums(NamedTuple):
         return PlainSums(*sums)
 
     def limits(self, n: int) -> Tensor | None:
-        """How large the squares may grow while the spread of rows, and of columns, stays clear of float32's rounding.
+        """How large the squares may grow while the spread of the columns stays clear of float32's rounding.
 
-        The spreads grow with every row, so that a block that keeps the squares below loses no digits. (k,); None where
-        digits of these n rows are lost already.
+        The spread grows with every row, so that a block that keeps the squares below loses no digits. (k,) in float32;
+        None where digits of these n rows are lost already.
         """
-        squares, row_squares, total = self.moments.float()  # enough to tell which activations need a closer look
-        rows = torch.sub(squares, row_squares, alpha=1 / len(self.columns))
+        rows, squares, total = self.moments.float()  # enough to tell which activations need a closer look
         # The spread of the row means is part of that of the columns: where it is large enough, so is theirs.
-        between = row_squares.addcmul_(total, total, value=-1 / n).mul_(1 / len(self.columns))
-        limits = torch.minimum(rows, between).mul_(1 / CLEAR_OF_ROUNDING)
-        unclear = ~(limits >= squares.clamp_min_(SMALLEST_FLOAT32_SQUARE))  # nor where one is NaN or infinite
+        limits = (squares - rows).addcmul_(total, total, value=-1 / (n * len(self.columns))).mul_(1 / CLEAR_OF_ROUNDING)
+        within = (limits >= squares.clamp_min_(SMALLEST_FLOAT32_SQUARE)) & (limits < LARGEST_FLOAT32_SQUARE)
+        unclear = ~within  # nor where one is NaN
         if bool(unclear.any()):
             which = unclear.nonzero()[:, 0]
             some = PlainSums(self.moments[:, which], self.columns[:, which])
-            squares, _, total = some.moments
+            _, squares, total = some.moments
             lost = (squares < SMALLEST_FLOAT32_SQUARE) & (total != 0)
-            spread = torch.minimum(some.row_spread(), some.column_spread(n)) / CLEAR_OF_ROUNDING
-            if bool((lost | ~(spread >= squares)).any()):
+            spread = some.column_spread(n) / CLEAR_OF_ROUNDING
+            if bool((lost | ~(spread >= squares) | (squares > LARGEST_FLOAT32_SQUARE)).any()):
                 return None
             limits[which] = spread.to(limits.dtype)
         return limits
@@ -102,33 +100,66 @@ class ExactSums(NamedTuple):
     sums: Tensor
 
 
-def plain_sums(x: Tensor, centres: Tensor) -> PlainSums | None:
-    """The sums of float32 rows, with every value read once; None where float32 is not expected to hold them.
+def holds_plain(x: Tensor) -> bool:
+    """Whether the sums of rows (n, m, k) about one centre may be taken in float32, and are worth it."""
+    n, m, k = x.shape
+    return x.dtype == torch.float32 and max(n, m) <= LONGEST_FLOAT32_SUM and m * k >= SMALLEST_PLAIN_ROW
+
+
+def plain_sums(
+    x: Tensor, centres: Tensor, so_far: PlainSums | None, limits: Tensor | None
+) -> tuple[PlainSums, bool] | None:
+    """The sums with further rows, of which :func:`holds_plain` is true, and whether their squares are within limits.
+
+    Rows are centred on their first value, so that constant rows have a spread of exactly 0. None where squares are so
+    small that float32 loses them.
+    """
+    if kernels.takes(x):
+        sums = kernels.add_deviations(x, centres, *(so_far or (None, None)), limits)
+        return None if sums is None else (PlainSums(*sums[:2]), sums[2])
+    block = _plain_block(x, centres.to(x.dtype))
+    if block is None:
+        return None
+    if so_far is None:
+        total = PlainSums(block.moments.flatten(1).double(), block.columns.flatten(1).clone())
+    else:
+        total = so_far.plus(block)
+    return total, limits is not None and bool((total.moments[1] <= limits).all())
+
+
+def _plain_block(x: Tensor, centres: Tensor) -> PlainSums | None:
+    """The sums of one block, by PyTorch's operations, with every value read once.
 
     They lie in buffers that the next call uses again, with the activations in shares: (3, shares, k / shares) and
     (m, shares, k / shares). The deviations are laid out share by share, one for each thread, so that every operation
     gives a thread what it wrote itself: memory that one core wrote and another reads costs more than the arithmetic.
     """
-    n, m, k = x.shape
-    if x.dtype != torch.float32 or max(n, m) > LONGEST_FLOAT32_SUM or m * k < SMALLEST_PLAIN_ROW:
-        return None
+    _, m, k = x.shape
     shares = math.gcd(k, torch.get_num_threads())
-    values = x.view(n, m, shares, -1).movedim(2, 0)
-    centres = centres.view(shares, 1, 1, -1)
+    values = x.view(*x.shape[:2], shares, -1).movedim(2, 0)
+    centres = centres.view(shares, 1, -1)
     moments = scratch(values[:, 0, :1].expand(-1, 3, -1), "moments")
     columns = scratch(values[:, 0], "columns")
     length = max(1, chunk_length(x) // shares)
     for start in range(0, k // shares, length):
         part = slice(start, start + length)
-        deviation = torch.sub(values[..., part], centres[..., part], out=scratch(values[..., part]))
-        squares, row_squares, total = moments[..., part].unbind(1)
+        deviation = torch.sub(values[..., part], values[:, :, :1, part], out=scratch(values[..., part]))
+        first = values[:, :, 0, part] - centres[..., part]
         rows = deviation.sum(2)
-        torch.sum(rows, 1, out=total)
-        torch.sum(rows.square_(), 1, out=row_squares)
-        torch.sum(deviation, 1, out=columns[..., part])
-        torch.mul(deviation, deviation, out=deviation)
-        torch.sum(deviation, (1, 2), out=squares)
+        torch.sum(deviation, 1, out=columns[..., part]).add_(first.sum(1, keepdim=True))
+        squares = torch.mul(deviation, deviation, out=deviation).sum(2)
+        spread, all_squares, total = moments[..., part].unbind(1)
+        torch.sum((squares - rows * rows / m).clamp_min_(0), 1, out=spread)
+        torch.sum(torch.addcmul(squares, first, 2 * rows + m * first), 1, out=all_squares)
+        torch.sum(torch.add(rows, first, alpha=m), 1, out=total)
+        if _lost(spread, rows) or _lost(all_squares, first):
+            return None
     return PlainSums(moments.movedim(0, 1), columns.movedim(0, 1))
+
+
+def _lost(squares: Tensor, values: Tensor) -> bool:
+    """Whether sums of squares (shares, k) are so small that some of the values (shares, n, k) have been lost in them."""
+    return bool(squares.amin() < SMALLEST) and bool(((squares < SMALLEST) & (values != 0).any(1)).any())
 
 
 def exact_sums(x: Tensor, references: Tensor, squared: bool) -> ExactSums:

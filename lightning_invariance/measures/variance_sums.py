@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_invariance.functional.variance import aggregate_maps
 from lightning_invariance.measures.base import Measure, States
-from lightning_invariance.measures.spread import PlainSums, channel_changes, exact_sums, plain_sums
+from lightning_invariance.measures.spread import PlainSums, channel_changes, exact_sums, holds_plain, plain_sums
 from lightning_invariance.transforms import TransformationSet
 
 #: Updates before which the references move to the means: often enough for the digits, rare enough for the time.
@@ -117,26 +117,23 @@ class VarianceMeasure(Measure):
         come along as soon as it does; that is tried each time that they have become four times as many.
         """
         n, waiting = int(self.plain_samples), 0 if self.plain_samples else int(self.exact_samples)
-        if waiting and (waiting + len(x)).bit_length() // 2 == waiting.bit_length() // 2:
+        if not holds_plain(x) or (waiting and (waiting + len(x)).bit_length() // 2 == waiting.bit_length() // 2):
             return False
         centres = self.centres if n else (self.references + self.sums / waiting).mean(0) if waiting else x[0, 0]
-        centres = centres.to(x.dtype)
-        block = plain_sums(x, centres)
-        if block is None:
+        centres = centres.to(x.dtype).to(self.plain_moments.dtype)
+        so_far = self._plain() if n else self._exact_as_plain(centres) if waiting else None
+        # What the last close look found is true of the sums that it saw only: they may have been reset or merged since.
+        limits = self._limits[1] if self._limits is not None and self._limits[0] is self.plain_moments else None
+        found = plain_sums(x, centres, so_far, limits)
+        if found is None:
             return False
-        centres = centres.to(self.plain_moments.dtype)
-        if n or waiting:
-            sums = (self._plain() if n else self._exact_as_plain(centres)).plus(block)
-        else:
-            sums = PlainSums(block.moments.flatten(1).to(self.plain_moments.dtype), block.columns.flatten(1).clone())
+        sums, within = found
         first, n = not n, n + waiting + len(x)
         if first or self._update_count in MOVE_REFERENCES:
             # Squares about a centre far from the mean would cancel. A constant activation stays exactly at its centre.
             moved = (centres + sums.moments[2] / (n * x.shape[1])).to(x.dtype).to(centres.dtype)  # as precise as x
             sums, centres = sums.about(centres - moved, n), moved
-        # What the last close look found is true of the sums that it saw only: they may have been reset or merged since.
-        limits = self._limits[1] if self._limits is not None and self._limits[0] is self.plain_moments else None
-        if limits is None or first or not bool((sums.moments[0] <= limits).all()):
+        if limits is None or not within:
             limits = sums.limits(n)
             if limits is None:
                 return False
@@ -150,10 +147,10 @@ class VarianceMeasure(Measure):
 
     def _exact_as_plain(self, centres: Tensor) -> PlainSums:
         """The exact set about one centre for each activation."""
-        shift, m = self.references - centres, len(self.references)
+        shift = self.references - centres
         columns = self.sums + self.exact_samples * shift
         squares = self.squares[0] + (shift * (self.sums + columns)).sum(0)
-        moments = torch.stack([squares, m * (squares - self.row_spread), columns.sum(0)])
+        moments = torch.stack([self.row_spread, squares, columns.sum(0)])
         return PlainSums(moments, columns.to(self.plain_columns.dtype))
 
     def _add_exact(self, x: Tensor) -> None:
@@ -184,7 +181,7 @@ class VarianceMeasure(Measure):
         """Squared deviations from the row means, or the sum of the rows' standard deviations: (k,)."""
         if not self.squared or not self.centres.numel():
             return self.row_spread
-        plain = self._plain().row_spread()
+        plain = self.plain_moments[0]
         return plain + self.row_spread if self.references.numel() else plain
 
     def _column_spread(self) -> Tensor:
