@@ -16,8 +16,10 @@
 #define MOST_SORTED 64
 #define SHARE 1024     /* activations that a thread takes at a time, a multiple of both */
 #define SMALLEST 1e-24 /* of sums of float32 squares; some that are part of a smaller one may have been rounded to 0 */
+#define LARGEST 1e30   /* of sums of squares */
+#define CLEAR 1e-2     /* a spread of columns below this part of all squares drowns in the rounding of float32 */
 
-enum { BEYOND = 1, LOST = 2 };
+enum { UNCLEAR = 1, LOST = 2 };
 
 typedef float lanes __attribute__((vector_size(WIDTH * sizeof(float))));
 typedef int bits __attribute__((vector_size(WIDTH * sizeof(int))));
@@ -38,8 +40,8 @@ typedef struct job {
     const float *x;
     Py_ssize_t n, m, k;
     const double *centres, *moments;
-    const float *columns, *limits;
-    double *new_moments;
+    const float *columns;
+    double all_rows, *new_moments;
     float *new_columns;
     const int *network;
     Py_ssize_t comparisons;
@@ -114,8 +116,12 @@ static void deviations(const job *j, Py_ssize_t from, Py_ssize_t to)
             any_further |= (bits)sum;
             any_first |= (bits)first;
         }
-        for (Py_ssize_t t = 0; t < m; t++)
-            *(loose *)(j->new_columns + t * k + a) = columns[t] + all_firsts;
+        lanes column_squares = {0};
+        for (Py_ssize_t t = 0; t < m; t++) {
+            columns[t] += all_firsts;
+            column_squares += columns[t] * columns[t];
+            *(loose *)(j->new_columns + t * k + a) = columns[t];
+        }
         for (int l = 0; l < WIDTH; l++) {
             double sums[3] = {all_spread[l] < 0 ? 0 : all_spread[l], all_squares[l], total[l]};
             const int varies = (any_further[l] << 1) != 0, shifted = (any_first[l] << 1) != 0; /* minus zero is zero */
@@ -126,8 +132,9 @@ static void deviations(const job *j, Py_ssize_t from, Py_ssize_t to)
                     sums[s] += j->moments[s * k + a + l];
                 j->new_moments[s * k + a + l] = sums[s];
             }
-            if (!j->limits || !(sums[1] <= j->limits[a + l])) /* nor NaN */
-                flags |= BEYOND;
+            const double squares = sums[1], spread = squares - (double)column_squares[l] / j->all_rows;
+            if (!(spread >= CLEAR * squares) || !(squares <= LARGEST)) /* nor NaN */
+                flags |= UNCLEAR;
         }
     }
     __atomic_fetch_or(&((job *)j)->flags, flags, __ATOMIC_RELAXED);
@@ -182,7 +189,7 @@ static int read_numbers(PyObject *const *args, Py_ssize_t n, Py_ssize_t expected
     return 1;
 }
 
-/* x, n, m, k, threads, centres, moments, columns, limits, new_moments, new_columns */
+/* x, n, m, k, threads, centres, moments, columns, all rows, new_moments, new_columns */
 static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     Py_ssize_t v[11];
@@ -190,7 +197,7 @@ static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_
         return NULL;
     job j = {.part = deviations, .x = (const float *)v[0], .n = v[1], .m = v[2], .k = v[3],
              .centres = (const double *)v[5], .moments = (const double *)v[6], .columns = (const float *)v[7],
-             .limits = (const float *)v[8], .new_moments = (double *)v[9], .new_columns = (float *)v[10]};
+             .all_rows = (double)v[8], .new_moments = (double *)v[9], .new_columns = (float *)v[10]};
     if (j.m > MOST_COLUMNS || j.k < WIDTH)
         return PyErr_Format(PyExc_ValueError, "Expected at most %d columns of at least %d activations.", MOST_COLUMNS,
                             WIDTH);

@@ -20,8 +20,8 @@ except ImportError:
 #: Rows of fewer activations, of which the kernels take several at once, are left to PyTorch.
 FEWEST_ACTIVATIONS = 64
 
-#: What a kernel found: squares beyond a limit, squares lost because float32 holds no smaller numbers.
-BEYOND, LOST = 1, 2
+#: What a kernel found: digits lost in the rounding of float32, squares lost because it holds no smaller numbers.
+UNCLEAR, LOST = 1, 2
 
 
 def takes(x: Tensor) -> bool:
@@ -36,7 +36,7 @@ def takes(x: Tensor) -> bool:
 
 
 def add_deviations(
-    x: Tensor, centres: Tensor, moments: Tensor | None, columns: Tensor | None, limits: Tensor | None
+    x: Tensor, centres: Tensor, moments: Tensor | None, columns: Tensor | None, n_rows: int
 ) -> tuple[Tensor, Tensor, bool] | None:
     """Sums of the deviations of rows from one centre for each activation, added to those of earlier rows.
 
@@ -46,21 +46,21 @@ def add_deviations(
         moments: (3, k) in float64: squared deviations from the row means, squared deviations, and deviations so far;
             None for none.
         columns: (m, k) in float32: deviations of each column so far; None for none.
-        limits: (k,) in float32, or None.
+        n_rows: how many rows there are with these.
 
     Returns:
-        The new moments, the new columns, and whether all squared deviations lie within the limits (never without).
-        None where squares of these rows are too small for float32.
+        The new moments, the new columns, and whether the spread of the columns is clear of float32's rounding. None
+        where squares of these rows are too small for float32.
     """
     n, m, k = x.shape
     new_moments, new_columns = torch.empty(3, k, dtype=torch.float64), torch.empty(m, k)
-    given = [None if values is None else values.contiguous() for values in (centres, moments, columns, limits)]
+    given = [None if values is None else values.contiguous() for values in (centres, moments, columns)]
     flags: int = _kernels.add_deviations(  # type: ignore[union-attr]
         *(x.data_ptr(), n, m, k, torch.get_num_threads()),
         *(0 if values is None else values.data_ptr() for values in given),
-        *(new_moments.data_ptr(), new_columns.data_ptr()),
+        *(n_rows, new_moments.data_ptr(), new_columns.data_ptr()),
     )
-    return None if flags & LOST else (new_moments, new_columns, not flags & BEYOND)
+    return None if flags & LOST else (new_moments, new_columns, not flags & UNCLEAR)
 
 
 def absolute_differences(x: Tensor, network: Tensor) -> Tensor:

@@ -63,27 +63,12 @@ class PlainSums(NamedTuple):
         sums = (mine.view(their.shape).add(their).view(mine.shape) for mine, their in zip(self, other, strict=True))
         return PlainSums(*sums)
 
-    def limits(self, n: int) -> Tensor | None:
-        """How large the squares may grow while the spread of the columns stays clear of float32's rounding.
-
-        The spread grows with every row, so that a block that keeps the squares below loses no digits. (k,) in float32;
-        None where digits of these n rows are lost already.
-        """
-        rows, squares, total = self.moments.float()  # enough to tell which activations need a closer look
-        # The spread of the row means is part of that of the columns: where it is large enough, so is theirs.
-        limits = (squares - rows).addcmul_(total, total, value=-1 / (n * len(self.columns))).mul_(1 / CLEAR_OF_ROUNDING)
-        within = (limits >= squares.clamp_min_(SMALLEST_FLOAT32_SQUARE)) & (limits < LARGEST_FLOAT32_SQUARE)
-        unclear = ~within  # nor where one is NaN
-        if bool(unclear.any()):
-            which = unclear.nonzero()[:, 0]
-            some = PlainSums(self.moments[:, which], self.columns[:, which])
-            _, squares, total = some.moments
-            lost = (squares < SMALLEST_FLOAT32_SQUARE) & (total != 0)
-            spread = some.column_spread(n) / CLEAR_OF_ROUNDING
-            if bool((lost | ~(spread >= squares) | (squares > LARGEST_FLOAT32_SQUARE)).any()):
-                return None
-            limits[which] = spread.to(limits.dtype)
-        return limits
+    def clear(self, n: int) -> bool:
+        """Whether the spread of the columns of n rows is clear of float32's rounding, for every activation."""
+        _, squares, total = self.moments
+        spread = squares - self.columns.square().sum(0) / n  # enough to tell
+        within = (spread >= CLEAR_OF_ROUNDING * squares) & (squares <= LARGEST_FLOAT32_SQUARE)  # nor is NaN
+        return bool((within & ((squares >= SMALLEST) | (total == 0))).all())
 
 
 class ExactSums(NamedTuple):
@@ -107,15 +92,15 @@ def holds_plain(x: Tensor) -> bool:
 
 
 def plain_sums(
-    x: Tensor, centres: Tensor, so_far: PlainSums | None, limits: Tensor | None
+    x: Tensor, centres: Tensor, so_far: PlainSums | None, n_rows: int
 ) -> tuple[PlainSums, bool] | None:
-    """The sums with further rows, of which :func:`holds_plain` is true, and whether their squares are within limits.
+    """The sums with further rows, of which :func:`holds_plain` is true, ``n_rows`` in all, and whether they are clear.
 
     Rows are centred on their first value, so that constant rows have a spread of exactly 0. None where squares are so
     small that float32 loses them.
     """
     if kernels.takes(x):
-        sums = kernels.add_deviations(x, centres, *(so_far or (None, None)), limits)
+        sums = kernels.add_deviations(x, centres, *(so_far or (None, None)), n_rows)
         return None if sums is None else (PlainSums(*sums[:2]), sums[2])
     block = _plain_block(x, centres.to(x.dtype))
     if block is None:
@@ -124,7 +109,7 @@ def plain_sums(
         total = PlainSums(block.moments.flatten(1).double(), block.columns.flatten(1).clone())
     else:
         total = so_far.plus(block)
-    return total, limits is not None and bool((total.moments[1] <= limits).all())
+    return total, total.clear(n_rows)
 
 
 def _plain_block(x: Tensor, centres: Tensor) -> PlainSums | None:

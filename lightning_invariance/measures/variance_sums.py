@@ -71,7 +71,6 @@ class VarianceMeasure(Measure):
             )
         self.squared, self.aggregate, self._with_response = squared, aggregate, response
         self._identity: int | None = None
-        self._limits: tuple[Tensor, Tensor] | None = None
         vector, matrix = torch.zeros(0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64)
         self._add_states(exact_samples=torch.tensor(0), row_spread=vector)
         self._add_states(references=matrix, squares=matrix, sums=matrix)
@@ -122,22 +121,18 @@ class VarianceMeasure(Measure):
         centres = self.centres if n else (self.references + self.sums / waiting).mean(0) if waiting else x[0, 0]
         centres = centres.to(x.dtype).to(self.plain_moments.dtype)
         so_far = self._plain() if n else self._exact_as_plain(centres) if waiting else None
-        # What the last close look found is true of the sums that it saw only: they may have been reset or merged since.
-        limits = self._limits[1] if self._limits is not None and self._limits[0] is self.plain_moments else None
-        found = plain_sums(x, centres, so_far, limits)
+        first, n = not n, n + waiting + len(x)
+        found = plain_sums(x, centres, so_far, n)
         if found is None:
             return False
-        sums, within = found
-        first, n = not n, n + waiting + len(x)
+        sums, clear = found
         if first or self._update_count in MOVE_REFERENCES:
             # Squares about a centre far from the mean would cancel. A constant activation stays exactly at its centre.
             moved = (centres + sums.moments[2] / (n * x.shape[1])).to(x.dtype).to(centres.dtype)  # as precise as x
             sums, centres = sums.about(centres - moved, n), moved
-        if limits is None or not within:
-            limits = sums.limits(n)
-            if limits is None:
-                return False
-        self._limits = sums.moments, limits
+            clear = sums.clear(n)
+        if not clear:
+            return False
         self.centres, self.plain_samples = centres, self.plain_samples + (waiting + len(x))
         self.plain_moments, self.plain_columns = sums
         if waiting:
