@@ -193,6 +193,7 @@ class Walk:
             metric.set_dtype(torch.float32)
         if isinstance(metric, Measure):
             metric._to_sync = False  # the walk joins the processes, once for all measures
+            metric.in_place = True
             metric.prepare(self._transformations, self._shapes[INPUT], self._expected)
         return metric.to(device)
 

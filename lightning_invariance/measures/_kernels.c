@@ -12,7 +12,7 @@
 
 #define WIDTH 16       /* activations at a time: one register of AVX-512, two of AVX2 */
 #define TILE 64        /* activations whose rows are sorted at a time: they stay in the first cache */
-#define MOST_COLUMNS 256
+#define MOST_VALUES 256 /* of one activation in a block: rows times columns */
 #define MOST_SORTED 64
 #define SHARE 1024     /* activations that a thread takes at a time, a multiple of both */
 #define SMALLEST 1e-24 /* of sums of float32 squares; some that are part of a smaller one may have been rounded to 0 */
@@ -39,10 +39,9 @@ typedef struct job {
     void (*part)(const struct job *, Py_ssize_t from, Py_ssize_t to);
     const float *x;
     Py_ssize_t n, m, k;
-    const double *centres, *moments;
-    const float *columns;
-    double all_rows, *new_moments;
-    float *new_columns;
+    const double *centres;
+    double *moments, all_rows;
+    float *columns, sign;
     const int *network;
     Py_ssize_t comparisons;
     double *total;
@@ -74,68 +73,109 @@ static void run(job *j, long threads)
 /* One more value of each row: its distance from the first, which it adds to three sums. */
 #define TAKE(t, sum, squares)                                                                                          \
     {                                                                                                                  \
-        const lanes further = *(const loose *)(row + (t) * k) - first;                                                 \
+        const lanes further = *(const loose *)(row + (t) * p.column) - first;                                           \
         sum += further;                                                                                                \
         squares += further * further;                                                                                  \
         columns[t] += further;                                                                                         \
     }
 
-/* The sums of deviations; see add_deviations in kernels.py. */
+/* Where WIDTH activations and their sums lie, (rows, columns, WIDTH) and so on. */
+typedef struct place {
+    const float *x;
+    Py_ssize_t row, column; /* distances */
+    const double *centres;
+    double *moments;
+    Py_ssize_t moment;
+    float *columns;
+    Py_ssize_t column_sum;
+} place;
+
+/* The sums of deviations of WIDTH activations; see add_deviations in kernels.py. */
+static inline __attribute__((always_inline)) int deviations_at(place p, const job *j)
+{
+    const Py_ssize_t n = j->n, m = j->m;
+    const float length = (float)m;
+    lanes columns[MOST_VALUES], centre, all_firsts = {0}, all_spread = {0}, all_squares = {0}, total = {0};
+    bits any_further = {0}, any_first = {0};
+    for (int l = 0; l < WIDTH; l++)
+        centre[l] = (float)p.centres[l];
+    for (Py_ssize_t t = 0; t < m; t++)
+        columns[t] = j->sign * *(loose *)(p.columns + t * p.column_sum);
+    for (Py_ssize_t i = 0; i < n; i++) {
+        const float *row = p.x + i * p.row;
+        lanes first = *(const loose *)row, sum = {0}, squares = {0}, more_sum = {0}, more_squares = {0};
+        Py_ssize_t t = 1;
+        for (; t + 1 < m; t += 2) { /* the processor adds to two sums at the same time */
+            TAKE(t, sum, squares)
+            TAKE(t + 1, more_sum, more_squares)
+        }
+        if (t < m)
+            TAKE(t, sum, squares)
+        sum += more_sum;
+        squares += more_squares;
+        first -= centre;
+        all_firsts += first;
+        all_spread += squares - sum * sum / length;
+        all_squares += squares + first * (2 * sum + length * first);
+        total += sum + length * first;
+        any_further |= (bits)sum;
+        any_first |= (bits)first;
+    }
+    lanes column_squares = {0};
+    for (Py_ssize_t t = 0; t < m; t++) {
+        columns[t] += all_firsts;
+        column_squares += columns[t] * columns[t];
+    }
+    int lost = 0, unclear = 0;
+    for (int l = 0; l < WIDTH; l++) {
+        all_spread[l] = all_spread[l] < 0 ? 0 : all_spread[l];
+        const int varies = (any_further[l] << 1) != 0, shifted = (any_first[l] << 1) != 0; /* minus zero is zero */
+        lost |= (varies && all_spread[l] < SMALLEST) || (shifted && all_squares[l] < SMALLEST);
+        lost |= !(all_squares[l] <= LARGEST); /* nor NaN */
+        const double squares = p.moments[p.moment + l] + j->sign * all_squares[l];
+        unclear |= squares - (double)column_squares[l] / j->all_rows < CLEAR * squares;
+    }
+    if (lost)
+        return LOST;
+    for (Py_ssize_t t = 0; t < m; t++)
+        *(loose *)(p.columns + t * p.column_sum) = j->sign * columns[t];
+    for (int l = 0; l < WIDTH; l++) {
+        p.moments[l] += j->sign * all_spread[l];
+        p.moments[p.moment + l] += j->sign * all_squares[l];
+        p.moments[2 * p.moment + l] += j->sign * total[l];
+    }
+    return unclear ? UNCLEAR : 0;
+}
+
+/* The same for fewer activations, in copies that are as wide. */
+static inline __attribute__((always_inline)) int deviations_of_few(place p, const job *j, int width)
+{
+    float x[MOST_VALUES * WIDTH] = {0}, columns[MOST_VALUES * WIDTH] = {0};
+    double centres[WIDTH] = {0}, moments[3 * WIDTH] = {0};
+    for (Py_ssize_t i = 0; i < j->n; i++)
+        for (Py_ssize_t t = 0; t < j->m; t++)
+            memcpy(x + (i * j->m + t) * WIDTH, p.x + i * p.row + t * p.column, width * sizeof(float));
+    for (Py_ssize_t t = 0; t < j->m; t++)
+        memcpy(columns + t * WIDTH, p.columns + t * p.column_sum, width * sizeof(float));
+    for (int s = 0; s < 3; s++)
+        memcpy(moments + s * WIDTH, p.moments + s * p.moment, width * sizeof(double));
+    memcpy(centres, p.centres, width * sizeof(double));
+    const place copy = {x, j->m * WIDTH, WIDTH, centres, moments, WIDTH, columns, WIDTH};
+    const int found = deviations_at(copy, j);
+    for (Py_ssize_t t = 0; t < j->m; t++)
+        memcpy(p.columns + t * p.column_sum, columns + t * WIDTH, width * sizeof(float));
+    for (int s = 0; s < 3; s++)
+        memcpy(p.moments + s * p.moment, moments + s * WIDTH, width * sizeof(double));
+    return found;
+}
+
 FOR_EACH_PROCESSOR
 static void deviations(const job *j, Py_ssize_t from, Py_ssize_t to)
 {
-    const Py_ssize_t n = j->n, m = j->m, k = j->k;
-    const float length = (float)m;
     int flags = 0;
-    for (Py_ssize_t at = from; at < to; at += WIDTH) {
-        /* The last lanes are taken again together with those before: nothing that is read is written. */
-        const Py_ssize_t a = at + WIDTH > k ? k - WIDTH : at;
-        lanes columns[MOST_COLUMNS], centre, none = {0}, all_firsts = {0}, all_spread = {0}, all_squares = {0}, total = {0};
-        bits any_further = {0}, any_first = {0};
-        for (int l = 0; l < WIDTH; l++)
-            centre[l] = (float)j->centres[a + l];
-        for (Py_ssize_t t = 0; t < m; t++)
-            columns[t] = j->columns ? (lanes) * (const loose *)(j->columns + t * k + a) : none;
-        for (Py_ssize_t i = 0; i < n; i++) {
-            const float *row = j->x + i * m * k + a;
-            lanes first = *(const loose *)row, sum = {0}, squares = {0}, more_sum = {0}, more_squares = {0};
-            Py_ssize_t t = 1;
-            for (; t + 1 < m; t += 2) { /* the processor adds to two sums at the same time */
-                TAKE(t, sum, squares)
-                TAKE(t + 1, more_sum, more_squares)
-            }
-            if (t < m)
-                TAKE(t, sum, squares)
-            sum += more_sum;
-            squares += more_squares;
-            first -= centre;
-            all_firsts += first;
-            all_spread += squares - sum * sum / length;
-            all_squares += squares + first * (2 * sum + length * first);
-            total += sum + length * first;
-            any_further |= (bits)sum;
-            any_first |= (bits)first;
-        }
-        lanes column_squares = {0};
-        for (Py_ssize_t t = 0; t < m; t++) {
-            columns[t] += all_firsts;
-            column_squares += columns[t] * columns[t];
-            *(loose *)(j->new_columns + t * k + a) = columns[t];
-        }
-        for (int l = 0; l < WIDTH; l++) {
-            double sums[3] = {all_spread[l] < 0 ? 0 : all_spread[l], all_squares[l], total[l]};
-            const int varies = (any_further[l] << 1) != 0, shifted = (any_first[l] << 1) != 0; /* minus zero is zero */
-            if ((varies && sums[0] < SMALLEST) || (shifted && sums[1] < SMALLEST))
-                flags |= LOST;
-            for (int s = 0; s < 3; s++) {
-                if (j->moments)
-                    sums[s] += j->moments[s * k + a + l];
-                j->new_moments[s * k + a + l] = sums[s];
-            }
-            const double squares = sums[1], spread = squares - (double)column_squares[l] / j->all_rows;
-            if (!(spread >= CLEAR * squares) || !(squares <= LARGEST)) /* nor NaN */
-                flags |= UNCLEAR;
-        }
+    for (Py_ssize_t a = from; a < to; a += WIDTH) {
+        const place p = {j->x + a, j->m * j->k, j->k, j->centres + a, j->moments + a, j->k, j->columns + a, j->k};
+        flags |= a + WIDTH <= to ? deviations_at(p, j) : deviations_of_few(p, j, (int)(to - a));
     }
     __atomic_fetch_or(&((job *)j)->flags, flags, __ATOMIC_RELAXED);
 }
@@ -189,18 +229,17 @@ static int read_numbers(PyObject *const *args, Py_ssize_t n, Py_ssize_t expected
     return 1;
 }
 
-/* x, n, m, k, threads, centres, moments, columns, all rows, new_moments, new_columns */
+/* x, n, m, k, threads, centres, moments, columns, all rows, sign */
 static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    Py_ssize_t v[11];
-    if (!read_numbers(args, given, 11, v))
+    Py_ssize_t v[10];
+    if (!read_numbers(args, given, 10, v))
         return NULL;
     job j = {.part = deviations, .x = (const float *)v[0], .n = v[1], .m = v[2], .k = v[3],
-             .centres = (const double *)v[5], .moments = (const double *)v[6], .columns = (const float *)v[7],
-             .all_rows = (double)v[8], .new_moments = (double *)v[9], .new_columns = (float *)v[10]};
-    if (j.m > MOST_COLUMNS || j.k < WIDTH)
-        return PyErr_Format(PyExc_ValueError, "Expected at most %d columns of at least %d activations.", MOST_COLUMNS,
-                            WIDTH);
+             .centres = (const double *)v[5], .moments = (double *)v[6], .columns = (float *)v[7],
+             .all_rows = (double)v[8], .sign = (float)v[9]};
+    if (j.n * j.m > MOST_VALUES)
+        return PyErr_Format(PyExc_ValueError, "Expected at most %d values of each activation.", MOST_VALUES);
     run(&j, (long)v[4]);
     return PyLong_FromLong(j.flags);
 }

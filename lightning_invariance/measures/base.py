@@ -58,6 +58,9 @@ class Measure(Metric):
     #: How often a walk may have to show the measure every row; :meth:`end_pass` is called before each further pass.
     passes: ClassVar[int] = 1
 
+    #: Whether updates may change the states in place, as in a walk, where nobody else holds them.
+    in_place = False
+
     #: Whether results shall tell what the measure gives for a network that returns its input.
     has_floor: ClassVar[bool] = False
 

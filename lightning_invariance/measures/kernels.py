@@ -35,32 +35,29 @@ def takes(x: Tensor) -> bool:
     )
 
 
-def add_deviations(
-    x: Tensor, centres: Tensor, moments: Tensor | None, columns: Tensor | None, n_rows: int
-) -> tuple[Tensor, Tensor, bool] | None:
-    """Sums of the deviations of rows from one centre for each activation, added to those of earlier rows.
+def add_deviations(x: Tensor, centres: Tensor, moments: Tensor, columns: Tensor, n_rows: int) -> bool | None:
+    """Add the deviations of rows from one centre for each activation to sums, in place.
 
     Args:
-        x: rows (n, m, k) with ``takes(x)``, of at most 256 columns.
+        x: rows (n, m, k) with ``takes(x)``, of at most 256 values of each activation.
         centres: (k,) in float64, each a float32 number.
-        moments: (3, k) in float64: squared deviations from the row means, squared deviations, and deviations so far;
-            None for none.
-        columns: (m, k) in float32: deviations of each column so far; None for none.
+        moments: (3, k) in float64: squared deviations from the row means, squared deviations, and deviations.
+        columns: (m, k) in float32: deviations of each column.
         n_rows: how many rows there are with these.
 
     Returns:
-        The new moments, the new columns, and whether the spread of the columns is clear of float32's rounding. None
-        where squares of these rows are too small for float32.
+        Whether the spread of the columns is clear of float32's rounding now. None where float32 does not hold squares
+        of these rows; then the sums are what they were, but for rounding.
     """
     n, m, k = x.shape
-    new_moments, new_columns = torch.empty(3, k, dtype=torch.float64), torch.empty(m, k)
-    given = [None if values is None else values.contiguous() for values in (centres, moments, columns)]
-    flags: int = _kernels.add_deviations(  # type: ignore[union-attr]
-        *(x.data_ptr(), n, m, k, torch.get_num_threads()),
-        *(0 if values is None else values.data_ptr() for values in given),
-        *(n_rows, new_moments.data_ptr(), new_columns.data_ptr()),
-    )
-    return None if flags & LOST else (new_moments, new_columns, not flags & UNCLEAR)
+    if not (centres.is_contiguous() and moments.is_contiguous() and columns.is_contiguous()):
+        raise ValueError("Expected sums that are contiguous.")
+    where = centres.data_ptr(), moments.data_ptr(), columns.data_ptr(), n_rows
+    flags: int = _kernels.add_deviations(x.data_ptr(), n, m, k, torch.get_num_threads(), *where, 1)  # type: ignore[union-attr]
+    if flags & LOST:  # take away what was added where it holds them
+        _kernels.add_deviations(x.data_ptr(), n, m, k, torch.get_num_threads(), *where, -1)  # type: ignore[union-attr]
+        return None
+    return not flags & UNCLEAR
 
 
 def absolute_differences(x: Tensor, network: Tensor) -> Tensor:

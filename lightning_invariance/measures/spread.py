@@ -47,6 +47,12 @@ class PlainSums(NamedTuple):
     moments: Tensor
     columns: Tensor
 
+    @classmethod
+    def empty(cls, x: Tensor) -> PlainSums:
+        """The sums before the first of rows like these."""
+        _, m, k = x.shape
+        return cls(torch.zeros(3, k, dtype=torch.float64, device=x.device), torch.zeros(m, k, device=x.device))
+
     def column_spread(self, n: int | Tensor) -> Tensor:
         """Squared deviations from the column means of n rows, (k,)."""
         return (self.moments[1] - self.columns.to(self.moments.dtype).square_().sum(0) / n).clamp_min_(0)
@@ -58,17 +64,11 @@ class PlainSums(NamedTuple):
         moments = torch.stack([rows, squares + shift * (2 * total + all_shifts), total + all_shifts])
         return PlainSums(moments, self.columns + (n * shift).to(self.columns.dtype))
 
-    def plus(self, other: PlainSums) -> PlainSums:
-        """The sums of both sets of rows."""
-        sums = (mine.view(their.shape).add(their).view(mine.shape) for mine, their in zip(self, other, strict=True))
-        return PlainSums(*sums)
-
     def clear(self, n: int) -> bool:
         """Whether the spread of the columns of n rows is clear of float32's rounding, for every activation."""
         _, squares, total = self.moments
         spread = squares - self.columns.square().sum(0) / n  # enough to tell
-        within = (spread >= CLEAR_OF_ROUNDING * squares) & (squares <= LARGEST_FLOAT32_SQUARE)  # nor is NaN
-        return bool((within & ((squares >= SMALLEST) | (total == 0))).all())
+        return bool(((spread >= CLEAR_OF_ROUNDING * squares) & ((squares >= SMALLEST) | (total == 0))).all())
 
 
 class ExactSums(NamedTuple):
@@ -88,28 +88,23 @@ class ExactSums(NamedTuple):
 def holds_plain(x: Tensor) -> bool:
     """Whether the sums of rows (n, m, k) about one centre may be taken in float32, and are worth it."""
     n, m, k = x.shape
-    return x.dtype == torch.float32 and max(n, m) <= LONGEST_FLOAT32_SUM and m * k >= SMALLEST_PLAIN_ROW
+    return x.dtype == torch.float32 and n * m <= LONGEST_FLOAT32_SUM and m * k >= SMALLEST_PLAIN_ROW
 
 
-def plain_sums(
-    x: Tensor, centres: Tensor, so_far: PlainSums | None, n_rows: int
-) -> tuple[PlainSums, bool] | None:
-    """The sums with further rows, of which :func:`holds_plain` is true, ``n_rows`` in all, and whether they are clear.
+def add_plain(x: Tensor, centres: Tensor, sums: PlainSums, n_rows: int) -> bool | None:
+    """Add rows of which :func:`holds_plain` is true to sums in place, and say whether the ``n_rows`` rows are clear.
 
-    Rows are centred on their first value, so that constant rows have a spread of exactly 0. None where squares are so
-    small that float32 loses them.
+    Rows are centred on their first value, so that constant rows have a spread of exactly 0. None where float32 does not
+    hold squares of these rows: they are not added.
     """
     if kernels.takes(x):
-        sums = kernels.add_deviations(x, centres, *(so_far or (None, None)), n_rows)
-        return None if sums is None else (PlainSums(*sums[:2]), sums[2])
+        return kernels.add_deviations(x, centres, *sums, n_rows)
     block = _plain_block(x, centres.to(x.dtype))
     if block is None:
         return None
-    if so_far is None:
-        total = PlainSums(block.moments.flatten(1).double(), block.columns.flatten(1).clone())
-    else:
-        total = so_far.plus(block)
-    return total, total.clear(n_rows)
+    for mine, new in zip(sums, block, strict=True):
+        mine.view(new.shape).add_(new)
+    return sums.clear(n_rows)
 
 
 def _plain_block(x: Tensor, centres: Tensor) -> PlainSums | None:
@@ -137,7 +132,7 @@ def _plain_block(x: Tensor, centres: Tensor) -> PlainSums | None:
         torch.sum((squares - rows * rows / m).clamp_min_(0), 1, out=spread)
         torch.sum(torch.addcmul(squares, first, 2 * rows + m * first), 1, out=all_squares)
         torch.sum(torch.add(rows, first, alpha=m), 1, out=total)
-        if _lost(spread, rows) or _lost(all_squares, first):
+        if _lost(spread, rows) or _lost(all_squares, first) or not bool(all_squares.amax() <= LARGEST_FLOAT32_SQUARE):
             return None
     return PlainSums(moments.movedim(0, 1), columns.movedim(0, 1))
 

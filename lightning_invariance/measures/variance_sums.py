@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_invariance.functional.variance import aggregate_maps
 from lightning_invariance.measures.base import Measure, States
-from lightning_invariance.measures.spread import PlainSums, channel_changes, exact_sums, holds_plain, plain_sums
+from lightning_invariance.measures.spread import PlainSums, add_plain, channel_changes, exact_sums, holds_plain
 from lightning_invariance.transforms import TransformationSet
 
 #: Updates before which the references move to the means: often enough for the digits, rare enough for the time.
@@ -71,6 +71,7 @@ class VarianceMeasure(Measure):
             )
         self.squared, self.aggregate, self._with_response = squared, aggregate, response
         self._identity: int | None = None
+        self._unclear: Tensor | None = None  # the moments that were found so
         vector, matrix = torch.zeros(0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64)
         self._add_states(exact_samples=torch.tensor(0), row_spread=vector)
         self._add_states(references=matrix, squares=matrix, sums=matrix)
@@ -100,7 +101,7 @@ class VarianceMeasure(Measure):
 
     def _add(self, x: Tensor, **of_rows: Tensor) -> None:
         # A device without float64 has only the exact way.
-        if not (self.squared and self.row_spread.dtype == torch.float64 and self._add_plain(x)):
+        if not (self.squared and self.row_spread.dtype == torch.float64 and holds_plain(x) and self._add_plain(x)):
             self._add_exact(x)
         if self._with_response:
             changes = channel_changes(x, math.prod(self.activation_shape.tolist()[:1]), self._identity)
@@ -110,31 +111,41 @@ class VarianceMeasure(Measure):
         return PlainSums(self.plain_moments, self.plain_columns)
 
     def _add_plain(self, x: Tensor) -> bool:
-        """Add rows to the plain set, and say whether it holds them.
+        """Add rows to the plain set, and say whether it took them.
 
         Few rows seldom tell whether float32 will do for all of many activations. Those that had to go to the exact set
         come along as soon as it does; that is tried each time that they have become four times as many.
         """
-        n, waiting = int(self.plain_samples), 0 if self.plain_samples else int(self.exact_samples)
-        if not holds_plain(x) or (waiting and (waiting + len(x)).bit_length() // 2 == waiting.bit_length() // 2):
+        n, moving = int(self.plain_samples), self._update_count in MOVE_REFERENCES
+        waiting = 0 if n else int(self.exact_samples)
+        if n:
+            if self._unclear is self.plain_moments and not moving:
+                return False
+            centres = self.centres
+            sums = self._plain() if self.in_place else PlainSums(*(state.clone() for state in self._plain()))
+        else:
+            if waiting and (waiting + len(x)).bit_length() // 2 == waiting.bit_length() // 2:
+                return False
+            centres = ((self.references + self.sums / waiting).mean(0) if waiting else x[0, 0]).to(x.dtype).double()
+            sums = self._exact_as_plain(centres) if waiting else PlainSums.empty(x)
+        added = waiting + len(x)
+        clear = add_plain(x, centres, sums, n + added)
+        if clear is None:
             return False
-        centres = self.centres if n else (self.references + self.sums / waiting).mean(0) if waiting else x[0, 0]
-        centres = centres.to(x.dtype).to(self.plain_moments.dtype)
-        so_far = self._plain() if n else self._exact_as_plain(centres) if waiting else None
-        first, n = not n, n + waiting + len(x)
-        found = plain_sums(x, centres, so_far, n)
-        if found is None:
-            return False
-        sums, clear = found
-        if first or self._update_count in MOVE_REFERENCES:
+        if moving or not n:
             # Squares about a centre far from the mean would cancel. A constant activation stays exactly at its centre.
-            moved = (centres + sums.moments[2] / (n * x.shape[1])).to(x.dtype).to(centres.dtype)  # as precise as x
-            sums, centres = sums.about(centres - moved, n), moved
-            clear = sums.clear(n)
-        if not clear:
-            return False
-        self.centres, self.plain_samples = centres, self.plain_samples + (waiting + len(x))
-        self.plain_moments, self.plain_columns = sums
+            moved = centres + sums.moments[2] / ((n + added) * x.shape[1])
+            moved = moved.to(x.dtype).double()  # as precise as x
+            sums, centres = sums.about(centres - moved, n + added), moved
+            clear = sums.clear(n + added)
+            if not (n or clear):
+                return False
+            self.centres = centres
+        if sums.moments is not self.plain_moments:
+            self.plain_moments, self.plain_columns = sums
+        self.plain_samples = self.plain_samples + added
+        if not clear:  # these rows did no harm yet, but further ones would
+            self._unclear = self.plain_moments
         if waiting:
             for name in EXACT:
                 setattr(self, name, torch.as_tensor(self._defaults[name]).to(x.device, copy=True))
@@ -210,10 +221,13 @@ class VarianceMeasure(Measure):
     def _merge_plain(self, a: States, b: States) -> States:
         if not a["centres"].numel() or not b["centres"].numel():
             return {name: (a if a["centres"].numel() else b)[name] for name in PLAIN}
-        first, second = (PlainSums(*(states[name] for name in PLAIN[2:])) for states in (a, b))
-        merged = first.plus(second.about(b["centres"] - a["centres"], b["plain_samples"]))
-        samples = a["plain_samples"] + b["plain_samples"]
-        return dict(zip(PLAIN, (samples, a["centres"], *merged), strict=True))
+        moved = PlainSums(b["plain_moments"], b["plain_columns"]).about(b["centres"] - a["centres"], b["plain_samples"])
+        return {
+            "plain_samples": a["plain_samples"] + b["plain_samples"],
+            "centres": a["centres"],
+            "plain_moments": a["plain_moments"] + moved.moments,
+            "plain_columns": a["plain_columns"] + moved.columns,
+        }
 
     def _merge_exact(self, a: States, b: States) -> States:
         if not a["references"].numel() or not b["references"].numel():
