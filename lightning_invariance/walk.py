@@ -54,6 +54,7 @@ class Walk:
         self._has_floor = any(isinstance(metric, Measure) and metric.has_floor for metric in measures.values())
         self._block: STBlock | None = None
         self._choices: dict[Any, Any] = {}
+        self._taken: dict[type[Metric], tuple[str, ...]] = {}
         self._parts: dict[str, list[Tensor]] = {}
         self._batch_axes: dict[str, int] = {}
         self._entered = True
@@ -154,7 +155,15 @@ class Walk:
         for group in self._layers[layer]:
             leader = leader_of(group)
             if self._pass == 1 or any(leader is waiting for waiting in self._again):
-                leader.update(st, **leader._filter_kwargs(**about))
+                leader.update(st, **{name: about[name] for name in self._takes(leader) if name in about})
+
+    def _takes(self, metric: Metric) -> tuple[str, ...]:
+        """What the update of a metric takes besides the block; looked up once for each class, since that takes time."""
+        kind = type(metric)
+        if kind not in self._taken:
+            names = ("indices", "labels", "choices", "shared")
+            self._taken[kind] = tuple(metric._filter_kwargs(**dict.fromkeys(names)))
+        return self._taken[kind]
 
     def _batch_first(self, layer: str, module: nn.Module, output: Tensor, batch: int) -> Tensor:
         """Move the batch axis to the front; it is elsewhere in the states and time-first outputs of recurrent nets."""

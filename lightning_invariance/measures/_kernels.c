@@ -10,7 +10,9 @@
 #include <Python.h>
 #include <string.h>
 
-#define WIDTH 16       /* activations at a time: one register of AVX-512, two of AVX2 */
+#define LANES 16       /* numbers in a register of AVX-512, or in two of AVX2 */
+#define PARTS 4        /* registers at a time, so that the processor adds to several sums at once */
+#define WIDTH (LANES * PARTS)
 #define TILE 64        /* activations whose rows are sorted at a time: they stay in the first cache */
 #define MOST_VALUES 256 /* of one activation in a block: rows times columns */
 #define MOST_SORTED 64
@@ -21,8 +23,8 @@
 
 enum { UNCLEAR = 1, LOST = 2 };
 
-typedef float lanes __attribute__((vector_size(WIDTH * sizeof(float))));
-typedef int bits __attribute__((vector_size(WIDTH * sizeof(int))));
+typedef float lanes __attribute__((vector_size(LANES * sizeof(float))));
+typedef int bits __attribute__((vector_size(LANES * sizeof(int))));
 typedef lanes loose __attribute__((aligned(sizeof(float)), may_alias)); /* in memory that begins anywhere */
 
 #if defined(__x86_64__) && defined(__ELF__) && defined(__GNUC__) && !defined(__clang__)
@@ -70,15 +72,6 @@ static void run(job *j, long threads)
     Py_END_ALLOW_THREADS
 }
 
-/* One more value of each row: its distance from the first, which it adds to three sums. */
-#define TAKE(t, sum, squares)                                                                                          \
-    {                                                                                                                  \
-        const lanes further = *(const loose *)(row + (t) * p.column) - first;                                           \
-        sum += further;                                                                                                \
-        squares += further * further;                                                                                  \
-        columns[t] += further;                                                                                         \
-    }
-
 /* Where WIDTH activations and their sums lie, (rows, columns, WIDTH) and so on. */
 typedef struct place {
     const float *x;
@@ -95,54 +88,67 @@ static inline __attribute__((always_inline)) int deviations_at(place p, const jo
 {
     const Py_ssize_t n = j->n, m = j->m;
     const float length = (float)m;
-    lanes columns[MOST_VALUES], centre, all_firsts = {0}, all_spread = {0}, all_squares = {0}, total = {0};
-    bits any_further = {0}, any_first = {0};
+    const lanes none = {0};
+    lanes columns[MOST_VALUES][PARTS], centre[PARTS], all_firsts[PARTS], all_spread[PARTS], all_squares[PARTS],
+        total[PARTS], column_squares[PARTS];
+    bits any_further[PARTS], any_first[PARTS];
     for (int l = 0; l < WIDTH; l++)
-        centre[l] = (float)p.centres[l];
+        centre[l / LANES][l % LANES] = (float)p.centres[l];
+    for (int v = 0; v < PARTS; v++) {
+        all_firsts[v] = all_spread[v] = all_squares[v] = total[v] = column_squares[v] = none;
+        any_further[v] = any_first[v] = (bits)none;
+    }
     for (Py_ssize_t t = 0; t < m; t++)
-        columns[t] = j->sign * *(loose *)(p.columns + t * p.column_sum);
+        for (int v = 0; v < PARTS; v++)
+            columns[t][v] = j->sign * *(loose *)(p.columns + t * p.column_sum + v * LANES);
     for (Py_ssize_t i = 0; i < n; i++) {
         const float *row = p.x + i * p.row;
-        lanes first = *(const loose *)row, sum = {0}, squares = {0}, more_sum = {0}, more_squares = {0};
-        Py_ssize_t t = 1;
-        for (; t + 1 < m; t += 2) { /* the processor adds to two sums at the same time */
-            TAKE(t, sum, squares)
-            TAKE(t + 1, more_sum, more_squares)
+        lanes first[PARTS], sum[PARTS], squares[PARTS];
+        for (int v = 0; v < PARTS; v++) {
+            first[v] = *(const loose *)(row + v * LANES);
+            sum[v] = squares[v] = none;
         }
-        if (t < m)
-            TAKE(t, sum, squares)
-        sum += more_sum;
-        squares += more_squares;
-        first -= centre;
-        all_firsts += first;
-        all_spread += squares - sum * sum / length;
-        all_squares += squares + first * (2 * sum + length * first);
-        total += sum + length * first;
-        any_further |= (bits)sum;
-        any_first |= (bits)first;
+        for (Py_ssize_t t = 1; t < m; t++)
+            for (int v = 0; v < PARTS; v++) {
+                const lanes further = *(const loose *)(row + t * p.column + v * LANES) - first[v];
+                sum[v] += further;
+                squares[v] += further * further;
+                columns[t][v] += further;
+            }
+        for (int v = 0; v < PARTS; v++) {
+            first[v] -= centre[v];
+            all_firsts[v] += first[v];
+            all_spread[v] += squares[v] - sum[v] * sum[v] / length;
+            all_squares[v] += squares[v] + first[v] * (2 * sum[v] + length * first[v]);
+            total[v] += sum[v] + length * first[v];
+            any_further[v] |= (bits)sum[v];
+            any_first[v] |= (bits)first[v];
+        }
     }
-    lanes column_squares = {0};
-    for (Py_ssize_t t = 0; t < m; t++) {
-        columns[t] += all_firsts;
-        column_squares += columns[t] * columns[t];
-    }
+    for (Py_ssize_t t = 0; t < m; t++)
+        for (int v = 0; v < PARTS; v++) {
+            columns[t][v] += all_firsts[v];
+            column_squares[v] += columns[t][v] * columns[t][v];
+        }
     int lost = 0, unclear = 0;
     for (int l = 0; l < WIDTH; l++) {
-        all_spread[l] = all_spread[l] < 0 ? 0 : all_spread[l];
-        const int varies = (any_further[l] << 1) != 0, shifted = (any_first[l] << 1) != 0; /* minus zero is zero */
-        lost |= (varies && all_spread[l] < SMALLEST) || (shifted && all_squares[l] < SMALLEST);
-        lost |= !(all_squares[l] <= LARGEST); /* nor NaN */
-        const double squares = p.moments[p.moment + l] + j->sign * all_squares[l];
-        unclear |= squares - (double)column_squares[l] / j->all_rows < CLEAR * squares;
+        const int v = l / LANES, a = l % LANES;
+        all_spread[v][a] = all_spread[v][a] < 0 ? 0 : all_spread[v][a];
+        const int varies = (any_further[v][a] << 1) != 0, shifted = (any_first[v][a] << 1) != 0; /* minus zero is 0 */
+        lost |= (varies && all_spread[v][a] < SMALLEST) || (shifted && all_squares[v][a] < SMALLEST);
+        lost |= !(all_squares[v][a] <= LARGEST); /* nor NaN */
+        const double squares = p.moments[p.moment + l] + j->sign * all_squares[v][a];
+        unclear |= squares - (double)column_squares[v][a] / j->all_rows < CLEAR * squares;
     }
     if (lost)
         return LOST;
     for (Py_ssize_t t = 0; t < m; t++)
-        *(loose *)(p.columns + t * p.column_sum) = j->sign * columns[t];
+        for (int v = 0; v < PARTS; v++)
+            *(loose *)(p.columns + t * p.column_sum + v * LANES) = j->sign * columns[t][v];
     for (int l = 0; l < WIDTH; l++) {
-        p.moments[l] += j->sign * all_spread[l];
-        p.moments[p.moment + l] += j->sign * all_squares[l];
-        p.moments[2 * p.moment + l] += j->sign * total[l];
+        p.moments[l] += j->sign * all_spread[l / LANES][l % LANES];
+        p.moments[p.moment + l] += j->sign * all_squares[l / LANES][l % LANES];
+        p.moments[2 * p.moment + l] += j->sign * total[l / LANES][l % LANES];
     }
     return unclear ? UNCLEAR : 0;
 }

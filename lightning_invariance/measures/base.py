@@ -50,6 +50,13 @@ class Measure(Metric):
         self._add_states(n_samples=torch.tensor(0), columns=torch.tensor(0))
         self._add_states(activation_shape=torch.zeros(0, dtype=torch.long))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Modules look at every value as if it were a parameter or a module. Of a layer and a batch that is felt.
+        if name in self.__dict__.get("_defaults", ()):
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     def _add_states(self, **empty: Tensor) -> None:
         """Register states by their empty values."""
         for name, default in empty.items():
