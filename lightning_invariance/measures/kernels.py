@@ -1,4 +1,4 @@
-"""The two sums over blocks of rows that cost most, in C (``_kernels.c``) where that was compiled.
+"""The two kinds of sums that cost most, over blocks of rows, in C (``_kernels.c``) where that was compiled.
 
 It is compiled when the package is installed, if the machine has a compiler for it. Everything works without it: those
 who call this take the same sums with PyTorch's operations where :func:`takes` says no.
@@ -61,7 +61,7 @@ def add_deviations(x: Tensor, centres: Tensor, moments: Tensor, columns: Tensor,
 
 
 def absolute_differences(x: Tensor, network: Tensor) -> Tensor:
-    """\\|x_j − x_l\\| of all ordered pairs within rows, summed over rows: (k,) in float64.
+    r"""\|x_j − x_l\| of all ordered pairs within rows, summed over rows: (k,) in float64.
 
     Args:
         x: rows (n, m, k) with ``takes(x)``, of at most 64 columns.

@@ -138,7 +138,7 @@ def _plain_block(x: Tensor, centres: Tensor) -> PlainSums | None:
 
 
 def _lost(squares: Tensor, values: Tensor) -> bool:
-    """Whether sums of squares (shares, k) are so small that some of the values (shares, n, k) have been lost in them."""
+    """Whether sums of squares (shares, k) are so small that some of their values (shares, n, k) have been lost."""
     return bool(squares.amin() < SMALLEST) and bool(((squares < SMALLEST) & (values != 0).any(1)).any())
 
 

@@ -118,38 +118,42 @@ class VarianceMeasure(Measure):
         """
         n, moving = int(self.plain_samples), self._update_count in MOVE_REFERENCES
         waiting = 0 if n else int(self.exact_samples)
-        if n:
-            if self._unclear is self.plain_moments and not moving:
-                return False
-            centres = self.centres
-            sums = self._plain() if self.in_place else PlainSums(*(state.clone() for state in self._plain()))
-        else:
-            if waiting and (waiting + len(x)).bit_length() // 2 == waiting.bit_length() // 2:
-                return False
-            centres = ((self.references + self.sums / waiting).mean(0) if waiting else x[0, 0]).to(x.dtype).double()
-            sums = self._exact_as_plain(centres) if waiting else PlainSums.empty(x)
-        added = waiting + len(x)
-        clear = add_plain(x, centres, sums, n + added)
+        if n and self._unclear is self.plain_moments and not moving:
+            return False
+        if waiting and (waiting + len(x)).bit_length() // 2 == waiting.bit_length() // 2:
+            return False
+        centres, sums = self._plain_so_far(x, n, waiting)
+        n += waiting + len(x)
+        clear = add_plain(x, centres, sums, n)
         if clear is None:
             return False
-        if moving or not n:
+        first = not self.plain_samples
+        if moving or first:
             # Squares about a centre far from the mean would cancel. A constant activation stays exactly at its centre.
-            moved = centres + sums.moments[2] / ((n + added) * x.shape[1])
-            moved = moved.to(x.dtype).double()  # as precise as x
-            sums, centres = sums.about(centres - moved, n + added), moved
-            clear = sums.clear(n + added)
-            if not (n or clear):
+            moved = (centres + sums.moments[2] / (n * x.shape[1])).to(x.dtype).double()  # as precise as x
+            sums, centres = sums.about(centres - moved, n), moved
+            clear = sums.clear(n)
+            if first and not clear:
                 return False
             self.centres = centres
-        if sums.moments is not self.plain_moments:
-            self.plain_moments, self.plain_columns = sums
-        self.plain_samples = self.plain_samples + added
+        self.plain_moments, self.plain_columns = sums
+        self.plain_samples = self.plain_samples + (waiting + len(x))
         if not clear:  # these rows did no harm yet, but further ones would
             self._unclear = self.plain_moments
         if waiting:
             for name in EXACT:
                 setattr(self, name, torch.as_tensor(self._defaults[name]).to(x.device, copy=True))
         return True
+
+    def _plain_so_far(self, x: Tensor, n: int, waiting: int) -> tuple[Tensor, PlainSums]:
+        """Centres, and sums that may be changed."""
+        if n:
+            sums = self._plain()
+            return self.centres, sums if self.in_place else PlainSums(*(state.clone() for state in sums))
+        if not waiting:
+            return x[0, 0].double(), PlainSums.empty(x)
+        centres = (self.references + self.sums / waiting).mean(0).to(x.dtype).double()
+        return centres, self._exact_as_plain(centres)
 
     def _exact_as_plain(self, centres: Tensor) -> PlainSums:
         """The exact set about one centre for each activation."""
