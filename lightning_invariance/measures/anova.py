@@ -92,7 +92,7 @@ class Anova(VarianceMeasure):
             return self._undefined()
         n, m = int(self.n_samples), self.n_transformations
         spread, means = self._columns_joined()
-        between = n * (means - means.mean(0)).square().sum(0)
+        between = n * means.sub_(means.mean(0)).square_().sum(0)
         within = spread[0]
         if self.paired:
             # No more than the whole, so that it is exactly 0 where columns are constant.

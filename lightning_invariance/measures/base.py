@@ -46,6 +46,8 @@ class Measure(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        #: What a computation found that measures of the same states need as well, with the number that it is true of.
+        self.found: tuple[Tensor, Tensor] | None = None
         # These are states like the rest, since a process that saw no sample learns them from the others.
         self._add_states(n_samples=torch.tensor(0), columns=torch.tensor(0))
         self._add_states(activation_shape=torch.zeros(0, dtype=torch.long))

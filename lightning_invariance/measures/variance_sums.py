@@ -196,7 +196,11 @@ class VarianceMeasure(Measure):
 
     def _column_spread(self) -> Tensor:
         """Squared deviations from the column means: (1, k), or (m, k) where ``squared`` is false."""
-        return self._columns_joined()[0]
+        if self.found is None or self.found[0] is not self.n_samples:
+            plain = self.squared and not self.references.numel()  # their means are not needed here
+            spread = self._plain().column_spread(self.plain_samples)[None] if plain else self._columns_joined()[0]
+            self.found = self.n_samples, spread
+        return self.found[1]
 
     def _columns_joined(self) -> tuple[Tensor, Tensor]:
         """Squared deviations from the column means, and the column means (m, k), of both sets of rows."""
