@@ -103,9 +103,9 @@ class Case(NamedTuple):
 CASES = [
     Case("NV", "SimpleConv-32", lambda: [NormalizedVariance()], 1.5),
     Case("TV, SV, NV, Anova", "SimpleConv-32", variances, 1.2),
-    Case("TV, SV, NV, Anova", "SimpleConv-128", variances, 1.08, 1 / 8),
-    Case("TV, SV, NV, Anova", "CIFAR ResNet-18", variances, 1.2, 1 / 8),
-    Case("TV, SV, NV, Anova", "CIFAR ResNet-20", variances, 1.35, 1 / 2),
+    Case("TV, SV, NV, Anova", "SimpleConv-128", variances, 1.08, 1 / 2),
+    Case("TV, SV, NV, Anova", "CIFAR ResNet-18", variances, 1.2, 1 / 2),
+    Case("TV, SV, NV, Anova", "CIFAR ResNet-20", variances, 1.35),
     Case("and TD, SD, ND", "SimpleConv-32", distances, 1.8),
     Case("all measures", "SimpleConv-32", all_measures, 3.0),
 ]
