@@ -14,7 +14,8 @@ from lightning_invariance.measures.base import Measure, States
 from lightning_invariance.measures.spread import PlainSums, add_plain, channel_changes, exact_sums, holds_plain
 from lightning_invariance.transforms import TransformationSet
 
-#: Updates before which the references move to the means: often enough for the digits, rare enough for the time.
+#: Updates before which the references move to the means: often enough for the digits, rare enough for the time. Before
+#: these it is also tried again whether the plain set takes rows.
 MOVE_REFERENCES = frozenset(4**power for power in range(1, 16))
 
 #: How the values of a feature map can be made one.
@@ -116,9 +117,9 @@ class VarianceMeasure(Measure):
         Few rows seldom tell whether float32 will do for all of many activations. Those that had to go to the exact set
         come along as soon as it does; that is tried each time that they have become four times as many.
         """
-        n, moving = int(self.plain_samples), self._update_count in MOVE_REFERENCES
+        n = int(self.plain_samples)
         waiting = 0 if n else int(self.exact_samples)
-        if n and self._unclear is self.plain_moments and not moving:
+        if n and self._unclear is self.plain_moments and self._update_count not in MOVE_REFERENCES:
             return False
         if waiting and (waiting + len(x)).bit_length() // 2 == waiting.bit_length() // 2:
             return False
@@ -128,7 +129,7 @@ class VarianceMeasure(Measure):
         if clear is None:
             return False
         first = not self.plain_samples
-        if moving or first:
+        if first or not clear:
             # Squares about a centre far from the mean would cancel. A constant activation stays exactly at its centre.
             moved = (centres + sums.moments[2] / (n * x.shape[1])).to(x.dtype).double()  # as precise as x
             sums, centres = sums.about(centres - moved, n), moved
