@@ -142,6 +142,26 @@ def test_nearly_invariant_units_of_a_wide_layer_keep_their_digits():
     torch.testing.assert_close(value, functional.normalized_variance(tensor.double()), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("effect", [30, 1000])
+def test_units_of_a_wide_layer_that_come_to_vary_with_the_transformation_most(in_place, effect):
+    tensor = wide(n=400)
+    tensor[8:, :, :50] += effect * torch.randn(16, 50)
+    metric = SampleVariance()
+    metric.in_place = in_place
+    value = measured(metric, tensor.split(4))
+    torch.testing.assert_close(value, functional.sample_variance(tensor.double()), rtol=1e-4, atol=0)
+
+
+def test_wide_float32_layers_with_constant_rows_need_few_numbers():
+    tensor = wide()
+    tensor[..., :1000] = tensor[:, :1, :1000]  # invariant
+    metric = NormalizedVariance()
+    value = measured(metric, tensor.split(4))
+    assert (value[:1000] == 0).all()
+    assert sum(state.numel() for state in metric.metric_state.values()) <= (16 + 4) * 2048 + 5
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e18, 1e30])
 def test_wide_float32_layers_out_of_range_of_squares(scale):
     tensor = wide(n=8) * scale

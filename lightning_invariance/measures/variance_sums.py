@@ -33,10 +33,10 @@ class VarianceMeasure(Measure):
 
     - of blocks whose sums float32 holds without losing digits, which is the rule: ``centres`` (k,), ``plain_moments``
       (3, k), ``plain_columns`` (m, k) in float32; see ``PlainSums``.
-    - of the other blocks, such as those of float64 activations or with rows or columns that are constant:
+    - of the other blocks, such as those of float64 activations or with columns that are constant:
       ``row_spread`` (k,): the sum over rows of their squared deviations from the row mean, ``references`` (m, k),
-      ``squares`` (1, k) and ``sums`` (m, k); see ``ExactSums``. They keep an invariant unit (TV = 0) and a division by
-      zero (SV = 0) apart from small numbers.
+      ``squares`` (1, k) and ``sums`` (m, k); see ``ExactSums``. They keep a division by zero (SV = 0) apart from one by
+      a small number.
 
     A set is empty as long as it is not needed: most layers hold (m + 4) k numbers. Where ``squared`` is false,
     ``row_spread`` is the sum of the rows' standard deviations, ``squares`` (m, k) is kept for each column, and the
