@@ -53,8 +53,8 @@ class Measure(Metric):
         self._add_states(activation_shape=torch.zeros(0, dtype=torch.long))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Modules look at every value as if it were a parameter or a module. Of a layer and a batch that is felt.
-        if name in self.__dict__.get("_defaults", ()):
+        # A module looks whether a value is a parameter or a module: for each layer and batch that is felt.
+        if name in self.__dict__.get("_defaults", ()) or name in ("_computed", "_update_count"):
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)

@@ -137,7 +137,8 @@ class VarianceMeasure(Measure):
             if first and not clear:
                 return False
             self.centres = centres
-        self.plain_moments, self.plain_columns = sums
+        if sums.moments is not self.plain_moments:
+            self.plain_moments, self.plain_columns = sums
         self.plain_samples = self.plain_samples + (waiting + len(x))
         if not clear:  # these rows did no harm yet, but further ones would
             self._unclear = self.plain_moments
