@@ -9,6 +9,7 @@ from lightning_invariance.measures import (
     NormalizedDistance,
     NormalizedVariance,
     TransformationDistance,
+    TransformationVariance,
     kernels,
     pairs,
 )
@@ -84,6 +85,16 @@ def test_rows_that_float32_does_not_hold_are_taken_away_again(bad, where):
     expected, expected_columns, _ = sums_of([good], good[0, 0].double())
     torch.testing.assert_close(moments, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(columns, expected_columns, rtol=1e-5, atol=1e-4)
+
+
+def test_a_small_spread_beside_large_squares_is_not_lost(way):
+    x = rows(8, 16, 2000)
+    x[..., 4] = 1.0
+    x[3, :, 4] = 1e-30 * torch.arange(16.0)
+    metric = TransformationVariance()
+    metric.update(x[:4])
+    metric.update(x[4:])
+    torch.testing.assert_close(metric.compute(), x.double().var(1).mean(0), rtol=1e-4, atol=0)
 
 
 @needs_kernels
