@@ -17,6 +17,7 @@
 #define MOST_VALUES 256 /* of one activation in a block: rows times columns */
 #define MOST_SORTED 64
 #define SHARE 1024     /* activations that a thread takes at a time, a multiple of both */
+/* The limits and flags that follow are those of spread.py and kernels.py, and have to stay so. */
 #define SMALLEST 1e-24 /* of sums of float32 squares; some that are part of a smaller one may have been rounded to 0 */
 #define LARGEST 1e30   /* of sums of squares */
 #define CLEAR 1e-2     /* a spread of columns below this part of all squares drowns in the rounding of float32 */
@@ -186,7 +187,7 @@ static void deviations(const job *j, Py_ssize_t from, Py_ssize_t to)
     __atomic_fetch_or(&((job *)j)->flags, flags, __ATOMIC_RELAXED);
 }
 
-/* The differences within rows; see add_absolute_differences in kernels.py. */
+/* The differences within rows; see absolute_differences in kernels.py. */
 FOR_EACH_PROCESSOR
 static void differences(const job *j, Py_ssize_t from, Py_ssize_t to)
 {
