@@ -182,7 +182,7 @@ class Catcher:
             self._calls[name] = call + 1
             layer = name if call == 0 else f"{name}#{call}"
             for place, tensor in _floating_tensors(output):
-                self._consumer(layer + place, module, tensor.detach())
+                self._consumer(layer + place, module, tensor.detach() if tensor.requires_grad else tensor)
 
         return caught
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -55,6 +55,7 @@ class Walk:
         self._block: STBlock | None = None
         self._choices: dict[Any, Any] = {}
         self._taken: dict[type[Metric], tuple[str, ...]] = {}
+        self._fed: dict[str, list[tuple[Callable[..., None], tuple[str, ...]]]] = {}  # by layer: update, what it takes
         self._parts: dict[str, list[Tensor]] = {}
         self._batch_axes: dict[str, int] = {}
         self._entered = True
@@ -146,16 +147,24 @@ class Walk:
             if block.columns.stop < m:
                 return
             st = torch.cat(self._parts.pop(layer), dim=1)
+        if layer not in self._fed:
+            self._fed[layer] = self._feeding(layer, st)
+        shared: dict[Any, Any] = {}
+        for update, names in self._fed[layer]:
+            about = {"indices": block.indices, "labels": block.labels, "choices": self._choices, "shared": shared}
+            update(st, **{name: about[name] for name in names if about[name] is not None})
+
+    def _feeding(self, layer: str, st: Tensor) -> list[tuple[Callable[..., None], tuple[str, ...]]]:
+        """What updates the measures of a layer in this pass, and what each takes besides the block."""
         if layer not in self._layers:
             self._shapes[layer] = tuple(st.shape[2:])
             self._layers[layer] = self._new_groups(layer, st.device)
-        about: dict[str, Any] = {"indices": block.indices, "choices": self._choices, "shared": {}}
-        if block.labels is not None:
-            about["labels"] = block.labels
-        for group in self._layers[layer]:
-            leader = leader_of(group)
-            if self._pass == 1 or any(leader is waiting for waiting in self._again):
-                leader.update(st, **{name: about[name] for name in self._takes(leader) if name in about})
+        leaders = [leader_of(group) for group in self._layers[layer]]
+        return [
+            (leader.add if isinstance(leader, Measure) else leader.update, self._takes(leader))
+            for leader in leaders
+            if self._pass == 1 or any(leader is waiting for waiting in self._again)
+        ]
 
     def _takes(self, metric: Metric) -> tuple[str, ...]:
         """What the update of a metric takes besides the block; looked up once for each class, since that takes time."""
@@ -180,7 +189,7 @@ class Walk:
                 f"Expected layer {layer!r} to return a value for each of the {batch} inputs of a batch, but it returned"
                 f" a tensor of shape {tuple(output.shape)}. Leave it out with `layers`."
             )
-        return output.movedim(axis, 0)
+        return output.movedim(axis, 0) if axis else output
 
     def _new_groups(self, layer: str, device: torch.device) -> list[Group]:
         groups = [
@@ -220,6 +229,7 @@ class Walk:
             self.n_samples = sum(n for _, n in told)
         self._pass += 1
         self._again = [m for m in self._own_leaders() if self._pass <= m.passes and not m.complete]
+        self._fed = {}
         for measure in self._again:
             measure.end_pass()
         self.finished = not self._again

@@ -34,10 +34,9 @@ def rows(n, m, k, seed=0):
 
 def sums_of(blocks, centres):
     m, k = blocks[0].shape[1:]
-    moments, columns, n, clear = torch.zeros(3, k, dtype=torch.float64), torch.zeros(m, k), 0, []
-    for block in blocks:
-        n += len(block)
-        clear.append(kernels.add_deviations(block, centres, moments, columns, n))
+    n, moments, columns = torch.tensor(0), torch.zeros(2, k, dtype=torch.float64), torch.zeros(m, k)
+    clear = [kernels.Adder(block, n, centres, moments, columns)(block) for block in blocks]
+    assert n == sum(len(block) for block, found in zip(blocks, clear, strict=True) if found is not None)
     return moments, columns, clear
 
 
@@ -46,7 +45,7 @@ def sums_of(blocks, centres):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_sums_of_deviations_are_the_definition(size, threads):
     blocks = [rows(*size), rows(*size, seed=1)]
-    centres = blocks[0][0, 0].double()
+    centres = blocks[0][0, 0]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -57,7 +56,6 @@ def test_sums_of_deviations_are_the_definition(size, threads):
     deviation = x - centres
     torch.testing.assert_close(moments[0], x.var(1, correction=0).sum(0) * size[1], rtol=1e-5, atol=0)
     torch.testing.assert_close(moments[1], deviation.square().sum((0, 1)), rtol=1e-5, atol=0)
-    torch.testing.assert_close(moments[2], deviation.sum((0, 1)), rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(columns.double(), deviation.sum(0), rtol=1e-5, atol=1e-4)
 
 
@@ -66,7 +64,7 @@ def test_rows_that_are_constant_have_no_spread():
     x = rows(8, 16, 200)
     x[..., 3] = x[:, :1, 3]
     x[..., 150] = 0.1
-    moments, _, _ = sums_of([x], x[0, 0].double())
+    moments, _, _ = sums_of([x], x[0, 0])
     assert moments[0, [3, 150]].tolist() == [0, 0]
     assert moments[1, 3] > 0
     assert moments[1, 150] == 0
@@ -80,9 +78,9 @@ def test_rows_that_float32_does_not_hold_are_taken_away_again(bad, where):
     good, flawed = rows(4, 16, 2051), rows(4, 16, 2051, seed=1)
     flawed[..., where] = bad * torch.arange(1.0, 17)  # also where no square is left, of 1e-30
     good[..., where] = 0
-    moments, columns, clear = sums_of([good, flawed], good[0, 0].double())
+    moments, columns, clear = sums_of([good, flawed], good[0, 0])
     assert clear[1] is None
-    expected, expected_columns, _ = sums_of([good], good[0, 0].double())
+    expected, expected_columns, _ = sums_of([good], good[0, 0])
     torch.testing.assert_close(moments, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(columns, expected_columns, rtol=1e-5, atol=1e-4)
 
@@ -100,9 +98,9 @@ def test_a_small_spread_beside_large_squares_is_not_lost(way):
 @needs_kernels
 def test_a_spread_of_columns_that_drowns_is_told():
     x = rows(8, 16, 300)
-    assert sums_of([x], x[0, 0].double())[2] == [True]
+    assert sums_of([x], x[0, 0])[2] == [True]
     x[..., 299] = 100 * torch.arange(16.0) + 0.1 * torch.randn(8, 16)
-    assert sums_of([x], x.mean((0, 1)).double())[2] == [False]
+    assert sums_of([x], x.mean((0, 1)))[2] == [False]
 
 
 @needs_kernels

@@ -8,6 +8,7 @@
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <stdint.h>
 #include <string.h>
 
 #define LANES 16       /* numbers in a register of AVX-512, or in two of AVX2 */
@@ -42,9 +43,10 @@ typedef struct job {
     void (*part)(const struct job *, Py_ssize_t from, Py_ssize_t to);
     const float *x;
     Py_ssize_t n, m, k;
-    const double *centres;
-    double *moments, all_rows;
+    const float *centres;
+    double *moments;
     float *columns, sign;
+    double rows; /* with those of x */
     const int *network;
     Py_ssize_t comparisons;
     double *total;
@@ -77,7 +79,7 @@ static void run(job *j, long threads)
 typedef struct place {
     const float *x;
     Py_ssize_t row, column; /* distances */
-    const double *centres;
+    const float *centres;
     double *moments;
     Py_ssize_t moment;
     float *columns;
@@ -91,12 +93,11 @@ static inline __attribute__((always_inline)) int deviations_at(place p, const jo
     const float length = (float)m;
     const lanes none = {0};
     lanes columns[MOST_VALUES][PARTS], centre[PARTS], all_firsts[PARTS], all_spread[PARTS], all_squares[PARTS],
-        total[PARTS], column_squares[PARTS];
+        column_squares[PARTS];
     bits any_further[PARTS], any_first[PARTS];
-    for (int l = 0; l < WIDTH; l++)
-        centre[l / LANES][l % LANES] = (float)p.centres[l];
     for (int v = 0; v < PARTS; v++) {
-        all_firsts[v] = all_spread[v] = all_squares[v] = total[v] = column_squares[v] = none;
+        centre[v] = *(const loose *)(p.centres + v * LANES);
+        all_firsts[v] = all_spread[v] = all_squares[v] = column_squares[v] = none;
         any_further[v] = any_first[v] = (bits)none;
     }
     for (Py_ssize_t t = 0; t < m; t++)
@@ -121,7 +122,6 @@ static inline __attribute__((always_inline)) int deviations_at(place p, const jo
             all_firsts[v] += first[v];
             all_spread[v] += squares[v] - sum[v] * sum[v] / length;
             all_squares[v] += squares[v] + first[v] * (2 * sum[v] + length * first[v]);
-            total[v] += sum[v] + length * first[v];
             any_further[v] |= (bits)sum[v];
             any_first[v] |= (bits)first[v];
         }
@@ -139,7 +139,7 @@ static inline __attribute__((always_inline)) int deviations_at(place p, const jo
         lost |= (varies && all_spread[v][a] < SMALLEST) || (shifted && all_squares[v][a] < SMALLEST);
         lost |= !(all_squares[v][a] <= LARGEST); /* nor NaN */
         const double squares = p.moments[p.moment + l] + j->sign * all_squares[v][a];
-        unclear |= squares - (double)column_squares[v][a] / j->all_rows < CLEAR * squares;
+        unclear |= squares - (double)column_squares[v][a] / j->rows < CLEAR * squares;
     }
     if (lost)
         return LOST;
@@ -149,7 +149,6 @@ static inline __attribute__((always_inline)) int deviations_at(place p, const jo
     for (int l = 0; l < WIDTH; l++) {
         p.moments[l] += j->sign * all_spread[l / LANES][l % LANES];
         p.moments[p.moment + l] += j->sign * all_squares[l / LANES][l % LANES];
-        p.moments[2 * p.moment + l] += j->sign * total[l / LANES][l % LANES];
     }
     return unclear ? UNCLEAR : 0;
 }
@@ -158,20 +157,21 @@ static inline __attribute__((always_inline)) int deviations_at(place p, const jo
 static inline __attribute__((always_inline)) int deviations_of_few(place p, const job *j, int width)
 {
     float x[MOST_VALUES * WIDTH] = {0}, columns[MOST_VALUES * WIDTH] = {0};
-    double centres[WIDTH] = {0}, moments[3 * WIDTH] = {0};
+    float centres[WIDTH] = {0};
+    double moments[2 * WIDTH] = {0};
     for (Py_ssize_t i = 0; i < j->n; i++)
         for (Py_ssize_t t = 0; t < j->m; t++)
             memcpy(x + (i * j->m + t) * WIDTH, p.x + i * p.row + t * p.column, width * sizeof(float));
     for (Py_ssize_t t = 0; t < j->m; t++)
         memcpy(columns + t * WIDTH, p.columns + t * p.column_sum, width * sizeof(float));
-    for (int s = 0; s < 3; s++)
+    for (int s = 0; s < 2; s++)
         memcpy(moments + s * WIDTH, p.moments + s * p.moment, width * sizeof(double));
-    memcpy(centres, p.centres, width * sizeof(double));
+    memcpy(centres, p.centres, width * sizeof(float));
     const place copy = {x, j->m * WIDTH, WIDTH, centres, moments, WIDTH, columns, WIDTH};
     const int found = deviations_at(copy, j);
     for (Py_ssize_t t = 0; t < j->m; t++)
         memcpy(p.columns + t * p.column_sum, columns + t * WIDTH, width * sizeof(float));
-    for (int s = 0; s < 3; s++)
+    for (int s = 0; s < 2; s++)
         memcpy(p.moments + s * p.moment, moments + s * WIDTH, width * sizeof(double));
     return found;
 }
@@ -236,19 +236,27 @@ static int read_numbers(PyObject *const *args, Py_ssize_t n, Py_ssize_t expected
     return 1;
 }
 
-/* x, n, m, k, threads, centres, moments, columns, all rows, sign */
+/* x, n, m, k, threads, rows, centres, moments, columns */
 static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    Py_ssize_t v[10];
-    if (!read_numbers(args, given, 10, v))
+    Py_ssize_t v[9];
+    if (!read_numbers(args, given, 9, v))
         return NULL;
+    int64_t *rows = (int64_t *)v[5];
     job j = {.part = deviations, .x = (const float *)v[0], .n = v[1], .m = v[2], .k = v[3],
-             .centres = (const double *)v[5], .moments = (double *)v[6], .columns = (float *)v[7],
-             .all_rows = (double)v[8], .sign = (float)v[9]};
+             .centres = (const float *)v[6], .moments = (double *)v[7], .columns = (float *)v[8],
+             .rows = (double)(*rows + v[1]), .sign = 1};
     if (j.n * j.m > MOST_VALUES)
         return PyErr_Format(PyExc_ValueError, "Expected at most %d values of each activation.", MOST_VALUES);
     run(&j, (long)v[4]);
-    return PyLong_FromLong(j.flags);
+    const int found = j.flags;
+    if (found & LOST) { /* take away what was added where it holds them */
+        j.sign = -1;
+        j.next = 0;
+        run(&j, (long)v[4]);
+    } else
+        *rows += v[1];
+    return PyLong_FromLong(found);
 }
 
 /* x, n, m, k, threads, network, comparisons, total */

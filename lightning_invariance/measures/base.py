@@ -22,6 +22,10 @@ from lightning_invariance.transforms import TransformationSet
 States = dict[str, Tensor]
 
 
+#: Attributes that every update sets, and which are neither states, parameters nor modules.
+PLAIN_ATTRIBUTES = frozenset(["_computed", "_update_count"])
+
+
 class Measure(Metric):
     """Base of all measures: a ``torchmetrics.Metric`` of ST blocks whose states merge exactly.
 
@@ -54,7 +58,7 @@ class Measure(Metric):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A module looks whether a value is a parameter or a module: for each layer and batch that is felt.
-        if name in self.__dict__.get("_defaults", ()) or name in ("_computed", "_update_count"):
+        if name in self.__dict__.get("_defaults", ()) or name in PLAIN_ATTRIBUTES:
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
@@ -127,6 +131,10 @@ class Measure(Metric):
             TypeError: If the block is not of a real floating-point type.
         """
         self._update(st_block)
+
+    def add(self, st_block: Tensor, **of_rows: Any) -> None:
+        """What a walk calls instead of ``update``; a measure whose updates are many and short may keep them shorter."""
+        self.update(st_block, **of_rows)
 
     def _update(self, st_block: Tensor, **of_rows: Tensor) -> None:
         """Check a block and add its rows, with what ``of_rows`` says of each."""

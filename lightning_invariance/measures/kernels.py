@@ -25,39 +25,50 @@ UNCLEAR, LOST = 1, 2
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the kernels can work on rows ``x`` (n, m, k)."""
+    """Whether the kernels can work on rows ``x`` (n, m, ...)."""
     return (
         _kernels is not None
         and x.dtype == torch.float32
         and x.device.type == "cpu"
         and x.is_contiguous()
-        and x.shape[2] >= FEWEST_ACTIVATIONS
+        and x.shape[2:].numel() >= FEWEST_ACTIVATIONS
     )
 
 
-def add_deviations(x: Tensor, centres: Tensor, moments: Tensor, columns: Tensor, n_rows: int) -> bool | None:
-    """Add the deviations of rows from one centre for each activation to sums, in place.
+class Adder:
+    """Adds the deviations of rows from one centre for each activation to sums, in place.
+
+    A network is many layers and batches: what is the same for all blocks of one shape is looked up once.
 
     Args:
-        x: rows (n, m, k) with ``takes(x)``, of at most 256 values of each activation.
-        centres: (k,) in float64, each a float32 number.
-        moments: (3, k) in float64: squared deviations from the row means, squared deviations, and deviations.
+        x: rows (n, m, k) with ``takes(x)``, of at most 256 values of each activation; those to add are like them.
+        rows: () in int64: how many there are.
+        centres: (k,) in float32.
+        moments: (2, k) in float64: squared deviations from the row means, and squared deviations.
         columns: (m, k) in float32: deviations of each column.
-        n_rows: how many rows there are with these.
 
-    Returns:
-        Whether the spread of the columns is clear of float32's rounding now. None where float32 does not hold squares
-        of these rows; then the sums are what they were, but for rounding.
+    Raises:
+        ValueError: If the sums are not contiguous.
     """
-    n, m, k = x.shape
-    if not (centres.is_contiguous() and moments.is_contiguous() and columns.is_contiguous()):
-        raise ValueError("Expected sums that are contiguous.")
-    where = centres.data_ptr(), moments.data_ptr(), columns.data_ptr(), n_rows
-    flags: int = _kernels.add_deviations(x.data_ptr(), n, m, k, torch.get_num_threads(), *where, 1)  # type: ignore[union-attr]
-    if flags & LOST:  # take away what was added where it holds them
-        _kernels.add_deviations(x.data_ptr(), n, m, k, torch.get_num_threads(), *where, -1)  # type: ignore[union-attr]
-        return None
-    return not flags & UNCLEAR
+
+    def __init__(self, x: Tensor, rows: Tensor, centres: Tensor, moments: Tensor, columns: Tensor) -> None:
+        if not (centres.is_contiguous() and moments.is_contiguous() and columns.is_contiguous()):
+            raise ValueError("Expected sums that are contiguous.")
+        self.sums = rows, centres, moments, columns  # which have to stay where they are
+        self._where = *x.shape, torch.get_num_threads(), *(tensor.data_ptr() for tensor in self.sums)
+
+    def __call__(self, x: Tensor) -> bool | None:
+        """Add rows.
+
+        Returns:
+            Whether the spread of the columns is clear of float32's rounding now. None where float32 does not hold
+            squares of these rows; then the sums are what they were, but for rounding.
+        """
+        flags: int = _kernels.add_deviations(x.data_ptr(), *self._where)  # type: ignore[union-attr]
+        return None if flags & LOST else not flags
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # a copy would add to the sums of the original
 
 
 def absolute_differences(x: Tensor, network: Tensor) -> Tensor:

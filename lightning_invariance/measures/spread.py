@@ -40,35 +40,50 @@ class PlainSums(NamedTuple):
     """Sums of the deviations of rows ``x`` (n, m, k) from one centre for each activation. They add up over blocks.
 
     Attributes:
-        moments: (3, k) squared deviations from the row means, squared deviations, and deviations.
-        columns: (m, k) deviations of each column.
+        rows: () n.
+        centres: (k,) in float32.
+        moments: (2, k) squared deviations from the row means, and squared deviations.
+        columns: (m, k) deviations of each column; much the largest, they are sums of float32 numbers and stay float32.
     """
 
+    rows: Tensor
+    centres: Tensor
     moments: Tensor
     columns: Tensor
 
     @classmethod
     def empty(cls, x: Tensor) -> PlainSums:
-        """The sums before the first of rows like these."""
+        """The sums before the first of rows like these, about its first value."""
         _, m, k = x.shape
-        return cls(torch.zeros(3, k, dtype=torch.float64, device=x.device), torch.zeros(m, k, device=x.device))
+        rows, moments = torch.tensor(0, device=x.device), torch.zeros(2, k, dtype=torch.float64, device=x.device)
+        return cls(rows, x[0, 0].clone(), moments, torch.zeros(m, k, device=x.device))
 
-    def column_spread(self, n: int | Tensor) -> Tensor:
-        """Squared deviations from the column means of n rows, (k,)."""
-        return (self.moments[1] - self.columns.to(self.moments.dtype).square_().sum(0) / n).clamp_min_(0)
+    def column_spread(self) -> Tensor:
+        """Squared deviations from the column means, (k,)."""
+        return (self.moments[1] - self.columns.to(self.moments.dtype).square_().sum(0) / self.rows).clamp_min_(0)
 
-    def about(self, shift: Tensor, n: int | Tensor) -> PlainSums:
-        """The sums about centres that lie lower by ``shift`` (k,), so that each of the n·m deviations grows by it."""
-        rows, squares, total = self.moments
-        all_shifts = n * len(self.columns) * shift
-        moments = torch.stack([rows, squares + shift * (2 * total + all_shifts), total + all_shifts])
-        return PlainSums(moments, self.columns + (n * shift).to(self.columns.dtype))
+    def column_means(self) -> Tensor:
+        """The mean of each column, (m, k) in float64."""
+        return self.centres.double() + self.columns / self.rows
 
-    def clear(self, n: int) -> bool:
-        """Whether the spread of the columns of n rows is clear of float32's rounding, for every activation."""
-        _, squares, total = self.moments
-        spread = squares - self.columns.square().sum(0) / n  # enough to tell
-        return bool(((spread >= CLEAR_OF_ROUNDING * squares) & ((squares >= SMALLEST) | (total == 0))).all())
+    def about(self, centres: Tensor) -> PlainSums:
+        """The sums about other centres."""
+        shift = self.centres.double() - centres  # by which each of the n·m deviations grows
+        (spread, squares), all_shifts = self.moments, self.rows * len(self.columns) * shift
+        squares = squares + shift * (2 * self.columns.sum(0, dtype=shift.dtype) + all_shifts)
+        columns = self.columns + (self.rows * shift).to(self.columns.dtype)
+        return PlainSums(self.rows, centres, torch.stack([spread, squares]), columns)
+
+    def about_means(self) -> PlainSums:
+        """The sums about the means. A constant activation stays exactly at its centre."""
+        deviations = self.columns.mean(0, dtype=torch.float64) / self.rows
+        return self.about((self.centres + deviations).float())
+
+    def clear(self) -> bool:
+        """Whether the spread of the columns is clear of float32's rounding, for every activation."""
+        squares, columns = self.moments[1], self.columns.square().sum(0)
+        spread = squares - columns / self.rows  # enough to tell
+        return bool(((spread >= CLEAR_OF_ROUNDING * squares) & ((squares >= SMALLEST) | (columns == 0))).all())
 
 
 class ExactSums(NamedTuple):
@@ -91,26 +106,27 @@ def holds_plain(x: Tensor) -> bool:
     return x.dtype == torch.float32 and n * m <= LONGEST_FLOAT32_SUM and m * k >= SMALLEST_PLAIN_ROW
 
 
-def add_plain(x: Tensor, centres: Tensor, sums: PlainSums, n_rows: int) -> bool | None:
-    """Add rows of which :func:`holds_plain` is true to sums in place, and say whether the ``n_rows`` rows are clear.
+def add_plain(x: Tensor, sums: PlainSums) -> bool | None:
+    """Add rows of which :func:`holds_plain` is true to sums in place, and say whether all are clear.
 
     Rows are centred on their first value, so that constant rows have a spread of exactly 0. None where float32 does not
     hold squares of these rows: they are not added.
     """
     if kernels.takes(x):
-        return kernels.add_deviations(x, centres, *sums, n_rows)
-    block = _plain_block(x, centres.to(x.dtype))
+        return kernels.Adder(x, *sums)(x)
+    block = _plain_block(x, sums.centres)
     if block is None:
         return None
-    for mine, new in zip(sums, block, strict=True):
+    for mine, new in zip(sums[2:], block, strict=True):
         mine.view(new.shape).add_(new)
-    return sums.clear(n_rows)
+    sums.rows.add_(len(x))
+    return sums.clear()
 
 
-def _plain_block(x: Tensor, centres: Tensor) -> PlainSums | None:
-    """The sums of one block, by PyTorch's operations, with every value read once.
+def _plain_block(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Moments and columns of one block, by PyTorch's operations, with every value read once.
 
-    They lie in buffers that the next call uses again, with the activations in shares: (3, shares, k / shares) and
+    They lie in buffers that the next call uses again, with the activations in shares: (2, shares, k / shares) and
     (m, shares, k / shares). The deviations are laid out share by share, one for each thread, so that every operation
     gives a thread what it wrote itself: memory that one core wrote and another reads costs more than the arithmetic.
     """
@@ -118,7 +134,7 @@ def _plain_block(x: Tensor, centres: Tensor) -> PlainSums | None:
     shares = math.gcd(k, torch.get_num_threads())
     values = x.view(*x.shape[:2], shares, -1).movedim(2, 0)
     centres = centres.view(shares, 1, -1)
-    moments = scratch(values[:, 0, :1].expand(-1, 3, -1), "moments")
+    moments = scratch(values[:, 0, :1].expand(-1, 2, -1), "moments")
     columns = scratch(values[:, 0], "columns")
     length = max(1, chunk_length(x) // shares)
     for start in range(0, k // shares, length):
@@ -128,13 +144,12 @@ def _plain_block(x: Tensor, centres: Tensor) -> PlainSums | None:
         rows = deviation.sum(2)
         torch.sum(deviation, 1, out=columns[..., part]).add_(first.sum(1, keepdim=True))
         squares = torch.mul(deviation, deviation, out=deviation).sum(2)
-        spread, all_squares, total = moments[..., part].unbind(1)
+        spread, all_squares = moments[..., part].unbind(1)
         torch.sum((squares - rows * rows / m).clamp_min_(0), 1, out=spread)
         torch.sum(torch.addcmul(squares, first, 2 * rows + m * first), 1, out=all_squares)
-        torch.sum(torch.add(rows, first, alpha=m), 1, out=total)
         if _lost(spread, rows) or _lost(all_squares, first) or not bool(all_squares.amax() <= LARGEST_FLOAT32_SQUARE):
             return None
-    return PlainSums(moments.movedim(0, 1), columns.movedim(0, 1))
+    return moments.movedim(0, 1), columns.movedim(0, 1)
 
 
 def _lost(squares: Tensor, values: Tensor) -> bool:

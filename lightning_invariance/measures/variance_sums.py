@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.functional.variance import aggregate_maps
+from lightning_invariance.measures import kernels
 from lightning_invariance.measures.base import Measure, States
 from lightning_invariance.measures.spread import PlainSums, add_plain, channel_changes, exact_sums, holds_plain
 from lightning_invariance.transforms import TransformationSet
@@ -31,14 +32,14 @@ class VarianceMeasure(Measure):
 
     For k activations and m transformations the states are two sets of sums:
 
-    - of blocks whose sums float32 holds without losing digits, which is the rule: ``centres`` (k,), ``plain_moments``
-      (3, k), ``plain_columns`` (m, k) in float32; see ``PlainSums``.
+    - of blocks whose sums float32 holds without losing digits, which is the rule: ``plain_moments`` (2, k), and in
+      float32 ``centres`` (k,) and ``plain_columns`` (m, k); see ``PlainSums``.
     - of the other blocks, such as those of float64 activations or with columns that are constant:
       ``row_spread`` (k,): the sum over rows of their squared deviations from the row mean, ``references`` (m, k),
       ``squares`` (1, k) and ``sums`` (m, k); see ``ExactSums``. They keep a division by zero (SV = 0) apart from one by
       a small number.
 
-    A set is empty as long as it is not needed: most layers hold (m + 4) k numbers. Where ``squared`` is false,
+    A set is empty as long as it is not needed: most layers hold (m + 3) k numbers. Where ``squared`` is false,
     ``row_spread`` is the sum of the rows' standard deviations, ``squares`` (m, k) is kept for each column, and the
     first set is not used.
     """
@@ -73,14 +74,15 @@ class VarianceMeasure(Measure):
         self.squared, self.aggregate, self._with_response = squared, aggregate, response
         self._identity: int | None = None
         self._unclear: Tensor | None = None  # the moments that were found so
+        self._adder: kernels.Adder | None = None  # for blocks of a shape
+        self._added: torch.Size | None = None
         vector, matrix = torch.zeros(0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64)
         self._add_states(exact_samples=torch.tensor(0), row_spread=vector)
         self._add_states(references=matrix, squares=matrix, sums=matrix)
         if squared:
             # The names of states also tell collections of metrics which measures may share them.
-            self._add_states(plain_samples=torch.tensor(0), centres=vector, plain_moments=matrix)
-            # The column sums, much the largest state, are sums of float32 deviations and stay float32.
-            self._add_states(plain_columns=matrix.float())
+            self._add_states(plain_samples=torch.tensor(0), centres=vector.float())
+            self._add_states(plain_moments=matrix, plain_columns=matrix.float())
         if response:
             self._add_states(changes=matrix)
 
@@ -108,8 +110,40 @@ class VarianceMeasure(Measure):
             changes = channel_changes(x, math.prod(self.activation_shape.tolist()[:1]), self._identity)
             self.changes = self.changes + changes if self.changes.numel() else changes
 
+    def add(self, st_block: Tensor, **of_rows: Any) -> None:
+        """Add rows as ``update`` does; with no more ado where they are like those before."""
+        adder = self._adder
+        if (
+            adder is not None
+            and st_block.shape == self._added
+            and kernels.takes(st_block)
+            and adder.sums[2] is self.plain_moments
+            and self._unclear is not self.plain_moments
+        ):
+            clear = adder(st_block)
+            if clear is not None:
+                if not clear:
+                    self._move_centres(self._plain())
+                self.n_samples = self.n_samples + len(st_block)
+                return
+        super().add(st_block, **of_rows)
+        self._adder = None
+        if self.centres.numel() and not self._with_response:
+            x = st_block.flatten(2)
+            if holds_plain(x) and kernels.takes(x):
+                self._adder, self._added = kernels.Adder(x, *self._plain()), st_block.shape
+
     def _plain(self) -> PlainSums:
-        return PlainSums(self.plain_moments, self.plain_columns)
+        return PlainSums(self.plain_samples, self.centres, self.plain_moments, self.plain_columns)
+
+    def _keep(self, sums: PlainSums) -> None:
+        self.plain_samples, self.centres, self.plain_moments, self.plain_columns = sums
+
+    def _move_centres(self, sums: PlainSums) -> None:
+        """Keep sums about the means, since about centres far from them squares would cancel."""
+        self._keep(sums.about_means())
+        if not self._plain().clear():  # the rows so far did no harm yet, but further ones would
+            self._unclear = self.plain_moments
 
     def _add_plain(self, x: Tensor) -> bool:
         """Add rows to the plain set, and say whether it took them.
@@ -123,47 +157,39 @@ class VarianceMeasure(Measure):
             return False
         if waiting and (waiting + len(x)).bit_length() // 2 == waiting.bit_length() // 2:
             return False
-        centres, sums = self._plain_so_far(x, n, waiting)
-        n += waiting + len(x)
-        clear = add_plain(x, centres, sums, n)
+        sums = self._plain_so_far(x, n, waiting)
+        clear = add_plain(x, sums)
         if clear is None:
             return False
-        first = not self.plain_samples
-        if first or not clear:
-            # Squares about a centre far from the mean would cancel. A constant activation stays exactly at its centre.
-            moved = (centres + sums.moments[2] / (n * x.shape[1])).to(x.dtype).double()  # as precise as x
-            sums, centres = sums.about(centres - moved, n), moved
-            clear = sums.clear(n)
-            if first and not clear:
+        if n and not clear:
+            self._move_centres(sums)
+        elif n:
+            self._keep(sums)
+        else:
+            sums = sums.about_means()
+            if not sums.clear():
                 return False
-            self.centres = centres
-        if sums.moments is not self.plain_moments:
-            self.plain_moments, self.plain_columns = sums
-        self.plain_samples = self.plain_samples + (waiting + len(x))
-        if not clear:  # these rows did no harm yet, but further ones would
-            self._unclear = self.plain_moments
+            self._keep(sums)
         if waiting:
             for name in EXACT:
                 setattr(self, name, torch.as_tensor(self._defaults[name]).to(x.device, copy=True))
         return True
 
-    def _plain_so_far(self, x: Tensor, n: int, waiting: int) -> tuple[Tensor, PlainSums]:
-        """Centres, and sums that may be changed."""
+    def _plain_so_far(self, x: Tensor, n: int, waiting: int) -> PlainSums:
+        """Sums that may be changed."""
         if n:
             sums = self._plain()
-            return self.centres, sums if self.in_place else PlainSums(*(state.clone() for state in sums))
-        if not waiting:
-            return x[0, 0].double(), PlainSums.empty(x)
-        centres = (self.references + self.sums / waiting).mean(0).to(x.dtype).double()
-        return centres, self._exact_as_plain(centres)
+            return sums if self.in_place else PlainSums(*(state.clone() for state in sums))
+        return self._exact_as_plain() if waiting else PlainSums.empty(x)
 
-    def _exact_as_plain(self, centres: Tensor) -> PlainSums:
+    def _exact_as_plain(self) -> PlainSums:
         """The exact set about one centre for each activation."""
+        centres = (self.references + self.sums / self.exact_samples).mean(0).float()
         shift = self.references - centres
         columns = self.sums + self.exact_samples * shift
         squares = self.squares[0] + (shift * (self.sums + columns)).sum(0)
-        moments = torch.stack([self.row_spread, squares, columns.sum(0)])
-        return PlainSums(moments, columns.to(self.plain_columns.dtype))
+        moments = torch.stack([self.row_spread, squares])
+        return PlainSums(self.exact_samples.clone(), centres, moments, columns.float())
 
     def _add_exact(self, x: Tensor) -> None:
         if not self.references.numel():
@@ -200,7 +226,7 @@ class VarianceMeasure(Measure):
         """Squared deviations from the column means: (1, k), or (m, k) where ``squared`` is false."""
         if self.found is None or self.found[0] is not self.n_samples:
             plain = self.squared and not self.references.numel()  # their means are not needed here
-            spread = self._plain().column_spread(self.plain_samples)[None] if plain else self._columns_joined()[0]
+            spread = self._plain().column_spread()[None] if plain else self._columns_joined()[0]
             self.found = self.n_samples, spread
         return self.found[1]
 
@@ -208,9 +234,8 @@ class VarianceMeasure(Measure):
         """Squared deviations from the column means, and the column means (m, k), of both sets of rows."""
         found = []
         if self.squared and self.centres.numel():
-            n_plain = self.plain_samples
-            spread = self._plain().column_spread(n_plain)[None]
-            found.append((n_plain, spread, self.centres + self.plain_columns / n_plain))
+            sums = self._plain()
+            found.append((sums.rows, sums.column_spread()[None], sums.column_means()))
         if self.references.numel():
             n_exact = self.exact_samples
             spread = (self.squares - self._over_columns(self.sums.square()) / n_exact).clamp_min_(0)
@@ -231,13 +256,10 @@ class VarianceMeasure(Measure):
     def _merge_plain(self, a: States, b: States) -> States:
         if not a["centres"].numel() or not b["centres"].numel():
             return {name: (a if a["centres"].numel() else b)[name] for name in PLAIN}
-        moved = PlainSums(b["plain_moments"], b["plain_columns"]).about(b["centres"] - a["centres"], b["plain_samples"])
-        return {
-            "plain_samples": a["plain_samples"] + b["plain_samples"],
-            "centres": a["centres"],
-            "plain_moments": a["plain_moments"] + moved.moments,
-            "plain_columns": a["plain_columns"] + moved.columns,
-        }
+        mine, other = (PlainSums(*(states[name] for name in PLAIN)) for states in (a, b))
+        moved = other.about(mine.centres)
+        joined = mine.rows + moved.rows, mine.centres, mine.moments + moved.moments, mine.columns + moved.columns
+        return dict(zip(PLAIN, joined, strict=True))
 
     def _merge_exact(self, a: States, b: States) -> States:
         if not a["references"].numel() or not b["references"].numel():
