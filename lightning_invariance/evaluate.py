@@ -208,7 +208,8 @@ def _check_number(n_samples: int) -> None:
 def _warn_of_nan(result: InvarianceResult) -> None:
     found = []
     for measure in result:
-        layers = ", ".join(f"{row.layer} ({row.nan})" for row in result.table(measure) if row.nan)
+        numbers = {layer: int(values.isnan().sum()) for layer, values in result[measure].items()}
+        layers = ", ".join(f"{layer} ({number})" for layer, number in numbers.items() if number)
         found += [f"{measure} of {layers}"] if layers else []
     if found:
         warnings.warn(

@@ -19,6 +19,11 @@ from lightning_invariance.loader import STBlock, STLoader
 from lightning_invariance.transforms import TransformationSet
 from lightning_invariance.walk import Walk
 
+#: The largest block whose release makes glibc's allocator keep what is freed, up to twice as much, instead of giving it
+#: back to the system; it does that from a few hundred kilobytes on, and then fetches the memory of every activation
+#: anew, page by page, which can take as long as the forward pass itself.
+KEPT_MEMORY = 2**25 - 2**14
+
 #: A progress bar appears when a walk takes longer than this, in seconds.
 PROGRESS_DELAY = 3.0
 
@@ -118,6 +123,8 @@ class Run:
 
     def _prepared(self, enter: Callable[[Tensor], Tensor]) -> ExitStack:
         """The model in eval mode on its device, without gradients; everything is put back afterwards."""
+        if self.device.type == "cpu":
+            torch.empty(KEPT_MEMORY, dtype=torch.uint8)
         with ExitStack() as stack:
             stack.enter_context(on_device(self.model, self.device))
             stack.enter_context(evaluation_mode(self.model))

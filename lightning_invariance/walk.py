@@ -205,7 +205,10 @@ class Walk:
         return self._followers[name]
 
     def _new_metric(self, name: str, device: torch.device) -> Metric:
-        metric = self._measures[name].clone()
+        measure = self._measures[name]
+        tensors = [*measure._defaults.values(), *(getattr(measure, state) for state in measure._defaults)]
+        # Copying tensors takes the time: those that the measure resets to never change, and it has others after that.
+        metric = deepcopy(measure, {id(tensor): tensor for tensor in tensors if isinstance(tensor, Tensor)})
         metric.reset()
         if device.type == "mps":  # which has no float64
             metric.set_dtype(torch.float32)

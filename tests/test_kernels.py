@@ -32,24 +32,27 @@ def rows(n, m, k, seed=0):
     return 2 + torch.randn(n, 1, k, generator=generator) + 0.3 * torch.randn(n, m, k, generator=generator)
 
 
-def sums_of(blocks, centres):
+def sums_of(blocks, centres, width=None):
+    """Moments (2, k), columns (m, k) and what was said of each block, with sums in parts of so many activations."""
     m, k = blocks[0].shape[1:]
-    n, moments, columns = torch.tensor(0), torch.zeros(2, k, dtype=torch.float64), torch.zeros(m, k)
+    width = width or k
+    n, moments = torch.tensor(0), torch.zeros(k // width, 2, width, dtype=torch.float64)
+    columns, centres = torch.zeros(k // width, m, width), centres.view(-1, 1, width)
     clear = [kernels.Adder(block, n, centres, moments, columns)(block) for block in blocks]
     assert n == sum(len(block) for block, found in zip(blocks, clear, strict=True) if found is not None)
-    return moments, columns, clear
+    return moments.movedim(1, 0).flatten(1), columns.movedim(1, 0).flatten(1), clear
 
 
 @needs_kernels
-@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_sums_of_deviations_are_the_definition(size, threads):
+@pytest.mark.parametrize(("size", "width"), [*((size, None) for size in SIZES), ((4, 16, 4096), 64), ((3, 5, 1920), 128)])
+def test_sums_of_deviations_are_the_definition(size, threads, width):
     blocks = [rows(*size), rows(*size, seed=1)]
     centres = blocks[0][0, 0]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        moments, columns, _ = sums_of(blocks, centres)
+        moments, columns, _ = sums_of(blocks, centres, width)
     finally:
         torch.set_num_threads(before)
     x = torch.cat(blocks).double()

@@ -4,7 +4,8 @@
  * documents the two functions and checks what they are given; without this module the same sums are taken by PyTorch.
  *
  * A block x is (n, m, k) float32: n samples, m transformations and k activations, next to each other in memory.
- * WIDTH activations at a time go through all rows and columns, so that their sums stay in registers. */
+ * WIDTH activations at a time go through all rows and columns, so that their sums stay in registers. The sums that a
+ * walk adds to may lie WIDTH by WIDTH as well, so that all that is needed at a time is near. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -42,7 +43,7 @@ extern void GOMP_parallel(void (*task)(void *), void *data, unsigned threads, un
 typedef struct job {
     void (*part)(const struct job *, Py_ssize_t from, Py_ssize_t to);
     const float *x;
-    Py_ssize_t n, m, k;
+    Py_ssize_t n, m, k, width; /* the sums are (k / width, ..., width) */
     const float *centres;
     double *moments;
     float *columns, sign;
@@ -81,9 +82,8 @@ typedef struct place {
     Py_ssize_t row, column; /* distances */
     const float *centres;
     double *moments;
-    Py_ssize_t moment;
     float *columns;
-    Py_ssize_t column_sum;
+    Py_ssize_t width; /* distance of two sums of one activation */
 } place;
 
 /* The sums of deviations of WIDTH activations; see add_deviations in kernels.py. */
@@ -102,7 +102,7 @@ static inline __attribute__((always_inline)) int deviations_at(place p, const jo
     }
     for (Py_ssize_t t = 0; t < m; t++)
         for (int v = 0; v < PARTS; v++)
-            columns[t][v] = j->sign * *(loose *)(p.columns + t * p.column_sum + v * LANES);
+            columns[t][v] = j->sign * *(loose *)(p.columns + t * p.width + v * LANES);
     for (Py_ssize_t i = 0; i < n; i++) {
         const float *row = p.x + i * p.row;
         lanes first[PARTS], sum[PARTS], squares[PARTS];
@@ -138,17 +138,17 @@ static inline __attribute__((always_inline)) int deviations_at(place p, const jo
         const int varies = (any_further[v][a] << 1) != 0, shifted = (any_first[v][a] << 1) != 0; /* minus zero is 0 */
         lost |= (varies && all_spread[v][a] < SMALLEST) || (shifted && all_squares[v][a] < SMALLEST);
         lost |= !(all_squares[v][a] <= LARGEST); /* nor NaN */
-        const double squares = p.moments[p.moment + l] + j->sign * all_squares[v][a];
+        const double squares = p.moments[p.width + l] + j->sign * all_squares[v][a];
         unclear |= squares - (double)column_squares[v][a] / j->rows < CLEAR * squares;
     }
     if (lost)
         return LOST;
     for (Py_ssize_t t = 0; t < m; t++)
         for (int v = 0; v < PARTS; v++)
-            *(loose *)(p.columns + t * p.column_sum + v * LANES) = j->sign * columns[t][v];
+            *(loose *)(p.columns + t * p.width + v * LANES) = j->sign * columns[t][v];
     for (int l = 0; l < WIDTH; l++) {
         p.moments[l] += j->sign * all_spread[l / LANES][l % LANES];
-        p.moments[p.moment + l] += j->sign * all_squares[l / LANES][l % LANES];
+        p.moments[p.width + l] += j->sign * all_squares[l / LANES][l % LANES];
     }
     return unclear ? UNCLEAR : 0;
 }
@@ -163,16 +163,16 @@ static inline __attribute__((always_inline)) int deviations_of_few(place p, cons
         for (Py_ssize_t t = 0; t < j->m; t++)
             memcpy(x + (i * j->m + t) * WIDTH, p.x + i * p.row + t * p.column, width * sizeof(float));
     for (Py_ssize_t t = 0; t < j->m; t++)
-        memcpy(columns + t * WIDTH, p.columns + t * p.column_sum, width * sizeof(float));
+        memcpy(columns + t * WIDTH, p.columns + t * p.width, width * sizeof(float));
     for (int s = 0; s < 2; s++)
-        memcpy(moments + s * WIDTH, p.moments + s * p.moment, width * sizeof(double));
+        memcpy(moments + s * WIDTH, p.moments + s * p.width, width * sizeof(double));
     memcpy(centres, p.centres, width * sizeof(float));
-    const place copy = {x, j->m * WIDTH, WIDTH, centres, moments, WIDTH, columns, WIDTH};
+    const place copy = {x, j->m * WIDTH, WIDTH, centres, moments, columns, WIDTH};
     const int found = deviations_at(copy, j);
     for (Py_ssize_t t = 0; t < j->m; t++)
-        memcpy(p.columns + t * p.column_sum, columns + t * WIDTH, width * sizeof(float));
+        memcpy(p.columns + t * p.width, columns + t * WIDTH, width * sizeof(float));
     for (int s = 0; s < 2; s++)
-        memcpy(p.moments + s * p.moment, moments + s * WIDTH, width * sizeof(double));
+        memcpy(p.moments + s * p.width, moments + s * WIDTH, width * sizeof(double));
     return found;
 }
 
@@ -181,7 +181,9 @@ static void deviations(const job *j, Py_ssize_t from, Py_ssize_t to)
 {
     int flags = 0;
     for (Py_ssize_t a = from; a < to; a += WIDTH) {
-        const place p = {j->x + a, j->m * j->k, j->k, j->centres + a, j->moments + a, j->k, j->columns + a, j->k};
+        const Py_ssize_t block = a - a % j->width, in_it = a % j->width;
+        const place p = {j->x + a, j->m * j->k, j->k, j->centres + a, j->moments + 2 * block + in_it,
+                         j->columns + j->m * block + in_it, j->width};
         flags |= a + WIDTH <= to ? deviations_at(p, j) : deviations_of_few(p, j, (int)(to - a));
     }
     __atomic_fetch_or(&((job *)j)->flags, flags, __ATOMIC_RELAXED);
@@ -236,18 +238,19 @@ static int read_numbers(PyObject *const *args, Py_ssize_t n, Py_ssize_t expected
     return 1;
 }
 
-/* x, n, m, k, threads, rows, centres, moments, columns */
+/* x, n, m, k, threads, rows, centres, moments, columns, width */
 static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    Py_ssize_t v[9];
-    if (!read_numbers(args, given, 9, v))
+    Py_ssize_t v[10];
+    if (!read_numbers(args, given, 10, v))
         return NULL;
     int64_t *rows = (int64_t *)v[5];
-    job j = {.part = deviations, .x = (const float *)v[0], .n = v[1], .m = v[2], .k = v[3],
+    job j = {.part = deviations, .x = (const float *)v[0], .n = v[1], .m = v[2], .k = v[3], .width = v[9],
              .centres = (const float *)v[6], .moments = (double *)v[7], .columns = (float *)v[8],
              .rows = (double)(*rows + v[1]), .sign = 1};
-    if (j.n * j.m > MOST_VALUES)
-        return PyErr_Format(PyExc_ValueError, "Expected at most %d values of each activation.", MOST_VALUES);
+    if (j.n * j.m > MOST_VALUES || (j.width % WIDTH && j.width != j.k))
+        return PyErr_Format(PyExc_ValueError, "Expected at most %d values of each activation, and sums by %d or all.",
+                            MOST_VALUES, WIDTH);
     run(&j, (long)v[4]);
     const int found = j.flags;
     if (found & LOST) { /* take away what was added where it holds them */

@@ -20,6 +20,9 @@ except ImportError:
 #: Rows of fewer activations, of which the kernels take several at once, are left to PyTorch.
 FEWEST_ACTIVATIONS = 64
 
+#: How many they take at a time.
+WIDTH = 64
+
 #: What a kernel found: digits lost in the rounding of float32, squares lost because it holds no smaller numbers.
 UNCLEAR, LOST = 1, 2
 
@@ -43,9 +46,9 @@ class Adder:
     Args:
         x: rows (n, m, k) with ``takes(x)``, of at most 256 values of each activation; those to add are like them.
         rows: () in int64: how many there are.
-        centres: (k,) in float32.
-        moments: (2, k) in float64: squared deviations from the row means, and squared deviations.
-        columns: (m, k) in float32: deviations of each column.
+        centres: (k / width, 1, width) in float32, where ``width`` is k or a multiple of 64.
+        moments: (k / width, 2, width) in float64: squared deviations from the row means, and squared deviations.
+        columns: (k / width, m, width) in float32: deviations of each column.
 
     Raises:
         ValueError: If the sums are not contiguous.
@@ -55,7 +58,8 @@ class Adder:
         if not (centres.is_contiguous() and moments.is_contiguous() and columns.is_contiguous()):
             raise ValueError("Expected sums that are contiguous.")
         self.sums = rows, centres, moments, columns  # which have to stay where they are
-        self._where = *x.shape, torch.get_num_threads(), *(tensor.data_ptr() for tensor in self.sums)
+        pointers = (tensor.data_ptr() for tensor in self.sums)
+        self._where = *x.shape, torch.get_num_threads(), *pointers, columns.shape[2]
 
     def __call__(self, x: Tensor) -> bool | None:
         """Add rows.

@@ -29,7 +29,7 @@ SMALLEST = 1e-24
 #: Sums of squares above this may make other sums leave float32, which ends at 3e38.
 LARGEST_FLOAT32_SQUARE = 1e30
 
-#: Shorter rows (transformations × activations) are so quick to sum that the exact way costs nothing.
+#: Without the kernels shorter rows (transformations × activations) are summed as fast in the exact way.
 SMALLEST_PLAIN_ROW = 2**14
 
 #: A spread of columns below this part of all squares drowns in the rounding of float32.
@@ -39,11 +39,14 @@ CLEAR_OF_ROUNDING = 1e-2
 class PlainSums(NamedTuple):
     """Sums of the deviations of rows ``x`` (n, m, k) from one centre for each activation. They add up over blocks.
 
+    They lie in parts of ``width`` activations, all columns of a part together, as the kernels read them.
+
     Attributes:
         rows: () n.
-        centres: (k,) in float32.
-        moments: (2, k) squared deviations from the row means, and squared deviations.
-        columns: (m, k) deviations of each column; much the largest, they are sums of float32 numbers and stay float32.
+        centres: (k / width, 1, width) in float32.
+        moments: (k / width, 2, width) squared deviations from the row means, and squared deviations.
+        columns: (k / width, m, width) deviations of each column; much the largest, they are sums of float32 numbers and
+            stay float32.
     """
 
     rows: Tensor
@@ -55,33 +58,47 @@ class PlainSums(NamedTuple):
     def empty(cls, x: Tensor) -> PlainSums:
         """The sums before the first of rows like these, about its first value."""
         _, m, k = x.shape
-        rows, moments = torch.tensor(0, device=x.device), torch.zeros(2, k, dtype=torch.float64, device=x.device)
-        return cls(rows, x[0, 0].clone(), moments, torch.zeros(m, k, device=x.device))
+        rows = torch.zeros(2, k, dtype=torch.float64, device=x.device)
+        return cls.of(torch.tensor(0, device=x.device), x[0, :1], rows, torch.zeros(m, k, device=x.device))
+
+    @classmethod
+    def of(cls, rows: Tensor, centres: Tensor, moments: Tensor, columns: Tensor) -> PlainSums:
+        """From (1, k), (2, k) and (m, k)."""
+        k = columns.shape[1]
+        width = kernels.WIDTH if k % kernels.WIDTH == 0 else k
+        return cls(rows, *(each.unflatten(1, (-1, width)).movedim(0, 1).clone(memory_format=torch.contiguous_format)
+                           for each in (centres, moments, columns)))  # fmt: skip
+
+    def row_spread(self) -> Tensor:
+        """Squared deviations from the row means, (k,)."""
+        return self.moments[:, 0].flatten()
 
     def column_spread(self) -> Tensor:
         """Squared deviations from the column means, (k,)."""
-        return (self.moments[1] - self.columns.to(self.moments.dtype).square_().sum(0) / self.rows).clamp_min_(0)
+        columns = self.columns.to(self.moments.dtype).square_().sum(1)
+        return (self.moments[:, 1] - columns / self.rows).clamp_min_(0).flatten()
 
     def column_means(self) -> Tensor:
         """The mean of each column, (m, k) in float64."""
-        return self.centres.double() + self.columns / self.rows
+        means = (self.columns.to(self.moments.dtype) / self.rows).add_(self.centres)
+        return means.movedim(1, 0).flatten(1)
 
     def about(self, centres: Tensor) -> PlainSums:
         """The sums about other centres."""
-        shift = self.centres.double() - centres  # by which each of the n·m deviations grows
-        (spread, squares), all_shifts = self.moments, self.rows * len(self.columns) * shift
-        squares = squares + shift * (2 * self.columns.sum(0, dtype=shift.dtype) + all_shifts)
+        shift = self.centres.to(self.moments.dtype) - centres  # by which each of the n·m deviations grows
+        (spread, squares), all_shifts = self.moments.split(1, 1), self.rows * self.columns.shape[1] * shift
+        squares = squares + shift * (2 * self.columns.sum(1, keepdim=True, dtype=shift.dtype) + all_shifts)
         columns = self.columns + (self.rows * shift).to(self.columns.dtype)
-        return PlainSums(self.rows, centres, torch.stack([spread, squares]), columns)
+        return PlainSums(self.rows, centres, torch.cat([spread, squares], 1), columns)
 
     def about_means(self) -> PlainSums:
         """The sums about the means. A constant activation stays exactly at its centre."""
-        deviations = self.columns.mean(0, dtype=torch.float64) / self.rows
-        return self.about((self.centres + deviations).float())
+        deviations = self.columns.mean(1, keepdim=True, dtype=self.moments.dtype) / self.rows
+        return self.about((self.centres + deviations).to(self.centres.dtype))
 
     def clear(self) -> bool:
         """Whether the spread of the columns is clear of float32's rounding, for every activation."""
-        squares, columns = self.moments[1], self.columns.square().sum(0)
+        squares, columns = self.moments[:, 1], self.columns.square().sum(1)
         spread = squares - columns / self.rows  # enough to tell
         return bool(((spread >= CLEAR_OF_ROUNDING * squares) & ((squares >= SMALLEST) | (columns == 0))).all())
 
@@ -103,7 +120,8 @@ class ExactSums(NamedTuple):
 def holds_plain(x: Tensor) -> bool:
     """Whether the sums of rows (n, m, k) about one centre may be taken in float32, and are worth it."""
     n, m, k = x.shape
-    return x.dtype == torch.float32 and n * m <= LONGEST_FLOAT32_SUM and m * k >= SMALLEST_PLAIN_ROW
+    worth_it = kernels.takes(x) or m * k >= SMALLEST_PLAIN_ROW
+    return x.dtype == torch.float32 and n * m <= LONGEST_FLOAT32_SUM and worth_it
 
 
 def add_plain(x: Tensor, sums: PlainSums) -> bool | None:
@@ -114,11 +132,11 @@ def add_plain(x: Tensor, sums: PlainSums) -> bool | None:
     """
     if kernels.takes(x):
         return kernels.Adder(x, *sums)(x)
-    block = _plain_block(x, sums.centres)
+    block = _plain_block(x, sums.centres.flatten())
     if block is None:
         return None
     for mine, new in zip(sums[2:], block, strict=True):
-        mine.view(new.shape).add_(new)
+        mine.movedim(1, 0).add_(new.reshape(len(new), len(mine), -1))
     sums.rows.add_(len(x))
     return sums.clear()
 

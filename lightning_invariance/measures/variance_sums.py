@@ -32,8 +32,8 @@ class VarianceMeasure(Measure):
 
     For k activations and m transformations the states are two sets of sums:
 
-    - of blocks whose sums float32 holds without losing digits, which is the rule: ``plain_moments`` (2, k), and in
-      float32 ``centres`` (k,) and ``plain_columns`` (m, k); see ``PlainSums``.
+    - of blocks whose sums float32 holds without losing digits, which is the rule: ``plain_moments``, and in float32
+      ``centres`` and ``plain_columns``; (2 + 1 + m) k numbers, laid out as in ``PlainSums``.
     - of the other blocks, such as those of float64 activations or with columns that are constant:
       ``row_spread`` (k,): the sum over rows of their squared deviations from the row mean, ``references`` (m, k),
       ``squares`` (1, k) and ``sums`` (m, k); see ``ExactSums``. They keep a division by zero (SV = 0) apart from one by
@@ -81,8 +81,9 @@ class VarianceMeasure(Measure):
         self._add_states(references=matrix, squares=matrix, sums=matrix)
         if squared:
             # The names of states also tell collections of metrics which measures may share them.
-            self._add_states(plain_samples=torch.tensor(0), centres=vector.float())
-            self._add_states(plain_moments=matrix, plain_columns=matrix.float())
+            parts = torch.zeros(0, 0, 0, dtype=torch.float64)
+            self._add_states(plain_samples=torch.tensor(0), centres=parts.float())
+            self._add_states(plain_moments=parts, plain_columns=parts.float())
         if response:
             self._add_states(changes=matrix)
 
@@ -128,7 +129,7 @@ class VarianceMeasure(Measure):
                 return
         super().add(st_block, **of_rows)
         self._adder = None
-        if self.centres.numel() and not self._with_response:
+        if self.squared and self.centres.numel() and not self._with_response:
             x = st_block.flatten(2)
             if holds_plain(x) and kernels.takes(x):
                 self._adder, self._added = kernels.Adder(x, *self._plain()), st_block.shape
@@ -184,12 +185,12 @@ class VarianceMeasure(Measure):
 
     def _exact_as_plain(self) -> PlainSums:
         """The exact set about one centre for each activation."""
-        centres = (self.references + self.sums / self.exact_samples).mean(0).float()
+        centres = (self.references + self.sums / self.exact_samples).mean(0, keepdim=True).float()
         shift = self.references - centres
         columns = self.sums + self.exact_samples * shift
         squares = self.squares[0] + (shift * (self.sums + columns)).sum(0)
         moments = torch.stack([self.row_spread, squares])
-        return PlainSums(self.exact_samples.clone(), centres, moments, columns.float())
+        return PlainSums.of(self.exact_samples.clone(), centres, moments, columns.float())
 
     def _add_exact(self, x: Tensor) -> None:
         if not self.references.numel():
@@ -219,7 +220,7 @@ class VarianceMeasure(Measure):
         """Squared deviations from the row means, or the sum of the rows' standard deviations: (k,)."""
         if not self.squared or not self.centres.numel():
             return self.row_spread
-        plain = self.plain_moments[0]
+        plain = self._plain().row_spread()
         return plain + self.row_spread if self.references.numel() else plain
 
     def _column_spread(self) -> Tensor:
