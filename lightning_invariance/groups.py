@@ -57,6 +57,7 @@ def lend(metric: Metric, leader: Metric) -> None:
         setattr(metric, state, getattr(leader, state))
     if isinstance(metric, Measure) and isinstance(leader, Measure):
         metric.found = leader.found
+    metric._computed = None
     metric._update_count = max(1, leader._update_count)
 
 

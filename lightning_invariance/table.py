@@ -38,18 +38,21 @@ class LayerStatistics:
     @classmethod
     def of(cls, layer: str, values: Tensor, dead: Tensor | None) -> LayerStatistics:
         """Summarise the values of a layer."""
-        finite = values[values.isfinite()]
+        is_finite = values.isfinite()
+        every = bool(is_finite.all())
+        finite = values.flatten() if every else values[is_finite]
         some = finite.numel() > 0
+        low, high = (float(limit) for limit in finite.aminmax()) if some else (math.nan, math.nan)
         return cls(
             layer=layer,
             shape=tuple(values.shape),
             mean=float(finite.mean()) if some else math.nan,
             std=float(finite.std()) if finite.numel() > 1 else (0.0 if some else math.nan),
-            min=float(finite.min()) if some else math.nan,
-            max=float(finite.max()) if some else math.nan,
+            min=low,
+            max=high,
             dead=0 if dead is None else int(dead.sum()),
-            infinite=int(values.isinf().sum()),
-            nan=int(values.isnan().sum()),
+            infinite=0 if every else int(values.isinf().sum()),
+            nan=0 if every else int(values.isnan().sum()),
         )
 
 

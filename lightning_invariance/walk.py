@@ -267,8 +267,9 @@ class Walk:
                     values[name][layer] = _of_shape(computed(metric, leader), self._shapes[layer])
                     if isinstance(metric, Measure) and (parts := metric.response()) is not None:
                         response.setdefault(name, {})[layer] = parts.tolist()
-                for metric in group.values():
-                    metric.reset()  # its states would wait for the garbage collector: a metric refers to itself
+                leader.reset()  # its states would wait for the garbage collector: a metric refers to itself
+        for follower in self._followers.values():
+            follower.reset()
         floor = {name: layers.pop(INPUT) for name, layers in values.items() if INPUT in layers}
         dead.pop(INPUT, None)
         result = InvarianceResult(

@@ -3,13 +3,15 @@
 import pytest
 import torch
 
-from lightning_invariance import evaluate, rotations
+from lightning_invariance import STLoader, evaluate, rotations
 from lightning_invariance.measures import (
     Anova,
+    Goodfellow,
     NormalizedDistance,
     NormalizedVariance,
     TransformationDistance,
     TransformationVariance,
+    VarianceSameEquivariance,
     kernels,
     pairs,
 )
@@ -167,3 +169,37 @@ def test_blocks_by_hand_leave_earlier_states_alone(way):
     metric.update(blocks[2])
     for name, state in held.items():
         assert torch.equal(state, copies[name])
+
+
+@pytest.mark.filterwarnings("ignore:NaN")
+def test_a_walk_adds_what_updates_add(way):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.ELU(), torch.nn.MaxPool2d(2)).eval()
+    images, turns = torch.rand(30, 1, 16, 16), rotations(16)
+    measures = {
+        "NV": NormalizedVariance(),
+        "with response": NormalizedVariance(response=True),
+        "squared": TransformationDistance(distance="squared"),
+        "Goodfellow": Goodfellow(),
+        "VSE": VarianceSameEquivariance(turns),
+    }
+    blocks = list(STLoader(images, turns))  # the last is smaller
+    result = evaluate(model, images, turns, measures)
+    for layer in ("0", "2"):
+        with torch.no_grad():
+            found = [model[: int(layer) + 1](block.inputs.flatten(0, 1)) for block in blocks]
+        cubes = [x.unflatten(0, block.inputs.shape[:2]) for x, block in zip(found, blocks, strict=True)]
+        wide = torch.cat(cubes).double()
+        torch.testing.assert_close(result["NV"][layer], wide.var(1).mean(0) / wide.var(0).mean(0), rtol=1e-5, atol=0)
+        torch.testing.assert_close(result["with response"][layer], result["NV"][layer], rtol=1e-5, atol=0)
+        pairs_of_rows = (wide[:, :, None] - wide[:, None]).square().mean((0, 1, 2))
+        torch.testing.assert_close(result["squared"][layer], pairs_of_rows, rtol=1e-5, atol=0)
+        for name in ("Goodfellow", "VSE"):
+            metric = measures[name].clone()
+            metric.prepare(turns, (1, 16, 16), 30)
+            for number in range(metric.passes):
+                if number:
+                    metric.end_pass()
+                for cube in cubes:
+                    metric.update(cube)
+            torch.testing.assert_close(result[name][layer], metric.compute(), rtol=1e-5, atol=0, equal_nan=True)

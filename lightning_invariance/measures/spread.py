@@ -58,14 +58,18 @@ class PlainSums(NamedTuple):
     def empty(cls, x: Tensor) -> PlainSums:
         """The sums before the first of rows like these, about its first value."""
         _, m, k = x.shape
-        rows = torch.zeros(2, k, dtype=torch.float64, device=x.device)
-        return cls.of(torch.tensor(0, device=x.device), x[0, :1], rows, torch.zeros(m, k, device=x.device))
+        width = _width(k)
+        return cls(
+            torch.tensor(0, device=x.device),
+            x[0, 0].view(-1, 1, width).clone(),
+            torch.zeros(k // width, 2, width, dtype=torch.float64, device=x.device),
+            torch.zeros(k // width, m, width, device=x.device),
+        )
 
     @classmethod
     def of(cls, rows: Tensor, centres: Tensor, moments: Tensor, columns: Tensor) -> PlainSums:
         """From (1, k), (2, k) and (m, k)."""
-        k = columns.shape[1]
-        width = kernels.WIDTH if k % kernels.WIDTH == 0 else k
+        width = _width(columns.shape[1])
         return cls(rows, *(each.unflatten(1, (-1, width)).movedim(0, 1).clone(memory_format=torch.contiguous_format)
                            for each in (centres, moments, columns)))  # fmt: skip
 
@@ -101,6 +105,10 @@ class PlainSums(NamedTuple):
         squares, columns = self.moments[:, 1], self.columns.square().sum(1)
         spread = squares - columns / self.rows  # enough to tell
         return bool(((spread >= CLEAR_OF_ROUNDING * squares) & ((squares >= SMALLEST) | (columns == 0))).all())
+
+
+def _width(k: int) -> int:
+    return kernels.WIDTH if k % kernels.WIDTH == 0 else k
 
 
 class ExactSums(NamedTuple):
@@ -183,7 +191,9 @@ def exact_sums(x: Tensor, references: Tensor, squared: bool) -> ExactSums:
     """
     n, m, _ = x.shape
     if x.dtype == torch.float32 and (
-        max(n, m) > LONGEST_FLOAT32_SUM or not torch.equal(references.float().to(references.dtype), references)
+        (x.is_cpu and x.numel() <= SMALLEST_PLAIN_ROW)  # float64 costs less than to look whether float32 will do
+        or max(n, m) > LONGEST_FLOAT32_SUM
+        or not torch.equal(references.float().to(references.dtype), references)
     ):
         x = x.double()
     references = references.to(x.dtype)

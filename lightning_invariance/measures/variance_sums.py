@@ -19,8 +19,15 @@ from lightning_invariance.transforms import TransformationSet
 #: these it is also tried again whether the plain set takes rows.
 MOVE_REFERENCES = frozenset(4**power for power in range(1, 16))
 
+#: Updates after which the centres of the plain set move to the means. Where most values are equal the same number is
+#: added again and again, and rounded the same way: about the mean it is small.
+MOVE_CENTRES = frozenset(16**power for power in range(1, 8))
+
 #: How the values of a feature map can be made one.
 AGGREGATES = (None, "mean", "max", "sum")
+
+#: The rule of updates that add nothing but squared deviations.
+SQUARES_ALONE: frozenset[Hashable] = frozenset([("squared deviations", True)])
 
 #: The states of the plain set, and those of the exact set.
 PLAIN = ("plain_samples", "centres", "plain_moments", "plain_columns")
@@ -90,7 +97,7 @@ class VarianceMeasure(Measure):
     @property
     def update_rule(self) -> frozenset[Hashable]:
         """The family shares its states; those of standard deviations are others."""
-        shared: list[Hashable] = [(VarianceMeasure, self.squared)]
+        shared: list[Hashable] = [("squared deviations", self.squared)]
         return frozenset([*shared, "response"] if self._with_response else shared)
 
     def prepare(
@@ -120,16 +127,18 @@ class VarianceMeasure(Measure):
             and kernels.takes(st_block)
             and adder.sums[2] is self.plain_moments
             and self._unclear is not self.plain_moments
+            and self._update_count + 1 not in MOVE_CENTRES
         ):
             clear = adder(st_block)
             if clear is not None:
                 if not clear:
                     self._move_centres(self._plain())
                 self.n_samples = self.n_samples + len(st_block)
+                self._update_count += 1
                 return
         super().add(st_block, **of_rows)
         self._adder = None
-        if self.squared and self.centres.numel() and not self._with_response:
+        if self.update_rule == SQUARES_ALONE and self.centres.numel():
             x = st_block.flatten(2)
             if holds_plain(x) and kernels.takes(x):
                 self._adder, self._added = kernels.Adder(x, *self._plain()), st_block.shape
@@ -137,12 +146,12 @@ class VarianceMeasure(Measure):
     def _plain(self) -> PlainSums:
         return PlainSums(self.plain_samples, self.centres, self.plain_moments, self.plain_columns)
 
-    def _keep(self, sums: PlainSums) -> None:
+    def _set_plain(self, sums: PlainSums) -> None:
         self.plain_samples, self.centres, self.plain_moments, self.plain_columns = sums
 
     def _move_centres(self, sums: PlainSums) -> None:
         """Keep sums about the means, since about centres far from them squares would cancel."""
-        self._keep(sums.about_means())
+        self._set_plain(sums.about_means())
         if not self._plain().clear():  # the rows so far did no harm yet, but further ones would
             self._unclear = self.plain_moments
 
@@ -164,13 +173,15 @@ class VarianceMeasure(Measure):
             return False
         if n and not clear:
             self._move_centres(sums)
+        elif n and self._update_count in MOVE_CENTRES:
+            self._set_plain(sums.about_means())
         elif n:
-            self._keep(sums)
+            self._set_plain(sums)
         else:
             sums = sums.about_means()
             if not sums.clear():
                 return False
-            self._keep(sums)
+            self._set_plain(sums)
         if waiting:
             for name in EXACT:
                 setattr(self, name, torch.as_tensor(self._defaults[name]).to(x.device, copy=True))
