@@ -105,6 +105,7 @@ class STLoader:
     def _batches_of(self, data: Any, max_samples: int | None, seed: int) -> tuple[DataLoader[Any], int | None]:
         """A loader of the chosen samples, and how many all processes take together (None: not known yet)."""
         options: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed)}  # the global one stays untouched
+        options["pin_memory"] = self.device is not None and self.device.type == "cuda"  # to copy while the GPU computes
         if isinstance(data, DataLoader) and (isinstance(data.dataset, IterableDataset) or data.batch_sampler is None):
             if max_samples is None and not isinstance(data.dataset, Sized):
                 raise ValueError(NEEDS_MAX_SAMPLES)

@@ -51,6 +51,7 @@ class Walk:
         self._layers: dict[str, list[Group]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._transformations = transformations
+        self._n_transformations = len(transformations)
         self._has_floor = any(isinstance(metric, Measure) and metric.has_floor for metric in measures.values())
         self._block: STBlock | None = None
         self._choices: dict[Any, Any] = {}
@@ -132,7 +133,7 @@ class Walk:
         self._add(layer, self._block, output.reshape(rows, columns, *output.shape[1:]))
 
     def _add(self, layer: str, block: STBlock, st: Tensor) -> None:
-        m = len(self._transformations)
+        m = self._n_transformations
         if self._in_parts:
             if layer not in self._layers:
                 self._shapes[layer] = tuple(st.shape[2:])
@@ -151,6 +152,9 @@ class Walk:
             self._fed[layer] = self._feeding(layer, st)
         shared: dict[Any, Any] = {}
         for update, names in self._fed[layer]:
+            if not names:
+                update(st)
+                continue
             about = {"indices": block.indices, "labels": block.labels, "choices": self._choices, "shared": shared}
             update(st, **{name: about[name] for name in names if about[name] is not None})
 

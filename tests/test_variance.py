@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics import Metric, MetricCollection
 
 from lightning_invariance import functional
-from lightning_invariance.measures import NormalizedVariance, SampleVariance, TransformationVariance
+from lightning_invariance.measures import Anova, NormalizedVariance, SampleVariance, TransformationVariance
 
 CASES = [
     (TransformationVariance, functional.transformation_variance),
@@ -436,3 +437,39 @@ def test_rows_that_grow_beyond_what_the_first_promised_are_exact():
     for block in st.split(4):
         metric.update(block)
     torch.testing.assert_close(metric.compute(), functional.normalized_variance(st.double()), rtol=1e-4, atol=0)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where an operation gives its result to Python, for which a GPU would have to be waited for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "item"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("way", ["update", "add"])  # by hand and in a walk
+@pytest.mark.parametrize(
+    "metric",
+    [NormalizedVariance(), NormalizedVariance(squared=False), NormalizedVariance(response=True), Anova("f")],
+    ids=["NV", "standard deviations", "response", "Anova"],
+)
+def test_updates_do_not_wait_for_another_device(metric, way, monkeypatch):
+    generator = torch.Generator().manual_seed(9)
+    tensor = torch.rand(24, 1, 300, generator=generator) + 0.2 * torch.rand(24, 4, 300, generator=generator)
+    tensor[..., 0] = 0.1
+    tensor[..., 1] = torch.arange(4.0)
+    tensor[..., 2] *= 1e-25  # whose squares float32 does not hold
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False), raising=False)  # which is the CPU
+    metric = metric.clone()
+    first, *others = tensor.split(4)
+    getattr(metric, way)(first)
+    with NoWaiting():
+        for block in others:
+            getattr(metric, way)(block)
+    st = tensor.double()
+    if isinstance(metric, Anova):
+        expected = functional.anova(st)[0]
+    else:
+        expected = functional.normalized_variance(st, metric.squared)
+    torch.testing.assert_close(metric.compute(), expected, rtol=1e-9, atol=0)

@@ -52,6 +52,7 @@ class Measure(Metric):
         super().__init__(**kwargs)
         #: What a computation found that measures of the same states need as well, with the number that it is true of.
         self.found: tuple[Tensor, Tensor] | None = None
+        self._known: tuple[Tensor, int, list[int]] | None = None  # the state, the columns and the shape that it says
         # These are states like the rest, since a process that saw no sample learns them from the others.
         self._add_states(n_samples=torch.tensor(0), columns=torch.tensor(0))
         self._add_states(activation_shape=torch.zeros(0, dtype=torch.long))
@@ -160,15 +161,18 @@ class Measure(Metric):
                 self.n_samples = self.n_samples + (rows.stop - start)
 
     def _check_shape(self, m: int, shape: list[int]) -> None:
-        if self.n_transformations == 0:
-            self.activation_shape = torch.tensor(shape, dtype=torch.long, device=self.n_samples.device)
-            self.columns = torch.full_like(self.columns, m)
-        elif self.n_transformations != m:
-            raise ValueError(f"Expected ST blocks with {self.n_transformations} transformations, but got {m}.")
-        if shape != self.activation_shape.tolist():
+        if self._known is None or self._known[0] is not self.activation_shape:
+            if self.n_transformations == 0:
+                self.activation_shape = torch.tensor(shape, dtype=torch.long, device=self.n_samples.device)
+                self.columns = torch.full_like(self.columns, m)
+            # To read a state again for each block would be to wait for the device.
+            self._known = self.activation_shape, self.n_transformations, self.activation_shape.tolist()
+        _, known_m, known_shape = self._known
+        if m != known_m:
+            raise ValueError(f"Expected ST blocks with {known_m} transformations, but got {m}.")
+        if shape != known_shape:
             raise ValueError(
-                f"Expected ST blocks of activations of shape {tuple(self.activation_shape.tolist())},"
-                f" but got {tuple(shape)}."
+                f"Expected ST blocks of activations of shape {tuple(known_shape)}, but got {tuple(shape)}."
             )
 
     @property

@@ -32,7 +32,7 @@ def takes(x: Tensor) -> bool:
     return (
         _kernels is not None
         and x.dtype == torch.float32
-        and x.device.type == "cpu"
+        and x.is_cpu
         and x.is_contiguous()
         and x.shape[2:].numel() >= FEWEST_ACTIVATIONS
     )

@@ -126,8 +126,13 @@ class ExactSums(NamedTuple):
 
 
 def holds_plain(x: Tensor) -> bool:
-    """Whether the sums of rows (n, m, k) about one centre may be taken in float32, and are worth it."""
+    """Whether the sums of rows (n, m, k) about one centre may be taken in float32, and are worth it.
+
+    Only on the CPU: they have to be looked at after each block, and to look at what another device found is to wait.
+    """
     n, m, k = x.shape
+    if not x.is_cpu:
+        return False
     worth_it = kernels.takes(x) or m * k >= SMALLEST_PLAIN_ROW
     return x.dtype == torch.float32 and n * m <= LONGEST_FLOAT32_SUM and worth_it
 
@@ -187,15 +192,16 @@ def exact_sums(x: Tensor, references: Tensor, squared: bool) -> ExactSums:
     """The sums with rows centred on their first value and columns on their references.
 
     So they are exactly zero where a row, or a column at its reference, is constant. Where float32 does not hold the
-    squares they are taken in float64.
+    squares they are taken in float64, and on other devices always: to look at the sums would be to wait for them.
     """
     n, m, _ = x.shape
     if x.dtype == torch.float32 and (
-        (x.is_cpu and x.numel() <= SMALLEST_PLAIN_ROW)  # float64 costs less than to look whether float32 will do
+        not x.is_cpu
+        or x.numel() <= SMALLEST_PLAIN_ROW  # float64 costs less than to look whether float32 will do
         or max(n, m) > LONGEST_FLOAT32_SUM
         or not torch.equal(references.float().to(references.dtype), references)
     ):
-        x = x.double()
+        x = x.to(references.dtype)
     references = references.to(x.dtype)
     dtype = torch.float32 if x.device.type == "mps" else torch.float64
     parts, lost = [], False
@@ -212,7 +218,7 @@ def exact_sums(x: Tensor, references: Tensor, squared: bool) -> ExactSums:
         squares = deviation.view(n * m, -1).sum(0, keepdim=True) if squared else deviation.sum(0)
         lost = lost or lost_in_float32(row_squares, row_sums) or lost_in_float32(squares, sums)
         parts.append((rows, squares.to(dtype), sums.to(dtype)))
-    if lost:
+    if lost and dtype == torch.float64:
         return exact_sums(x.double(), references, squared)
     return ExactSums(*(torch.cat(p, -1) for p in zip(*parts, strict=True)))
 
@@ -220,6 +226,7 @@ def exact_sums(x: Tensor, references: Tensor, squared: bool) -> ExactSums:
 def channel_changes(x: Tensor, channels: int, reference: int | None) -> Tensor:
     """Squared deviations from the reference column, or without one from the row mean: float64 sums (m, channels)."""
     n, m, k = x.shape
+    x = x if x.is_cpu or x.device.type == "mps" else x.double()
     maps = x.view(n, m, channels, -1)
     step = max(1, chunk_length(x) // (k // channels))
     sums = []
@@ -272,7 +279,7 @@ def scratch(like: Tensor, use: str = "values") -> Tensor:
         like: the buffer has its shape and type.
         use: buffers of different uses are different memory.
     """
-    if like.device.type != "cpu":  # whose allocator keeps its memory
+    if not like.is_cpu:  # whose allocator keeps its memory
         return torch.empty_like(like, memory_format=torch.contiguous_format)
     *rows, length = like.shape
     apart = length + PADDING

@@ -133,7 +133,7 @@ class VarianceMeasure(Measure):
             if clear is not None:
                 if not clear:
                     self._move_centres(self._plain())
-                self.n_samples = self.n_samples + len(st_block)
+                self.n_samples = self.n_samples + st_block.shape[0]
                 self._update_count += 1
                 return
         super().add(st_block, **of_rows)
