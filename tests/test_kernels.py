@@ -47,7 +47,9 @@ def sums_of(blocks, centres, width=None):
 
 @needs_kernels
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(("size", "width"), [*((size, None) for size in SIZES), ((4, 16, 4096), 64), ((3, 5, 1920), 128)])
+@pytest.mark.parametrize(
+    ("size", "width"), [*((size, None) for size in SIZES), ((4, 16, 4096), 64), ((3, 5, 1920), 128)]
+)
 def test_sums_of_deviations_are_the_definition(size, threads, width):
     blocks = [rows(*size), rows(*size, seed=1)]
     centres = blocks[0][0, 0]
@@ -203,3 +205,19 @@ def test_a_walk_adds_what_updates_add(way):
                 for cube in cubes:
                     metric.update(cube)
             torch.testing.assert_close(result[name][layer], metric.compute(), rtol=1e-5, atol=0, equal_nan=True)
+
+
+@needs_kernels
+def test_sums_that_the_loop_cannot_add_to_are_refused():
+    def adder(n, m, k, width):
+        columns = torch.zeros(k // width, m, width)
+        moments = torch.zeros(k // width, 2, width, dtype=torch.float64)
+        return kernels.Adder(torch.zeros(n, m, k), torch.tensor(0), torch.zeros(k // width, 1, width), moments, columns)
+
+    assert adder(16, 16, 128, 64)(torch.zeros(16, 16, 128)) is True
+    for sizes in ((17, 16, 128, 64), (4, 16, 130, 65)):
+        with pytest.raises(ValueError, match="at most 256 values of each activation, and sums by 64 or all"):
+            adder(*sizes)(torch.zeros(sizes[:3]))
+    strided = torch.zeros(1, 100, 16).movedim(1, 2)
+    with pytest.raises(ValueError, match="contiguous"):
+        kernels.Adder(torch.zeros(1, 16, 100), torch.tensor(0), strided[:, :1], strided[:, :2].double(), strided)

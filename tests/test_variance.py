@@ -456,7 +456,7 @@ class NoWaiting(TorchDispatchMode):
 )
 def test_updates_do_not_wait_for_another_device(metric, way, monkeypatch):
     generator = torch.Generator().manual_seed(9)
-    tensor = torch.rand(24, 1, 300, generator=generator) + 0.2 * torch.rand(24, 4, 300, generator=generator)
+    tensor = torch.rand(24, 1, 1200, generator=generator) + 0.2 * torch.rand(24, 4, 1200, generator=generator)
     tensor[..., 0] = 0.1
     tensor[..., 1] = torch.arange(4.0)
     tensor[..., 2] *= 1e-25  # whose squares float32 does not hold

@@ -70,8 +70,8 @@ class PlainSums(NamedTuple):
     def of(cls, rows: Tensor, centres: Tensor, moments: Tensor, columns: Tensor) -> PlainSums:
         """From (1, k), (2, k) and (m, k)."""
         width = _width(columns.shape[1])
-        return cls(rows, *(each.unflatten(1, (-1, width)).movedim(0, 1).clone(memory_format=torch.contiguous_format)
-                           for each in (centres, moments, columns)))  # fmt: skip
+        parts = (each.view(len(each), -1, width).movedim(0, 1) for each in (centres, moments, columns))
+        return cls(rows, *(part.clone(memory_format=torch.contiguous_format) for part in parts))
 
     def row_spread(self) -> Tensor:
         """Squared deviations from the row means, (k,)."""
@@ -90,7 +90,8 @@ class PlainSums(NamedTuple):
     def about(self, centres: Tensor) -> PlainSums:
         """The sums about other centres."""
         shift = self.centres.to(self.moments.dtype) - centres  # by which each of the n·m deviations grows
-        (spread, squares), all_shifts = self.moments.split(1, 1), self.rows * self.columns.shape[1] * shift
+        spread, squares = torch.split(self.moments, 1, dim=1)
+        all_shifts = self.rows * self.columns.shape[1] * shift
         squares = squares + shift * (2 * self.columns.sum(1, keepdim=True, dtype=shift.dtype) + all_shifts)
         columns = self.columns + (self.rows * shift).to(self.columns.dtype)
         return PlainSums(self.rows, centres, torch.cat([spread, squares], 1), columns)
