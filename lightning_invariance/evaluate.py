@@ -142,7 +142,7 @@ def _measured(
     if state_budget is not None or len(transformations) > run.batch_size:
         budget = DEFAULT_BUDGET if state_budget is None else state_budget
         activations, itemsize = run.sizes(loader)
-        if state_bytes(activations, itemsize, len(transformations), run.batch_size) > budget:
+        if state_bytes(activations, itemsize, len(transformations), run.batch_size, run.device.type == "cpu") > budget:
             if convergence:
                 raise ValueError(
                     f"Expected `convergence` with states within `state_budget`, but {budget} bytes are less."

@@ -19,9 +19,9 @@ from lightning_invariance.run import Run
 VECTORS = 64
 
 
-def state_bytes(activations: int, itemsize: int, transformations: int, batch_size: int) -> int:
+def state_bytes(activations: int, itemsize: int, transformations: int, batch_size: int, on_cpu: bool) -> int:
     """Bytes that one walk would hold: sums of columns, and whole rows where they are longer than a batch."""
-    sums = 4 if itemsize <= 4 else 16
+    sums = 4 if itemsize <= 4 and on_cpu else 16
     rows = itemsize if transformations > batch_size else 0
     return activations * (transformations * (sums + rows) + VECTORS)
 

@@ -41,7 +41,7 @@ class VarianceMeasure(Measure):
 
     - of blocks whose sums float32 holds without losing digits, which is the rule: ``plain_moments``, and in float32
       ``centres`` and ``plain_columns``; (2 + 1 + m) k numbers, laid out as in ``PlainSums``.
-    - of the other blocks, such as those of float64 activations or with columns that are constant:
+    - of the other blocks, such as those of float64 activations, with columns that are constant or on another device:
       ``row_spread`` (k,): the sum over rows of their squared deviations from the row mean, ``references`` (m, k),
       ``squares`` (1, k) and ``sums`` (m, k); see ``ExactSums``. They keep a division by zero (SV = 0) apart from one by
       a small number.
