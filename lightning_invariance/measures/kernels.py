@@ -69,7 +69,7 @@ class Adder:
             squares of these rows; then the sums are what they were, but for rounding.
         """
         flags: int = _kernels.add_deviations(x.data_ptr(), *self._where)  # type: ignore[union-attr]
-        return None if flags & LOST else not flags
+        return None if flags & LOST else not flags & UNCLEAR
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()  # a copy would add to the sums of the original

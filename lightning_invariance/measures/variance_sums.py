@@ -114,8 +114,8 @@ class VarianceMeasure(Measure):
         # A device without float64 has only the exact way.
         if not (self.squared and self.row_spread.dtype == torch.float64 and holds_plain(x) and self._add_plain(x)):
             self._add_exact(x)
-        if self._with_response:
-            changes = channel_changes(x, math.prod(self.activation_shape.tolist()[:1]), self._identity)
+        if self._with_response and self._known is not None:
+            changes = channel_changes(x, math.prod(self._known[2][:1]), self._identity)
             self.changes = self.changes + changes if self.changes.numel() else changes
 
     def add(self, st_block: Tensor, **of_rows: Any) -> None:
