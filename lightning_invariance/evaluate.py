@@ -70,7 +70,7 @@ def evaluate(
             its first argument, a tensor with the batch first. Only what runs from there on is measured.
         convergence: also report the value of each layer after 1/8, 1/4 and 1/2 of the samples, as
             ``result.convergence``; of measures of this package that need one pass, in a single process.
-        state_budget: bytes that the states of all layers may take. Where the sums of the columns of a large set do not
+        state_budget: bytes that the states of all layers may take. Where the means of the columns of a large set do not
             fit, the variances are computed in two walks instead, samples first and then some transformations at a
             time: the same values from twice as many forward passes, and more passes over the data. By default 2 GiB,
             for rows longer than a batch.

@@ -55,8 +55,6 @@ def lend(metric: Metric, leader: Metric) -> None:
     """Give a metric the states of the leader of its group."""
     for state in metric._defaults if metric is not leader else ():
         setattr(metric, state, getattr(leader, state))
-    if isinstance(metric, Measure) and isinstance(leader, Measure):
-        metric.found = leader.found
     metric._computed = None
     metric._update_count = max(1, leader._update_count)
 

@@ -1,4 +1,4 @@
-"""The variances of sets so large that the sums of their columns do not fit into memory: a walk in each direction."""
+"""The variances of sets so large that the means of their columns do not fit into memory: a walk in each direction."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lightning_invariance.measures.longrows import LongRows
 from lightning_invariance.result import InvarianceResult
 from lightning_invariance.run import Run
 
-#: Bytes for each activation beside the sums of columns.
+#: Bytes for each activation beside the means of columns.
 VECTORS = 64
 
 
 def state_bytes(activations: int, itemsize: int, transformations: int, batch_size: int, on_cpu: bool) -> int:
-    """Bytes that one walk would hold: sums of columns, and whole rows where they are longer than a batch."""
-    sums = 4 if itemsize <= 4 and on_cpu else 16
+    """Bytes that one walk would hold: means of columns, and whole rows where they are longer than a batch."""
+    means = 4 if itemsize <= 4 and on_cpu else 8
     rows = itemsize if transformations > batch_size else 0
-    return activations * (transformations * (sums + rows) + VECTORS)
+    return activations * (transformations * (means + rows) + VECTORS)
 
 
 def in_two_walks(
@@ -53,7 +53,7 @@ def in_two_walks(
     rows = run.walk(of_rows, loader, about="Measuring invariance: samples").result()
     totals: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
     transformations = loader.transformations
-    columns = max(1, (budget // max(1, activations) - VECTORS) // 20)  # of the exact sums, which are the largest
+    columns = max(1, (budget // max(1, activations) - VECTORS) // 16)  # means, and squares for standard deviations
     for start in range(0, len(transformations), columns):
         gc.collect()  # a metric refers to itself: the last walk would still be there
         some = transformations[start : start + columns]

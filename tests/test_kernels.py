@@ -9,6 +9,7 @@ from lightning_invariance.measures import (
     Goodfellow,
     NormalizedDistance,
     NormalizedVariance,
+    SampleVariance,
     TransformationDistance,
     TransformationVariance,
     VarianceSameEquivariance,
@@ -34,62 +35,70 @@ def rows(n, m, k, seed=0):
     return 2 + torch.randn(n, 1, k, generator=generator) + 0.3 * torch.randn(n, m, k, generator=generator)
 
 
-def sums_of(blocks, centres, width=None):
-    """Moments (2, k), columns (m, k) and what was said of each block, with sums in parts of so many activations."""
+def sums_of(blocks, centres, offsets, width=None):
+    """Row spread (k,), column spread (k,) and means (m, k), and what was said of each block."""
     m, k = blocks[0].shape[1:]
     width = width or k
-    n, moments = torch.tensor(0), torch.zeros(k // width, 2, width, dtype=torch.float64)
-    columns, centres = torch.zeros(k // width, m, width), centres.view(-1, 1, width)
-    clear = [kernels.Adder(block, n, centres, moments, columns)(block) for block in blocks]
-    assert n == sum(len(block) for block, found in zip(blocks, clear, strict=True) if found is not None)
-    return moments.movedim(1, 0).flatten(1), columns.movedim(1, 0).flatten(1), clear
+    row_spread, column_spread = torch.zeros(k, dtype=torch.float64), torch.zeros(1, k, dtype=torch.float64)
+    parts = offsets.view(m, -1, width).movedim(1, 0).clone(memory_format=torch.contiguous_format)
+    n, far = torch.tensor(0), []
+    for block in blocks:
+        far.append(kernels.Adder(block, row_spread, column_spread, centres, parts)(block, n))
+        n = n + len(block)
+    return row_spread, column_spread[0], centres.double() + parts.double().movedim(1, 0).flatten(1), far
 
 
 @needs_kernels
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize(
     ("size", "width"), [*((size, None) for size in SIZES), ((4, 16, 4096), 64), ((3, 5, 1920), 128)]
 )
-def test_sums_of_deviations_are_the_definition(size, threads, width):
+def test_sums_of_deviations_are_the_definition(size, centred, threads, width):
     blocks = [rows(*size), rows(*size, seed=1)]
-    centres = blocks[0][0, 0]
+    first = blocks[0][0]
+    centres = first[0] if centred else torch.zeros(size[2])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        moments, columns, _ = sums_of(blocks, centres, width)
+        row_spread, column_spread, means, _ = sums_of(blocks, centres, first - centres, width)
     finally:
         torch.set_num_threads(before)
     x = torch.cat(blocks).double()
-    deviation = x - centres
-    torch.testing.assert_close(moments[0], x.var(1, correction=0).sum(0) * size[1], rtol=1e-5, atol=0)
-    torch.testing.assert_close(moments[1], deviation.square().sum((0, 1)), rtol=1e-5, atol=0)
-    torch.testing.assert_close(columns.double(), deviation.sum(0), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(row_spread, x.var(1, correction=0).sum(0) * size[1], rtol=1e-5, atol=0)
+    torch.testing.assert_close(column_spread, (x - x.mean(0)).square().sum((0, 1)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(means, x.mean(0), rtol=1e-6, atol=1e-6)
 
 
 @needs_kernels
-def test_rows_that_are_constant_have_no_spread():
+@pytest.mark.parametrize("centred", [True, False])
+def test_what_is_constant_has_no_spread(centred):
     x = rows(8, 16, 200)
     x[..., 3] = x[:, :1, 3]
+    x[..., 100] = x[:1, :, 100]
     x[..., 150] = 0.1
-    moments, _, _ = sums_of([x], x[0, 0])
-    assert moments[0, [3, 150]].tolist() == [0, 0]
-    assert moments[1, 3] > 0
-    assert moments[1, 150] == 0
-    assert (moments[0] > 0).sum() == 198
+    centres = x[0, 0] if centred else torch.zeros(200)
+    row_spread, column_spread, _, _ = sums_of([x[:4], x[4:]], centres, x[0] - centres)
+    assert (row_spread == 0).nonzero().flatten().tolist() == [3, 150]
+    assert (column_spread == 0).nonzero().flatten().tolist() == ([100, 150] if not centred else [150])
+    assert column_spread[100] < 1e-12
 
 
 @needs_kernels
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e20, 1e-30])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e20, 1e-30, 1e-42])
 @pytest.mark.parametrize("where", [0, 1500, 2050])
-def test_rows_that_float32_does_not_hold_are_taken_away_again(bad, where):
-    good, flawed = rows(4, 16, 2051), rows(4, 16, 2051, seed=1)
-    flawed[..., where] = bad * torch.arange(1.0, 17)  # also where no square is left, of 1e-30
-    good[..., where] = 0
-    moments, columns, clear = sums_of([good, flawed], good[0, 0])
-    assert clear[1] is None
-    expected, expected_columns, _ = sums_of([good], good[0, 0])
-    torch.testing.assert_close(moments, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(columns, expected_columns, rtol=1e-5, atol=1e-4)
+def test_squares_that_float32_does_not_hold_are_taken_in_float64(scale, where):
+    x = rows(8, 16, 2051)
+    x[4:, :, where] *= scale
+    x[:4, :, where] = 0
+    row_spread, column_spread, _, _ = sums_of([x[:4], x[4:]], torch.zeros(2051), x[0])
+    wide = x.double()
+    finite = torch.arange(2051) != where if not scale < 1e30 else torch.ones(2051, dtype=torch.bool)
+    assert not row_spread[~finite].isfinite().any()
+    assert not column_spread[~finite].isfinite().any()
+    expected = wide.var(1).sum(0) * 15, wide.var(0).sum(0) * 7
+    for found, value in zip((row_spread, column_spread), expected, strict=True):
+        torch.testing.assert_close(found[finite], value[finite], rtol=1e-5, atol=0)
 
 
 def test_a_small_spread_beside_large_squares_is_not_lost(way):
@@ -102,12 +111,29 @@ def test_a_small_spread_beside_large_squares_is_not_lost(way):
     torch.testing.assert_close(metric.compute(), x.double().var(1).mean(0), rtol=1e-4, atol=0)
 
 
-@needs_kernels
-def test_a_spread_of_columns_that_drowns_is_told():
-    x = rows(8, 16, 300)
-    assert sums_of([x], x[0, 0])[2] == [True]
-    x[..., 299] = 100 * torch.arange(16.0) + 0.1 * torch.randn(8, 16)
-    assert sums_of([x], x.mean((0, 1)))[2] == [False]
+@pytest.mark.parametrize("order", ["any", "rising"])
+@pytest.mark.parametrize("apart", [1, 10, 30])
+def test_columns_that_differ_in_the_same_way_for_every_sample_cost_no_digits(way, apart, order):
+    # Sums of the columns would round a thousand times in the same way.
+    generator = torch.Generator().manual_seed(0)
+    x = apart * torch.randn(16, 128, generator=generator) + torch.randn(4096, 1, 128, generator=generator)
+    x = x.sort(0).values if order == "rising" else x
+    metric = SampleVariance()
+    for block in x.split(4):
+        metric.add(block)
+    tolerance = 1e-5 if order == "any" else 1e-4
+    torch.testing.assert_close(metric.compute(), x.double().var(0).mean(0), rtol=tolerance, atol=0)
+
+
+def test_columns_far_apart_have_means_in_float64(way):
+    generator = torch.Generator().manual_seed(0)
+    x = rows(200, 16, 1100)
+    x[..., 1099] = 1e4 * torch.randn(16, generator=generator) + torch.randn(200, 16, generator=generator)
+    metric = SampleVariance()
+    for block in x.split(4):
+        metric.add(block)
+    assert metric.offsets.dtype == torch.float64
+    torch.testing.assert_close(metric.compute(), x.double().var(0).mean(0), rtol=1e-5, atol=0)
 
 
 @needs_kernels
@@ -208,16 +234,22 @@ def test_a_walk_adds_what_updates_add(way):
 
 
 @needs_kernels
-def test_sums_that_the_loop_cannot_add_to_are_refused():
-    def adder(n, m, k, width):
-        columns = torch.zeros(k // width, m, width)
-        moments = torch.zeros(k // width, 2, width, dtype=torch.float64)
-        return kernels.Adder(torch.zeros(n, m, k), torch.tensor(0), torch.zeros(k // width, 1, width), moments, columns)
+def test_rows_and_sums_that_do_not_fit_are_refused():
+    def adder(n, m, k, offsets=None, squares=1):
+        offsets = torch.zeros(k // 64, m, 64) if offsets is None else offsets
+        spread = torch.zeros(k, dtype=torch.float64), torch.zeros(squares, k, dtype=torch.float64)
+        return kernels.Adder(torch.zeros(n, m, k), *spread, torch.zeros(k), offsets)
 
-    assert adder(16, 16, 128, 64)(torch.zeros(16, 16, 128)) is True
-    for sizes in ((17, 16, 128, 64), (4, 16, 130, 65)):
-        with pytest.raises(ValueError, match="at most 256 values of each activation, and sums by 64 or all"):
-            adder(*sizes)(torch.zeros(sizes[:3]))
-    strided = torch.zeros(1, 100, 16).movedim(1, 2)
-    with pytest.raises(ValueError, match="contiguous"):
-        kernels.Adder(torch.zeros(1, 16, 100), torch.tensor(0), strided[:, :1], strided[:, :2].double(), strided)
+    assert adder(16, 16, 128)(torch.zeros(16, 16, 128), torch.tensor(0)) is False
+    strided = torch.zeros(2, 64, 16).movedim(1, 2)
+    for bad in (
+        {"n": 17},
+        {"k": 63, "offsets": torch.zeros(1, 16, 63)},
+        {"offsets": strided},
+        {"offsets": torch.zeros(2, 16, 64, dtype=torch.float64)},
+        {"squares": 16},
+    ):
+        with pytest.raises(ValueError, match="that the kernels add"):
+            adder(**{"n": 4, "m": 16, "k": 128, **bad})
+    with pytest.raises(ValueError, match="sums by 64 or all"):
+        adder(4, 16, 130, torch.zeros(2, 16, 65))(torch.zeros(4, 16, 130), torch.tensor(0))

@@ -113,15 +113,27 @@ def test_wide_float32_layers_in_few_numbers(measure, definition, size, mean, spa
     assert numbers <= (16 + 4) * 2048 + 5  # and the shape and the numbers of samples
 
 
-def test_wide_float32_layers_merge_and_mix_with_exact_rows():
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 4, (torch.float64, torch.float32) * 2])
+def test_wide_layers_merge_with_constant_rows_and_other_types(dtypes):
     tensor = wide(mean=100.0)
-    tensor[100:] = tensor[100:, :1]  # these rows do not change with the transformation: only the exact sums know
+    tensor[100:] = tensor[100:, :1]  # these rows do not change with the transformation
     parts = [NormalizedVariance() for _ in range(4)]
-    for part, rows in zip(parts, tensor.split([50, 47, 3, 60]), strict=True):
-        measured(part, rows.split(4))
+    for part, rows, dtype in zip(parts, tensor.split([50, 47, 3, 60]), dtypes, strict=True):
+        measured(part, rows.to(dtype).split(4))
+        assert part.offsets.dtype == dtype
     for one, other in ((2, 0), (1, 3), (1, 2)):
         parts[one].merge_state(parts[other])
-    torch.testing.assert_close(parts[1].compute(), functional.normalized_variance(tensor.double()), rtol=1e-4, atol=0)
+    torch.testing.assert_close(parts[1].compute(), functional.normalized_variance(tensor.double()), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("types", list(itertools.product([torch.float32, torch.float64], repeat=3)))
+def test_blocks_of_different_types_add_up(types):
+    tensor = wide(n=60)
+    metric = NormalizedVariance()
+    for rows, dtype in zip(tensor.split(20), types, strict=True):
+        metric.update(rows.to(dtype))
+    assert metric.offsets.dtype == (torch.float64 if torch.float64 in types else torch.float32)
+    torch.testing.assert_close(metric.compute(), functional.normalized_variance(tensor.double()), rtol=1e-5, atol=0)
 
 
 def test_invariant_and_infinite_units_of_a_wide_layer_are_exact():

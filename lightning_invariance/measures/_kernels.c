@@ -4,8 +4,8 @@
  * documents the two functions and checks what they are given; without this module the same sums are taken by PyTorch.
  *
  * A block x is (n, m, k) float32: n samples, m transformations and k activations, next to each other in memory.
- * WIDTH activations at a time go through all rows and columns, so that their sums stay in registers. The sums that a
- * walk adds to may lie WIDTH by WIDTH as well, so that all that is needed at a time is near. */
+ * WIDTH activations at a time go through all rows and columns, so that their sums stay in registers. What is kept for
+ * each column may lie WIDTH by WIDTH as well, so that all that is needed at a time is near. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -16,15 +16,13 @@
 #define PARTS 4        /* registers at a time, so that the processor adds to several sums at once */
 #define WIDTH (LANES * PARTS)
 #define TILE 64        /* activations whose rows are sorted at a time: they stay in the first cache */
-#define MOST_VALUES 256 /* of one activation in a block: rows times columns */
+#define MOST_VALUES 256 /* of one activation in a block: rows times columns; that of kernels.py */
 #define MOST_SORTED 64
 #define SHARE 1024     /* activations that a thread takes at a time, a multiple of both */
-/* The limits and flags that follow are those of spread.py and kernels.py, and have to stay so. */
-#define SMALLEST 1e-24 /* of sums of float32 squares; some that are part of a smaller one may have been rounded to 0 */
-#define LARGEST 1e30   /* of sums of squares */
-#define CLEAR 1e-2     /* a spread of columns below this part of all squares drowns in the rounding of float32 */
-
-enum { UNCLEAR = 1, LOST = 2 };
+#define SMALLEST 1e-24f /* of sums of float32 squares; some that are part of a smaller one may have been rounded to 0 */
+#define LARGEST 1e30f   /* of sums of squares */
+#define FAR 1e-4       /* those of spread.py */
+#define ROWS_THAT_TELL 8
 
 typedef float lanes __attribute__((vector_size(LANES * sizeof(float))));
 typedef int bits __attribute__((vector_size(LANES * sizeof(int))));
@@ -43,16 +41,17 @@ extern void GOMP_parallel(void (*task)(void *), void *data, unsigned threads, un
 typedef struct job {
     void (*part)(const struct job *, Py_ssize_t from, Py_ssize_t to);
     const float *x;
-    Py_ssize_t n, m, k, width; /* the sums are (k / width, ..., width) */
+    Py_ssize_t n, m, k;
+    double before, total; /* rows, without and with those of x */
+    double *row_spread, *column_spread;
     const float *centres;
-    double *moments;
-    float *columns, sign;
-    double rows; /* with those of x */
+    float *offsets; /* (k / width, m, width) */
+    Py_ssize_t width;
     const int *network;
     Py_ssize_t comparisons;
-    double *total;
+    double *differences;
     Py_ssize_t next;
-    int flags;
+    int far;
 } job;
 
 static void take_shares(void *data)
@@ -76,117 +75,207 @@ static void run(job *j, long threads)
     Py_END_ALLOW_THREADS
 }
 
-/* Where WIDTH activations and their sums lie, (rows, columns, WIDTH) and so on. */
+static inline __attribute__((always_inline)) int any(const bits *found)
+{
+    int one = 0;
+    for (int a = 0; a < LANES; a++)
+        one |= (*found)[a];
+    return one != 0;
+}
+
+/* Where some activations and their sums lie. */
 typedef struct place {
     const float *x;
     Py_ssize_t row, column; /* distances */
+    double *row_spread, *column_spread;
     const float *centres;
-    double *moments;
-    float *columns;
-    Py_ssize_t width; /* distance of two sums of one activation */
+    float *offsets;
+    Py_ssize_t width; /* distance of two offsets of one activation */
 } place;
 
-/* The sums of deviations of WIDTH activations; see add_deviations in kernels.py. */
+/* Whether columns are so far apart, for their variance, that float32 does not do for their offsets. */
+static inline __attribute__((always_inline)) int far_apart(const double *column_spread, const float *offset_squares,
+                                                           const job *j)
+{
+    int far = 0;
+    for (int l = 0; l < WIDTH; l++)
+        far |= (column_spread[l] > 0) & (column_spread[l] < FAR * j->total * offset_squares[l]);
+    return far && j->total >= ROWS_THAT_TELL;
+}
+
+/* The sums of WIDTH activations of which float32 does not hold all squares. */
+static inline __attribute__((always_inline)) int deviations_in_double(place p, const job *j)
+{
+    double squares[WIDTH] = {0};
+    float offset_squares[WIDTH] = {0};
+    for (Py_ssize_t i = 0; i < j->n; i++) {
+        const float *row = p.x + i * p.row;
+        double sum[WIDTH] = {0}, further[WIDTH] = {0};
+        for (Py_ssize_t t = 1; t < j->m; t++)
+            for (int l = 0; l < WIDTH; l++) {
+                const double apart = (double)row[t * p.column + l] - row[l];
+                sum[l] += apart;
+                further[l] += apart * apart;
+            }
+        for (int l = 0; l < WIDTH; l++) {
+            const double spread = further[l] - sum[l] * sum[l] / (double)j->m;
+            p.row_spread[l] += spread < 0 ? 0 : spread;
+        }
+    }
+    for (Py_ssize_t t = 0; t < j->m; t++) {
+        float *offsets = p.offsets + t * p.width;
+        double sum[WIDTH] = {0};
+        for (Py_ssize_t i = 0; i < j->n; i++)
+            for (int l = 0; l < WIDTH; l++) {
+                const double mean = (double)p.centres[l] + offsets[l];
+                const double deviation = p.x[i * p.row + t * p.column + l] - mean;
+                sum[l] += deviation;
+                squares[l] += deviation * deviation;
+            }
+        for (int l = 0; l < WIDTH; l++) {
+            const float to = (float)(offsets[l] + sum[l] / j->total);
+            const double shift = (double)to - offsets[l];
+            squares[l] += shift * (j->total * shift - 2 * sum[l]);
+            offset_squares[l] += to * to;
+            offsets[l] = to;
+        }
+    }
+    for (int l = 0; l < WIDTH; l++)
+        p.column_spread[l] += squares[l];
+    return far_apart(p.column_spread, offset_squares, j);
+}
+
+/* Moves the means of WIDTH activations to those of all rows, and adds what that changes to the squares.
+ *
+ * The last digits of the means are lost. That costs next to nothing, as squared deviations are those about the means
+ * that are kept. With a centre, float32 holds the means less well than the offsets: the deviations lack the rest. */
+static inline __attribute__((always_inline)) void move_means(place p, const job *j, lanes means[][PARTS],
+                                                             lanes columns[][PARTS], const lanes *centre, lanes *squares,
+                                                             lanes *offset_squares, int centred)
+{
+    const float before = (float)j->before, total = (float)j->total, share = 1 / total;
+    for (Py_ssize_t t = 0; t < j->m; t++)
+        for (int v = 0; v < PARTS; v++) {
+            loose *const offset = (loose *)(p.offsets + t * p.width + v * LANES);
+            const lanes from = *offset;
+            lanes sum = columns[t][v], rest = {0};
+            if (centred) {
+                const lanes near = means[t][v] - centre[v];
+                rest = (centre[v] - (means[t][v] - near)) + (from - near);
+                sum += before * rest;
+                squares[v] += before * rest * rest;
+            }
+            const lanes to = from + (sum * share - rest), shift = (to - from) + rest;
+            squares[v] += shift * (total * shift - 2 * sum);
+            offset_squares[v] += to * to;
+            *offset = to;
+        }
+}
+
+/* The sums of WIDTH activations. Rows are centred on their first value and columns on their means so far, so that what
+ * is constant has a spread of exactly 0. */
 static inline __attribute__((always_inline)) int deviations_at(place p, const job *j)
 {
     const Py_ssize_t n = j->n, m = j->m;
     const float length = (float)m;
     const lanes none = {0};
-    lanes columns[MOST_VALUES][PARTS], centre[PARTS], all_firsts[PARTS], all_spread[PARTS], all_squares[PARTS],
-        column_squares[PARTS];
-    bits any_further[PARTS], any_first[PARTS];
+    lanes means[MOST_VALUES][PARTS], columns[MOST_VALUES][PARTS];
+    lanes centre[PARTS], row_spread[PARTS], squares[PARTS], offset_squares[PARTS];
+    bits rows_vary[PARTS], columns_vary[PARTS], found = (bits)none;
     for (int v = 0; v < PARTS; v++) {
         centre[v] = *(const loose *)(p.centres + v * LANES);
-        all_firsts[v] = all_spread[v] = all_squares[v] = column_squares[v] = none;
-        any_further[v] = any_first[v] = (bits)none;
+        row_spread[v] = squares[v] = offset_squares[v] = none;
+        rows_vary[v] = columns_vary[v] = (bits)none;
+        found |= centre[v] != 0;
     }
+    const int centred = any(&found);
     for (Py_ssize_t t = 0; t < m; t++)
-        for (int v = 0; v < PARTS; v++)
-            columns[t][v] = j->sign * *(loose *)(p.columns + t * p.width + v * LANES);
+        for (int v = 0; v < PARTS; v++) {
+            means[t][v] = centre[v] + *(const loose *)(p.offsets + t * p.width + v * LANES);
+            columns[t][v] = none;
+        }
     for (Py_ssize_t i = 0; i < n; i++) {
         const float *row = p.x + i * p.row;
-        lanes first[PARTS], sum[PARTS], squares[PARTS];
+        lanes first[PARTS], sum[PARTS], further[PARTS];
         for (int v = 0; v < PARTS; v++) {
             first[v] = *(const loose *)(row + v * LANES);
-            sum[v] = squares[v] = none;
+            sum[v] = further[v] = none;
         }
-        for (Py_ssize_t t = 1; t < m; t++)
+        for (Py_ssize_t t = 0; t < m; t++)
             for (int v = 0; v < PARTS; v++) {
-                const lanes further = *(const loose *)(row + t * p.column + v * LANES) - first[v];
-                sum[v] += further;
-                squares[v] += further * further;
-                columns[t][v] += further;
+                const loose *const value = (const loose *)(row + t * p.column + v * LANES);
+                __builtin_prefetch((const char *)value + WIDTH * sizeof(float));
+                const lanes apart = *value - first[v], deviation = *value - means[t][v];
+                sum[v] += apart;
+                further[v] += apart * apart;
+                columns[t][v] += deviation;
+                squares[v] += deviation * deviation;
+                columns_vary[v] |= (bits)deviation;
             }
         for (int v = 0; v < PARTS; v++) {
-            first[v] -= centre[v];
-            all_firsts[v] += first[v];
-            all_spread[v] += squares[v] - sum[v] * sum[v] / length;
-            all_squares[v] += squares[v] + first[v] * (2 * sum[v] + length * first[v]);
-            any_further[v] |= (bits)sum[v];
-            any_first[v] |= (bits)first[v];
+            row_spread[v] += further[v] - sum[v] * sum[v] / length;
+            rows_vary[v] |= (bits)sum[v];
         }
     }
-    for (Py_ssize_t t = 0; t < m; t++)
-        for (int v = 0; v < PARTS; v++) {
-            columns[t][v] += all_firsts[v];
-            column_squares[v] += columns[t][v] * columns[t][v];
-        }
-    int lost = 0, unclear = 0;
-    for (int l = 0; l < WIDTH; l++) {
-        const int v = l / LANES, a = l % LANES;
-        all_spread[v][a] = all_spread[v][a] < 0 ? 0 : all_spread[v][a];
-        const int varies = (any_further[v][a] << 1) != 0, shifted = (any_first[v][a] << 1) != 0; /* minus zero is 0 */
-        lost |= (varies && all_spread[v][a] < SMALLEST) || (shifted && all_squares[v][a] < SMALLEST);
-        lost |= !(all_squares[v][a] <= LARGEST); /* nor NaN */
-        const double squares = p.moments[p.width + l] + j->sign * all_squares[v][a];
-        unclear |= squares - (double)column_squares[v][a] / j->rows < CLEAR * squares;
+    found = (bits)none;
+    for (int v = 0; v < PARTS; v++) {
+        const bits held = (row_spread[v] <= LARGEST) & (squares[v] <= LARGEST); /* not so if NaN */
+        const bits small_rows = ((rows_vary[v] & INT32_MAX) != 0) & (row_spread[v] < SMALLEST); /* minus zero is 0 */
+        const bits small_columns = ((columns_vary[v] & INT32_MAX) != 0) & (squares[v] < SMALLEST);
+        found |= ~held | small_rows | small_columns;
+        row_spread[v] = (lanes)((bits)row_spread[v] & (row_spread[v] > 0));
     }
-    if (lost)
-        return LOST;
-    for (Py_ssize_t t = 0; t < m; t++)
-        for (int v = 0; v < PARTS; v++)
-            *(loose *)(p.columns + t * p.width + v * LANES) = j->sign * columns[t][v];
-    for (int l = 0; l < WIDTH; l++) {
-        p.moments[l] += j->sign * all_spread[l / LANES][l % LANES];
-        p.moments[p.width + l] += j->sign * all_squares[l / LANES][l % LANES];
-    }
-    return unclear ? UNCLEAR : 0;
+    if (any(&found))
+        return deviations_in_double(p, j);
+    if (centred)
+        move_means(p, j, means, columns, centre, squares, offset_squares, 1);
+    else
+        move_means(p, j, means, columns, centre, squares, offset_squares, 0);
+    float sums[3][WIDTH];
+    memcpy(sums[0], row_spread, sizeof sums[0]);
+    memcpy(sums[1], squares, sizeof sums[1]);
+    memcpy(sums[2], offset_squares, sizeof sums[2]);
+    for (int l = 0; l < WIDTH; l++)
+        p.row_spread[l] += sums[0][l];
+    for (int l = 0; l < WIDTH; l++)
+        p.column_spread[l] += sums[1][l];
+    return far_apart(p.column_spread, sums[2], j);
 }
 
 /* The same for fewer activations, in copies that are as wide. */
 static inline __attribute__((always_inline)) int deviations_of_few(place p, const job *j, int width)
 {
-    float x[MOST_VALUES * WIDTH] = {0}, columns[MOST_VALUES * WIDTH] = {0};
+    float x[MOST_VALUES * WIDTH] = {0}, offsets[MOST_VALUES * WIDTH] = {0};
     float centres[WIDTH] = {0};
-    double moments[2 * WIDTH] = {0};
+    double row_spread[WIDTH] = {0}, column_spread[WIDTH] = {0};
     for (Py_ssize_t i = 0; i < j->n; i++)
         for (Py_ssize_t t = 0; t < j->m; t++)
             memcpy(x + (i * j->m + t) * WIDTH, p.x + i * p.row + t * p.column, width * sizeof(float));
     for (Py_ssize_t t = 0; t < j->m; t++)
-        memcpy(columns + t * WIDTH, p.columns + t * p.width, width * sizeof(float));
-    for (int s = 0; s < 2; s++)
-        memcpy(moments + s * WIDTH, p.moments + s * p.width, width * sizeof(double));
+        memcpy(offsets + t * WIDTH, p.offsets + t * p.width, width * sizeof(float));
     memcpy(centres, p.centres, width * sizeof(float));
-    const place copy = {x, j->m * WIDTH, WIDTH, centres, moments, columns, WIDTH};
-    const int found = deviations_at(copy, j);
+    memcpy(row_spread, p.row_spread, width * sizeof(double));
+    memcpy(column_spread, p.column_spread, width * sizeof(double));
+    const place copy = {x, j->m * WIDTH, WIDTH, row_spread, column_spread, centres, offsets, WIDTH};
+    const int far = deviations_at(copy, j);
     for (Py_ssize_t t = 0; t < j->m; t++)
-        memcpy(p.columns + t * p.width, columns + t * WIDTH, width * sizeof(float));
-    for (int s = 0; s < 2; s++)
-        memcpy(p.moments + s * p.width, moments + s * WIDTH, width * sizeof(double));
-    return found;
+        memcpy(p.offsets + t * p.width, offsets + t * WIDTH, width * sizeof(float));
+    memcpy(p.row_spread, row_spread, width * sizeof(double));
+    memcpy(p.column_spread, column_spread, width * sizeof(double));
+    return far;
 }
 
 FOR_EACH_PROCESSOR
 static void deviations(const job *j, Py_ssize_t from, Py_ssize_t to)
 {
-    int flags = 0;
+    int far = 0;
     for (Py_ssize_t a = from; a < to; a += WIDTH) {
-        const Py_ssize_t block = a - a % j->width, in_it = a % j->width;
-        const place p = {j->x + a, j->m * j->k, j->k, j->centres + a, j->moments + 2 * block + in_it,
-                         j->columns + j->m * block + in_it, j->width};
-        flags |= a + WIDTH <= to ? deviations_at(p, j) : deviations_of_few(p, j, (int)(to - a));
+        const Py_ssize_t part = a - a % j->width, in_it = a % j->width;
+        const place p = {j->x + a, j->m * j->k, j->k, j->row_spread + a, j->column_spread + a, j->centres + a,
+                         j->offsets + j->m * part + in_it, j->width};
+        far |= a + WIDTH <= to ? deviations_at(p, j) : deviations_of_few(p, j, (int)(to - a));
     }
-    __atomic_fetch_or(&((job *)j)->flags, flags, __ATOMIC_RELAXED);
+    __atomic_fetch_or(&((job *)j)->far, far, __ATOMIC_RELAXED);
 }
 
 /* The differences within rows; see absolute_differences in kernels.py. */
@@ -197,7 +286,7 @@ static void differences(const job *j, Py_ssize_t from, Py_ssize_t to)
     float values[MOST_SORTED][TILE];
     for (Py_ssize_t at = from; at < to; at += TILE) {
         const Py_ssize_t a = at + TILE > k ? k - TILE : at;
-        double total[TILE] = {0};
+        double differences[TILE] = {0};
         for (Py_ssize_t i = 0; i < n; i++) {
             const float *first = j->x + i * m * k + a;
             float sum[TILE] = {0};
@@ -217,10 +306,10 @@ static void differences(const job *j, Py_ssize_t from, Py_ssize_t to)
                 for (int l = 0; l < TILE; l++)
                     sum[l] += (float)(2 * t + 1 - m) * values[t][l];
             for (int l = 0; l < TILE; l++)
-                total[l] += 2 * (double)sum[l];
+                differences[l] += 2 * (double)sum[l];
         }
         for (int l = 0; l < TILE; l++)
-            j->total[a + l] = total[l];
+            j->differences[a + l] = differences[l];
     }
 }
 
@@ -238,28 +327,20 @@ static int read_numbers(PyObject *const *args, Py_ssize_t n, Py_ssize_t expected
     return 1;
 }
 
-/* x, n, m, k, threads, rows, centres, moments, columns, width */
+/* x, rows before, n, m, k, threads, row_spread, column_spread, centres, offsets, width */
 static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    Py_ssize_t v[10];
-    if (!read_numbers(args, given, 10, v))
+    Py_ssize_t v[11];
+    if (!read_numbers(args, given, 11, v))
         return NULL;
-    int64_t *rows = (int64_t *)v[5];
-    job j = {.part = deviations, .x = (const float *)v[0], .n = v[1], .m = v[2], .k = v[3], .width = v[9],
-             .centres = (const float *)v[6], .moments = (double *)v[7], .columns = (float *)v[8],
-             .rows = (double)(*rows + v[1]), .sign = 1};
+    job j = {.part = deviations, .x = (const float *)v[0], .before = (double)v[1], .total = (double)(v[1] + v[2]),
+             .n = v[2], .m = v[3], .k = v[4], .row_spread = (double *)v[6], .column_spread = (double *)v[7],
+             .centres = (const float *)v[8], .offsets = (float *)v[9], .width = v[10]};
     if (j.n * j.m > MOST_VALUES || (j.width % WIDTH && j.width != j.k))
         return PyErr_Format(PyExc_ValueError, "Expected at most %d values of each activation, and sums by %d or all.",
                             MOST_VALUES, WIDTH);
-    run(&j, (long)v[4]);
-    const int found = j.flags;
-    if (found & LOST) { /* take away what was added where it holds them */
-        j.sign = -1;
-        j.next = 0;
-        run(&j, (long)v[4]);
-    } else
-        *rows += v[1];
-    return PyLong_FromLong(found);
+    run(&j, (long)v[5]);
+    return PyLong_FromLong(j.far);
 }
 
 /* x, n, m, k, threads, network, comparisons, total */
@@ -269,7 +350,7 @@ static PyObject *absolute_differences(PyObject *self, PyObject *const *args, Py_
     if (!read_numbers(args, given, 8, v))
         return NULL;
     job j = {.part = differences, .x = (const float *)v[0], .n = v[1], .m = v[2], .k = v[3],
-             .network = (const int *)v[5], .comparisons = v[6], .total = (double *)v[7]};
+             .network = (const int *)v[5], .comparisons = v[6], .differences = (double *)v[7]};
     if (j.m > MOST_SORTED || j.k < TILE)
         return PyErr_Format(PyExc_ValueError, "Expected at most %d columns of at least %d activations.", MOST_SORTED,
                             TILE);

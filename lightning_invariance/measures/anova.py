@@ -91,12 +91,12 @@ class Anova(VarianceMeasure):
         if not self._enough(samples=2):
             return self._undefined()
         n, m = int(self.n_samples), self.n_transformations
-        spread, means = self._columns_joined()
+        means = self._sums().means()
         between = n * means.sub_(means.mean(0)).square_().sum(0)
-        within = spread[0]
+        within = self.column_spread[0].clamp_min(0)
         if self.paired:
             # No more than the whole, so that it is exactly 0 where columns are constant.
-            within = torch.minimum((self._row_spread() - between).clamp_min(0), within)
+            within = torch.minimum((self.row_spread - between).clamp_min(0), within)
         d2 = (m - 1) * (n - 1) if self.paired else m * (n - 1)
         f, effect = (self._shaped(value) for value in f_ratio(between, within, m - 1, d2))
         if self.statistic == "reject":

@@ -50,8 +50,6 @@ class Measure(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        #: What a computation found that measures of the same states need as well, with the number that it is true of.
-        self.found: tuple[Tensor, Tensor] | None = None
         self._known: tuple[Tensor, int, list[int]] | None = None  # the state, the columns and the shape that it says
         # These are states like the rest, since a process that saw no sample learns them from the others.
         self._add_states(n_samples=torch.tensor(0), columns=torch.tensor(0))

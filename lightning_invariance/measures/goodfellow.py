@@ -211,9 +211,9 @@ class Goodfellow(VarianceMeasure):
         return self._by_rank() if self.threshold == "quantile" else self._by_normal()
 
     def _by_normal(self) -> Tensor:
-        spread, means = self._columns_joined()
+        means = self._sums().means()
         mean = means.mean(0)
-        total = spread[0] + self.n_samples * (means - mean).square().sum(0)
+        total = self.column_spread[0].clamp_min(0) + self.n_samples * (means - mean).square().sum(0)
         std = (total / (self.n_samples * self.n_transformations - 1)).sqrt()
         z = torch.special.ndtri(torch.tensor(1 - self.alpha, dtype=std.dtype, device=std.device))
         return torch.stack([sign * mean + z * std for sign in self.signs])

@@ -6,6 +6,7 @@ who call this take the same sums with PyTorch's operations where :func:`takes` s
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 
 import torch
@@ -23,8 +24,8 @@ FEWEST_ACTIVATIONS = 64
 #: How many they take at a time.
 WIDTH = 64
 
-#: What a kernel found: digits lost in the rounding of float32, squares lost because it holds no smaller numbers.
-UNCLEAR, LOST = 1, 2
+#: The most values of an activation in a block, rows times columns, that are added at once.
+MOST_VALUES = 256
 
 
 def takes(x: Tensor) -> bool:
@@ -38,38 +39,59 @@ def takes(x: Tensor) -> bool:
     )
 
 
+def adds(x: Tensor, row_spread: Tensor, column_spread: Tensor, centres: Tensor, offsets: Tensor) -> bool:
+    """Whether :class:`Adder` can add rows ``x`` (n, m, ...) to these sums."""
+    return (
+        takes(x)
+        and x.shape[:2].numel() <= MOST_VALUES
+        and offsets.dtype == centres.dtype == torch.float32
+        and row_spread.dtype == column_spread.dtype == torch.float64
+        and column_spread.shape[0] == 1
+        and all(sums.is_contiguous() for sums in (row_spread, column_spread, centres, offsets))
+    )
+
+
 class Adder:
-    """Adds the deviations of rows from one centre for each activation to sums, in place.
+    """Adds rows to the sums of those before, in place; see ``Sums`` for what they are.
 
     A network is many layers and batches: what is the same for all blocks of one shape is looked up once.
 
     Args:
-        x: rows (n, m, k) with ``takes(x)``, of at most 256 values of each activation; those to add are like them.
-        rows: () in int64: how many there are.
-        centres: (k / width, 1, width) in float32, where ``width`` is k or a multiple of 64.
-        moments: (k / width, 2, width) in float64: squared deviations from the row means, and squared deviations.
-        columns: (k / width, m, width) in float32: deviations of each column.
+        x: rows (n, m, ...); those to add are like them.
+        row_spread: (k,) in float64, where k is the number of activations.
+        column_spread: (1, k) in float64.
+        centres: (k,) in float32.
+        offsets: (k / width, m, width) in float32, where ``width`` is k or a multiple of 64.
 
     Raises:
-        ValueError: If the sums are not contiguous.
+        ValueError: If :func:`adds` is false.
     """
 
-    def __init__(self, x: Tensor, rows: Tensor, centres: Tensor, moments: Tensor, columns: Tensor) -> None:
-        if not (centres.is_contiguous() and moments.is_contiguous() and columns.is_contiguous()):
-            raise ValueError("Expected sums that are contiguous.")
-        self.sums = rows, centres, moments, columns  # which have to stay where they are
-        pointers = (tensor.data_ptr() for tensor in self.sums)
-        self._where = *x.shape, torch.get_num_threads(), *pointers, columns.shape[2]
+    def __init__(self, x: Tensor, *sums: Tensor) -> None:
+        if not adds(x, *sums):
+            raise ValueError(f"Expected rows and sums that the kernels add, but got rows of {tuple(x.shape)}.")
+        n, m, *shape = x.shape
+        self._shape = x.shape
+        self._sums = sums  # which have to stay where they are
+        pointers = (tensor.data_ptr() for tensor in sums)
+        self._where = n, m, math.prod(shape), torch.get_num_threads(), *pointers, sums[3].shape[2]
 
-    def __call__(self, x: Tensor) -> bool | None:
+    def fits(self, x: Tensor, offsets: Tensor) -> bool:
+        """Whether the rows are like those at first, and these sums still those to add to."""
+        return x.shape == self._shape and takes(x) and offsets is self._sums[3]
+
+    def __call__(self, x: Tensor, n: Tensor) -> bool:
         """Add rows.
 
+        Args:
+            x: the rows.
+            n: how many there were before.
+
         Returns:
-            Whether the spread of the columns is clear of float32's rounding now. None where float32 does not hold
-            squares of these rows; then the sums are what they were, but for rounding.
+            Whether columns are so far apart, for their variance, that float32 does not do for the offsets.
         """
-        flags: int = _kernels.add_deviations(x.data_ptr(), *self._where)  # type: ignore[union-attr]
-        return None if flags & LOST else not flags & UNCLEAR
+        far: int = _kernels.add_deviations(x.data_ptr(), int(n), *self._where)  # type: ignore[union-attr]
+        return bool(far)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()  # a copy would add to the sums of the original

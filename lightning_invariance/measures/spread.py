@@ -23,205 +23,169 @@ LONGEST_FLOAT32_SUM = 256
 #: Sums of squares below this lose digits in float32, whose smallest normal number is about 1e-38.
 SMALLEST_FLOAT32_SQUARE = 1e-30
 
-#: The same for sums over rows: some that are part of a smaller one may have been rounded to 0.
-SMALLEST = 1e-24
-
 #: Sums of squares above this may make other sums leave float32, which ends at 3e38.
 LARGEST_FLOAT32_SQUARE = 1e30
 
-#: Without the kernels shorter rows (transformations × activations) are summed as fast in the exact way.
-SMALLEST_PLAIN_ROW = 2**14
+#: Without the kernels fewer values than this are summed as fast in float64.
+FEWEST_FLOAT32_VALUES = 2**14
 
-#: A spread of columns below this part of all squares drowns in the rounding of float32.
-CLEAR_OF_ROUNDING = 1e-2
+#: Columns have a centre if they differ by no more than this part of it.
+CLOSE = 1 / 4
 
-
-class PlainSums(NamedTuple):
-    """Sums of the deviations of rows ``x`` (n, m, k) from one centre for each activation. They add up over blocks.
-
-    They lie in parts of ``width`` activations, all columns of a part together, as the kernels read them.
-
-    Attributes:
-        rows: () n.
-        centres: (k / width, 1, width) in float32.
-        moments: (k / width, 2, width) squared deviations from the row means, and squared deviations.
-        columns: (k / width, m, width) deviations of each column; much the largest, they are sums of float32 numbers and
-            stay float32.
-    """
-
-    rows: Tensor
-    centres: Tensor
-    moments: Tensor
-    columns: Tensor
-
-    @classmethod
-    def empty(cls, x: Tensor) -> PlainSums:
-        """The sums before the first of rows like these, about its first value."""
-        _, m, k = x.shape
-        width = _width(k)
-        return cls(
-            torch.tensor(0, device=x.device),
-            x[0, 0].view(-1, 1, width).clone(),
-            torch.zeros(k // width, 2, width, dtype=torch.float64, device=x.device),
-            torch.zeros(k // width, m, width, device=x.device),
-        )
-
-    @classmethod
-    def of(cls, rows: Tensor, centres: Tensor, moments: Tensor, columns: Tensor) -> PlainSums:
-        """From (1, k), (2, k) and (m, k)."""
-        width = _width(columns.shape[1])
-        parts = (each.view(len(each), -1, width).movedim(0, 1) for each in (centres, moments, columns))
-        return cls(rows, *(part.clone(memory_format=torch.contiguous_format) for part in parts))
-
-    def row_spread(self) -> Tensor:
-        """Squared deviations from the row means, (k,)."""
-        return self.moments[:, 0].flatten()
-
-    def column_spread(self) -> Tensor:
-        """Squared deviations from the column means, (k,)."""
-        columns = self.columns.to(self.moments.dtype).square_().sum(1)
-        return (self.moments[:, 1] - columns / self.rows).clamp_min_(0).flatten()
-
-    def column_means(self) -> Tensor:
-        """The mean of each column, (m, k) in float64."""
-        means = (self.columns.to(self.moments.dtype) / self.rows).add_(self.centres)
-        return means.movedim(1, 0).flatten(1)
-
-    def about(self, centres: Tensor) -> PlainSums:
-        """The sums about other centres."""
-        shift = self.centres.to(self.moments.dtype) - centres  # by which each of the n·m deviations grows
-        spread, squares = torch.split(self.moments, 1, dim=1)
-        all_shifts = self.rows * self.columns.shape[1] * shift
-        squares = squares + shift * (2 * self.columns.sum(1, keepdim=True, dtype=shift.dtype) + all_shifts)
-        columns = self.columns + (self.rows * shift).to(self.columns.dtype)
-        return PlainSums(self.rows, centres, torch.cat([spread, squares], 1), columns)
-
-    def about_means(self) -> PlainSums:
-        """The sums about the means. A constant activation stays exactly at its centre."""
-        deviations = self.columns.mean(1, keepdim=True, dtype=self.moments.dtype) / self.rows
-        return self.about((self.centres + deviations).to(self.centres.dtype))
-
-    def clear(self) -> bool:
-        """Whether the spread of the columns is clear of float32's rounding, for every activation."""
-        squares, columns = self.moments[:, 1], self.columns.square().sum(1)
-        spread = squares - columns / self.rows  # enough to tell
-        return bool(((spread >= CLEAR_OF_ROUNDING * squares) & ((squares >= SMALLEST) | (columns == 0))).all())
+#: Where variances of columns are below this part of their squared offsets, float32 does not do for the offsets. That,
+#: and the number of rows that can tell, are those of _kernels.c.
+FAR = 1e-4
+ROWS_THAT_TELL = 8
 
 
-def _width(k: int) -> int:
-    return kernels.WIDTH if k % kernels.WIDTH == 0 else k
+class Sums(NamedTuple):
+    """Squared deviations within the rows and columns of rows ``x`` (n, m, k), and the means of the columns.
 
-
-class ExactSums(NamedTuple):
-    """Sums of rows ``x`` (n, m, k) about a reference for each activation and column.
+    The means are ``centres + offsets``, in float32 where that will do. Squared deviations are those from the means as
+    they are kept, so that rounding these costs next to nothing.
 
     Attributes:
         row_spread: (k,) squared deviations from the row means, or the sum of the rows' standard deviations.
-        squares: (1, k) squared deviations from the references, summed over the columns, or (m, k) for each of them.
-        sums: (m, k) deviations from the references.
+        column_spread: (1, k) squared deviations from the column means, summed over the columns, or (m, k).
+        centres: (k,).
+        offsets: (k / width, m, width), in parts of ``width`` activations as the kernels read them.
     """
 
     row_spread: Tensor
-    squares: Tensor
-    sums: Tensor
+    column_spread: Tensor
+    centres: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def before(cls, x: Tensor, squared: bool) -> Sums:
+        """The sums before the first of rows like these, with that row for the means.
+
+        So the deviations of columns that are constant are exactly 0.
+        """
+        _, m, k = x.shape
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        narrow = x.dtype == torch.float32 and x.is_cpu and (kernels.takes(x) or m * k >= FEWEST_FLOAT32_VALUES)
+        first = x[0].to(torch.float32 if narrow else wide)
+        low, high = first.amin(0), first.amax(0)
+        # Close columns differ exactly from a centre, which is 0 for the others.
+        close = high - low <= CLOSE * first[0].abs()
+        centres = torch.where(close, first[0], 0)
+        squares = torch.zeros(1 if squared else m, k, dtype=wide, device=x.device)
+        return cls(squares[0].clone(), squares, centres, _in_parts(first - centres))
+
+    def means(self) -> Tensor:
+        """The means of the columns, (m, k) in float64."""
+        return _in_columns(self.offsets, self.row_spread.dtype) + self.centres
+
+    def widened(self) -> Sums:
+        """The same with means in float64."""
+        wide = self.row_spread.dtype
+        return self._replace(centres=self.centres.to(wide), offsets=self.offsets.to(wide))
+
+    def with_offsets(self, offsets: Tensor) -> Sums:
+        """The same with these offsets (m, k)."""
+        return self._replace(offsets=_in_parts(offsets.to(self.offsets.dtype)))
+
+    def merged(self, n: Tensor, other: Sums, n_other: Tensor) -> Sums:
+        """The sums of these n rows and others (Chan, Golub and LeVeque 1983, the paper's reference 20)."""
+        a, b = self, other
+        if a.offsets.dtype != b.offsets.dtype:
+            a, b = a.widened(), b.widened()
+        apart = b.means() - a.means()
+        part = n_other / (n + n_other).to(apart.dtype)
+        sums = a.with_offsets(_in_columns(a.offsets, apart.dtype) + part * apart)
+        between = n * part * apart.square()
+        between = between.sum(0, keepdim=True) if len(a.column_spread) == 1 else between
+        spread = a.column_spread + b.column_spread + between
+        return sums._replace(row_spread=a.row_spread + b.row_spread, column_spread=spread)
+
+    def far(self, n: Tensor) -> bool:
+        """Whether columns are so far apart, for their variance over n rows, that the means have to be in float64."""
+        if self.offsets.dtype == self.row_spread.dtype or n < ROWS_THAT_TELL:
+            return False
+        spread, squares = self.column_spread.sum(0), self.offsets.square().sum(1).flatten()
+        return bool(((spread > 0) & (spread < FAR * n * squares)).any())
 
 
-def holds_plain(x: Tensor) -> bool:
-    """Whether the sums of rows (n, m, k) about one centre may be taken in float32, and are worth it.
+def _in_parts(columns: Tensor) -> Tensor:
+    """(m, k) as (k / width, m, width)."""
+    m, k = columns.shape
+    width = kernels.WIDTH if k % kernels.WIDTH == 0 else k
+    return columns.view(m, -1, width).movedim(1, 0).contiguous()
 
-    Only on the CPU: they have to be looked at after each block, and to look at what another device found is to wait.
+
+def _in_columns(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """(k / width, m, width) as (m, k)."""
+    return parts.to(dtype).movedim(1, 0).flatten(1)
+
+
+def add_rows(x: Tensor, sums: Sums, n: Tensor, in_place: bool = False) -> Sums:
+    """The sums of n rows and of rows ``x`` (n, m, k).
+
+    Args:
+        x: rows in float32 or float64.
+        sums: those of the rows before.
+        n: how many these were.
+        in_place: whether the sums may be changed.
     """
-    n, m, k = x.shape
-    if not x.is_cpu:
-        return False
-    worth_it = kernels.takes(x) or m * k >= SMALLEST_PLAIN_ROW
-    return x.dtype == torch.float32 and n * m <= LONGEST_FLOAT32_SUM and worth_it
+    if x.dtype == torch.float64 != sums.offsets.dtype:
+        sums = sums.widened()
+    if kernels.adds(x, *sums):
+        sums = sums if in_place else Sums(*(each.clone() for each in sums))
+        far = kernels.Adder(x, *sums)(x, n)
+    else:
+        sums = _added(x, sums, n)
+        far = x.is_cpu and sums.far(n + len(x))  # to look what another device found is to wait for it
+    return sums.widened() if far else sums
 
 
-def add_plain(x: Tensor, sums: PlainSums) -> bool | None:
-    """Add rows of which :func:`holds_plain` is true to sums in place, and say whether all are clear.
-
-    Rows are centred on their first value, so that constant rows have a spread of exactly 0. None where float32 does not
-    hold squares of these rows: they are not added.
-    """
-    if kernels.takes(x):
-        return kernels.Adder(x, *sums)(x)
-    block = _plain_block(x, sums.centres.flatten())
-    if block is None:
-        return None
-    for mine, new in zip(sums[2:], block, strict=True):
-        mine.movedim(1, 0).add_(new.reshape(len(new), len(mine), -1))
-    sums.rows.add_(len(x))
-    return sums.clear()
+def _added(x: Tensor, sums: Sums, n: Tensor) -> Sums:
+    squared, before, total = len(sums.column_spread) == 1, sums.means(), n + len(x)
+    means = before.to(sums.offsets.dtype)
+    rest = before - means  # of those that float32 holds less well than their offsets
+    rows, squares, columns = _deviations(x, means, squared, before.dtype)
+    columns += n * rest
+    offsets = _in_columns(sums.offsets, before.dtype)
+    after = sums.with_offsets(offsets + (columns / total - rest))
+    shift = _in_columns(after.offsets, before.dtype) - offsets + rest
+    change = n * rest.square() + shift * (total * shift - 2 * columns)
+    spread = sums.column_spread + squares + (change.sum(0, keepdim=True) if squared else change)
+    return after._replace(row_spread=sums.row_spread + rows, column_spread=spread)
 
 
-def _plain_block(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Moments and columns of one block, by PyTorch's operations, with every value read once.
+def _deviations(x: Tensor, means: Tensor, squared: bool, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Spread of the rows (k,), and about means (m, k) squared deviations (1, k) or (m, k) and deviations (m, k).
 
-    They lie in buffers that the next call uses again, with the activations in shares: (2, shares, k / shares) and
-    (m, shares, k / shares). The deviations are laid out share by share, one for each thread, so that every operation
-    gives a thread what it wrote itself: memory that one core wrote and another reads costs more than the arithmetic.
-    """
-    _, m, k = x.shape
-    shares = math.gcd(k, torch.get_num_threads())
-    values = x.view(*x.shape[:2], shares, -1).movedim(2, 0)
-    centres = centres.view(shares, 1, -1)
-    moments = scratch(values[:, 0, :1].expand(-1, 2, -1), "moments")
-    columns = scratch(values[:, 0], "columns")
-    length = max(1, chunk_length(x) // shares)
-    for start in range(0, k // shares, length):
-        part = slice(start, start + length)
-        deviation = torch.sub(values[..., part], values[:, :, :1, part], out=scratch(values[..., part]))
-        first = values[:, :, 0, part] - centres[..., part]
-        rows = deviation.sum(2)
-        torch.sum(deviation, 1, out=columns[..., part]).add_(first.sum(1, keepdim=True))
-        squares = torch.mul(deviation, deviation, out=deviation).sum(2)
-        spread, all_squares = moments[..., part].unbind(1)
-        torch.sum((squares - rows * rows / m).clamp_min_(0), 1, out=spread)
-        torch.sum(torch.addcmul(squares, first, 2 * rows + m * first), 1, out=all_squares)
-        if _lost(spread, rows) or _lost(all_squares, first) or not bool(all_squares.amax() <= LARGEST_FLOAT32_SQUARE):
-            return None
-    return moments.movedim(0, 1), columns.movedim(0, 1)
-
-
-def _lost(squares: Tensor, values: Tensor) -> bool:
-    """Whether sums of squares (shares, k) are so small that some of their values (shares, n, k) have been lost."""
-    return bool(squares.amin() < SMALLEST) and bool(((squares < SMALLEST) & (values != 0).any(1)).any())
-
-
-def exact_sums(x: Tensor, references: Tensor, squared: bool) -> ExactSums:
-    """The sums with rows centred on their first value and columns on their references.
-
-    So they are exactly zero where a row, or a column at its reference, is constant. Where float32 does not hold the
-    squares they are taken in float64, and on other devices always: to look at the sums would be to wait for them.
+    Rows are centred on their first value, so that constant rows have a spread of exactly 0. Where float32 does not hold
+    the squares they are taken in float64, and on other devices always: to look at the sums would be to wait for them.
     """
     n, m, _ = x.shape
-    if x.dtype == torch.float32 and (
-        not x.is_cpu
-        or x.numel() <= SMALLEST_PLAIN_ROW  # float64 costs less than to look whether float32 will do
-        or max(n, m) > LONGEST_FLOAT32_SUM
-        or not torch.equal(references.float().to(references.dtype), references)
-    ):
-        x = x.to(references.dtype)
-    references = references.to(x.dtype)
-    dtype = torch.float32 if x.device.type == "mps" else torch.float64
-    parts, lost = [], False
-    for values, reference in zip(chunks(x), torch.split(references, chunk_length(x), dim=-1), strict=True):
-        deviation = torch.sub(values, values[:, :1], out=scratch(values))
-        row_sums = deviation.sum(1)
-        row_squares = torch.mul(deviation, deviation, out=deviation).sum(1)
-        rows = (row_squares.to(dtype) - row_sums.to(dtype).square() / m).clamp_min_(0)
-        rows = (rows if squared else rows.div_(m - 1).sqrt_()).sum(0)
+    narrow = means.dtype == torch.float32 and x.is_cpu and max(n, m) <= LONGEST_FLOAT32_SUM
+    dtype = torch.float32 if narrow else wide
+    parts = [
+        _deviations_of(values.to(dtype), centres.to(dtype), squared, wide)
+        for values, centres in zip(chunks(x), torch.split(means, chunk_length(x), dim=-1), strict=True)
+    ]
+    rows, squares, columns = (torch.cat(part, -1) for part in zip(*parts, strict=True))
+    return rows, squares, columns
 
-        torch.sub(values, reference, out=deviation)
-        sums = deviation.sum(0)
-        torch.mul(deviation, deviation, out=deviation)
-        squares = deviation.view(n * m, -1).sum(0, keepdim=True) if squared else deviation.sum(0)
-        lost = lost or lost_in_float32(row_squares, row_sums) or lost_in_float32(squares, sums)
-        parts.append((rows, squares.to(dtype), sums.to(dtype)))
-    if lost and dtype == torch.float64:
-        return exact_sums(x.double(), references, squared)
-    return ExactSums(*(torch.cat(p, -1) for p in zip(*parts, strict=True)))
+
+def _deviations_of(x: Tensor, means: Tensor, squared: bool, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of few values, in the type that they have if that holds the squares."""
+    n, m, _ = x.shape
+    deviation = torch.sub(x, x[:, :1], out=scratch(x))
+    row_sums = deviation.sum(1)
+    row_squares = torch.mul(deviation, deviation, out=deviation).sum(1)
+    rows = (row_squares.to(wide) - row_sums.to(wide).square() / m).clamp_min_(0)
+    rows = (rows if squared else rows.div_(m - 1).sqrt_()).sum(0)
+
+    torch.sub(x, means, out=deviation)
+    columns = deviation.sum(0)
+    torch.mul(deviation, deviation, out=deviation)
+    squares = deviation.view(n * m, -1).sum(0, keepdim=True) if squared else deviation.sum(0)
+    if x.is_cpu and (lost_in_float32(row_squares, row_sums) or lost_in_float32(squares, columns)):
+        return _deviations_of(x.to(wide), means.to(wide), squared, wide)
+    return rows, squares.to(wide), columns.to(wide)
 
 
 def channel_changes(x: Tensor, channels: int, reference: int | None) -> Tensor:
@@ -259,7 +223,7 @@ def lost_in_float32(squares: Tensor, sums: Tensor) -> bool:
 
 def chunk_length(x: Tensor) -> int:
     """How much of the last axis holds about :data:`CHUNK` values."""
-    return max(1, CHUNK // x.shape[:-1].numel())
+    return max(1, (CHUNK if x.is_cpu else 16 * CHUNK) // x.shape[:-1].numel())
 
 
 def chunks(x: Tensor) -> tuple[Tensor, ...]:
