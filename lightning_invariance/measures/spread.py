@@ -23,6 +23,9 @@ LONGEST_FLOAT32_SUM = 256
 #: Sums of squares below this lose digits in float32, whose smallest normal number is about 1e-38.
 SMALLEST_FLOAT32_SQUARE = 1e-30
 
+#: The same for sums over rows: some that are part of a smaller one may have been rounded to 0.
+SMALLEST = 1e-24
+
 #: Sums of squares above this may make other sums leave float32, which ends at 3e38.
 LARGEST_FLOAT32_SQUARE = 1e30
 
@@ -48,7 +51,8 @@ class Sums(NamedTuple):
         row_spread: (k,) squared deviations from the row means, or the sum of the rows' standard deviations.
         column_spread: (1, k) squared deviations from the column means, summed over the columns, or (m, k).
         centres: (k,).
-        offsets: (k / width, m, width), in parts of ``width`` activations as the kernels read them.
+        offsets: (k / width, m, width), in parts of ``width`` activations: the kernels read 64 together, and PyTorch's
+            operations take a part for each thread.
     """
 
     row_spread: Tensor
@@ -71,20 +75,20 @@ class Sums(NamedTuple):
         close = high - low <= CLOSE * first[0].abs()
         centres = torch.where(close, first[0], 0)
         squares = torch.zeros(1 if squared else m, k, dtype=wide, device=x.device)
-        return cls(squares[0].clone(), squares, centres, _in_parts(first - centres))
+        parts = k // kernels.WIDTH if k % kernels.WIDTH == 0 else 1
+        if not (kernels.takes(x) and m <= kernels.MOST_VALUES):
+            parts = math.gcd(k, torch.get_num_threads()) if x.is_cpu else 1
+        offsets = (first - centres).view(m, parts, -1).movedim(1, 0).contiguous()
+        return cls(squares[0].clone(), squares, centres, offsets)
 
     def means(self) -> Tensor:
         """The means of the columns, (m, k) in float64."""
-        return _in_columns(self.offsets, self.row_spread.dtype) + self.centres
+        return self.offsets.movedim(1, 0).flatten(1).to(self.row_spread.dtype) + self.centres
 
     def widened(self) -> Sums:
         """The same with means in float64."""
         wide = self.row_spread.dtype
         return self._replace(centres=self.centres.to(wide), offsets=self.offsets.to(wide))
-
-    def with_offsets(self, offsets: Tensor) -> Sums:
-        """The same with these offsets (m, k)."""
-        return self._replace(offsets=_in_parts(offsets.to(self.offsets.dtype)))
 
     def merged(self, n: Tensor, other: Sums, n_other: Tensor) -> Sums:
         """The sums of these n rows and others (Chan, Golub and LeVeque 1983, the paper's reference 20)."""
@@ -93,11 +97,12 @@ class Sums(NamedTuple):
             a, b = a.widened(), b.widened()
         apart = b.means() - a.means()
         part = n_other / (n + n_other).to(apart.dtype)
-        sums = a.with_offsets(_in_columns(a.offsets, apart.dtype) + part * apart)
+        moved = (part * apart).view(len(apart), -1, a.offsets.shape[2]).movedim(1, 0)
+        offsets = (a.offsets + moved).to(a.offsets.dtype)
         between = n * part * apart.square()
         between = between.sum(0, keepdim=True) if len(a.column_spread) == 1 else between
         spread = a.column_spread + b.column_spread + between
-        return sums._replace(row_spread=a.row_spread + b.row_spread, column_spread=spread)
+        return Sums(a.row_spread + b.row_spread, spread, a.centres, offsets)
 
     def far(self, n: Tensor) -> bool:
         """Whether columns are so far apart, for their variance over n rows, that the means have to be in float64."""
@@ -105,18 +110,6 @@ class Sums(NamedTuple):
             return False
         spread, squares = self.column_spread.sum(0), self.offsets.square().sum(1).flatten()
         return bool(((spread > 0) & (spread < FAR * n * squares)).any())
-
-
-def _in_parts(columns: Tensor) -> Tensor:
-    """(m, k) as (k / width, m, width)."""
-    m, k = columns.shape
-    width = kernels.WIDTH if k % kernels.WIDTH == 0 else k
-    return columns.view(m, -1, width).movedim(1, 0).contiguous()
-
-
-def _in_columns(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """(k / width, m, width) as (m, k)."""
-    return parts.to(dtype).movedim(1, 0).flatten(1)
 
 
 def add_rows(x: Tensor, sums: Sums, n: Tensor, in_place: bool = False) -> Sums:
@@ -140,52 +133,73 @@ def add_rows(x: Tensor, sums: Sums, n: Tensor, in_place: bool = False) -> Sums:
 
 
 def _added(x: Tensor, sums: Sums, n: Tensor) -> Sums:
-    squared, before, total = len(sums.column_spread) == 1, sums.means(), n + len(x)
-    means = before.to(sums.offsets.dtype)
-    rest = before - means  # of those that float32 holds less well than their offsets
-    rows, squares, columns = _deviations(x, means, squared, before.dtype)
-    columns += n * rest
-    offsets = _in_columns(sums.offsets, before.dtype)
-    after = sums.with_offsets(offsets + (columns / total - rest))
-    shift = _in_columns(after.offsets, before.dtype) - offsets + rest
-    change = n * rest.square() + shift * (total * shift - 2 * columns)
-    spread = sums.column_spread + squares + (change.sum(0, keepdim=True) if squared else change)
-    return after._replace(row_spread=sums.row_spread + rows, column_spread=spread)
+    """See :func:`add_rows`; by PyTorch's operations.
 
-
-def _deviations(x: Tensor, means: Tensor, squared: bool, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Spread of the rows (k,), and about means (m, k) squared deviations (1, k) or (m, k) and deviations (m, k).
-
-    Rows are centred on their first value, so that constant rows have a spread of exactly 0. Where float32 does not hold
-    the squares they are taken in float64, and on other devices always: to look at the sums would be to wait for them.
+    On other devices in float64: to look whether float32 holds the squares would be to wait for them.
     """
-    n, m, _ = x.shape
-    narrow = means.dtype == torch.float32 and x.is_cpu and max(n, m) <= LONGEST_FLOAT32_SUM
-    dtype = torch.float32 if narrow else wide
-    parts = [
-        _deviations_of(values.to(dtype), centres.to(dtype), squared, wide)
-        for values, centres in zip(chunks(x), torch.split(means, chunk_length(x), dim=-1), strict=True)
+    narrow = sums.offsets.dtype == torch.float32 and x.is_cpu and max(x.shape[:2]) <= LONGEST_FLOAT32_SUM
+    dtype = torch.float32 if narrow else sums.row_spread.dtype
+    parts, _, width = sums.offsets.shape
+    # Laid out part by part, every operation gives a thread what it wrote itself: memory that one core wrote and another
+    # reads costs more than the arithmetic.
+    values = x.view(*x.shape[:2], parts, width).movedim(2, 0)
+    axis = 0 if parts > width else -1
+    length = max(1, chunk_length(x) // (width if axis == 0 else parts))
+    split = (torch.split(each, length, axis) for each in (values, sums.centres.view(parts, 1, width), sums.offsets))
+    added = [
+        _added_part(x.to(dtype), centres.to(dtype), offsets.to(dtype), n, sums)
+        for x, centres, offsets in zip(*split, strict=True)
     ]
-    rows, squares, columns = (torch.cat(part, -1) for part in zip(*parts, strict=True))
-    return rows, squares, columns
+    rows, squares, offsets = (torch.cat(part, axis) for part in zip(*added, strict=True))
+    squares = squares.movedim(1, 0).flatten(1)
+    return Sums(sums.row_spread + rows.flatten(), sums.column_spread + squares, sums.centres, offsets)
 
 
-def _deviations_of(x: Tensor, means: Tensor, squared: bool, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of few values, in the type that they have if that holds the squares."""
-    n, m, _ = x.shape
-    deviation = torch.sub(x, x[:, :1], out=scratch(x))
-    row_sums = deviation.sum(1)
-    row_squares = torch.mul(deviation, deviation, out=deviation).sum(1)
-    rows = (row_squares.to(wide) - row_sums.to(wide).square() / m).clamp_min_(0)
-    rows = (rows if squared else rows.div_(m - 1).sqrt_()).sum(0)
+def _added_part(x: Tensor, centres: Tensor, offsets: Tensor, n: Tensor, like: Sums) -> tuple[Tensor, Tensor, Tensor]:
+    """What rows (parts, n, m, k) add to the squared deviations, and the new offsets, computed in the type of ``x``.
 
-    torch.sub(x, means, out=deviation)
-    columns = deviation.sum(0)
+    Rows are centred on their first value and columns on their means so far, so that what is constant has a spread of
+    exactly 0.
+    """
+    wide, squared = like.row_spread.dtype, len(like.column_spread) == 1
+    m, total = x.shape[2], n + x.shape[1]
+    deviation = torch.sub(x, x[:, :, :1], out=scratch(x))
+    sums = deviation.sum(2)
+    squares = torch.mul(deviation, deviation, out=deviation).sum(2)
+    of_rows = torch.addcmul(squares, sums, sums, value=-1 / m).clamp_min_(0)
+    rows = of_rows.sum(1)
+
+    means = offsets + centres
+    torch.sub(x, means[:, None], out=deviation)
+    columns = deviation.sum(1)
     torch.mul(deviation, deviation, out=deviation)
-    squares = deviation.view(n * m, -1).sum(0, keepdim=True) if squared else deviation.sum(0)
-    if x.is_cpu and (lost_in_float32(row_squares, row_sums) or lost_in_float32(squares, columns)):
-        return _deviations_of(x.to(wide), means.to(wide), squared, wide)
-    return rows, squares.to(wide), columns.to(wide)
+    squares = deviation.flatten(1, 2).sum(1, keepdim=True) if squared else deviation.sum(1)
+    if x.dtype != wide and (_lost(rows, sums) or _lost(squares.sum(1), columns)):
+        return _added_part(x.to(wide), centres.to(wide), offsets.to(wide), n, like)
+    rows = rows if squared else of_rows.div_(m - 1).sqrt_().sum(1)
+
+    if not x.is_cpu or bool(centres.any()):
+        # The type may hold means less well than offsets: then the deviations lack the rest.
+        near = means - centres
+        rest = (centres - (means - near)).add_(offsets - near)
+        columns = columns.add_(n * rest)
+        after = (columns / total).sub_(rest).add_(offsets).to(like.offsets.dtype)
+        shift = torch.sub(after.to(x.dtype), offsets).add_(rest)
+        change = torch.addcmul(torch.mul(shift, total).sub_(columns, alpha=2).mul_(shift), rest, n * rest)
+    else:
+        after = (columns / total).add_(offsets).to(like.offsets.dtype)
+        shift = after - offsets
+        change = torch.mul(shift, total).sub_(columns, alpha=2).mul_(shift)
+    squares = squares.to(wide) + (change.sum(1, keepdim=True) if squared else change)
+    return rows.to(wide), squares, after
+
+
+def _lost(squares: Tensor, sums: Tensor) -> bool:
+    """Whether float32 does not hold squares (parts, k): too large, or too small although some of the sums are not 0."""
+    low, high = squares.aminmax()
+    if not high <= LARGEST_FLOAT32_SQUARE:  # nor NaN
+        return True
+    return bool(low < SMALLEST) and bool(((squares < SMALLEST) & (sums != 0).any(1)).any())
 
 
 def channel_changes(x: Tensor, channels: int, reference: int | None) -> Tensor:
@@ -207,18 +221,6 @@ def channel_changes(x: Tensor, channels: int, reference: int | None) -> Tensor:
     if x.dtype == torch.float32 and not SMALLEST_FLOAT32_SQUARE < changes.max() < LARGEST_FLOAT32_SQUARE:
         return channel_changes(x.double(), channels, reference)
     return changes
-
-
-def lost_in_float32(squares: Tensor, sums: Tensor) -> bool:
-    """Whether squares left the range of float32: too large, or too small although the sums are not zero."""
-    if squares.dtype != torch.float32:
-        return False
-    if not squares.sum() < LARGEST_FLOAT32_SQUARE:  # nor NaN
-        return True
-    if squares.min() >= SMALLEST_FLOAT32_SQUARE:
-        return False
-    small = squares.reshape(-1, squares.shape[-1]).amin(0) < SMALLEST_FLOAT32_SQUARE
-    return bool((small & (sums != 0).any(0)).any())
 
 
 def chunk_length(x: Tensor) -> int:
