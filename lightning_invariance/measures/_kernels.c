@@ -34,6 +34,11 @@ typedef lanes loose __attribute__((aligned(sizeof(float)), may_alias)); /* in me
 #define FOR_EACH_PROCESSOR
 #endif
 
+/* Brings what lies so many numbers further, for the next activations, into the second cache; the first is too small for
+ * it. That there may be nothing does no harm. */
+#define FETCH(numbers, further, to_write)                                                                               \
+    __builtin_prefetch((const void *)((uintptr_t)(numbers) + (uintptr_t)(further) * sizeof *(numbers)), (to_write), 2)
+
 /* PyTorch's own threads. A second set of threads would wait for these, which keep their cores busy for a while after
  * every operation. Where PyTorch does not use OpenMP, or not this one, everything happens in the calling thread. */
 extern void GOMP_parallel(void (*task)(void *), void *data, unsigned threads, unsigned flags) __attribute__((weak));
@@ -193,7 +198,12 @@ static inline __attribute__((always_inline)) int deviations_at(place p, const jo
         for (int v = 0; v < PARTS; v++) {
             means[t][v] = centre[v] + *(const loose *)(p.offsets + t * p.width + v * LANES);
             columns[t][v] = none;
+            FETCH(p.offsets, (t + m) * p.width + v * LANES, 1);
         }
+    for (int l = 0; l < WIDTH; l += 8) {
+        FETCH(p.row_spread, 2 * WIDTH + l, 1);
+        FETCH(p.column_spread, 2 * WIDTH + l, 1);
+    }
     for (Py_ssize_t i = 0; i < n; i++) {
         const float *row = p.x + i * p.row;
         lanes first[PARTS], sum[PARTS], further[PARTS];
@@ -204,7 +214,7 @@ static inline __attribute__((always_inline)) int deviations_at(place p, const jo
         for (Py_ssize_t t = 0; t < m; t++)
             for (int v = 0; v < PARTS; v++) {
                 const loose *const value = (const loose *)(row + t * p.column + v * LANES);
-                __builtin_prefetch((const char *)value + WIDTH * sizeof(float));
+                FETCH(value, 2 * PARTS, 0);
                 const lanes apart = *value - first[v], deviation = *value - means[t][v];
                 sum[v] += apart;
                 further[v] += apart * apart;
