@@ -24,10 +24,10 @@ class STBlock(NamedTuple):
 
     Attributes:
         inputs: ``(rows, columns, *input_shape)``: the transformed samples.
-        labels: ``(rows,)``, or None where the samples carry no label.
+        labels: ``(rows,)``, where they were loaded, or None where the samples carry no label.
         columns: which transformations these are. Blocks of one row longer than a batch come one after the other;
             the row is complete when ``columns.stop`` is the number of transformations.
-        indices: ``(rows,)``: which of the chosen samples these are, counted over all processes.
+        indices: ``(rows,)``, on the CPU: which of the chosen samples these are, counted over all processes.
     """
 
     inputs: Tensor
@@ -149,7 +149,7 @@ class STLoader:
             parts = [(parts[0][0], self.transformations)]
         first = 0
         for samples, labels in self._rows():
-            indices = torch.arange(first, first + len(samples), device=samples.device)
+            indices = torch.arange(first, first + len(samples))
             first += len(samples)
             for columns, transformations in parts:
                 if self.transform:
@@ -188,7 +188,6 @@ class STLoader:
                 samples, labels = samples[share], None if labels is None else labels[share]
             if self.device is not None:
                 samples = samples.to(self.device, non_blocking=True)
-                labels = None if labels is None else labels.to(self.device, non_blocking=True)
             if len(samples):
                 yield samples, labels
             if self._limit is not None and seen >= self._limit:

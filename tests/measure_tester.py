@@ -103,6 +103,22 @@ class MeasureTester:
             metric.update(cube()[order], **about)
         assert_close(metric.compute(), self.definition(cube()))
 
+    def test_updates_do_not_wait_for_another_device(self):
+        # Tensors on this one have no values: to read one, or to join one with a tensor from elsewhere, is an error.
+        metric = self.make().to("meta")
+        for rows in (slice(0, 5), slice(5, 10), slice(10, 13)):
+            about = metric._filter_kwargs(labels=LABELS[rows], indices=torch.arange(13)[rows])
+            metric.add(cube(torch.float32)[rows].to("meta"), **about)
+        assert metric.n_samples == 13
+        states = {name: state.device.type for name, state in metric.metric_state.items()}
+        assert {states.pop(name) for name in metric.read_states if name in states} == {"cpu"}
+        assert set(states.values()) == {"meta"}
+
+    def test_what_is_done_on_another_device_gives_the_definition(self, monkeypatch):
+        monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False), raising=False)  # which is the CPU
+        value = feed([self.make()], cube(torch.float32), [[slice(0, 7), slice(7, 13)]])
+        assert_close(value, self.definition(cube(torch.float32).double()), rtol=1e-5, atol=1e-7)
+
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
     def test_activations_of_every_float_type(self, dtype):
         value = feed([self.make()], cube(dtype), [[slice(0, 7), slice(7, 13)]])
@@ -162,14 +178,15 @@ class MeasureTester:
         assert axes.figure is figure
         assert metric.plot(ax=axes)[1] is axes
 
-    def test_moves_take_all_states_along(self):
+    def test_moves_take_all_states_along_but_those_to_read(self):
         metric = self.make()
         value = feed([metric], cube(), [[ALL]])
         metric.set_dtype(torch.float64)
         assert_close(metric.to("cpu").compute(), value, rtol=0, atol=0)
         metric.to("meta")  # any device that is not the one before
         for _ in range(2):
-            assert {getattr(metric, state).device.type for state in metric._defaults} == {"meta"}
+            moved = metric._defaults.keys() - set(metric.read_states)
+            assert {getattr(metric, state).device.type for state in moved} == {"meta"}
             metric.reset()
 
     def test_no_gradient_is_kept(self):

@@ -56,7 +56,9 @@ def unit_maps(st: Tensor) -> tuple[Tensor, Tensor]:
     norm = maps.norm(dim=3)
     zero = norm == 0
     unit = maps / (norm + zero)[..., None]  # NaN stays NaN
-    if bool(zero.any()):
+    if not st.is_cpu:  # to look whether there are any would be to wait
+        zero = zero & ~maps.any(3)
+    elif bool(zero.any()):
         zero = zero.masked_scatter(zero, (maps[zero] == 0).all(1))
     return unit.view(st.shape), zero
 

@@ -10,6 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn import Module
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 from torchmetrics.utilities.prints import rank_zero_warn
@@ -45,12 +46,14 @@ class Measure(Metric):
     columns: Tensor
     activation_shape: Tensor
 
+    #: States that stay on the CPU wherever the measure is: to read them from another device would be to wait for it.
+    read_states: tuple[str, ...] = ("n_samples", "columns", "activation_shape")
+
     #: Rows are taken in groups with about this many values of each activation, which bounds the rounding of one step.
     values_at_once: ClassVar[int] = 256
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._known: tuple[Tensor, int, list[int]] | None = None  # the state, the columns and the shape that it says
         # These are states like the rest, since a process that saw no sample learns them from the others.
         self._add_states(n_samples=torch.tensor(0), columns=torch.tensor(0))
         self._add_states(activation_shape=torch.zeros(0, dtype=torch.long))
@@ -158,14 +161,14 @@ class Measure(Metric):
                 self._add(x[rows], **{name: values[rows] for name, values in of_rows.items()})
                 self.n_samples = self.n_samples + (rows.stop - start)
 
+    def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = ()) -> Module:
+        return super()._apply(fn, (*exclude_state, *self.read_states))
+
     def _check_shape(self, m: int, shape: list[int]) -> None:
-        if self._known is None or self._known[0] is not self.activation_shape:
-            if self.n_transformations == 0:
-                self.activation_shape = torch.tensor(shape, dtype=torch.long, device=self.n_samples.device)
-                self.columns = torch.full_like(self.columns, m)
-            # To read a state again for each block would be to wait for the device.
-            self._known = self.activation_shape, self.n_transformations, self.activation_shape.tolist()
-        _, known_m, known_shape = self._known
+        if self.n_transformations == 0:
+            self.activation_shape = torch.tensor(shape, dtype=torch.long)
+            self.columns = torch.tensor(m)
+        known_m, known_shape = self.n_transformations, self.activation_shape.tolist()
         if m != known_m:
             raise ValueError(f"Expected ST blocks with {known_m} transformations, but got {m}.")
         if shape != known_shape:

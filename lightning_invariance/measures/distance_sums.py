@@ -35,6 +35,8 @@ class DistanceMeasure(VarianceMeasure):
     kept: Tensor
     flawed: Tensor
 
+    read_states = (*VarianceMeasure.read_states, "keys")
+
     #: Which of the two sums a measure needs.
     needs_rows = True
     needs_columns = True
@@ -145,34 +147,36 @@ class DistanceMeasure(VarianceMeasure):
     def _keep(self, x: Tensor, indices: Tensor | None) -> None:
         if not self.flawed.numel():
             self.flawed = torch.zeros(x.shape[2], dtype=torch.bool, device=x.device)
-        if not x.sum().isfinite():
+        if not x.is_cpu or not x.sum().isfinite():  # to look at the sum would be to wait for another device
             self.flawed = self.flawed | ~x.isfinite().flatten(0, 1).all(0)
         if not self.keys.numel():
             m = x.shape[1]
             with torch.inference_mode(False):  # what is made in inference mode could be changed only there
-                self.keys = torch.full((m, self.samples), EMPTY, device=x.device)
+                self.keys = torch.full((m, self.samples), EMPTY)
                 self.kept = torch.zeros(m, self.samples, x.shape[2], dtype=x.dtype, device=x.device)
-        columns, leaving, entering, keys = self._chosen(x, indices)
+        (columns, leaving, _, keys), places = self._chosen(x, indices)
         if len(columns):
             # In place, unlike all other states: it is by far the largest, and nobody else holds it.
             self.keys[columns, leaving] = keys
+            columns, leaving, entering = places
             self.kept[columns, leaving] = x[entering, columns].to(self.kept.dtype)
 
-    def _chosen(self, x: Tensor, indices: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Which of the rows enter, and where; see ``choose``."""
+    def _chosen(self, x: Tensor, indices: Tensor | None) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        """Which of the rows enter, and where; see ``choose``. The places also on the device of the rows."""
         if indices is None:
-            return choose(self.keys, keys_of(indices_of_contents(x), x.shape[1]))
-        how = (DistanceMeasure, self.keys.shape, self._expected, *indices.tolist())
-        kept, chosen = self._choices.get(how, (None, None))
+            chosen = choose(self.keys, keys_of(indices_of_contents(x).cpu(), x.shape[1]))
+            return chosen, [each.to(x.device) for each in chosen[:3]]
+        how = (DistanceMeasure, self.keys.shape, self._expected, x.device, *indices.tolist())
+        kept, chosen, places = self._choices.get(how, (None, None, None))
         if kept is None or not torch.equal(kept, self.keys):
-            candidates = keys_of(indices, x.shape[1])
+            candidates = keys_of(indices.cpu(), x.shape[1])
             if self._expected:  # those that leave again later need not enter
-                last = last_key(self._expected, x.shape[1], self.samples).to(x.device)
+                last = last_key(self._expected, x.shape[1], self.samples)
                 candidates = torch.where(candidates <= last, candidates, EMPTY)
             chosen = choose(self.keys, candidates)
-            self._choices[how] = self.keys.clone(), chosen
-        found: tuple[Tensor, Tensor, Tensor, Tensor] = chosen
-        return found
+            places = [each.to(x.device, non_blocking=True) for each in chosen[:3]]
+            self._choices[how] = self.keys.clone(), chosen, places
+        return chosen, places
 
     def _merge(self, a: States, b: States) -> States:
         if self.distance == "squared":

@@ -80,7 +80,7 @@ class Adder:
         """Whether the rows are like those at first, and these sums still those to add to."""
         return x.shape == self._shape and takes(x) and offsets is self._sums[3]
 
-    def __call__(self, x: Tensor, n: Tensor) -> bool:
+    def __call__(self, x: Tensor, n: int) -> bool:
         """Add rows.
 
         Args:
@@ -90,7 +90,7 @@ class Adder:
         Returns:
             Whether columns are so far apart, for their variance, that float32 does not do for the offsets.
         """
-        far: int = _kernels.add_deviations(x.data_ptr(), int(n), *self._where)  # type: ignore[union-attr]
+        far: int = _kernels.add_deviations(x.data_ptr(), n, *self._where)  # type: ignore[union-attr]
         return bool(far)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:

@@ -51,6 +51,8 @@ def euclidean_distances(maps: Tensor) -> Tensor:
     other that would be the difference of nearly equal numbers: these are compared themselves.
     """
     positions = maps.shape[3]
+    if not maps.is_cpu:  # to look which are close would be to wait for the device
+        return _all_euclidean_distances(maps)
     centred = torch.sub(maps, maps.mean(1, keepdim=True), out=scratch(maps.flatten(2)).view(maps.shape))
     products = torch.stack([row.transpose(0, 1) @ row.permute(1, 2, 0) for row in centred])
     squares = products.diagonal(dim1=-2, dim2=-1)
@@ -67,6 +69,14 @@ def euclidean_distances(maps: Tensor) -> Tensor:
     if maps.dtype == torch.float32 and bool(small.any()):  # some products may have lost digits, or be 0
         few = maps.transpose(1, 2)[small]
         total[small] = euclidean_distances(few[:, :, None].double())[:, 0]
+    return total
+
+
+def _all_euclidean_distances(maps: Tensor) -> Tensor:
+    wide = maps if maps.device.type == "mps" else maps.double()
+    total = torch.zeros_like(wide[:, 0, :, 0])
+    for shift in range(1, maps.shape[1]):
+        total = total + torch.sub(wide[:, shift:], wide[:, :-shift]).norm(dim=-1).sum(1)
     return total
 
 

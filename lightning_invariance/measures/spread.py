@@ -104,7 +104,7 @@ class Sums(NamedTuple):
         spread = a.column_spread + b.column_spread + between
         return Sums(a.row_spread + b.row_spread, spread, a.centres, offsets)
 
-    def far(self, n: Tensor) -> bool:
+    def far(self, n: int) -> bool:
         """Whether columns are so far apart, for their variance over n rows, that the means have to be in float64."""
         if self.offsets.dtype == self.row_spread.dtype or n < ROWS_THAT_TELL:
             return False
@@ -112,7 +112,7 @@ class Sums(NamedTuple):
         return bool(((spread > 0) & (spread < FAR * n * squares)).any())
 
 
-def add_rows(x: Tensor, sums: Sums, n: Tensor, in_place: bool = False) -> Sums:
+def add_rows(x: Tensor, sums: Sums, n: int, in_place: bool = False) -> Sums:
     """The sums of n rows and of rows ``x`` (n, m, k).
 
     Args:
@@ -132,7 +132,7 @@ def add_rows(x: Tensor, sums: Sums, n: Tensor, in_place: bool = False) -> Sums:
     return sums.widened() if far else sums
 
 
-def _added(x: Tensor, sums: Sums, n: Tensor) -> Sums:
+def _added(x: Tensor, sums: Sums, n: int) -> Sums:
     """See :func:`add_rows`; by PyTorch's operations.
 
     On other devices in float64: to look whether float32 holds the squares would be to wait for them.
@@ -155,7 +155,7 @@ def _added(x: Tensor, sums: Sums, n: Tensor) -> Sums:
     return Sums(sums.row_spread + rows.flatten(), sums.column_spread + squares, sums.centres, offsets)
 
 
-def _added_part(x: Tensor, centres: Tensor, offsets: Tensor, n: Tensor, like: Sums) -> tuple[Tensor, Tensor, Tensor]:
+def _added_part(x: Tensor, centres: Tensor, offsets: Tensor, n: int, like: Sums) -> tuple[Tensor, Tensor, Tensor]:
     """What rows (parts, n, m, k) add to the squared deviations, and the new offsets, computed in the type of ``x``.
 
     Rows are centred on their first value and columns on their means so far, so that what is constant has a spread of

@@ -71,6 +71,8 @@ class Stratified(Measure):
         # In a tuple, so that it is no submodule: its states are those of one class at a time, lent from here.
         self._measure = (deepcopy(measure),)
         self._add_states(class_samples=torch.zeros(num_classes, dtype=torch.long))
+        of_classes = (_name(label, state) for label in range(num_classes) for state in measure.read_states)
+        self.read_states = (*self.read_states, "class_samples", *of_classes)
         for label in range(num_classes):
             empty = {_name(label, state): torch.as_tensor(value) for state, value in measure._defaults.items()}
             self._add_states(**empty)
@@ -121,13 +123,14 @@ class Stratified(Measure):
         self._update(st_block, labels=labels, **({} if indices is None else {"indices": indices}))
 
     def _add(self, x: Tensor, **of_rows: Tensor) -> None:
-        labels = of_rows.pop("labels")
+        labels = of_rows.pop("labels").cpu()
         shape = self.activation_shape.tolist()
         for label in set(labels.tolist()):
-            rows = labels == label
+            rows = (labels == label).nonzero().flatten()
             measure = self._lend(label)
             about = measure._filter_kwargs(**{name: values[rows] for name, values in of_rows.items()})
-            measure.update(x[rows].reshape(-1, x.shape[1], *shape), **about)
+            some = x[rows.to(x.device, non_blocking=True)]
+            measure.update(some.reshape(-1, x.shape[1], *shape), **about)
             for state in measure._defaults:
                 setattr(self, _name(label, state), getattr(measure, state))
         self.class_samples = self.class_samples + labels.bincount(minlength=self.num_classes)
@@ -157,14 +160,14 @@ class Stratified(Measure):
             counts = ", ".join(f"{label} ({int(self.class_samples[label])})" for label in few)
             rank_zero_warn(f"Stratified: classes with fewer than two samples are NaN: {counts}.", UserWarning)
         shape = next((value.shape for value in values if value is not None), self._shape_of_all())
-        nan = torch.full(shape, torch.nan, dtype=torch.float64, device=self.class_samples.device)
+        nan = torch.full(shape, torch.nan, dtype=torch.float64, device=self.device)
         return torch.stack([nan if value is None else value.double() for value in values])
 
     def compute(self) -> Tensor:
         """The mean over the classes for which the measure is defined."""
         values = self.per_class()
         weight = self.class_samples.double() if self.weighted else torch.ones_like(self.class_samples).double()
-        weights = weight.view(-1, *[1] * (values.ndim - 1)) * ~values.isnan()
+        weights = weight.view(-1, *[1] * (values.ndim - 1)).to(values.device) * ~values.isnan()
         # A class of weight 0 shall not make 0 · inf.
         weighed = torch.where(weights > 0, values * weights, 0.0)
         return weighed.sum(0) / weights.sum(0)

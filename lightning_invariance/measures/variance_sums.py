@@ -84,9 +84,9 @@ class VarianceMeasure(Measure):
 
     def _add(self, x: Tensor, **of_rows: Tensor) -> None:
         sums = self._sums() if self.centres.numel() else Sums.before(x, self.squared)
-        self._set_sums(add_rows(x, sums, self.n_samples, self.in_place))
-        if self._with_response and self._known is not None:
-            changes = channel_changes(x, math.prod(self._known[2][:1]), self._identity)
+        self._set_sums(add_rows(x, sums, int(self.n_samples), self.in_place))
+        if self._with_response:
+            changes = channel_changes(x, math.prod(self.activation_shape.tolist()[:1]), self._identity)
             self.changes = self.changes + changes if self.changes.numel() else changes
 
     def add(self, st_block: Tensor, **of_rows: Any) -> None:
@@ -97,7 +97,7 @@ class VarianceMeasure(Measure):
             fast = self.update_rule == SQUARES_ALONE and kernels.adds(st_block, *self._sums())
             self._adder = kernels.Adder(st_block, *self._sums()) if fast else None
             return
-        if adder(st_block, self.n_samples):
+        if adder(st_block, int(self.n_samples)):
             self._set_sums(self._sums().widened())
         self.n_samples = self.n_samples + st_block.shape[0]
         self._update_count += 1
