@@ -41,10 +41,10 @@ def sums_of(blocks, centres, offsets, width=None):
     width = width or k
     row_spread, column_spread = torch.zeros(k, dtype=torch.float64), torch.zeros(1, k, dtype=torch.float64)
     parts = offsets.view(m, -1, width).movedim(1, 0).clone(memory_format=torch.contiguous_format)
-    n, far = 0, []
+    n, far = torch.tensor(0), []
     for block in blocks:
-        far.append(kernels.Adder(block, row_spread, column_spread, centres, parts)(block, n))
-        n = n + len(block)
+        far.append(kernels.Adder(block, n, row_spread, column_spread, centres, parts)(block))
+    assert n == sum(map(len, blocks))
     return row_spread, column_spread[0], centres.double() + parts.double().movedim(1, 0).flatten(1), far
 
 
@@ -238,9 +238,9 @@ def test_rows_and_sums_that_do_not_fit_are_refused():
     def adder(n, m, k, offsets=None, squares=1):
         offsets = torch.zeros(k // 64, m, 64) if offsets is None else offsets
         spread = torch.zeros(k, dtype=torch.float64), torch.zeros(squares, k, dtype=torch.float64)
-        return kernels.Adder(torch.zeros(n, m, k), *spread, torch.zeros(k), offsets)
+        return kernels.Adder(torch.zeros(n, m, k), torch.tensor(0), *spread, torch.zeros(k), offsets)
 
-    assert adder(16, 16, 128)(torch.zeros(16, 16, 128), 0) is False
+    assert adder(16, 16, 128)(torch.zeros(16, 16, 128)) is False
     strided = torch.zeros(2, 64, 16).movedim(1, 2)
     for bad in (
         {"n": 17},
@@ -252,4 +252,4 @@ def test_rows_and_sums_that_do_not_fit_are_refused():
         with pytest.raises(ValueError, match="that the kernels add"):
             adder(**{"n": 4, "m": 16, "k": 128, **bad})
     with pytest.raises(ValueError, match="sums by 64 or all"):
-        adder(4, 16, 130, torch.zeros(2, 16, 65))(torch.zeros(4, 16, 130), 0)
+        adder(4, 16, 130, torch.zeros(2, 16, 65))(torch.zeros(4, 16, 130))

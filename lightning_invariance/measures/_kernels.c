@@ -337,19 +337,21 @@ static int read_numbers(PyObject *const *args, Py_ssize_t n, Py_ssize_t expected
     return 1;
 }
 
-/* x, rows before, n, m, k, threads, row_spread, column_spread, centres, offsets, width */
+/* x, n, m, k, threads, rows, row_spread, column_spread, centres, offsets, width */
 static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     Py_ssize_t v[11];
     if (!read_numbers(args, given, 11, v))
         return NULL;
-    job j = {.part = deviations, .x = (const float *)v[0], .before = (double)v[1], .total = (double)(v[1] + v[2]),
-             .n = v[2], .m = v[3], .k = v[4], .row_spread = (double *)v[6], .column_spread = (double *)v[7],
+    int64_t *rows = (int64_t *)v[5];
+    job j = {.part = deviations, .x = (const float *)v[0], .before = (double)*rows, .total = (double)(*rows + v[1]),
+             .n = v[1], .m = v[2], .k = v[3], .row_spread = (double *)v[6], .column_spread = (double *)v[7],
              .centres = (const float *)v[8], .offsets = (float *)v[9], .width = v[10]};
     if (j.n * j.m > MOST_VALUES || (j.width % WIDTH && j.width != j.k))
         return PyErr_Format(PyExc_ValueError, "Expected at most %d values of each activation, and sums by %d or all.",
                             MOST_VALUES, WIDTH);
-    run(&j, (long)v[5]);
+    run(&j, (long)v[4]);
+    *rows += v[1];
     return PyLong_FromLong(j.far);
 }
 

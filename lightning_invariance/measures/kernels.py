@@ -52,12 +52,13 @@ def adds(x: Tensor, row_spread: Tensor, column_spread: Tensor, centres: Tensor, 
 
 
 class Adder:
-    """Adds rows to the sums of those before, in place; see ``Sums`` for what they are.
+    """Adds rows to the sums of those before, and to their number, in place; see ``Sums`` for what they are.
 
     A network is many layers and batches: what is the same for all blocks of one shape is looked up once.
 
     Args:
         x: rows (n, m, ...); those to add are like them.
+        n: () in int64: how many there were before.
         row_spread: (k,) in float64, where k is the number of activations.
         column_spread: (1, k) in float64.
         centres: (k,) in float32.
@@ -67,30 +68,26 @@ class Adder:
         ValueError: If :func:`adds` is false.
     """
 
-    def __init__(self, x: Tensor, *sums: Tensor) -> None:
+    def __init__(self, x: Tensor, n: Tensor, *sums: Tensor) -> None:
         if not adds(x, *sums):
             raise ValueError(f"Expected rows and sums that the kernels add, but got rows of {tuple(x.shape)}.")
-        n, m, *shape = x.shape
+        rows, m, *shape = x.shape
         self._shape = x.shape
-        self._sums = sums  # which have to stay where they are
-        pointers = (tensor.data_ptr() for tensor in sums)
-        self._where = n, m, math.prod(shape), torch.get_num_threads(), *pointers, sums[3].shape[2]
+        self._n, self._sums = n, sums  # which have to stay where they are
+        pointers = (tensor.data_ptr() for tensor in (n, *sums))
+        self._where = rows, m, math.prod(shape), torch.get_num_threads(), *pointers, sums[3].shape[2]
 
-    def fits(self, x: Tensor, offsets: Tensor) -> bool:
-        """Whether the rows are like those at first, and these sums still those to add to."""
-        return x.shape == self._shape and takes(x) and offsets is self._sums[3]
+    def fits(self, x: Tensor, n: Tensor, offsets: Tensor) -> bool:
+        """Whether the rows are like those at first, and these are still the sums to add to."""
+        return x.shape == self._shape and takes(x) and n is self._n and offsets is self._sums[3]
 
-    def __call__(self, x: Tensor, n: int) -> bool:
+    def __call__(self, x: Tensor) -> bool:
         """Add rows.
-
-        Args:
-            x: the rows.
-            n: how many there were before.
 
         Returns:
             Whether columns are so far apart, for their variance, that float32 does not do for the offsets.
         """
-        far: int = _kernels.add_deviations(x.data_ptr(), n, *self._where)  # type: ignore[union-attr]
+        far: int = _kernels.add_deviations(x.data_ptr(), *self._where)  # type: ignore[union-attr]
         return bool(far)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:

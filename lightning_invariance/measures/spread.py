@@ -125,7 +125,7 @@ def add_rows(x: Tensor, sums: Sums, n: int, in_place: bool = False) -> Sums:
         sums = sums.widened()
     if kernels.adds(x, *sums):
         sums = sums if in_place else Sums(*(each.clone() for each in sums))
-        far = kernels.Adder(x, *sums)(x, n)
+        far = kernels.Adder(x, torch.tensor(n), *sums)(x)
     else:
         sums = _added(x, sums, n)
         far = x.is_cpu and sums.far(n + len(x))  # to look what another device found is to wait for it

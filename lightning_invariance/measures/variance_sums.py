@@ -92,14 +92,13 @@ class VarianceMeasure(Measure):
     def add(self, st_block: Tensor, **of_rows: Any) -> None:
         """Add rows as ``update`` does; with no more ado where they are like those before."""
         adder = self._adder
-        if adder is None or not adder.fits(st_block, self.offsets):
+        if adder is None or not adder.fits(st_block, self.n_samples, self.offsets):
             super().add(st_block, **of_rows)
             fast = self.update_rule == SQUARES_ALONE and kernels.adds(st_block, *self._sums())
-            self._adder = kernels.Adder(st_block, *self._sums()) if fast else None
+            self._adder = kernels.Adder(st_block, self.n_samples, *self._sums()) if fast else None
             return
-        if adder(st_block, int(self.n_samples)):
+        if adder(st_block):
             self._set_sums(self._sums().widened())
-        self.n_samples = self.n_samples + st_block.shape[0]
         self._update_count += 1
 
     def _sums(self) -> Sums:
