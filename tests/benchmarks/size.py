@@ -97,7 +97,7 @@ def state_numbers() -> bool:
         f"states of the variances, SimpleConv-32: {each:.2f} numbers for each of {activations} activations"
         f" (m + 4 = {most}), {size / 2**20:.0f} MB"
     )
-    return each <= 1.01 * most  # a few layers of some activations each keep exact sums too
+    return each <= most
 
 
 def _send_and_count(rank: int, world_size: int, folder: str) -> None:
