@@ -253,3 +253,21 @@ def test_rows_and_sums_that_do_not_fit_are_refused():
             adder(**{"n": 4, "m": 16, "k": 128, **bad})
     with pytest.raises(ValueError, match="sums by 64 or all"):
         adder(4, 16, 130, torch.zeros(2, 16, 65))(torch.zeros(4, 16, 130))
+
+
+def test_means_far_from_zero_cost_no_digits(way):
+    x = 1e5 + rows(2000, 4, 128)
+    metric = SampleVariance()
+    for block in x.split(4):
+        metric.add(block)
+    torch.testing.assert_close(metric.compute(), x.double().var(0).mean(0), rtol=1e-5, atol=0)
+
+
+@needs_kernels
+def test_small_deviations_that_cancel_are_not_lost():
+    x = torch.zeros(8, 4, 128)
+    x[::2], x[1::2] = 1e-25, -1e-25  # the second block is as often above the mean as below
+    metric = SampleVariance()
+    for block in x.split(4):
+        metric.add(block)
+    torch.testing.assert_close(metric.compute(), x.double().var(0).mean(0), rtol=1e-5, atol=0)
