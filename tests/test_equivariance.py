@@ -315,3 +315,13 @@ def test_distances_of_maps_near_and_far_from_each_other(apart, dtype, tolerance)
     equal = TransformationDistance("euclidean", over="channel")
     equal.update(st[:, :1].expand(-1, 6, -1, -1, -1))
     assert equal.compute().tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_maps_too_small_for_a_norm_are_not_dead(on_cpu, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: on_cpu), raising=False)
+    maps = torch.zeros(3, 4, 2, 6, 6)
+    maps[:, :, 1] = 1e-30  # whose square float32 does not hold
+    metric = VarianceSameEquivariance(rotations(4))
+    metric.update(maps)
+    assert metric.dead()[:, 0, 0].tolist() == [True, False]

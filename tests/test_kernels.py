@@ -256,10 +256,21 @@ def test_rows_and_sums_that_do_not_fit_are_refused():
 
 
 def test_means_far_from_zero_cost_no_digits(way):
-    x = 1e5 + rows(2000, 4, 128)
+    x = 1e5 + rows(500, 4, 4096)
     metric = SampleVariance()
     for block in x.split(4):
         metric.add(block)
+    assert metric.offsets.dtype == torch.float32
+    torch.testing.assert_close(metric.compute(), x.double().var(0).mean(0), rtol=1e-5, atol=0)
+
+
+def test_few_rows_that_are_alike_do_not_tell_how_far_columns_are_apart(way):
+    x = rows(40, 16, 1100)
+    x[:4, :, 7] = 3 * torch.arange(16.0) + 1e-3 * x[:4, :, 7]
+    metric = SampleVariance()
+    for block in x.split(4):
+        metric.add(block)
+        assert metric.offsets.dtype == torch.float32
     torch.testing.assert_close(metric.compute(), x.double().var(0).mean(0), rtol=1e-5, atol=0)
 
 

@@ -112,7 +112,9 @@ def test_wide_float32_layers_in_few_numbers(measure, definition, size, mean, spa
     assert numbers <= (16 + 4) * 2048 + 5  # and the shape and the numbers of samples
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float32,) * 4, (torch.float64, torch.float32) * 2])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32,) * 4, (torch.float64, torch.float32) * 2, (torch.float32, torch.float64) * 2]
+)
 def test_wide_layers_merge_with_constant_rows_and_other_types(dtypes):
     tensor = wide(mean=100.0)
     tensor[100:] = tensor[100:, :1]  # these rows do not change with the transformation
@@ -122,6 +124,7 @@ def test_wide_layers_merge_with_constant_rows_and_other_types(dtypes):
         assert part.offsets.dtype == dtype
     for one, other in ((2, 0), (1, 3), (1, 2)):
         parts[one].merge_state(parts[other])
+    assert parts[1].offsets.dtype == (torch.float64 if torch.float64 in dtypes else torch.float32)
     torch.testing.assert_close(parts[1].compute(), functional.normalized_variance(tensor.double()), rtol=1e-5, atol=0)
 
 

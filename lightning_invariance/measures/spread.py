@@ -236,7 +236,7 @@ def chunks(x: Tensor) -> tuple[Tensor, ...]:
 _buffers = threading.local()
 
 
-def scratch(like: Tensor, use: str = "values") -> Tensor:
+def scratch(like: Tensor) -> Tensor:
     """A buffer for intermediate results, the same memory at every call: fresh pages cost more than the arithmetic.
 
     Its rows lie a little further apart than they are long. Feature maps are often a power of two long, and a sum over
@@ -244,7 +244,6 @@ def scratch(like: Tensor, use: str = "values") -> Tensor:
 
     Args:
         like: the buffer has its shape and type.
-        use: buffers of different uses are different memory.
     """
     if not like.is_cpu:  # whose allocator keeps its memory
         return torch.empty_like(like, memory_format=torch.contiguous_format)
@@ -252,8 +251,7 @@ def scratch(like: Tensor, use: str = "values") -> Tensor:
     apart = length + PADDING
     needed = math.prod(rows) * apart
     buffers: dict[Any, Tensor] = _buffers.__dict__
-    key = (use, like.dtype)
-    if key not in buffers or buffers[key].numel() < needed:
+    if like.dtype not in buffers or buffers[like.dtype].numel() < needed:
         with torch.inference_mode(False):  # a buffer made in inference mode could be used only there
-            buffers[key] = torch.empty(needed, dtype=like.dtype)
-    return buffers[key][:needed].view(*rows, apart)[..., :length]
+            buffers[like.dtype] = torch.empty(needed, dtype=like.dtype)
+    return buffers[like.dtype][:needed].view(*rows, apart)[..., :length]
