@@ -111,84 +111,92 @@ CASES = [
 ]
 
 
-def ratios(case: int, samples: int, rounds: int) -> tuple[list[float], float]:
+def model_and_images(name: str, samples: float) -> tuple[nn.Module, torch.Tensor]:
+    """A model of :data:`MODELS`, and images for it."""
+    torch.manual_seed(0)
+    return MODELS[name]().eval(), torch.rand(max(16, int(samples)), 3, 32, 32)
+
+
+def time_of_passes(model: nn.Module, batches: list[torch.Tensor]) -> float:
+    """Seconds of the bare forward passes over transformed inputs."""
+    start = time.perf_counter()
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    return time.perf_counter() - start
+
+
+def transformed(images: torch.Tensor) -> list[torch.Tensor]:
+    """The batches that evaluate() makes of images."""
+    return [block.inputs.flatten(0, 1) for block in STLoader(images, TRANSFORMATIONS)]
+
+
+def time_of_ours(model: nn.Module, images: torch.Tensor, measures: list[Metric] | None = None) -> float:
+    """Seconds of evaluate()."""
+    start = time.perf_counter()
+    evaluate(model, images, TRANSFORMATIONS, measures, progress=False)
+    return time.perf_counter() - start
+
+
+def ratios(case: int, samples: int, rounds: int) -> tuple[list[float], str]:
     """Time of evaluate() over time of the bare forward passes, round by round, and the latter's median."""
     _, name, measures, _, part = CASES[case]
-    torch.manual_seed(0)
     warnings.simplefilter("ignore")  # of NaN, which some units of an untrained network are for some measures
-    model, images = MODELS[name]().eval(), torch.rand(max(16, int(samples * part)), 3, 32, 32)
-    batches = [block.inputs.flatten(0, 1) for block in STLoader(images, TRANSFORMATIONS)]
-    measured, bare_times = [], []
-    for round_ in range(rounds + 1):
-        start = time.perf_counter()
-        with torch.no_grad():
-            for batch in batches:
-                model(batch)
-        middle = time.perf_counter()
-        evaluate(model, images, TRANSFORMATIONS, measures(), progress=False)
-        end = time.perf_counter()
-        if round_:  # the first warms up
-            measured.append((end - middle) / (middle - start))
-            bare_times.append(middle - start)
-    return measured, statistics.median(bare_times)
+    model, images = model_and_images(name, samples * part)
+    batches = transformed(images)
+    times = [(time_of_passes(model, batches), time_of_ours(model, images, measures())) for _ in range(rounds + 1)][
+        1:
+    ]  # the first warms up
+    return [own / bare for bare, own in times], f"{statistics.median(bare for bare, _ in times):.2f} s"
 
 
-def transform_ratios(size: int, images: int, rounds: int) -> tuple[list[float], float]:
+def transform_ratios(size: int, images: int, rounds: int) -> tuple[list[float], str]:
     """Time of rotating images over time of a ResNet-20's forward passes over the rotated images."""
-    model, x, measured, bare_times = CifarResNet(20).eval(), torch.rand(images, 3, size, size), [], []
-    for round_ in range(rounds + 1):
-        with torch.no_grad():
-            start = time.perf_counter()
-            inputs = TRANSFORMATIONS(x).flatten(0, 1)
-            middle = time.perf_counter()
-            for batch in inputs.split(64):
-                model(batch)
-            end = time.perf_counter()
-        if round_:
-            measured.append((middle - start) / (end - middle))
-            bare_times.append(end - middle)
-    return measured, statistics.median(bare_times)
+    model, x, times = CifarResNet(20).eval(), torch.rand(images, 3, size, size), []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        inputs = TRANSFORMATIONS(x).flatten(0, 1)
+        own = time.perf_counter() - start
+        times.append((own, time_of_passes(model, list(inputs.split(64)))))
+    return [own / bare for own, bare in times[1:]], f"{statistics.median(bare for _, bare in times[1:]):.2f} s"
 
 
-def time_of_tmeasures(samples: int) -> float:
-    """Seconds that tmeasures takes for the normalised variance of SimpleConv-32."""
+def time_of_tmeasures(model: str, samples: int) -> float:
+    """Seconds that tmeasures takes for the normalised variance of a model of :data:`MODELS`."""
     import tmeasures.pytorch as theirs  # type: ignore[import-not-found]
     from tmeasures.pytorch.transformations.affine import RotationGenerator  # type: ignore[import-not-found]
     from tmeasures.transformations.parameters import UniformRotation  # type: ignore[import-not-found]
 
     warnings.simplefilter("ignore")  # of pinned memory
-    torch.manual_seed(0)
-    model, images = MODELS["SimpleConv-32"]().eval(), torch.rand(samples, 3, 32, 32)
+    network, images = model_and_images(model, samples)
     turns, options = RotationGenerator(UniformRotation(16, 1.0)), theirs.PyTorchMeasureOptions(64, 0, verbose=False)
     start = time.perf_counter()
     with torch.no_grad():
         measure = theirs.NormalizedVarianceInvariance()
-        measure.eval(images, turns, theirs.AutoActivationsModule(model), options)  # type: ignore[no-untyped-call]
+        measure.eval(images, turns, theirs.AutoActivationsModule(network), options)  # type: ignore[no-untyped-call]
     return time.perf_counter() - start
 
 
-def time_of_ours(samples: int) -> float:
-    """Seconds that evaluate() takes for the same."""
-    torch.manual_seed(0)
-    model, images = MODELS["SimpleConv-32"]().eval(), torch.rand(samples, 3, 32, 32)
-    start = time.perf_counter()
-    evaluate(model, images, TRANSFORMATIONS, progress=False)
-    return time.perf_counter() - start
+def times_of_ours(model: str, samples: int) -> tuple[float, float]:
+    """Seconds that evaluate() takes for the same, and those of the bare forward passes."""
+    network, images = model_and_images(model, samples)
+    return time_of_ours(network, images), time_of_passes(network, transformed(images))
 
 
-def theirs_over_ours(samples: int, rounds: int) -> tuple[list[float], float]:
-    """Time of tmeasures over that of evaluate(), by turns.
+def theirs_over_ours(model: str, samples: int, rounds: int) -> tuple[list[float], str]:
+    """Time of tmeasures over that of evaluate(), by turns, and over that of the bare forward passes.
 
-    Each in a process of its own, as users run them: what evaluate() does about the memory allocator would otherwise
-    speed up the other as well.
+    Each library in a process of its own, as users run them: what evaluate() does about the memory allocator would
+    otherwise speed up the other as well.
     """
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as theirs, context.Pool(1) as ours:
         times = [
-            (theirs.apply(time_of_tmeasures, (samples,)), ours.apply(time_of_ours, (samples,)))
+            (theirs.apply(time_of_tmeasures, (model, samples)), *ours.apply(times_of_ours, (model, samples)))
             for _ in range(rounds + 1)
         ][1:]  # the first warms up
-    return [their / own for their, own in times], statistics.median(own for _, own in times)
+    own, over_bare = (statistics.median(values) for values in zip(*((t[1], t[0] / t[2]) for t in times), strict=True))
+    return [their / own for their, own, _ in times], f"{own:.2f} s; it takes {over_bare:.2f} × the bare passes"
 
 
 def profile(samples: int) -> str:
@@ -230,14 +238,16 @@ def main() -> int:
     parser.add_argument("--only", default="", help="run the rows whose names hold these words")
     options = parser.parse_args()
     n, rounds = options.samples, options.rounds
-    rows: list[tuple[str, float, Callable[[], tuple[list[float], float]]]] = [
+    rows: list[tuple[str, float, Callable[[], tuple[list[float], str]]]] = [
         (f"{case.name}: {case.model}", case.target, lambda i=i: alone(ratios, i, n, rounds))  # type: ignore[misc]
         for i, case in enumerate(CASES)
     ]
     for size, images in ((32, 64), (224, 4)):
         name = f"16 rotations / ResNet-20: {images} images {size}×{size}"
         rows.append((name, 0.1, lambda s=size, i=images: alone(transform_ratios, s, i, rounds)))  # type: ignore[misc]
-    rows.append(("tmeasures 1.2.11 / ours, NV: SimpleConv-32", -5, lambda: theirs_over_ours(n, rounds)))
+    for model, part in (("SimpleConv-32", 1), ("CIFAR ResNet-20", 2), ("SimpleConv-128", 8), ("CIFAR ResNet-18", 8)):
+        name = f"tmeasures 1.2.11 / ours, NV: {model}"
+        rows.append((name, -5, lambda a=model, b=n // part: theirs_over_ours(a, b, rounds)))  # type: ignore[misc]
     print(f"{machine()}\n\n{'ratio of times':52s}{'min':>8s}{'median':>8s}{'max':>8s}{'target':>8s}   divisor")
     missed = False
     for name, target, measure in rows:
@@ -254,7 +264,7 @@ def main() -> int:
         sign = "≥" if target < 0 else "≤"
         print(
             f"{name:52s}{min(measured):8.3f}{median:8.3f}{max(measured):8.3f}{f'{sign} {abs(target):g}':>8s}"
-            f"   {divisor:.2f} s{'  MISSED' if late else ''}",
+            f"   {divisor}{'  MISSED' if late else ''}",
             flush=True,
         )
     print(f"\nprofile of {CASES[1].name}: {CASES[1].model}\n{'':58s}{'calls':>8s}{'time':>8s}")
