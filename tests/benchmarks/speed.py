@@ -22,6 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -189,10 +190,12 @@ def theirs_over_ours(model: str, samples: int, rounds: int) -> tuple[list[float]
     Each library in a process of its own, as users run them: what evaluate() does about the memory allocator would
     otherwise speed up the other as well.
     """
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as theirs, context.Pool(1) as ours:
+    with own_process() as theirs, own_process() as ours:
         times = [
-            (theirs.apply(time_of_tmeasures, (model, samples)), *ours.apply(times_of_ours, (model, samples)))
+            (
+                theirs.submit(time_of_tmeasures, model, samples).result(),
+                *ours.submit(times_of_ours, model, samples).result(),
+            )
             for _ in range(rounds + 1)
         ][1:]  # the first warms up
     own, over_bare = (statistics.median(values) for values in zip(*((t[1], t[0] / t[2]) for t in times), strict=True))
@@ -216,10 +219,15 @@ def profile(samples: int) -> str:
     )
 
 
+def own_process() -> ProcessPoolExecutor:
+    """A process that starts anew."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    with own_process() as process:
+        return process.submit(function, *arguments).result()
 
 
 def machine() -> str:
