@@ -20,6 +20,7 @@ from lightning_invariance.measures import (
 needs_kernels = pytest.mark.skipif(kernels._kernels is None, reason="the kernels were not compiled here")
 
 SIZES = [(4, 16, 4096), (1, 256, 64), (16, 16, 65), (3, 5, 1000), (7, 2, 2049), (128, 2, 64), (1, 3, 5000)]
+SIZES += [(4, 16, 10), (4, 16, 1), (70, 16, 130)]  # fewer than are read together; more values than at once
 
 
 @pytest.fixture(params=["in C", "by PyTorch"])
@@ -68,6 +69,38 @@ def test_sums_of_deviations_are_the_definition(size, centred, threads, width):
     torch.testing.assert_close(row_spread, x.var(1, correction=0).sum(0) * size[1], rtol=1e-5, atol=0)
     torch.testing.assert_close(column_spread, (x - x.mean(0)).square().sum((0, 1)), rtol=1e-5, atol=0)
     torch.testing.assert_close(means, x.mean(0), rtol=1e-6, atol=1e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize(
+    ("size", "width"), [*((size, None) for size in SIZES), ((4, 16, 4096), 64), ((3, 5, 1920), 128)]
+)
+def test_with_means_in_float64_everything_is(size, centred, width):
+    blocks = [1e6 * rows(*size), rows(*size, seed=1)]
+    first = blocks[0][0].double()
+    centres = first[0] if centred else torch.zeros(size[2], dtype=torch.float64)
+    row_spread, column_spread, means, far = sums_of(blocks, centres, first - centres, width)
+    x = torch.cat(blocks).double()
+    torch.testing.assert_close(row_spread, x.var(1, correction=0).sum(0) * size[1], rtol=1e-11, atol=0)
+    torch.testing.assert_close(column_spread, (x - x.mean(0)).square().sum((0, 1)), rtol=1e-11, atol=0)
+    torch.testing.assert_close(means, x.mean(0), rtol=1e-11, atol=1e-11)
+    assert far == [False, False]
+
+
+def test_small_layers_are_measured_in_float64(way):
+    x = rows(50, 16, 10)
+    metrics = {"TV": TransformationVariance(), "SV": SampleVariance(), "paired": Anova("f", paired=True)}
+    for metric in metrics.values():
+        for block in x.split(4):
+            metric.add(block)
+    wide = x.double()
+    torch.testing.assert_close(metrics["TV"].compute(), wide.var(1).mean(0), rtol=1e-9, atol=0)
+    torch.testing.assert_close(metrics["SV"].compute(), wide.var(0).mean(0), rtol=1e-9, atol=0)
+    between = 50 * wide.mean(0).var(0)
+    rest = wide - wide.mean(0) - wide.mean(1, keepdim=True) + wide.mean((0, 1))
+    expected = between / (rest.square().sum((0, 1)) / (49 * 15))
+    torch.testing.assert_close(metrics["paired"].compute(), expected, rtol=1e-9, atol=0)
 
 
 @needs_kernels
@@ -243,8 +276,7 @@ def test_rows_and_sums_that_do_not_fit_are_refused():
     assert adder(16, 16, 128)(torch.zeros(16, 16, 128)) is False
     strided = torch.zeros(2, 64, 16).movedim(1, 2)
     for bad in (
-        {"n": 17},
-        {"k": 63, "offsets": torch.zeros(1, 16, 63)},
+        {"m": 257},
         {"offsets": strided},
         {"offsets": torch.zeros(2, 16, 64, dtype=torch.float64)},
         {"squares": 16},

@@ -16,7 +16,7 @@
 #define PARTS 4        /* registers at a time, so that the processor adds to several sums at once */
 #define WIDTH (LANES * PARTS)
 #define TILE 64        /* activations whose rows are sorted at a time: they stay in the first cache */
-#define MOST_VALUES 256 /* of one activation in a block: rows times columns; that of kernels.py */
+#define MOST_VALUES 256 /* of one activation at a time: rows times columns */
 #define MOST_SORTED 64
 #define SHARE 1024     /* activations that a thread takes at a time, a multiple of both */
 #define SMALLEST 1e-24f /* of sums of float32 squares; some that are part of a smaller one may have been rounded to 0 */
@@ -49,9 +49,10 @@ typedef struct job {
     Py_ssize_t n, m, k;
     double before, total; /* rows, without and with those of x */
     double *row_spread, *column_spread;
-    const float *centres;
-    float *offsets; /* (k / width, m, width) */
+    const void *centres;
+    void *offsets; /* (k / width, m, width) */
     Py_ssize_t width;
+    int wide; /* whether centres and offsets are double, not float */
     const int *network;
     Py_ssize_t comparisons;
     double *differences;
@@ -93,23 +94,24 @@ typedef struct place {
     const float *x;
     Py_ssize_t row, column; /* distances */
     double *row_spread, *column_spread;
-    const float *centres;
-    float *offsets;
+    const void *centres;
+    void *offsets;
     Py_ssize_t width; /* distance of two offsets of one activation */
 } place;
 
 /* Whether columns are so far apart, for their variance, that float32 does not do for their offsets. */
 static inline __attribute__((always_inline)) int far_apart(const double *column_spread, const float *offset_squares,
-                                                           const job *j)
+                                                           const job *j, int width)
 {
     int far = 0;
-    for (int l = 0; l < WIDTH; l++)
+    for (int l = 0; l < width; l++)
         far |= (column_spread[l] > 0) & (column_spread[l] < FAR * j->total * offset_squares[l]);
     return far && j->total >= ROWS_THAT_TELL;
 }
 
-/* The sums of WIDTH activations of which float32 does not hold all squares. */
-static inline __attribute__((always_inline)) int deviations_in_double(place p, const job *j)
+/* The sums of up to WIDTH activations in double: where float32 does not hold all squares, where the means are wide, and
+ * for what is left over of the activations. */
+static inline __attribute__((always_inline)) int deviations_in_double(place p, const job *j, int width, int wide)
 {
     double squares[WIDTH] = {0};
     float offset_squares[WIDTH] = {0};
@@ -117,37 +119,42 @@ static inline __attribute__((always_inline)) int deviations_in_double(place p, c
         const float *row = p.x + i * p.row;
         double sum[WIDTH] = {0}, further[WIDTH] = {0};
         for (Py_ssize_t t = 1; t < j->m; t++)
-            for (int l = 0; l < WIDTH; l++) {
+            for (int l = 0; l < width; l++) {
                 const double apart = (double)row[t * p.column + l] - row[l];
                 sum[l] += apart;
                 further[l] += apart * apart;
             }
-        for (int l = 0; l < WIDTH; l++) {
-            const double spread = further[l] - sum[l] * sum[l] / (double)j->m;
-            p.row_spread[l] += spread < 0 ? 0 : spread;
-        }
+        for (int l = 0; l < width; l++)
+            p.row_spread[l] += further[l] - sum[l] * sum[l] / (double)j->m;
     }
     for (Py_ssize_t t = 0; t < j->m; t++) {
-        float *offsets = p.offsets + t * p.width;
-        double sum[WIDTH] = {0};
+        float *const narrow_offsets = (float *)p.offsets + t * p.width;
+        double *const wide_offsets = (double *)p.offsets + t * p.width;
+        double offsets[WIDTH], means[WIDTH], sum[WIDTH] = {0};
+        for (int l = 0; l < width; l++) {
+            offsets[l] = wide ? wide_offsets[l] : narrow_offsets[l];
+            means[l] = offsets[l] + (wide ? ((const double *)p.centres)[l] : ((const float *)p.centres)[l]);
+        }
         for (Py_ssize_t i = 0; i < j->n; i++)
-            for (int l = 0; l < WIDTH; l++) {
-                const double mean = (double)p.centres[l] + offsets[l];
-                const double deviation = p.x[i * p.row + t * p.column + l] - mean;
+            for (int l = 0; l < width; l++) {
+                const double deviation = p.x[i * p.row + t * p.column + l] - means[l];
                 sum[l] += deviation;
                 squares[l] += deviation * deviation;
             }
-        for (int l = 0; l < WIDTH; l++) {
-            const float to = (float)(offsets[l] + sum[l] / j->total);
-            const double shift = (double)to - offsets[l];
+        for (int l = 0; l < width; l++) {
+            const double mean = offsets[l] + sum[l] / j->total, to = wide ? mean : (float)mean;
+            const double shift = to - offsets[l];
             squares[l] += shift * (j->total * shift - 2 * sum[l]);
-            offset_squares[l] += to * to;
-            offsets[l] = to;
+            offset_squares[l] += (float)(to * to);
+            if (wide)
+                wide_offsets[l] = to;
+            else
+                narrow_offsets[l] = (float)to;
         }
     }
-    for (int l = 0; l < WIDTH; l++)
+    for (int l = 0; l < width; l++)
         p.column_spread[l] += squares[l];
-    return far_apart(p.column_spread, offset_squares, j);
+    return !wide && far_apart(p.column_spread, offset_squares, j, width);
 }
 
 /* Moves the means of WIDTH activations to those of all rows, and adds what that changes to the squares.
@@ -161,7 +168,7 @@ static inline __attribute__((always_inline)) void move_means(place p, const job 
     const float before = (float)j->before, total = (float)j->total, share = 1 / total;
     for (Py_ssize_t t = 0; t < j->m; t++)
         for (int v = 0; v < PARTS; v++) {
-            loose *const offset = (loose *)(p.offsets + t * p.width + v * LANES);
+            loose *const offset = (loose *)((float *)p.offsets + t * p.width + v * LANES);
             const lanes from = *offset;
             lanes sum = columns[t][v], rest = {0};
             if (centred) {
@@ -178,7 +185,8 @@ static inline __attribute__((always_inline)) void move_means(place p, const job 
 }
 
 /* The sums of WIDTH activations. Rows are centred on their first value and columns on their means so far, so that what
- * is constant has a spread of exactly 0. */
+ * is constant has a spread of exactly 0. None is below 0: with one of m deviations 0, the square of their sum is at most
+ * m - 1 times the sum of their squares. */
 static inline __attribute__((always_inline)) int deviations_at(place p, const job *j)
 {
     const Py_ssize_t n = j->n, m = j->m;
@@ -188,7 +196,7 @@ static inline __attribute__((always_inline)) int deviations_at(place p, const jo
     lanes centre[PARTS], row_spread[PARTS], squares[PARTS], offset_squares[PARTS];
     bits rows_vary[PARTS], columns_vary[PARTS], found = (bits)none;
     for (int v = 0; v < PARTS; v++) {
-        centre[v] = *(const loose *)(p.centres + v * LANES);
+        centre[v] = *(const loose *)((const float *)p.centres + v * LANES);
         row_spread[v] = squares[v] = offset_squares[v] = none;
         rows_vary[v] = columns_vary[v] = (bits)none;
         found |= centre[v] != 0;
@@ -196,9 +204,9 @@ static inline __attribute__((always_inline)) int deviations_at(place p, const jo
     const int centred = any(&found);
     for (Py_ssize_t t = 0; t < m; t++)
         for (int v = 0; v < PARTS; v++) {
-            means[t][v] = centre[v] + *(const loose *)(p.offsets + t * p.width + v * LANES);
+            means[t][v] = centre[v] + *(const loose *)((float *)p.offsets + t * p.width + v * LANES);
             columns[t][v] = none;
-            FETCH(p.offsets, (t + m) * p.width + v * LANES, 1);
+            FETCH((float *)p.offsets, (t + m) * p.width + v * LANES, 1);
         }
     for (int l = 0; l < WIDTH; l += 8) {
         FETCH(p.row_spread, 2 * WIDTH + l, 1);
@@ -233,10 +241,9 @@ static inline __attribute__((always_inline)) int deviations_at(place p, const jo
         const bits small_rows = ((rows_vary[v] & INT32_MAX) != 0) & (row_spread[v] < SMALLEST); /* minus zero is 0 */
         const bits small_columns = ((columns_vary[v] & INT32_MAX) != 0) & (squares[v] < SMALLEST);
         found |= ~held | small_rows | small_columns;
-        row_spread[v] = (lanes)((bits)row_spread[v] & (row_spread[v] > 0));
     }
     if (any(&found))
-        return deviations_in_double(p, j);
+        return deviations_in_double(p, j, WIDTH, 0);
     if (centred)
         move_means(p, j, means, columns, centre, squares, offset_squares, 1);
     else
@@ -249,30 +256,7 @@ static inline __attribute__((always_inline)) int deviations_at(place p, const jo
         p.row_spread[l] += sums[0][l];
     for (int l = 0; l < WIDTH; l++)
         p.column_spread[l] += sums[1][l];
-    return far_apart(p.column_spread, sums[2], j);
-}
-
-/* The same for fewer activations, in copies that are as wide. */
-static inline __attribute__((always_inline)) int deviations_of_few(place p, const job *j, int width)
-{
-    float x[MOST_VALUES * WIDTH] = {0}, offsets[MOST_VALUES * WIDTH] = {0};
-    float centres[WIDTH] = {0};
-    double row_spread[WIDTH] = {0}, column_spread[WIDTH] = {0};
-    for (Py_ssize_t i = 0; i < j->n; i++)
-        for (Py_ssize_t t = 0; t < j->m; t++)
-            memcpy(x + (i * j->m + t) * WIDTH, p.x + i * p.row + t * p.column, width * sizeof(float));
-    for (Py_ssize_t t = 0; t < j->m; t++)
-        memcpy(offsets + t * WIDTH, p.offsets + t * p.width, width * sizeof(float));
-    memcpy(centres, p.centres, width * sizeof(float));
-    memcpy(row_spread, p.row_spread, width * sizeof(double));
-    memcpy(column_spread, p.column_spread, width * sizeof(double));
-    const place copy = {x, j->m * WIDTH, WIDTH, row_spread, column_spread, centres, offsets, WIDTH};
-    const int far = deviations_at(copy, j);
-    for (Py_ssize_t t = 0; t < j->m; t++)
-        memcpy(p.offsets + t * p.width, offsets + t * WIDTH, width * sizeof(float));
-    memcpy(p.row_spread, row_spread, width * sizeof(double));
-    memcpy(p.column_spread, column_spread, width * sizeof(double));
-    return far;
+    return far_apart(p.column_spread, sums[2], j, WIDTH);
 }
 
 FOR_EACH_PROCESSOR
@@ -280,10 +264,14 @@ static void deviations(const job *j, Py_ssize_t from, Py_ssize_t to)
 {
     int far = 0;
     for (Py_ssize_t a = from; a < to; a += WIDTH) {
-        const Py_ssize_t part = a - a % j->width, in_it = a % j->width;
-        const place p = {j->x + a, j->m * j->k, j->k, j->row_spread + a, j->column_spread + a, j->centres + a,
-                         j->offsets + j->m * part + in_it, j->width};
-        far |= a + WIDTH <= to ? deviations_at(p, j) : deviations_of_few(p, j, (int)(to - a));
+        const Py_ssize_t part = a - a % j->width, in_it = a % j->width, size = j->wide ? sizeof(double) : sizeof(float);
+        const place p = {j->x + a, j->m * j->k, j->k, j->row_spread + a, j->column_spread + a,
+                         (const char *)j->centres + size * a, (char *)j->offsets + size * (j->m * part + in_it), j->width};
+        const int width = to - a < WIDTH ? (int)(to - a) : WIDTH;
+        if (j->wide)
+            deviations_in_double(p, j, width, 1);
+        else
+            far |= width == WIDTH ? deviations_at(p, j) : deviations_in_double(p, j, width, 0);
     }
     __atomic_fetch_or(&((job *)j)->far, far, __ATOMIC_RELAXED);
 }
@@ -337,21 +325,24 @@ static int read_numbers(PyObject *const *args, Py_ssize_t n, Py_ssize_t expected
     return 1;
 }
 
-/* x, n, m, k, threads, rows, row_spread, column_spread, centres, offsets, width */
+/* x, n, m, k, threads, rows, row_spread, column_spread, centres, offsets, width, wide */
 static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    Py_ssize_t v[11];
-    if (!read_numbers(args, given, 11, v))
+    Py_ssize_t v[12];
+    if (!read_numbers(args, given, 12, v))
         return NULL;
     int64_t *rows = (int64_t *)v[5];
-    job j = {.part = deviations, .x = (const float *)v[0], .before = (double)*rows, .total = (double)(*rows + v[1]),
-             .n = v[1], .m = v[2], .k = v[3], .row_spread = (double *)v[6], .column_spread = (double *)v[7],
-             .centres = (const float *)v[8], .offsets = (float *)v[9], .width = v[10]};
-    if (j.n * j.m > MOST_VALUES || (j.width % WIDTH && j.width != j.k))
-        return PyErr_Format(PyExc_ValueError, "Expected at most %d values of each activation, and sums by %d or all.",
-                            MOST_VALUES, WIDTH);
-    run(&j, (long)v[4]);
-    *rows += v[1];
+    job j = {.part = deviations, .x = (const float *)v[0], .m = v[2], .k = v[3], .row_spread = (double *)v[6],
+             .column_spread = (double *)v[7], .centres = (const void *)v[8], .offsets = (void *)v[9], .width = v[10],
+             .wide = v[11] != 0};
+    if (j.m > MOST_VALUES || (j.width % WIDTH && j.width != j.k))
+        return PyErr_Format(PyExc_ValueError, "Expected at most %d columns, and sums by %d or all.", MOST_VALUES, WIDTH);
+    for (Py_ssize_t left = v[1]; left > 0; left -= j.n, j.x += j.n * j.m * j.k, j.next = 0) {
+        j.n = left * j.m <= MOST_VALUES ? left : MOST_VALUES / j.m;
+        j.before = (double)*rows;
+        j.total = (double)(*rows += j.n);
+        run(&j, (long)v[4]);
+    }
     return PyLong_FromLong(j.far);
 }
 

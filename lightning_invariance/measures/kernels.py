@@ -18,33 +18,24 @@ try:
 except ImportError:
     _kernels = None
 
-#: Rows of fewer activations, of which the kernels take several at once, are left to PyTorch.
-FEWEST_ACTIVATIONS = 64
-
-#: How many they take at a time.
+#: How many activations they take at a time.
 WIDTH = 64
 
-#: The most values of an activation in a block, rows times columns, that are added at once.
-MOST_VALUES = 256
+#: The most columns that they add.
+MOST_COLUMNS = 256
 
 
 def takes(x: Tensor) -> bool:
     """Whether the kernels can work on rows ``x`` (n, m, ...)."""
-    return (
-        _kernels is not None
-        and x.dtype == torch.float32
-        and x.is_cpu
-        and x.is_contiguous()
-        and x.shape[2:].numel() >= FEWEST_ACTIVATIONS
-    )
+    fits = _kernels is not None and x.dtype == torch.float32 and x.is_cpu and x.is_contiguous()
+    return fits and x.shape[1] <= MOST_COLUMNS
 
 
 def adds(x: Tensor, row_spread: Tensor, column_spread: Tensor, centres: Tensor, offsets: Tensor) -> bool:
     """Whether :class:`Adder` can add rows ``x`` (n, m, ...) to these sums."""
     return (
         takes(x)
-        and x.shape[:2].numel() <= MOST_VALUES
-        and offsets.dtype == centres.dtype == torch.float32
+        and offsets.dtype == centres.dtype in (torch.float32, torch.float64)
         and row_spread.dtype == column_spread.dtype == torch.float64
         and column_spread.shape[0] == 1
         and all(sums.is_contiguous() for sums in (row_spread, column_spread, centres, offsets))
@@ -61,8 +52,8 @@ class Adder:
         n: () in int64: how many there were before.
         row_spread: (k,) in float64, where k is the number of activations.
         column_spread: (1, k) in float64.
-        centres: (k,) in float32.
-        offsets: (k / width, m, width) in float32, where ``width`` is k or a multiple of 64.
+        centres: (k,) in float32 or float64.
+        offsets: (k / width, m, width) in the same type, where ``width`` is k or a multiple of 64.
 
     Raises:
         ValueError: If :func:`adds` is false.
@@ -75,7 +66,8 @@ class Adder:
         self._shape = x.shape
         self._n, self._sums = n, sums  # which have to stay where they are
         pointers = (tensor.data_ptr() for tensor in (n, *sums))
-        self._where = rows, m, math.prod(shape), torch.get_num_threads(), *pointers, sums[3].shape[2]
+        layout = sums[3].shape[2], sums[3].dtype == torch.float64
+        self._where = rows, m, math.prod(shape), torch.get_num_threads(), *pointers, *layout
 
     def fits(self, x: Tensor, n: Tensor, offsets: Tensor) -> bool:
         """Whether the rows are like those at first, and these are still the sums to add to."""
@@ -98,7 +90,7 @@ def absolute_differences(x: Tensor, network: Tensor) -> Tensor:
     r"""\|x_j − x_l\| of all ordered pairs within rows, summed over rows: (k,) in float64.
 
     Args:
-        x: rows (n, m, k) with ``takes(x)``, of at most 64 columns.
+        x: rows (n, m, k) with ``takes(x)``, of at most 64 columns and at least 64 activations.
         network: (comparisons, 2) in int32: which two values to compare next, so that all come out in order.
     """
     n, m, k = x.shape

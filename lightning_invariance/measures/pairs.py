@@ -27,7 +27,7 @@ def absolute_differences(x: Tensor) -> Tensor:
         ordered = (x - x[:, :1]).movedim(1, -1).contiguous().sort(-1).values
         weights = torch.arange(1 - m, m, 2, dtype=x.dtype, device=x.device)
         return 2 * (ordered @ weights).sum(0, dtype=torch.float64)
-    if kernels.takes(x):
+    if k >= kernels.WIDTH and kernels.takes(x):
         return kernels.absolute_differences(x, _network(m))
     buffer = scratch(x[:, :1].expand(n, m + 1, k).transpose(0, 1))
     places = list(buffer.unbind(0))

@@ -29,7 +29,7 @@ SMALLEST = 1e-24
 #: Sums of squares above this may make other sums leave float32, which ends at 3e38.
 LARGEST_FLOAT32_SQUARE = 1e30
 
-#: Without the kernels fewer values than this are summed as fast in float64.
+#: Fewer values than this are summed as fast in float64.
 FEWEST_FLOAT32_VALUES = 2**14
 
 #: Columns have a centre if they differ by no more than this part of it.
@@ -68,7 +68,7 @@ class Sums(NamedTuple):
         """
         _, m, k = x.shape
         wide = torch.float32 if x.device.type == "mps" else torch.float64
-        narrow = x.dtype == torch.float32 and x.is_cpu and (kernels.takes(x) or m * k >= FEWEST_FLOAT32_VALUES)
+        narrow = x.dtype == torch.float32 and x.is_cpu and m * k >= FEWEST_FLOAT32_VALUES
         first = x[0].to(torch.float32 if narrow else wide)
         low, high = first.amin(0), first.amax(0)
         # Close columns differ exactly from a centre, which is 0 for the others.
@@ -76,7 +76,7 @@ class Sums(NamedTuple):
         centres = torch.where(close, first[0], 0)
         squares = torch.zeros(1 if squared else m, k, dtype=wide, device=x.device)
         parts = k // kernels.WIDTH if k % kernels.WIDTH == 0 else 1
-        if not (kernels.takes(x) and m <= kernels.MOST_VALUES):
+        if not kernels.takes(x):
             parts = math.gcd(k, torch.get_num_threads()) if x.is_cpu else 1
         offsets = (first - centres).view(m, parts, -1).movedim(1, 0).contiguous()
         return cls(squares[0].clone(), squares, centres, offsets)
@@ -166,7 +166,7 @@ def _added_part(x: Tensor, centres: Tensor, offsets: Tensor, n: int, like: Sums)
     deviation = torch.sub(x, x[:, :, :1], out=scratch(x))
     sums = deviation.sum(2)
     squares = torch.mul(deviation, deviation, out=deviation).sum(2)
-    of_rows = torch.addcmul(squares, sums, sums, value=-1 / m).clamp_min_(0)
+    of_rows = torch.addcmul(squares, sums, sums, value=-1 / m)  # not below 0, as one of the m deviations is
     rows = of_rows.sum(1)
 
     means = offsets + centres

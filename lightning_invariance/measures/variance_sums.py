@@ -30,7 +30,8 @@ class VarianceMeasure(Measure):
     - ``row_spread`` (k,): the sum over rows of their squared deviations from the row mean,
     - ``column_spread`` (1, k): the sum over columns of their squared deviations from the column mean,
     - ``centres`` (k,) and ``offsets`` (k / width, m, width): the column means; see ``Sums``. On the CPU they are
-      float32 if the activations are, except in layers with columns much further apart than their values.
+      float32 if the activations are, except in small layers and in those with columns much further apart than their
+      values.
 
     Where ``squared`` is false, ``row_spread`` is the sum of the rows' standard deviations, and ``column_spread`` (m, k)
     is kept for each column.
