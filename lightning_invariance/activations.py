@@ -221,9 +221,9 @@ def transformed_input(module: nn.Module, transform: Callable[[Tensor], Tensor]) 
 
 
 def _floating_tensors(output: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every floating-point tensor of an output, with its place: ``""``, ``"[0]"``, ``"[1][key]"``, …."""
+    """Every floating-point tensor that is not empty, with its place: ``""``, ``"[0]"``, ``"[1][key]"``, …."""
     if isinstance(output, Tensor):
-        if output.is_floating_point():
+        if output.is_floating_point() and output.numel():
             yield place, output
     elif isinstance(output, Mapping):
         for key, value in output.items():

@@ -185,7 +185,7 @@ class Many(nn.Module):
 
 class Pair(nn.Module):
     def forward(self, x):
-        return {"mean": x.mean(1), "rest": [x[:, 0], (x > 0).long(), None]}
+        return {"mean": x.mean(1), "rest": [x[:, 0], (x > 0).long(), None, x[:, :0]]}
 
 
 def test_repeated_calls_and_outputs_in_containers():

@@ -104,3 +104,9 @@ def test_one_bad_value_spoils_its_own_activation_only(name, data):
     others = [i for i in range(k) if i != place[2]]
     expected = definition(cube.double())
     torch.testing.assert_close(value[others], expected[others], rtol=1e-4, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("measure", [make for make, _ in MEASURES.values()])
+def test_layers_without_activations_are_refused(measure):
+    with pytest.raises(ValueError, match=r"not empty, but got \(4, 5, 3, 0\)"):
+        measure().update(torch.zeros(4, 5, 3, 0))

@@ -143,9 +143,9 @@ class Measure(Metric):
         if not isinstance(st_block, Tensor) or not st_block.is_floating_point():
             kind = st_block.dtype if isinstance(st_block, Tensor) else type(st_block).__name__
             raise TypeError(f"Expected argument `st_block` to be a real floating-point tensor, but got {kind}.")
-        if st_block.ndim < 2:
+        if st_block.ndim < 2 or 0 in st_block.shape[2:]:
             raise ValueError(
-                "Expected argument `st_block` of shape (samples, transformations, *activation_shape),"
+                "Expected argument `st_block` of shape (samples, transformations, *activation_shape), not empty,"
                 f" but got {tuple(st_block.shape)}."
             )
         n, m, *shape = st_block.shape
