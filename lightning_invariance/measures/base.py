@@ -145,7 +145,7 @@ class Measure(Metric):
             raise TypeError(f"Expected argument `st_block` to be a real floating-point tensor, but got {kind}.")
         if st_block.ndim < 2 or 0 in st_block.shape[2:]:
             raise ValueError(
-                "Expected argument `st_block` of shape (samples, transformations, *activation_shape), not empty,"
+                "Expected non-empty argument `st_block` of shape (samples, transformations, *activation_shape),"
                 f" but got {tuple(st_block.shape)}."
             )
         n, m, *shape = st_block.shape
