@@ -166,7 +166,7 @@ def _added_part(x: Tensor, centres: Tensor, offsets: Tensor, n: int, like: Sums)
     deviation = torch.sub(x, x[:, :, :1], out=scratch(x))
     sums = deviation.sum(2)
     squares = torch.mul(deviation, deviation, out=deviation).sum(2)
-    of_rows = torch.addcmul(squares, sums, sums, value=-1 / m)  # not below 0, as one of the m deviations is
+    of_rows = torch.addcmul(squares, sums, sums, value=-1 / m).clamp_min_(0)  # squares may vanish in float32
     rows = of_rows.sum(1)
 
     means = offsets + centres
