@@ -1,8 +1,8 @@
 """See, while a PyTorch Lightning model trains, how invariant every layer and unit is to input transformations."""
 
-from lightning_invariance.activations import layer_names
 from lightning_invariance.callback import InvarianceMonitor
 from lightning_invariance.evaluate import evaluate
+from lightning_invariance.layers import layer_names
 from lightning_invariance.loader import STLoader
 from lightning_invariance.result import InvarianceResult
 from lightning_invariance.transforms import (

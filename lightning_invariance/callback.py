@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_invariance.activations import Layers, select_layers
-from lightning_invariance.evaluate import evaluate, named_measures
-from lightning_invariance.loader import validation_data
-from lightning_invariance.logging import (
-    explain,
-    log_histograms,
-    log_pictures,
-    log_scalars,
-    logger_step,
-    scalars,
-    scores,
-)
+from lightning_invariance.evaluate import evaluate_with, named_measures
+from lightning_invariance.evaluation.options import Options
+from lightning_invariance.layers import Layers, select_layers
+from lightning_invariance.logging import explain, log_histograms, log_pictures, log_scalars, scalars
 from lightning_invariance.measures import NormalizedVariance
 from lightning_invariance.result import InvarianceResult, within_budget
+from lightning_invariance.trainer import (
+    callbacks_of,
+    logger_step,
+    refuse_split_models,
+    scores,
+    spare_patience,
+    validation_data,
+    warn_of_old_values,
+    with_precision,
+)
 from lightning_invariance.transforms import TransformationSet
 
 #: Memory for the values of every single activation in the history; older results then keep one value a channel.
 HISTORY_BYTES = 256 * 2**20
-
-#: Strategies under which no process holds the whole model.
-SHARDED: tuple[type[Strategy], ...] = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
 
 class InvarianceMonitor(pl.Callback):
@@ -128,23 +125,21 @@ class InvarianceMonitor(pl.Callback):
                 "Expected argument `transformations` to hold at least two transformations,"
                 f" but got {transformations!r}."
             )
-        for argument, value, least in (
-            ("every_n_epochs", every_n_epochs, 1),
-            ("batch_size", 1 if batch_size == "auto" else batch_size, 1),
-            ("max_samples", 2 if max_samples is None else max_samples, 2),
-        ):
+        for argument, value, least in (("every_n_epochs", every_n_epochs, 1), ("max_samples", max_samples or 2, 2)):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"Expected argument `{argument}` to be an int of at least {least}, but got {value}.")
+        self.options = Options(
+            layers=layers,
+            batch_size=batch_size,
+            max_samples=max_samples,
+            forward=forward,
+            input_fn=input_fn,
+            seed=seed,
+        )
         self.transformations = transformations
         self.measures = named_measures([NormalizedVariance(response=True)] if measures is None else measures)
         self.data = data
-        self.layers = layers
         self.every_n_epochs = every_n_epochs
-        self.max_samples = max_samples
-        self.batch_size = batch_size
-        self.forward = forward
-        self.input_fn = input_fn
-        self.seed = seed
         self.name = name
         self.histograms = histograms
         self.history: list[InvarianceResult] = []
@@ -157,18 +152,12 @@ class InvarianceMonitor(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot work."""
-        if isinstance(trainer.strategy, SHARDED):
-            raise MisconfigurationException(
-                "InvarianceMonitor needs the whole model on each process, but"
-                f" {type(trainer.strategy).__name__} splits it: use a single device or one of the `ddp` strategies, or"
-                " call `evaluate()` on a checkpoint after training."
-            )
+        refuse_split_models(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check what can be checked before any work is done."""
         self._validated = False
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        names = [callback.name for callback in callbacks if isinstance(callback, InvarianceMonitor)]
+        names = [callback.name for callback in callbacks_of(trainer) if isinstance(callback, InvarianceMonitor)]
         if names.count(self.name) > 1:
             raise MisconfigurationException(
                 f"Expected InvarianceMonitors of different names in one trainer, but got {names}: set `name`."
@@ -178,13 +167,9 @@ class InvarianceMonitor(pl.Callback):
                 "InvarianceMonitor found no validation data in the trainer: give it `data`, or the trainer a validation"
                 " loader and the model a `validation_step`."
             )
-        select_layers(pl_module, self.layers)
-        for callback in callbacks:
-            if isinstance(callback, ModelCheckpoint) and self.every_n_epochs > 1 and self._is_own(callback.monitor):
-                rank_zero_warn(
-                    f"ModelCheckpoint monitors {callback.monitor!r}, which is new every {self.every_n_epochs} epochs:"
-                    f" give it `every_n_epochs={self.every_n_epochs}`, or it takes a value for that of a later model."
-                )
+        select_layers(pl_module, self.options.layers)
+        if self.every_n_epochs > 1:
+            warn_of_old_values(trainer, self._tags, self.every_n_epochs)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate the untrained network."""
@@ -204,20 +189,19 @@ class InvarianceMonitor(pl.Callback):
             self._validated = self._validated or fitting
             self._evaluate_and_log(trainer, pl_module)
         else:
-            self._spare_patience(trainer)
+            spare_patience(trainer, self._tags)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw what the validation has measured, now that all of its metrics are known."""
         if self._undrawn:
-            callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-            own = [tag for c in callbacks if isinstance(c, InvarianceMonitor) for tag in c._tags.values()]
-            self.history[-1].scores = scores(trainer, own)
+            monitors = [callback for callback in callbacks_of(trainer) if isinstance(callback, InvarianceMonitor)]
+            self.history[-1].scores = scores(trainer, [tag for monitor in monitors for tag in monitor._tags.values()])
             self._draw(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Nothing new will come of an epoch without validation that is not due."""
+        """Keep an old value from counting once more where this epoch has no validation and no evaluation is due."""
         if not trainer.enable_validation and not self._is_due(trainer):
-            self._spare_patience(trainer)
+            spare_patience(trainer, self._tags)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate at the end of an epoch that has no validation."""
@@ -233,18 +217,6 @@ class InvarianceMonitor(pl.Callback):
         """Continue the history of a checkpoint."""
         self.history = [InvarianceResult.from_state_dict(state) for state in state_dict["history"]]
 
-    def _spare_patience(self, trainer: pl.Trainer) -> None:
-        """Keep callbacks that stop early from counting the old value once more as one that is no better."""
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            known = isinstance(callback, EarlyStopping) and callback.monitor in trainer.callback_metrics
-            if known and self._is_own(callback.monitor):
-                callback.wait_count -= 1
-
-    def _is_own(self, monitored: str | None) -> bool:
-        """Whether a metric is one that this monitor logs."""
-        tags = self._tags.values()
-        return monitored is not None and any(monitored == f"{t}_mean" or monitored.startswith(f"{t}/") for t in tags)
-
     def _is_due(self, trainer: pl.Trainer) -> bool:
         return (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
@@ -256,27 +228,14 @@ class InvarianceMonitor(pl.Callback):
         )
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> InvarianceResult:
-        precision = trainer.precision_plugin
-
-        def run(model: nn.Module, x: Tensor) -> Any:
-            with precision.val_step_context():
-                x = precision.convert_input(x)
-                return model(x) if self.forward is None else self.forward(model, x)
-
-        result = evaluate(
-            pl_module,
-            self.data if self.data is not None else validation_data(trainer),
-            self.transformations,
-            self.measures,
-            layers=self.layers,
-            batch_size=self.batch_size,
-            max_samples=self.max_samples,
+        options = replace(
+            self.options,
             device=pl_module.device,
-            forward=run,
-            input_fn=self.input_fn,
-            seed=self.seed,
+            forward=with_precision(trainer, self.options.forward),
             progress=getattr(trainer.progress_bar_callback, "is_enabled", False),
         )
+        data = self.data if self.data is not None else validation_data(trainer)
+        result = evaluate_with(options, pl_module, data, self.transformations, self.measures)
         result.epoch, result.step = epoch, logger_step(trainer)
         self.history = within_budget([*self.history, result], HISTORY_BYTES)
         self._undrawn = True
@@ -288,7 +247,7 @@ class InvarianceMonitor(pl.Callback):
         return {measure: measure if self.name is None else f"{measure}_{self.name}" for measure in self.measures}
 
     def _draw(self, trainer: pl.Trainer) -> None:
-        """Log all but numbers, on one process."""
+        """Log pictures, text and histograms, on one process."""
         self._undrawn = False
         if not trainer.is_global_zero or not trainer.loggers:
             return

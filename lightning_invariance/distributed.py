@@ -1,18 +1,18 @@
-"""Joining what the processes of a distributed run have measured."""
+"""What the processes of a distributed run tell each other: small objects, errors, and dicts of tensors to merge."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from lightning_invariance.measures.base import Measure, States
-
-#: The types that states may have.
+#: The types that tensors may have.
 DTYPES = (torch.float64, torch.float32, torch.int64, torch.int32, torch.bool)
+
+Tensors: TypeAlias = dict[str, Tensor]
 
 
 def rank_and_world_size(group: Any = None) -> tuple[int, int]:
@@ -49,65 +49,89 @@ def gather_or_raise(value: Any, error: BaseException | None) -> list[Any]:
     return [value for value, _ in told]
 
 
-def merge_over_ranks(measures: Sequence[Measure], device: torch.device, group: Any = None) -> int:
-    """Give the measures of every process the merged states of all; measures correspond by position.
+def merge_over_ranks(
+    own: Sequence[Tensors],
+    merges: Sequence[Callable[[Tensors, Tensors], Tensors]],
+    device: torch.device,
+    group: Any = None,
+) -> list[Tensors]:
+    """Merge the dicts of tensors of all processes; they correspond by position.
 
-    The states of all measures travel as one flat message along the chain of ranks, each of which merges its own, and
-    the result travels back: a process sends its states twice at most and holds one other set, however many there are,
-    and all of them end with the same bits.
+    All of them travel as one flat message along the chain of ranks, each of which merges its own, and the result
+    travels
+    back: a process sends its tensors twice at most and holds one other set, however many there are, and all of them end
+    with the same bits.
 
     Args:
-        measures: the same on every process, in the same order; those of a process without samples are empty.
+        own: the same names on every process, in the same order, each with the same number of dimensions everywhere.
+        merges: ``merge(lower ranks, this rank)`` for each dict.
         device: where messages are made, which the process group must support.
         group: the processes; by default all.
 
     Returns:
-        The number of bytes that this process sent.
+        The merged dicts.
     """
     rank, world_size = rank_and_world_size(group)
-    if world_size == 1 or not measures:
-        return 0
-    sent = 0
+    merged = list(own)
+    if world_size == 1 or not own:
+        return merged
     if rank > 0:
-        for measure, states in zip(measures, _receive(measures, rank - 1, device, group), strict=True):
-            measure._reduce_states(states)
+        received = _receive(own, rank - 1, device, group)
+        merged = [merge(lower, mine) for merge, lower, mine in zip(merges, received, own, strict=True)]
     if rank < world_size - 1:
-        sent += _send(measures, rank + 1, device, group)
-        for measure, states in zip(measures, _receive(measures, rank + 1, device, group), strict=True):
-            measure._set_states(states)
+        _send(merged, rank + 1, device, group)
+        merged = _receive(own, rank + 1, device, group)
     if rank > 0:
-        sent += _send(measures, rank - 1, device, group)
-    return sent
+        _send(merged, rank - 1, device, group)
+    return merged
 
 
-def _send(measures: Sequence[Measure], to: int, device: torch.device, group: Any) -> int:
-    states = [getattr(measure, name) for measure in measures for name in measure._defaults]
-    about = [number for state in states for number in (DTYPES.index(state.dtype), *state.shape)]
-    header = torch.tensor(about, dtype=torch.int64, device=device)
-    message = torch.cat([state.to(device).contiguous().flatten().view(torch.uint8) for state in states])
-    for tensor in (header, message):
-        dist.send(tensor, _global(to, group), group)
-    return header.nbytes + message.nbytes
+def pack(dicts: Sequence[Tensors], device: torch.device) -> tuple[Tensor, Tensor]:
+    """A header of types and shapes, and all values as bytes."""
+    tensors = [tensor for each in dicts for tensor in each.values()]
+    about = [number for tensor in tensors for number in (DTYPES.index(tensor.dtype), *tensor.shape)]
+    values = [tensor.to(device).contiguous().flatten().view(torch.uint8) for tensor in tensors]
+    return torch.tensor(about, dtype=torch.int64, device=device), torch.cat(values)
 
 
-def _receive(measures: Sequence[Measure], source: int, device: torch.device, group: Any) -> list[States]:
-    own = [getattr(measure, name) for measure in measures for name in measure._defaults]
-    # A state has the same number of dimensions on every process, so that the length of the header is known.
-    header = torch.empty(sum(1 + state.ndim for state in own), dtype=torch.int64, device=device)
-    dist.recv(header, _global(source, group), group)
-    numbers, kinds = iter(header.tolist()), []
-    for state in own:
-        dtype = DTYPES[next(numbers)]
-        kinds.append((dtype, torch.Size([next(numbers) for _ in range(state.ndim)])))
+def unpack(like: Sequence[Tensors], header: Tensor, message: Callable[[int], Tensor]) -> list[Tensors]:
+    """The dicts that were packed.
+
+    Args:
+        like: dicts of the same names, whose tensors have the same numbers of dimensions and say the devices.
+        header: what :func:`pack` gave.
+        message: gives the bytes, once their number is known.
+    """
+    numbers = iter(header.tolist())
+    own = [tensor for each in like for tensor in each.values()]
+    kinds = [(DTYPES[next(numbers)], torch.Size([next(numbers) for _ in range(tensor.ndim)])) for tensor in own]
     lengths = [shape.numel() * dtype.itemsize for dtype, shape in kinds]
-    message = torch.empty(sum(lengths), dtype=torch.uint8, device=device)
-    dist.recv(message, _global(source, group), group)
-    # Copied, since a part need not begin where its type may.
+    parts = torch.split(message(sum(lengths)), lengths)
+    # Copied, since a part need not begin at a multiple of the size of its type.
     values = iter(
-        part.clone().view(dtype).view(shape).to(state.device)
-        for state, (dtype, shape), part in zip(own, kinds, torch.split(message, lengths), strict=True)
+        part.clone().view(dtype).view(shape).to(tensor.device)
+        for tensor, (dtype, shape), part in zip(own, kinds, parts, strict=True)
     )
-    return [{name: next(values) for name in measure._defaults} for measure in measures]
+    return [{name: next(values) for name in each} for each in like]
+
+
+def _send(dicts: Sequence[Tensors], to: int, device: torch.device, group: Any) -> None:
+    for tensor in pack(dicts, device):
+        dist.send(tensor, _global(to, group), group)
+
+
+def _receive(like: Sequence[Tensors], source: int, device: torch.device, group: Any) -> list[Tensors]:
+    header = torch.empty(
+        sum(1 + tensor.ndim for each in like for tensor in each.values()), dtype=torch.int64, device=device
+    )
+    dist.recv(header, _global(source, group), group)
+
+    def message(length: int) -> Tensor:
+        found = torch.empty(length, dtype=torch.uint8, device=device)
+        dist.recv(found, _global(source, group), group)
+        return found
+
+    return unpack(like, header, message)
 
 
 def _global(rank: int, group: Any) -> int:

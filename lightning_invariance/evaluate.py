@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_invariance.activations import Layers, select_layers, unwrapped
 from lightning_invariance.distributed import rank_and_world_size
-from lightning_invariance.isolation import device_of
+from lightning_invariance.evaluation.collect import Convergence, collect
+from lightning_invariance.evaluation.options import Options
+from lightning_invariance.evaluation.session import Session
+from lightning_invariance.evaluation.two_walks import in_two_walks, state_bytes
+from lightning_invariance.layers import Layers, unwrapped
 from lightning_invariance.loader import STLoader
-from lightning_invariance.measures import Measure, NormalizedVariance
+from lightning_invariance.measures import NormalizedVariance
 from lightning_invariance.result import InvarianceResult
-from lightning_invariance.run import Run
 from lightning_invariance.transforms import TransformationSet
-from lightning_invariance.two_walks import in_two_walks, state_bytes
 
 #: The states of rows longer than a batch may take so many bytes where the user does not say.
 DEFAULT_BUDGET = 2**31
@@ -99,59 +98,65 @@ def evaluate(
         >>> result["NormalizedVariance"]["1"] < 1e-9  # the mean of an image does not change when it is turned
         tensor([True, True, True])
     """
-    named = named_measures(measures)
-    model = unwrapped(model)
-    on = torch.device(device) if device is not None else device_of(model)
-    run = Run(
-        model=model,
-        data=data,
-        selection=select_layers(model, layers),
-        entry=None if transform_at is None else next(iter(select_layers(model, [transform_at]).modules.values())),
-        device=on,
-        forward=forward,
-        batch_size=batch_size if batch_size != "auto" else 64 if on.type == "cpu" else 1024,
+    options = Options(
+        layers=layers,
+        batch_size=batch_size,
         max_samples=max_samples,
+        device=device,
+        forward=forward,
         input_fn=input_fn,
+        transform_at=transform_at,
+        convergence=convergence,
+        state_budget=state_budget,
         seed=seed,
         progress=progress,
     )
+    return evaluate_with(options, model, data, transformations, named_measures(measures))
+
+
+def evaluate_with(
+    options: Options,
+    model: nn.Module,
+    data: Any,
+    transformations: TransformationSet,
+    measures: Mapping[str, Metric],
+) -> InvarianceResult:
+    """:func:`evaluate` with its options in one object."""
+    session = Session(unwrapped(model), data, options)
     while True:
         try:
-            return _measured(run, transformations, named, convergence, state_budget)
+            return _measured(session, transformations, measures)
         except torch.OutOfMemoryError:
-            if batch_size != "auto" or run.batch_size == 1:
+            if options.batch_size != "auto" or session.batch_size == 1:
                 raise
-        run = replace(run, batch_size=run.batch_size // 2)
+        session = session.halved()
 
 
-def _measured(
-    run: Run,
-    transformations: TransformationSet,
-    named: Mapping[str, Metric],
-    convergence: bool,
-    state_budget: int | None,
-) -> InvarianceResult:
-    """See :func:`evaluate`."""
-    loader = run.loader(transformations)
+def _measured(session: Session, transformations: TransformationSet, measures: Mapping[str, Metric]) -> InvarianceResult:
+    """Walk over the ST matrix, in two directions where the states of one walk would be too large."""
+    loader, options = session.loader(transformations), session.options
     _check_numbers(loader)
-    for measure in named.values():
-        if isinstance(measure, Measure):
-            deepcopy(measure).prepare(transformations, ())  # raises where it cannot work with them
-    milestones = _milestones(loader) if convergence else []
-    result: InvarianceResult | None = None
-    if state_budget is not None or len(transformations) > run.batch_size:
-        budget = DEFAULT_BUDGET if state_budget is None else state_budget
-        activations, itemsize = run.sizes(loader)
-        if state_bytes(activations, itemsize, len(transformations), run.batch_size, run.device.type == "cpu") > budget:
-            if convergence:
+    milestones = _milestones(loader) if options.convergence else []
+    convergence, result = Convergence(measures), None
+    if options.state_budget is not None or len(transformations) > session.batch_size:
+        budget = DEFAULT_BUDGET if options.state_budget is None else options.state_budget
+        activations, itemsize = session.sizes(loader)
+        needed = state_bytes(
+            activations, itemsize, len(transformations), session.batch_size, session.device.type == "cpu"
+        )
+        if needed > budget:
+            if options.convergence:
                 raise ValueError(
                     f"Expected `convergence` with states within `state_budget`, but {budget} bytes are less."
                 )
-            result = in_two_walks(run, named, loader, activations, budget)
+            result = in_two_walks(session, measures, loader, activations, budget)
     if result is None:
-        result = run.walk(named, loader, milestones).result()
+        result = collect(session.walk(measures, loader, milestones, convergence.note))
+        if milestones:
+            result.convergence = convergence.of(result)
     _check_number(result.n_samples)
-    run.selection.check_fired([*result.layers, *(layer for layers in result.skipped.values() for layer in layers)])
+    ran = [*result.layers, *(layer for layers in result.skipped.values() for layer in layers)]
+    session.selection.check_fired(ran)
     if rank_and_world_size()[0] == 0:
         _warn_of_nan(result)
     return result

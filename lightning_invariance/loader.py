@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
@@ -247,15 +246,3 @@ def _describe(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"a {type(value).__name__} of ({', '.join(_describe(v) for v in value[:4])})"
     return f"of type {type(value).__name__}"
-
-
-def validation_data(trainer: pl.Trainer) -> Any:
-    """The trainer's (first) validation loader, loaded if it is not yet."""
-    if trainer.val_dataloaders is None:
-        trainer.validating = True
-        trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        trainer.training = True
-    loaders = trainer.val_dataloaders
-    while isinstance(loaders, Mapping | list | tuple):
-        loaders = next(iter(loaders.values() if isinstance(loaders, Mapping) else loaders))
-    return loaders

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from torchmetrics import Metric
 from lightning_invariance.plots import evolution, heatmap, response
 from lightning_invariance.plots.common import limits_of, render
 from lightning_invariance.result import InvarianceResult
+from lightning_invariance.trainer import logger_step
 
 #: Pictures with more numbers than this are logged in so few colours that they compress well, which nobody sees.
 LARGE_PICTURE = 2**20
@@ -30,11 +30,6 @@ FEWER_COLOURS = 128
 
 #: Classes of loggers that were warned of.
 _warned: set[type] = set()
-
-
-def logger_step(trainer: pl.Trainer) -> int:
-    """The step at which Lightning logs validation metrics now: pictures and curves must agree on it."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float], step: int) -> None:
@@ -113,7 +108,7 @@ def log_pictures(trainer: pl.Trainer, history: Sequence[InvarianceResult], tags:
 
 def _fixed_limits(first: InvarianceResult, measure: str) -> tuple[float, float] | None:
     """One scale for a whole training: ten times beyond what there was at its beginning."""
-    if measure.startswith("Normalized"):
+    if first.ratios.get(measure, False):  # which have a fixed scale already
         return None
     values = [v for layer in first[measure] for v in first.per_channel(measure, layer).tolist()]
     found = limits_of(values)
@@ -212,9 +207,3 @@ def _text(result: InvarianceResult, tags: Mapping[str, str], measures: Mapping[s
     shapes = {row.layer: row.shape for measure in tags for row in result.table(measure)}
     lines += [f"| {layer} | {' × '.join(map(str, shape)) or 'scalar'} |" for layer, shape in shapes.items()]
     return "\n".join(lines)
-
-
-def scores(trainer: pl.Trainer, own: Sequence[str]) -> dict[str, float]:
-    """The metrics that the trainer has at this moment, without those whose names begin with ``own``."""
-    found = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
-    return {name: value for name, value in found.items() if not name.startswith(tuple(own)) and math.isfinite(value)}

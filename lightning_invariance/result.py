@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_invariance.functional.variance import aggregate_maps
+from lightning_invariance.maps import aggregate_maps
 from lightning_invariance.table import LayerStatistics, Table
 
 if TYPE_CHECKING:
@@ -42,13 +42,15 @@ class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
         skipped: measure → layers for which it is not defined, such as those without spatial axes.
         convergence: measure → layer → number of samples → mean of the layer after so many samples.
         higher_is_better: measure → whether higher values are more invariant; None where neither is.
+        ratios: measure → whether it is a ratio, for which 1 means as much as samples do.
+        units: measure → unit of its values; empty where there is none.
         response: measure → layer → what each transformation does to the layer, where the measure was asked for it
             (``NormalizedVariance(response=True)``).
         scores: the trainer's metrics of that moment, such as an accuracy.
 
     Attributes:
         n_samples: see Args. So are ``transformations``, ``parameters``, ``epoch``, ``step``, ``floor``, ``skipped``,
-            ``convergence``, ``higher_is_better``, ``response`` and ``scores``.
+            ``convergence``, ``higher_is_better``, ``ratios``, ``units``, ``response`` and ``scores``.
     """
 
     def __init__(
@@ -65,6 +67,8 @@ class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
         skipped: Mapping[str, Sequence[str]] | None = None,
         convergence: Mapping[str, Mapping[str, Mapping[int, float]]] | None = None,
         higher_is_better: Mapping[str, bool | None] | None = None,
+        ratios: Mapping[str, bool] | None = None,
+        units: Mapping[str, str] | None = None,
         response: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
         scores: Mapping[str, float] | None = None,
     ) -> None:
@@ -78,6 +82,9 @@ class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
         self.floor = dict(floor or {})
         self.skipped = {measure: list(layers) for measure, layers in (skipped or {}).items() if layers}
         self.higher_is_better = dict(higher_is_better or {})
+        # Results of earlier versions and those made by hand do not say: then the package's names for ratios count.
+        self.ratios = {m: m.startswith("Normalized") for m in self._values} if ratios is None else dict(ratios)
+        self.units = dict(units or {})
         self.response = {measure: dict(layers) for measure, layers in (response or {}).items()}
         self.scores = dict(scores or {})
         self.convergence = {
@@ -215,6 +222,8 @@ class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
             "skipped": self.skipped,
             "convergence": self.convergence,
             "higher_is_better": self.higher_is_better,
+            "ratios": self.ratios,
+            "units": self.units,
             "response": self.response,
             "scores": self.scores,
         }

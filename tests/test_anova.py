@@ -9,8 +9,8 @@ from statsmodels.stats.anova import AnovaRM
 from statsmodels.stats.multitest import multipletests
 
 from lightning_invariance import functional
-from lightning_invariance.functional.anova import f_survival, rejected
 from lightning_invariance.measures import Anova
+from lightning_invariance.measures.f_distribution import f_survival, rejected
 
 
 def cube(n=9, m=4, k=40, effect=1.0):

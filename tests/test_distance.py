@@ -8,6 +8,7 @@ from scipy.spatial.distance import pdist
 from torch import nn
 
 from lightning_invariance import evaluate, functional, rotations
+from lightning_invariance.accumulators import RowDistances, Subsample
 from lightning_invariance.measures import (
     NormalizedDistance,
     SampleDistance,
@@ -140,16 +141,18 @@ def test_evaluate_gives_one_estimate_for_every_batch_size():
 
 def test_the_family_shares_its_sums_in_evaluate(monkeypatch):
     calls = []
-    original = SampleDistance._update
-    monkeypatch.setattr(
-        "lightning_invariance.measures.base.Measure._update",
-        lambda self, block, **rows: (calls.append(type(self).__name__), original(self, block, **rows)),
-    )
+    for accumulator in (RowDistances, Subsample):
+        original = accumulator.add_
+        monkeypatch.setattr(
+            accumulator,
+            "add_",
+            lambda self, *args, original=original: (calls.append(type(self).__name__), original(self, *args)),
+        )
     images = torch.rand(8, 1, 4, 4)
     measures = [TransformationDistance(), SampleDistance(), NormalizedDistance(), SampleDistance(samples=5)]
     names = {f"{position}": measure for position, measure in enumerate(measures)}
     evaluate(nn.Flatten(), images, rotations(4), names, batch_size=64)
-    assert calls == ["NormalizedDistance", "SampleDistance"]
+    assert sorted(calls) == ["RowDistances", "Subsample", "Subsample"]  # one of 16 samples, one of 5
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_a_walk_shows_rows_twice_only_where_they_do_not_fit(monkeypatch):
     values = []
     # 2 × 4 × 4 activations of 4 bytes: ten rows of them, and one byte less.
     for capacity, room, passes in ((10, 1280, 1), (9, 1280, 2), (10, 1279, 2)):
-        monkeypatch.setattr("lightning_invariance.measures.goodfellow.MOST_PEAKS", room)
+        monkeypatch.setattr("lightning_invariance.accumulators.peaks.MOST_PEAKS", room)
         calls.clear()
         measures = [NormalizedVariance(), Goodfellow(0.1, capacity=capacity)]
         values.append(evaluate(model, images, rotations(4), measures, forward=forward, batch_size=40))

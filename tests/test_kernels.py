@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from lightning_invariance import STLoader, evaluate, rotations
+from lightning_invariance.accumulators import kernels, pairs
+from lightning_invariance.accumulators.deviations import LIMITS
 from lightning_invariance.measures import (
     Anova,
     Goodfellow,
@@ -13,8 +15,6 @@ from lightning_invariance.measures import (
     TransformationDistance,
     TransformationVariance,
     VarianceSameEquivariance,
-    kernels,
-    pairs,
 )
 
 needs_kernels = pytest.mark.skipif(kernels._kernels is None, reason="the kernels were not compiled here")
@@ -42,10 +42,10 @@ def sums_of(blocks, centres, offsets, width=None):
     width = width or k
     row_spread, column_spread = torch.zeros(k, dtype=torch.float64), torch.zeros(1, k, dtype=torch.float64)
     parts = offsets.view(m, -1, width).movedim(1, 0).clone(memory_format=torch.contiguous_format)
-    n, far = torch.tensor(0), []
+    n, far = 0, []
     for block in blocks:
-        far.append(kernels.Adder(block, n, row_spread, column_spread, centres, parts)(block))
-    assert n == sum(map(len, blocks))
+        far.append(kernels.add_deviations(block, n, row_spread, column_spread, centres, parts, LIMITS))
+        n += len(block)
     return row_spread, column_spread[0], centres.double() + parts.double().movedim(1, 0).flatten(1), far
 
 
@@ -258,33 +258,105 @@ def test_a_walk_adds_what_updates_add(way):
         for name in ("Goodfellow", "VSE"):
             metric = measures[name].clone()
             metric.prepare(turns, (1, 16, 16), 30)
-            for number in range(metric.passes):
-                if number:
-                    metric.end_pass()
+            for cube in cubes:
+                metric.update(cube)
+            if not metric.complete:
+                metric.end_pass()
                 for cube in cubes:
                     metric.update(cube)
             torch.testing.assert_close(result[name][layer], metric.compute(), rtol=1e-5, atol=0, equal_nan=True)
 
 
-@needs_kernels
-def test_rows_and_sums_that_do_not_fit_are_refused():
-    def adder(n, m, k, offsets=None, squares=1):
-        offsets = torch.zeros(k // 64, m, 64) if offsets is None else offsets
-        spread = torch.zeros(k, dtype=torch.float64), torch.zeros(squares, k, dtype=torch.float64)
-        return kernels.Adder(torch.zeros(n, m, k), torch.tensor(0), *spread, torch.zeros(k), offsets)
+def sums(m=16, k=128, width=64, dtype=torch.float32, squares=1):
+    wide = {"dtype": torch.float64}
+    spread = torch.zeros(k, **wide), torch.zeros(squares, k, **wide)
+    return [*spread, torch.zeros(k, dtype=dtype), torch.zeros(k // width, m, width, dtype=dtype)]
 
-    assert adder(16, 16, 128)(torch.zeros(16, 16, 128)) is False
-    strided = torch.zeros(2, 64, 16).movedim(1, 2)
-    for bad in (
-        {"m": 257},
-        {"offsets": strided},
-        {"offsets": torch.zeros(2, 16, 64, dtype=torch.float64)},
-        {"squares": 16},
-    ):
-        with pytest.raises(ValueError, match="that the kernels add"):
-            adder(**{"n": 4, "m": 16, "k": 128, **bad})
-    with pytest.raises(ValueError, match="sums by 64 or all"):
-        adder(4, 16, 130, torch.zeros(2, 16, 65))(torch.zeros(4, 16, 130))
+
+@needs_kernels
+def test_sums_that_c_cannot_add_to_are_left_alone():
+    assert kernels.add_deviations(torch.rand(4, 16, 128), 0, *sums(), LIMITS) is False
+    cases = [
+        (torch.rand(4, 257, 128), sums(257)),  # too many columns
+        (torch.rand(4, 16, 128).double(), sums()),
+        (torch.rand(4, 16, 130), sums(k=130, width=65)),  # a width that C does not read
+        (torch.rand(4, 8, 128), sums()),  # other columns
+        (torch.rand(4, 16, 128), sums(squares=16)),  # standard deviations
+        (torch.rand(4, 16, 128), [*sums()[:3], sums(dtype=torch.float64)[3]]),
+        (torch.rand(4, 16, 128), [*sums()[:3], torch.zeros(2, 64, 16).movedim(1, 2)]),
+        (torch.rand(4, 16, 128), [torch.zeros(64, dtype=torch.float64), *sums()[1:]]),
+        (torch.rand(4, 16, 128), [sums()[0], torch.zeros(128, dtype=torch.float64), *sums()[2:]]),
+    ]
+    for x, tensors in cases:
+        assert kernels.add_deviations(x, 0, *tensors, LIMITS) is None
+        assert not any(tensor.any() for tensor in tensors)
+
+
+@needs_kernels
+def test_c_refuses_sizes_that_do_not_fit_before_it_uses_a_pointer():
+    x, tensors = torch.rand(4, 16, 128), sums()
+    pointers = [number for tensor in (x, *tensors) for number in (tensor.data_ptr(), tensor.numel())]
+    fine = [4, 16, 128, 1, 0, 64, False, *pointers, *LIMITS]
+    assert kernels._kernels.add_deviations(*fine) is False
+    for place, value, words in [
+        (0, 5, "another number of values"),
+        (0, -4, "another number of values"),
+        (2, 2**62, "another number of values"),
+        (5, 96, "another width"),
+        (5, 0, "another width"),
+        (7, 0, "pointer"),
+        (4, -1, "pointer or the number of rows"),
+        (10, 64, "other sizes"),
+        (16, 2047, "other sizes"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            kernels._kernels.add_deviations(*fine[:place], value, *fine[place + 1 :])
+    with pytest.raises(TypeError, match="Expected 21 arguments"):
+        kernels._kernels.add_deviations(*fine[1:])
+    network = torch.tensor([[0, 1], [1, 200]], dtype=torch.int32)
+    total = torch.zeros(128, dtype=torch.float64)
+    with pytest.raises(ValueError, match="columns that the block does not have"):
+        kernels.absolute_differences(x, network)
+    about = [number for tensor in (x, network, total) for number in (tensor.data_ptr(), tensor.numel())]
+    with pytest.raises(ValueError, match="of other sizes"):
+        kernels._kernels.absolute_differences(4, 16, 128, 1, 3, *about)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_blocks_of_any_layout_and_type_add_to_the_same_sums(way, order):
+    whole = rows(33, 16, 10)
+    blocks = [whole[:, :8], rows(9, 8, 10, seed=1), rows(9, 8, 10, seed=2).double(), whole[:, :8].flip(0)]
+    for numbers in (order, (*order, 2), (2, *order), (*order, 3)):
+        metric = NormalizedVariance()
+        for number in numbers:
+            metric.update(blocks[number])
+        x = torch.cat([blocks[number].double() for number in numbers])
+        torch.testing.assert_close(metric.compute(), x.var(1).mean(0) / x.var(0).mean(0), rtol=1e-5, atol=0)
+
+
+def test_a_value_is_computed_anew_after_rows_are_added(way):
+    a, b, c = rows(12, 16, 2000).split(4)
+    metric = NormalizedVariance()
+    metric.add(a)
+    metric.add(b)
+    metric.compute()
+    metric.add(c)
+    wide = torch.cat([a, b, c]).double()
+    torch.testing.assert_close(metric.compute(), wide.var(1).mean(0) / wide.var(0).mean(0), rtol=1e-5, atol=0)
+
+
+@needs_kernels
+def test_states_of_other_sizes_do_not_reach_c():
+    metric = NormalizedVariance()
+    metric.update(rows(4, 16, 2048))
+    metric.persistent(True)
+    state = metric.state_dict()
+    state["row_spread"] = state["row_spread"][:7]
+    broken = NormalizedVariance()
+    broken.persistent(True)
+    broken.load_state_dict(state)
+    with pytest.raises(RuntimeError):
+        broken.update(rows(4, 16, 2048))
 
 
 def test_means_far_from_zero_cost_no_digits(way):

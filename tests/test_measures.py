@@ -1,7 +1,7 @@
 """Every measure under every check of MeasureTester, and what they are together."""
 
+import pytest
 import torch
-from measure_tester import LABELS, MeasureTester, assert_close, cube
 from torchmetrics import MetricCollection
 
 from lightning_invariance import functional, rotations
@@ -18,6 +18,7 @@ from lightning_invariance.measures import (
     TransformationVariance,
     VarianceSameEquivariance,
 )
+from lightning_invariance.testing import LABELS, MeasureTester, assert_close, feed
 
 TURNS = rotations(4)
 
@@ -181,22 +182,31 @@ class TestStratified(MeasureTester):
         return torch.stack([functional.normalized_variance(st[label == LABELS]) for label in range(3)]).mean(0)
 
 
-ONE_PASS = [cls() for cls in MeasureTester.__subclasses__() if not cls.two_passes]
+TESTERS = [cls() for cls in [*MeasureTester.__subclasses__(), *TestNormalizedVariance.__subclasses__()]]
+ONE_PASS = [tester for tester in TESTERS if not tester.two_passes]
+CUBE = TESTERS[0].cube()
+
+
+@pytest.mark.parametrize("tester", TESTERS, ids=lambda tester: type(tester).__name__)
+def test_what_is_done_on_another_device_gives_the_definition(tester, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False), raising=False)  # which is the CPU
+    value = feed([tester.make()], CUBE.float(), [[slice(0, 7), slice(7, 13)]])
+    assert_close(value, tester.definition(CUBE.float().double()), rtol=1e-5, atol=1e-7)
 
 
 def test_a_collection_of_all_measures_of_one_pass():
     metrics = MetricCollection({type(tester).__name__: tester.make() for tester in ONE_PASS})
     for rows in (slice(0, 6), slice(6, 13)):
-        metrics.update(cube()[rows], labels=LABELS[rows])
+        metrics.update(CUBE[rows], labels=LABELS[rows])
     values = metrics.compute()
-    assert len(values) == 16
+    assert len(values) == 17
     for tester in ONE_PASS:
-        assert_close(values[type(tester).__name__], tester.definition(cube()))
+        assert_close(values[type(tester).__name__], tester.definition(CUBE))
 
 
 def test_measures_of_one_family_share_their_update():
     metrics = MetricCollection([TransformationVariance(), SampleVariance(), NormalizedVariance()])
     for rows in (slice(0, 6), slice(6, 13)):
-        metrics.update(cube()[rows])
+        metrics.update(CUBE[rows])
     assert len(metrics.compute_groups) == 1
-    assert_close(metrics.compute()["SampleVariance"], functional.sample_variance(cube()))
+    assert_close(metrics.compute()["SampleVariance"], functional.sample_variance(CUBE))

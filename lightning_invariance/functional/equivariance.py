@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool2d
 
 from lightning_invariance.functional.distance import (
     Distance,
@@ -16,15 +15,12 @@ from lightning_invariance.functional.variance import normalize as quotient
 from lightning_invariance.functional.variance import sample_variance, transformation_variance
 from lightning_invariance.transforms import TransformationSet
 
-#: A pixel is seen where at least this part of it comes from inside the frame.
-SEEN = 1 - 1e-4
-
 
 def mapped_back(
     st: Tensor,
     transformations: TransformationSet,
     normalize: bool = True,
-    mask: bool | int | Tensor = False,
+    mask: bool | int = False,
     input_size: tuple[int, int] | None = None,
 ) -> Tensor:
     r"""The matrix ST' (paper, eq. 8): column j of feature maps mapped back by the inverse of transformation j.
@@ -36,86 +32,45 @@ def mapped_back(
         transformations: its columns, with inverses.
         normalize: divide every feature map by its norm; a map of zeros stays one.
         mask: set pixels to zero that some transformation moves out of the frame; a number larger than 1 also those
-            that are fewer than so many pixels away from one. See :func:`seen`, whose result can be given as well.
+            that are fewer than so many pixels away from one.
         input_size: of the network's input, where the maps are of another size.
     """
-    back = transformations.inverse(st, input_size)
-    if isinstance(mask, Tensor):
-        back = back * mask
-    elif mask:
-        back = back * seen(st, transformations, mask, input_size)
-    return unit_maps(back)[0] if normalize else back
-
-
-def unit_maps(st: Tensor) -> tuple[Tensor, Tensor]:
-    """Feature maps divided by their norms, and which are zero everywhere, (samples, transformations, channels).
-
-    A map of zeros stays one; so does a map so small that its norm is 0.
-    """
-    maps = st.flatten(3)
-    norm = maps.norm(dim=3)
-    zero = norm == 0
-    unit = maps / (norm + zero)[..., None]  # NaN stays NaN
-    if not st.is_cpu:  # to look whether there are any would be to wait
-        zero = zero & ~maps.any(3)
-    elif bool(zero.any()):
-        zero = zero.masked_scatter(zero, (maps[zero] == 0).all(1))
-    return unit.view(st.shape), zero
-
-
-def direct_distances(
-    st: Tensor,
-    transformations: TransformationSet,
-    distance: Distance,
-    normalize: bool,
-    over: str,
-    mask: bool | int,
-    input_size: tuple[int, int] | None = None,
-) -> Tensor:
-    """The distance of A(t(x)) and t(A(x)) for every sample and transformation, (samples, transformations, ...).
-
-    A(x) is the column of the identity, which the set must hold; see :func:`distance_same_equivariance` for the rest.
-
-    Raises:
-        ValueError: If no transformation of the set is the identity.
-    """
-    probe = torch.rand(1, *st.shape[2:], generator=torch.Generator().manual_seed(0)).to(st.device)
-    same = [j for j, moved in enumerate(transformations(probe, input_size)[0]) if torch.equal(moved, probe[0])]
-    if not same:
-        raise ValueError(f'Expected the identity among the transformations for "direct", but got {transformations!r}.')
-    expected, found = transformations(st[:, same[0]], input_size), st
+    columns = [transformations[j].inverse(st[:, j], input_size) for j in range(len(transformations))]
+    back = torch.stack(columns, dim=1)
     if mask:
-        ones = torch.ones(1, 1, *st.shape[-2:], dtype=torch.float64, device=st.device)
-        inside = _widened(transformations(ones, input_size)[0] < SEEN, mask)
-        expected, found = expected * inside, found * inside
-    if normalize:
-        expected, found = unit_maps(expected)[0], unit_maps(found)[0]
-    distances = distance_between(found.flatten(3), expected.flatten(3), distance, over)
-    return distances if over == "channel" else distances.view(st.shape)
+        back = torch.where(inside_mask(st, transformations, mask, input_size), back, 0.0)
+    return unit_vectors(back) if normalize else back
 
 
-def seen(
-    st: Tensor, transformations: TransformationSet, mask: bool | int = True, input_size: tuple[int, int] | None = None
+def unit_vectors(st: Tensor) -> Tensor:
+    """Every feature map divided by its euclidean norm; a map of zeros stays one."""
+    norm = st.square().sum((-2, -1), keepdim=True).sqrt()
+    return torch.where(norm == 0, st, st / norm)
+
+
+def inside_mask(
+    st: Tensor, transformations: TransformationSet, mask: bool | int, input_size: tuple[int, int] | None
 ) -> Tensor:
-    """Which pixels of a feature map no transformation of the set moves out of the frame: 1 or 0, (height, width).
+    """Which pixels of a feature map no transformation moves out of the frame: bool (height, width).
 
-    Args:
-        st: any tensor ``(..., height, width)``; its last two axes and type count.
-        transformations: the set, with inverses.
-        mask: a number larger than 1 also leaves out pixels fewer than so many pixels away.
-        input_size: of the network's input, where the maps are of another size.
+    A pixel of a white image stays white where it comes back after a transformation and its inverse. A ``mask`` larger
+    than 1 also leaves out pixels with one that does not within ``mask − 1`` pixels in each direction.
     """
-    ones = torch.ones(1, 1, *st.shape[-2:], dtype=torch.float64, device=st.device)
-    least = transformations.inverse(transformations(ones, input_size), input_size).amin(1)
-    return _widened(least < SEEN, mask)[0, 0].to(st.dtype)
+    white = torch.ones(1, 1, *st.shape[-2:], dtype=torch.float64)
+    outside = torch.zeros(st.shape[-2:], dtype=torch.bool)
+    for j in range(len(transformations)):
+        there = transformations(white, input_size)[:, j]
+        outside |= transformations[j].inverse(there, input_size)[0, 0] < 1 - 1e-4
+    return ~_near(outside, int(mask) - 1)
 
 
-def _widened(out: Tensor, mask: bool | int) -> Tensor:
-    """1 where nothing is out of the frame, nor fewer than ``mask`` pixels away: (..., channels, height, width)."""
-    far = out.to(torch.float64)
-    if int(mask) > 1:
-        far = max_pool2d(far, 2 * int(mask) - 1, 1, int(mask) - 1)
-    return 1 - far
+def _near(outside: Tensor, reach: int) -> Tensor:
+    """Which pixels have one that is outside within ``reach`` pixels in each direction."""
+    near = torch.zeros_like(outside)
+    for y in range(outside.shape[0]):
+        for x in range(outside.shape[1]):
+            near[y, x] = outside[max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1].any()
+    return near
 
 
 def variance_same_equivariance(
@@ -177,7 +132,7 @@ def distance_same_equivariance(
         Tensor of ``(channels, height, width)`` or ``(channels,)``; 0 is same-equivariant.
     """
     if formulation == "direct":
-        value = direct_distances(st, transformations, distance, normalize, over, mask, input_size).mean((0, 1))
+        value = _direct(st, transformations, distance, normalize, over, mask, input_size)
         zero = (st == 0).transpose(0, 2).flatten(1).all(1) & torch.tensor(normalize)
         return torch.where(zero.view(-1, *[1] * (value.ndim - 1)), torch.nan, value)
     back = mapped_back(st, transformations, normalize, mask, input_size)
@@ -185,6 +140,33 @@ def distance_same_equivariance(
     if normalized_by is not None:
         value = quotient(value, sample_distance(back, distance, over))
     return _undefined_where_zero(value, st, transformations, normalize, over, mask, input_size)
+
+
+def _direct(
+    st: Tensor,
+    transformations: TransformationSet,
+    distance: Distance,
+    normalize: bool,
+    over: str,
+    mask: bool | int,
+    input_size: tuple[int, int] | None,
+) -> Tensor:
+    """The mean distance of A(t(x)) and t(A(x)) over samples and transformations; A(x) is the identity's column."""
+    if transformations.identity is None:
+        raise ValueError(f"Expected transformations that know their identity, but got {transformations!r}.")
+    total = torch.zeros(())
+    for j in range(len(transformations)):
+        found = st[:, j]
+        expected = transformations(st[:, transformations.identity], input_size)[:, j]
+        if mask:
+            white = torch.ones(1, 1, *st.shape[-2:], dtype=torch.float64)
+            inside = ~_near(transformations(white, input_size)[0, j, 0] < 1 - 1e-4, int(mask) - 1)
+            found, expected = torch.where(inside, found, 0.0), torch.where(inside, expected, 0.0)
+        if normalize:
+            found, expected = unit_vectors(found), unit_vectors(expected)
+        total = total + distance_between(found.flatten(2), expected.flatten(2), distance, over).mean(0)
+    mean = total / len(transformations)
+    return mean if over == "channel" else mean.view(st.shape[2:])
 
 
 def _undefined_where_zero(
@@ -203,5 +185,7 @@ def _undefined_where_zero(
     )
     if over == "channel":
         return torch.where(channels, torch.nan, value)
-    outside = seen(st, transformations, mask, input_size) == 0 if mask else torch.zeros(st.shape[-2:], dtype=torch.bool)
+    outside = torch.zeros(st.shape[-2:], dtype=torch.bool)
+    if mask:
+        outside = ~inside_mask(st, transformations, mask, input_size)
     return torch.where(channels[:, None, None] | outside, torch.nan, value)

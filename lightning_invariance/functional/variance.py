@@ -57,13 +57,3 @@ def normalize(transformation: Tensor, sample: Tensor) -> Tensor:
     """The quotient of a normalised measure, with the paper's special cases: 0/0 is 1 (dead activation), x/0 is inf."""
     dead = (transformation == 0) & (sample == 0)
     return torch.where(dead, 1.0, transformation / sample)
-
-
-def aggregate_maps(values: Tensor, aggregate: str | None) -> Tensor:
-    """One value a channel: ``"mean"``, ``"max"`` or ``"sum"`` over all axes but the first; None changes nothing."""
-    if aggregate is None:
-        return values
-    maps = values.reshape(values.shape[0] if values.ndim else 1, -1)
-    if aggregate == "max":
-        return maps.amax(1)
-    return maps.mean(1) if aggregate == "mean" else maps.sum(1)

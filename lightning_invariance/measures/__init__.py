@@ -1,12 +1,13 @@
 """The measures of the paper as ``torchmetrics.Metric`` classes with online, mergeable states."""
 
 from lightning_invariance.measures.anova import Anova
-from lightning_invariance.measures.base import Measure
+from lightning_invariance.measures.base import Measure, quotient
 from lightning_invariance.measures.distance import NormalizedDistance, SampleDistance, TransformationDistance
-from lightning_invariance.measures.equivariance import DistanceSameEquivariance, VarianceSameEquivariance
 from lightning_invariance.measures.goodfellow import Goodfellow
-from lightning_invariance.measures.matrix import STTensor
+from lightning_invariance.measures.same_equivariance import DistanceSameEquivariance, VarianceSameEquivariance
+from lightning_invariance.measures.st_tensor import STTensor
 from lightning_invariance.measures.stratified import Stratified
+from lightning_invariance.measures.sums import Sums
 from lightning_invariance.measures.variance import NormalizedVariance, SampleVariance, TransformationVariance
 
 __all__ = [
@@ -20,7 +21,9 @@ __all__ = [
     "SampleDistance",
     "SampleVariance",
     "Stratified",
+    "Sums",
     "TransformationDistance",
     "TransformationVariance",
     "VarianceSameEquivariance",
+    "quotient",
 ]

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_invariance.functional.anova import CORRECTIONS, f_ratio, f_survival, rejected_f
-from lightning_invariance.measures.variance_sums import VarianceMeasure
+from lightning_invariance.accumulators import Deviations, means_of
+from lightning_invariance.measures.base import Measure
+from lightning_invariance.measures.f_distribution import CORRECTIONS, f_survival, rejected_f
+from lightning_invariance.measures.sums import Sums
 
 
-class Anova(VarianceMeasure):
+class Anova(Measure):
     r"""ANOVA measure: do the means of an activation differ between transformations? (paper, section 2.3).
 
     The analysis of variance of the ST matrix with the transformations as groups; invariance is the null hypothesis.
@@ -60,6 +62,9 @@ class Anova(VarianceMeasure):
         tensor(0.2000, dtype=torch.float64)
     """
 
+    needs = (Deviations(),)
+    least_samples = 2
+
     def __init__(
         self,
         statistic: str = "reject",
@@ -68,7 +73,7 @@ class Anova(VarianceMeasure):
         paired: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(squared=True, aggregate=None, **kwargs)
+        super().__init__(**kwargs)
         if statistic not in ("f", "p", "reject", "effect"):
             raise ValueError(
                 f'Expected argument `statistic` to be "f", "p", "reject" or "effect", but got {statistic!r}.'
@@ -86,22 +91,23 @@ class Anova(VarianceMeasure):
         """Whether higher values are more invariant."""
         return self.statistic == "p"
 
-    def compute(self) -> Tensor:
-        """The value of every activation."""
-        if not self._enough(samples=2):
-            return self._undefined()
-        n, m = int(self.n_samples), self.n_transformations
-        means = self._sums().means()
-        between = n * means.sub_(means.mean(0)).square_().sum(0)
-        within = self.column_spread[0].clamp_min(0)
+    def value(self, sums: Sums) -> Tensor:
+        """The statistic of every activation."""
+        n, m = sums.n_samples, sums.n_transformations
+        means = means_of(sums)
+        between = n * (means - means.mean(0)).square_().sum(0)
+        within = sums["column_spread"][0].clamp_min(0)
         if self.paired:
             # No more than the whole, so that it is exactly 0 where columns are constant.
-            within = torch.minimum((self.row_spread - between).clamp_min(0), within)
-        d2 = (m - 1) * (n - 1) if self.paired else m * (n - 1)
-        f, effect = (self._shaped(value) for value in f_ratio(between, within, m - 1, d2))
-        if self.statistic == "reject":
-            reject = rejected_f(f, m - 1, d2, self.alpha, self.correction)
-            return torch.where(f.isnan(), torch.nan, reject.to(f.dtype))
+            within = torch.minimum((sums["row_spread"] - between).clamp_min(0), within)
+        d1, d2 = m - 1, (m - 1) * (n - 1) if self.paired else m * (n - 1)
+        constant = (between == 0) & (within == 0)
+        if self.statistic == "effect":
+            return torch.where(constant, 0.0, between / (between + within))
+        f = torch.where(constant, 0.0, (between / d1) / (within / d2))
+        if self.statistic == "f":
+            return f
         if self.statistic == "p":
-            return f_survival(f, m - 1, d2)
-        return f if self.statistic == "f" else effect
+            return f_survival(f, d1, d2)
+        rejected = rejected_f(f, d1, d2, self.alpha, self.correction)
+        return torch.where(f.isnan(), torch.nan, rejected.to(f.dtype))

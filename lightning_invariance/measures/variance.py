@@ -2,14 +2,78 @@
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lightning_invariance.functional.variance import aggregate_maps, normalize
-from lightning_invariance.measures.variance_sums import VarianceMeasure
+from lightning_invariance.accumulators import Deviations
+from lightning_invariance.maps import AGGREGATES, aggregate_maps
+from lightning_invariance.measures.base import Measure, quotient
+from lightning_invariance.measures.sums import Sums
 
 
-class TransformationVariance(VarianceMeasure):
+class MeasureOfVariances(Measure):
+    """A function of the transformation variance and the sample variance of each activation.
+
+    Rows and columns of the ST matrix may be walked separately for such measures, in little memory.
+
+    Args:
+        squared: whether variances or standard deviations are averaged.
+        aggregate: how the values of a feature map are made one; None keeps them.
+        response: whether changes under each transformation are kept.
+        kwargs: additional arguments of ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    #: Whether the measure can tell what each transformation does.
+    has_response = True
+
+    def __init__(
+        self, squared: bool = True, aggregate: str | None = None, response: bool = False, **kwargs: Any
+    ) -> None:
+        if not isinstance(squared, bool):
+            raise ValueError(f"Expected argument `squared` to be a bool, but got {squared!r}.")
+        if aggregate not in AGGREGATES:
+            raise ValueError(f"Expected argument `aggregate` to be one of {AGGREGATES}, but got {aggregate!r}.")
+        if not isinstance(response, bool) or (response and not (squared and self.has_response)):
+            raise ValueError(
+                "Expected argument `response` to be a bool, true only for TransformationVariance and NormalizedVariance"
+                f" with `squared=True`, but got {response!r}."
+            )
+        super().__init__([Deviations(squared, response)], **kwargs)
+        self.squared, self.aggregate = squared, aggregate
+
+    @abstractmethod
+    def of_variances(self, transformation: Tensor, sample: Tensor) -> Tensor:
+        """The value, given TV and SV of the activation's shape."""
+
+    def value(self, sums: Sums) -> Tensor:
+        """What the measure is for every activation."""
+        return self.of_variances(transformation_variance(sums, self.squared), sample_variance(sums, self.squared))
+
+    def value_shape(self, sums: Sums) -> tuple[int, ...]:
+        """The activation's, or ``(channels,)`` with ``aggregate``."""
+        return sums.activation_shape if self.aggregate is None else (math.prod(sums.activation_shape[:1]),)
+
+
+def transformation_variance(sums: Sums, squared: bool = True) -> Tensor:
+    r"""TV (paper, eq. 2) of the states of ``Deviations(squared)``: of the activation's shape."""
+    mean = sums["row_spread"] / sums.n_samples
+    return sums.shaped(mean / (sums.n_transformations - 1) if squared else mean)
+
+
+def sample_variance(sums: Sums, squared: bool = True) -> Tensor:
+    r"""SV (paper, eq. 3) of the states of ``Deviations(squared)``: of the activation's shape."""
+    variance = sums["column_spread"].clamp_min(0) / (sums.n_samples - 1)
+    return sums.shaped(variance[0] / sums.n_transformations if squared else variance.sqrt().mean(0))
+
+
+class TransformationVariance(MeasureOfVariances):
     r"""Transformation Variance (TV): how much an activation varies when a sample is transformed.
 
     The mean over samples of the variance over transformations (paper, section 2.4.1, eq. 2):
@@ -49,11 +113,13 @@ class TransformationVariance(VarianceMeasure):
         tensor(1., dtype=torch.float64)
     """
 
-    def compute(self) -> Tensor:
-        """The value of every activation."""
-        return self._aggregated(self._transformation_variance() if self._enough() else self._undefined())
+    unit = "activation²"
 
-    def response(self) -> Tensor | None:
+    def of_variances(self, transformation: Tensor, sample: Tensor) -> Tensor:
+        """TV."""
+        return aggregate_maps(transformation, self.aggregate)
+
+    def response_of(self, sums: Sums) -> Tensor | None:
         r"""What each transformation does to the layer, ``(m,)``; None without ``response=True``.
 
         Half the mean squared change of an activation from its value under the identity, which is the transformation
@@ -61,11 +127,11 @@ class TransformationVariance(VarianceMeasure):
         no identity the mean squared deviation from the mean over the transformations, times m / (m − 1), whose mean
         over the transformations is the transformation variance.
         """
-        changes = self._changes()
+        changes = mean_changes(sums)
         return None if changes is None else changes.mean(1)
 
 
-class SampleVariance(VarianceMeasure):
+class SampleVariance(MeasureOfVariances):
     r"""Sample Variance (SV): how much an activation varies from sample to sample.
 
     The mean over transformations of the variance over samples (paper, section 2.4.2, eq. 3):
@@ -104,15 +170,16 @@ class SampleVariance(VarianceMeasure):
     """
 
     higher_is_better = None
-    _responds = False
+    unit = "activation²"
+    has_response = False
+    least_samples, least_transformations = 2, 1
 
-    def compute(self) -> Tensor:
-        """The value of every activation."""
-        enough = self._enough(samples=2, transformations=1)
-        return self._aggregated(self._sample_variance() if enough else self._undefined())
+    def of_variances(self, transformation: Tensor, sample: Tensor) -> Tensor:
+        """SV."""
+        return aggregate_maps(sample, self.aggregate)
 
 
-class NormalizedVariance(VarianceMeasure):
+class NormalizedVariance(MeasureOfVariances):
     r"""Normalized Variance (NV): how much transformations matter against samples.
 
     Transformation variance over sample variance (paper, section 2.4.3, eq. 4):
@@ -153,21 +220,29 @@ class NormalizedVariance(VarianceMeasure):
         tensor(0.2000, dtype=torch.float64)
     """
 
-    def compute(self) -> Tensor:
-        """The value of every activation."""
-        if not self._enough(samples=2):
-            return self._aggregated(self._undefined())
-        return normalize(self._aggregated(self._transformation_variance()), self._aggregated(self._sample_variance()))
+    is_ratio = True
+    least_samples = 2
 
-    def response(self) -> Tensor | None:
+    def of_variances(self, transformation: Tensor, sample: Tensor) -> Tensor:
+        """TV / SV."""
+        return quotient(aggregate_maps(transformation, self.aggregate), aggregate_maps(sample, self.aggregate))
+
+    def response_of(self, sums: Sums) -> Tensor | None:
         """What each transformation does to the layer, ``(m,)``; None without ``response=True``.
 
-        That of :meth:`TransformationVariance.response` over the sample variance, each averaged over the feature map
+        That of :meth:`TransformationVariance.response_of` over the sample variance, each averaged over the feature map
         before the quotient, and the mean over the channels where it is finite: 0 is a transformation that the layer
         does not notice; 1 one that changes it as much as another sample does.
         """
-        changes = self._changes()
+        changes = mean_changes(sums)
         if changes is None:
             return None
-        quotient = changes / aggregate_maps(self._sample_variance(), "mean")
-        return torch.where(quotient.isfinite(), quotient, torch.nan).nanmean(1)
+        ratio = changes / aggregate_maps(sample_variance(sums), "mean")
+        return torch.where(ratio.isfinite(), ratio, torch.nan).nanmean(1)
+
+
+def mean_changes(sums: Sums) -> Tensor | None:
+    """What each transformation contributes to the variance of each channel's mean activation, ``(m, channels)``."""
+    if "changes" not in sums or not sums["changes"].numel():
+        return None
+    return sums["changes"] / (sums.n_samples * math.prod(sums.activation_shape[1:]))

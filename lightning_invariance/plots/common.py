@@ -14,15 +14,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from lightning_invariance.result import InvarianceResult
+from lightning_invariance.style import NAN
 
 #: One result, or several: by the text of the legend, or just one after the other.
 Results = InvarianceResult | Mapping[str, InvarianceResult] | Sequence[InvarianceResult]
-
-#: Colours of values that no scale holds; told apart by their lightness too.
-INFINITE, DEAD, NAN = "#2ca02c", "#000000", "#bbbbbb"
 
 #: Colours that colour-blind readers tell apart (Okabe and Ito 2008), each with a marker.
 LINES = (
@@ -35,8 +32,8 @@ LINES = (
     ("#000000", "X"),
 )
 
-#: The fixed scale of normalised measures, which are ratios: around 1, transformations matter as much as samples do.
-NORMALIZED_RANGE = (0.01, 10.0)
+#: The fixed scale of measures that are ratios: around 1, transformations matter as much as samples do.
+RANGE_OF_RATIOS = (0.01, 10.0)
 
 #: The largest width and height of a figure, in inches of 100 pixels.
 LARGEST = 24.0
@@ -83,10 +80,10 @@ def limits_of(values: Iterable[float]) -> tuple[float, float] | None:
 
 
 def scale_of(
-    measure: str, values: Iterable[float], limits: tuple[float, float] | None = None, log: bool = True
+    is_ratio: bool, values: Iterable[float], limits: tuple[float, float] | None = None, log: bool = True
 ) -> Normalize:
-    """The colour scale of a measure: between ``limits``; fixed for normalised measures, so that epochs compare."""
-    found = limits or (NORMALIZED_RANGE if measure.startswith("Normalized") else limits_of(values))
+    """The colour scale of a measure: between ``limits``; fixed for ratios, so that epochs and networks compare."""
+    found = limits or (RANGE_OF_RATIOS if is_ratio else limits_of(values))
     if not log:
         low, high = (0.0, 1.0) if found is None else found
         return Normalize(0.0 if limits is None else low, high)
@@ -115,12 +112,6 @@ def within(scale: Normalize, values: npt.NDArray[np.float64]) -> npt.NDArray[np.
 def add_colourbar(figure: Figure, axes: Axes | list[Axes], scale: Normalize, label: str) -> None:
     """A colour bar of a measure for some axes of the figure."""
     figure.colorbar(ScalarMappable(scale, colours()), ax=axes, label=label, extend="both", pad=0.01)
-
-
-def special_patches(infinite: int, dead: int, nan: int) -> list[Patch]:
-    """Entries of a legend that counts special values; none for those that do not occur."""
-    counted = ((INFINITE, "infinite", infinite), (DEAD, "dead", dead), (NAN, "NaN", nan))
-    return [Patch(facecolor=colour, label=f"{count} {name}") for colour, name, count in counted if count]
 
 
 def shorten(name: str, longest: int = 24) -> str:
@@ -161,6 +152,11 @@ def key_of_layers(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
     bar = figure.colorbar(shades, ax=figure.axes, label="layer", pad=0.01)
     ticks = sorted({round(x) for x in np.linspace(0, len(names) - 1, 6)})
     bar.set_ticks(ticks, labels=[shorten(names[i]) for i in ticks])
+
+
+def is_ratio(results: Iterable[InvarianceResult], measure: str) -> bool:
+    """Whether a measure is a ratio; results of one measure agree on that."""
+    return any(result.ratios.get(measure, False) for result in results)
 
 
 def direction(results: Iterable[InvarianceResult], measure: str) -> str:

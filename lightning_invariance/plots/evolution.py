@@ -12,6 +12,7 @@ from lightning_invariance.plots.common import (
     add_colourbar,
     colours,
     first_measure,
+    is_ratio,
     layers_of,
     new_figure,
     scale_of,
@@ -47,7 +48,7 @@ def evolution(
     layers = layers_of(history, measure)
     means = [result.per_layer(measure) for result in history]
     values = np.array([[per_layer.get(layer, np.nan) for per_layer in means] for layer in layers])
-    scale = scale_of(measure, values.ravel().tolist(), limits)
+    scale = scale_of(is_ratio(history, measure), values.ravel().tolist(), limits)
     score = score or _score(history)
     rows = 0.25 if len(layers) <= 80 else 0.15
     height = max(2.0, rows * len(layers))

@@ -8,18 +8,17 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
 from lightning_invariance.plots.common import (
-    DEAD,
-    INFINITE,
     add_colourbar,
     colours,
+    is_ratio,
     label_layers,
     new_figure,
     scale_of,
-    special_patches,
     width_of,
     within,
 )
 from lightning_invariance.result import InvarianceResult
+from lightning_invariance.style import DEAD, INFINITE, special_patches
 
 
 def heatmap(
@@ -51,7 +50,9 @@ def heatmap(
         orders = {layer: np.lexsort((values, dead[layer])) for layer, values in columns.items()}
         columns = {layer: values[orders[layer]] for layer, values in columns.items()}
         dead = {layer: values[orders[layer]] for layer, values in dead.items()}
-    scale = scale_of(measure, [value for values in columns.values() for value in values.tolist()], limits, log)
+    scale = scale_of(
+        is_ratio([result], measure), [value for values in columns.values() for value in values.tolist()], limits, log
+    )
     figure = new_figure(width_of(len(layers)), 5.5)
     axes = figure.add_subplot()
     counts = np.zeros(3, dtype=int)

@@ -16,6 +16,7 @@ from lightning_invariance.plots.common import (
     depths,
     direction,
     first_measure,
+    is_ratio,
     label_layers,
     layers_of,
     named,
@@ -159,7 +160,7 @@ def _axes_of_layers(results: Sequence[InvarianceResult], measure: str, depth: bo
 
 
 def _finished(axes: Axes, results: Sequence[InvarianceResult], measure: str) -> Figure:
-    if measure.startswith("Normalized"):
+    if is_ratio(results, measure):
         axes.set_ylim(bottom=0)
     axes.set_title(direction(results, measure), fontsize="medium")
     axes.grid(alpha=0.3)

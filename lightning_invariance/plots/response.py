@@ -12,6 +12,7 @@ from lightning_invariance.plots.common import (
     colours,
     depth_colours,
     first_measure,
+    is_ratio,
     key_of_layers,
     new_figure,
     scale_of,
@@ -64,7 +65,7 @@ def response(
     lines = {layer: np.array(found[layer]) for layer in layers or found}
     varying = {name: np.array(values) for name, values in result.parameters.items() if len(set(values)) > 1}
     if len(varying) == 2:
-        return _maps(lines, varying, measure, limits)
+        return _maps(result, lines, varying, measure, limits)
     return _lines(result, lines, varying, measure)
 
 
@@ -86,7 +87,7 @@ def _lines(
         axes.set_xticks(_angles(x))
     axes.set_xlabel("angle in degrees, counter-clockwise" if name == "angle" else name)
     axes.set_ylabel(f"{measure}\nof one transformation")
-    if measure.startswith("Normalized"):
+    if is_ratio([result], measure):
         axes.set_title("0: the layer does not notice; 1: as large a change as to another sample", fontsize="medium")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
@@ -101,6 +102,7 @@ def _angles(x: np.ndarray) -> np.ndarray:
 
 
 def _maps(
+    result: InvarianceResult,
     lines: dict[str, np.ndarray],
     varying: dict[str, np.ndarray],
     measure: str,
@@ -110,7 +112,7 @@ def _maps(
     if len(chosen) > MOST_MAPS:
         chosen = [chosen[round(i)] for i in np.linspace(0, len(chosen) - 1, MOST_MAPS)]
     (name_x, x), (name_y, y) = varying.items()
-    scale = scale_of(measure, [v for layer in chosen for v in lines[layer].tolist()], limits)
+    scale = scale_of(is_ratio([result], measure), [v for layer in chosen for v in lines[layer].tolist()], limits)
     columns = min(4, len(chosen))
     rows = -(-len(chosen) // columns)
     figure = new_figure(2.1 * columns + 1.2, 2.2 * rows + 0.6)

@@ -54,6 +54,11 @@ class AffineSet(TransformationSet):
         self.identity = int(same[0]) if len(same) else None
         self._known_sources: dict[Hashable, _Sources] = {}
 
+    @property
+    def signature(self) -> tuple[Hashable, ...]:
+        """The labels and the maps."""
+        return (*self.labels, self.square, *self.matrices.flatten().tolist())
+
     def _apply(self, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
         if x.ndim < 3:
             raise ValueError(f"Expected a batch of images (batch, channels, height, width), but got {tuple(x.shape)}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import overload
 
 from torch import Tensor
@@ -138,6 +138,20 @@ class TransformationSet(ABC, Sequence[Transformation]):
     def _invert(self, st: Tensor, input_size: tuple[int, int] | None) -> Tensor:
         """Column-wise inverse of ``(batch, m, ...)``."""
         raise ValueError(f"Expected transformations with inverses, but {self!r} has none.")
+
+    @property
+    def signature(self) -> tuple[Hashable, ...]:
+        """What tells the set from others: sets of one class and one signature are equal, and transform alike.
+
+        A subclass may leave it as it is; its sets are then equal to themselves only.
+        """
+        return (*self.labels, id(self))
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and isinstance(other, TransformationSet) and self.signature == other.signature
+
+    def __hash__(self) -> int:
+        return hash(self.signature)
 
     def _selected_parameters(self, columns: list[int]) -> dict[str, list[float]]:
         return {name: [values[j] for j in columns] for name, values in self.parameters.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,11 @@ class CallableSet(TransformationSet):
         if inverses is not None:
             self._inverses = _matched(inverses, list(named))
         self.invertible = self._inverses is not None
+
+    @property
+    def signature(self) -> tuple[Hashable, ...]:
+        """The labels and the functions."""
+        return (*self.labels, *self._functions, *(self._inverses or ()))
 
     def _apply(self, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
         return self._stack([function(x) for function in self._functions], x)

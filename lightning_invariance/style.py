@@ -1,4 +1,4 @@
-"""The values of one layer, for the ``plot`` of a metric."""
+"""Colours of values that no scale holds, and bars for the values of one layer."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ import math
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.patches import Patch
 
-from lightning_invariance.plots.common import INFINITE, NAN, special_patches
+#: Infinite values, dead units and NaN; told apart by their lightness too.
+INFINITE, DEAD, NAN = "#2ca02c", "#000000", "#bbbbbb"
+
+
+def special_patches(infinite: int, dead: int, nan: int) -> list[Patch]:
+    """Entries of a legend that counts special values; none for those that do not occur."""
+    counted = ((INFINITE, "infinite", infinite), (DEAD, "dead", dead), (NAN, "NaN", nan))
+    return [Patch(facecolor=colour, label=f"{count} {name}") for colour, name, count in counted if count]
 
 
 def draw_bars(axes: Axes, values: Sequence[float], label: str) -> None:

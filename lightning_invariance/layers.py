@@ -21,8 +21,8 @@ Layers: TypeAlias = (
     | None
 )
 
-#: Receives the name of a layer, the module and the output tensor.
-Consumer: TypeAlias = Callable[[str, nn.Module, Tensor], None]
+#: Receives the name of a layer, an output tensor, and the axis of the batch in it (None where the module does not say).
+Consumer: TypeAlias = Callable[[str, Tensor, int | None], None]
 
 
 class Selection:
@@ -181,15 +181,15 @@ class Catcher:
             call = self._calls.get(name, 0)
             self._calls[name] = call + 1
             layer = name if call == 0 else f"{name}#{call}"
-            for place, tensor in _floating_tensors(output):
-                self._consumer(layer + place, module, tensor.detach() if tensor.requires_grad else tensor)
+            for place, tensor, axis in _outputs(module, output):
+                self._consumer(layer + place, tensor.detach() if tensor.requires_grad else tensor, axis)
 
         return caught
 
 
 @contextmanager
 def catch_activations(selection: Selection, consumer: Consumer) -> Iterator[Catcher]:
-    """Call ``consumer(layer, module, output)`` for every output of the selected modules while the context lasts.
+    """Call ``consumer(layer, output, batch_axis)`` for every output of the selected modules while the context lasts.
 
     The hooks are gone afterwards, also when forward or the consumer raises.
     """
@@ -218,6 +218,18 @@ def transformed_input(module: nn.Module, transform: Callable[[Tensor], Tensor]) 
         yield
     finally:
         handle.remove()
+
+
+def _outputs(module: nn.Module, output: Any) -> Iterator[tuple[str, Tensor, int | None]]:
+    """Every floating-point tensor that a module returned, with its place and the axis of the batch in it, if known."""
+    if isinstance(module, nn.RNNBase) and isinstance(output, tuple) and len(output) == 2:
+        for place, tensor in _floating_tensors(output[0], "[0]"):
+            yield place, tensor, 0 if module.batch_first else 1
+        for place, tensor in _floating_tensors(output[1], "[1]"):  # hidden states are (layers, batch, ...) always
+            yield place, tensor, 1
+        return
+    for place, tensor in _floating_tensors(output):
+        yield place, tensor, None
 
 
 def _floating_tensors(output: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:

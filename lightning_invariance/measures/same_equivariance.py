@@ -2,24 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_invariance.functional.distance import Distance
-from lightning_invariance.functional.equivariance import direct_distances, unit_maps
-from lightning_invariance.functional.variance import normalize as quotient
-from lightning_invariance.measures.base import States
-from lightning_invariance.measures.distance_sums import DistanceMeasure
-from lightning_invariance.measures.mapped_back import SameEquivarianceMeasure
-from lightning_invariance.measures.spread import channel_changes
-from lightning_invariance.measures.variance_sums import VarianceMeasure
+from lightning_invariance.accumulators import Accumulator, Changes, Deviations, DirectDistances, MappedBack
+from lightning_invariance.accumulators.distances import Distance
+from lightning_invariance.accumulators.mapped_back import BackMapping, check_inverses
+from lightning_invariance.maps import aggregate_maps
+from lightning_invariance.measures.base import Measure, quotient
+from lightning_invariance.measures.distance import pair_distances
+from lightning_invariance.measures.sums import Sums
+from lightning_invariance.measures.variance import sample_variance, transformation_variance
 from lightning_invariance.transforms import TransformationSet
 
 
-class VarianceSameEquivariance(SameEquivarianceMeasure, VarianceMeasure):
+class SameEquivariance(Measure):
+    """What both measures share: sums over feature maps that are mapped back, for each channel or each pixel.
+
+    Args:
+        needs: the accumulator.
+        mapping: how maps are mapped back.
+        over: ``"channel"`` or ``"activation"``.
+        normalized_by: None or ``"samples"``.
+        kwargs: additional arguments of ``torchmetrics.Metric``.
+    """
+
+    has_floor = True
+
+    def __init__(
+        self, needs: Accumulator, mapping: BackMapping, over: str, normalized_by: str | None, **kwargs: Any
+    ) -> None:
+        super().__init__([needs], **kwargs)
+        self.transformations, self.normalize, self.mask = mapping.transformations, mapping.normalize, mapping.mask
+        self.input_size, self.over, self.normalized_by = mapping.input_size, over, normalized_by
+
+    @property
+    def is_ratio(self) -> bool:  # type: ignore[override]
+        """Whether the measure is divided by that of samples."""
+        return self.normalized_by is not None
+
+    @property
+    def least_samples(self) -> int:  # type: ignore[override]
+        """Two where the measure is divided by that of samples."""
+        return 1 if self.normalized_by is None else 2
+
+    def value_shape(self, sums: Sums) -> tuple[int, ...]:
+        """``(channels,)``, or the activation's shape for ``over="activation"``."""
+        return sums.activation_shape if self.over == "activation" else sums.activation_shape[:1]
+
+    def defined(self, value: Tensor, sums: Sums) -> Tensor:
+        """NaN where a feature map was zero throughout (0/0 as a unit vector), and for pixels outside the mask."""
+        value = value.view(self.value_shape(sums))
+        lit = sums["lit"] > 0 if self.normalize else torch.ones_like(sums["lit"], dtype=torch.bool)
+        known = lit.view(-1, *[1] * (value.ndim - 1))
+        if self.over == "activation" and "inside" in sums and sums["inside"].numel():
+            known = known & sums["inside"]
+        return torch.where(known, value, torch.nan)
+
+
+def back_mapping(
+    transformations: TransformationSet | None,
+    normalize: bool,
+    mask: bool | int,
+    normalized_by: str | None,
+    input_size: tuple[int, int] | None,
+) -> BackMapping:
+    """How maps are mapped back.
+
+    Raises:
+        ValueError: If an argument is out of its range, or the transformations have no inverses.
+    """
+    if normalized_by not in (None, "samples"):
+        raise ValueError(f'Expected argument `normalized_by` to be None or "samples", but got {normalized_by!r}.')
+    if not isinstance(mask, int) or mask < 0:
+        raise ValueError(f"Expected argument `mask` to be a bool or an int of at least 0, but got {mask!r}.")
+    if transformations is not None:
+        check_inverses(transformations)
+    return BackMapping(transformations, normalize, int(mask), input_size)
+
+
+class VarianceSameEquivariance(SameEquivariance):
     r"""Variance-based same-equivariance: do feature maps move as the input does? (paper, section 2.6).
 
     Each column of feature maps is mapped back by the inverse of its transformation, at the map's own resolution, and
@@ -79,59 +143,36 @@ class VarianceSameEquivariance(SameEquivarianceMeasure, VarianceMeasure):
         input_size: tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> None:
-        # Of whole feature maps, the response to each transformation is all that the variance needs.
-        self._whole = over == "channel" and normalized_by is None
-        super().__init__(squared=True, aggregate=None, response=self._whole, **kwargs)
         if over not in ("activation", "channel"):
             raise ValueError(f'Expected argument `over` to be "activation" or "channel", but got {over!r}.')
-        self.over = over
-        self._configure(transformations, normalize, mask, normalized_by, input_size)
+        mapping = back_mapping(transformations, normalize, mask, normalized_by, input_size)
+        # Of whole feature maps, the changes under each transformation are all that the variance needs.
+        whole_maps = over == "channel" and normalized_by is None
+        inner: Accumulator = Changes() if whole_maps else Deviations()
+        super().__init__(MappedBack((inner,), mapping), mapping, over, normalized_by, **kwargs)
+        self.whole_maps = whole_maps
 
-    @property
-    def update_rule(self) -> frozenset[Hashable]:
-        """Shared by measures that map back in the same way."""
-        about = (id(self.transformations), *self._how)
-        return frozenset([(VarianceSameEquivariance, self._whole, *about)])
+    def value(self, sums: Sums) -> Tensor:
+        """SE of every channel, or of every activation."""
+        if self.whole_maps:
+            return self.defined(sums["changes"].sum(0) / (sums.n_samples * sums.n_transformations), sums)
+        aggregate = None if self.over == "activation" else "sum"
+        value = aggregate_maps(transformation_variance(sums), aggregate)
+        if self.normalized_by is not None:
+            value = quotient(value, aggregate_maps(sample_variance(sums), aggregate))
+        return self.defined(value, sums)
 
-    def compute(self) -> Tensor:
-        """The value of every channel, or of every activation."""
-        by_samples = self.normalized_by is not None
-        if not self._enough(samples=2 if by_samples else 1):
-            nan = self._undefined()
-            return nan if self.over == "activation" else nan.flatten(1).sum(1)
-        if self._whole:
-            value = self.changes.sum(0) / (self.n_samples * (self.n_transformations - 1))
-        else:
-            value = self._over(self._transformation_variance())
-        if by_samples:
-            value = quotient(value, self._over(self._sample_variance()))
-        return self._finished(value, self.over)
-
-    def response(self) -> Tensor | None:
+    def response_of(self, sums: Sums) -> Tensor | None:
         """The part of each transformation in the value, ``(m,)``: its mean is that of the channels.
 
         None for ``over="activation"`` or ``normalized_by="samples"``.
         """
-        if not self._whole or not self._enough():
+        if not self.whole_maps or not sums.n_samples:
             return None
-        m = self.n_transformations
-        return torch.where(self.lit > 0, self.changes, torch.nan).nanmean(1) * m / (self.n_samples * (m - 1))
-
-    def _add(self, x: Tensor, **of_rows: Tensor) -> None:
-        if not self._whole:
-            super()._add(x, **of_rows)
-            return
-        changes = channel_changes(x, int(self.activation_shape[0]), None)
-        self.changes = self.changes + changes if self.changes.numel() else changes
-
-    def _over(self, values: Tensor) -> Tensor:
-        return values if self.over == "activation" else values.flatten(1).sum(1)
-
-    def _merge(self, a: States, b: States) -> States:
-        return {**super()._merge(a, b), **self._merge_lit(a, b)}
+        return torch.where(sums["lit"] > 0, sums["changes"], torch.nan).nanmean(1) / sums.n_samples
 
 
-class DistanceSameEquivariance(SameEquivarianceMeasure, DistanceMeasure):
+class DistanceSameEquivariance(SameEquivariance):
     r"""Distance-based same-equivariance: do feature maps move as the input does? (paper, section 2.6, eq. 8).
 
     Each column of feature maps is mapped back by the inverse of its transformation, at the map's own resolution, and
@@ -206,42 +247,22 @@ class DistanceSameEquivariance(SameEquivarianceMeasure, DistanceMeasure):
                 'Expected argument `formulation` to be "pairs" with `normalized_by` or `distance="squared"`,'
                 f" but got {formulation!r}."
             )
-        self._direct = formulation == "direct"
-        self._by_samples = normalized_by is not None
+        mapping = back_mapping(transformations, normalize, mask, normalized_by, input_size)
         chosen = distance if distance is not None else "abs" if over == "activation" else "euclidean"
-        super().__init__(chosen, over, samples, aggregate=None, **kwargs)
-        self._configure(transformations, normalize, mask, normalized_by, input_size)
+        pairs = pair_distances(chosen, over, samples)
+        needs: Accumulator
+        if formulation == "direct":
+            needs = DirectDistances(mapping, chosen, over)
+        else:
+            needs = MappedBack(pairs.needs(rows=True, columns=normalized_by is not None), mapping)
+        super().__init__(needs, mapping, over, normalized_by, **kwargs)
+        self.pairs, self.distance, self.samples, self.formulation = pairs, chosen, samples, formulation
 
-    @property
-    def needs_columns(self) -> bool:  # type: ignore[override]
-        """Whether samples are kept."""
-        return self._by_samples
-
-    @property
-    def update_rule(self) -> frozenset[Hashable]:
-        """Shared by measures that map back in the same way."""
-        about = (id(self.transformations), *self._how, self._direct)
-        return frozenset((DistanceSameEquivariance, part, *about) for part in super().update_rule)
-
-    def _mapped(self, x: Tensor, transformations: TransformationSet) -> tuple[Tensor, Tensor]:
-        if not self._direct:
-            return super()._mapped(x, transformations)
-        how = self.distance, self.normalize, self.over, self.mask, self.input_size
-        return direct_distances(x, transformations, *how), unit_maps(x)[1].logical_not().sum((0, 1))
-
-    def _row_distances(self, x: Tensor) -> Tensor:
-        if not self._direct:
-            return super()._row_distances(x)
-        return x.shape[1] * x.double().sum((0, 1))  # distances already, whose mean is over m, not m²
-
-    def compute(self) -> Tensor:
-        """The value of every channel, or of every activation."""
-        if not self._enough(samples=2 if self._by_samples else 1):
-            return self._undefined()
-        value = self._transformation_distance()
-        if self._by_samples:
-            value = quotient(value, self._sample_distance())
-        return self._finished(value, self.over)
-
-    def _merge(self, a: States, b: States) -> States:
-        return {**super()._merge(a, b), **self._merge_lit(a, b)}
+    def value(self, sums: Sums) -> Tensor:
+        """SE of every channel, or of every activation."""
+        if self.formulation == "direct":
+            return self.defined(sums["row_distances"] / (sums.n_samples * sums.n_transformations), sums)
+        value = self.pairs.within_rows(sums)
+        if self.normalized_by is not None:
+            value = quotient(value, self.pairs.within_columns(sums))
+        return self.defined(value, sums)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
+
+from lightning_invariance.accumulators import Matrix
+from lightning_invariance.measures.base import Measure
+from lightning_invariance.measures.sums import Sums
 
 
-class STTensor(Metric):
+class STTensor(Measure):
     """Keeps the sample × transformation matrices of a few samples instead of measuring them.
 
     For pictures and for looking closer: ``evaluate(model, images[:4], rotations(8), STTensor())["STTensor"]["conv1"]``
@@ -23,7 +22,7 @@ class STTensor(Metric):
       ``(samples, transformations, *activation_shape)``.
 
     As output of ``forward`` and ``compute`` the metric returns all of them: ``(samples, transformations,
-    *activation_shape)``.
+    *activation_shape)``, samples in the order of their ``indices`` where these are given.
 
     Args:
         kwargs: additional arguments of ``torchmetrics.Metric``.
@@ -37,20 +36,14 @@ class STTensor(Metric):
         torch.Size([2, 4, 5, 6, 6])
     """
 
-    is_differentiable = False
     higher_is_better: bool | None = None
-    full_state_update = False
+    needs = (Matrix(),)
+    least_transformations = 1
 
-    blocks: list[Tensor]
+    def value(self, sums: Sums) -> Tensor:
+        """All rows, in the order of their samples."""
+        return sums["rows"][sums["order"].argsort(stable=True).to(sums["rows"].device)]
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("blocks", [], dist_reduce_fx="cat")
-
-    def update(self, st_block: Tensor) -> None:
-        """Keep complete rows of the ST matrix."""
-        self.blocks = [*self.blocks, st_block.detach().clone()]
-
-    def compute(self) -> Tensor:
-        """All rows so far."""
-        return dim_zero_cat(self.blocks) if self.blocks else torch.zeros(0)
+    def value_shape(self, sums: Sums) -> tuple[int, ...]:
+        """``(samples, transformations, *activation_shape)``."""
+        return (sums.n_samples, sums.n_transformations, *sums.activation_shape)

@@ -1,4 +1,4 @@
-"""All pairs of the values in a row, without looking at each of them."""
+"""All pairs of the values in a row, with less work than a difference for each."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lightning_invariance.measures import kernels
-from lightning_invariance.measures.spread import CHUNK, SMALLEST_FLOAT32_SQUARE, scratch
+from lightning_invariance.accumulators import kernels
+from lightning_invariance.accumulators.changes import SMALLEST_FLOAT32_SQUARE
+from lightning_invariance.accumulators.memory import CHUNK, scratch
 
-#: Rows longer than this are sorted by the library, which needs them next to each other in memory.
-MOST_SORTED_BY_NETWORK = 64
-
-#: Squared distances below this part of the squares of both are not taken from their difference.
-FAR = 1e-2
+#: ‖x‖² + ‖y‖² − 2 x·y cancels where it is below this fraction of ‖x‖² + ‖y‖²: x − y is then taken itself.
+CANCELS = 1e-2
 
 
 def absolute_differences(x: Tensor) -> Tensor:
@@ -23,12 +21,13 @@ def absolute_differences(x: Tensor) -> Tensor:
     Of the values in order, the r-th smallest is larger than r − 1 others and smaller than m − r.
     """
     n, m, k = x.shape
-    if m > MOST_SORTED_BY_NETWORK:
+    if m > kernels.MOST_SORTED:  # sorted by PyTorch, which needs the values of a row next to each other in memory
         ordered = (x - x[:, :1]).movedim(1, -1).contiguous().sort(-1).values
         weights = torch.arange(1 - m, m, 2, dtype=x.dtype, device=x.device)
         return 2 * (ordered @ weights).sum(0, dtype=torch.float64)
-    if k >= kernels.WIDTH and kernels.takes(x):
-        return kernels.absolute_differences(x, _network(m))
+    found = kernels.absolute_differences(x, _network(m))
+    if found is not None:
+        return found
     buffer = scratch(x[:, :1].expand(n, m + 1, k).transpose(0, 1))
     places = list(buffer.unbind(0))
     for j in range(m):
@@ -47,32 +46,33 @@ def absolute_differences(x: Tensor) -> Tensor:
 def euclidean_distances(maps: Tensor) -> Tensor:
     """‖x_j − x_l‖ of all unordered pairs in the rows of (n, m, channels, positions), summed: (n, channels) in float64.
 
-    From the products of all pairs, ‖x‖² + ‖y‖² − 2 x·y, about the mean of the row. Of two maps that are close to each
-    other that would be the difference of nearly equal numbers: these are compared themselves.
+    From the products of all pairs, ‖x‖² + ‖y‖² − 2 x·y, about the mean of the row. Where these nearly cancel, the
+    difference of the two maps is taken itself; which pairs that concerns can be read on the CPU without synchronising.
     """
     positions = maps.shape[3]
-    if not maps.is_cpu:  # to look which are close would be to wait for the device
+    if not maps.is_cpu:
         return _all_euclidean_distances(maps)
     centred = torch.sub(maps, maps.mean(1, keepdim=True), out=scratch(maps.flatten(2)).view(maps.shape))
     products = torch.stack([row.transpose(0, 1) @ row.permute(1, 2, 0) for row in centred])
     squares = products.diagonal(dim1=-2, dim2=-1)
     sizes = squares[..., None] + squares[..., None, :]
     found = torch.sub(sizes, products, alpha=2)
-    close = ~(found >= sizes.mul_(FAR))  # nor where one is NaN
+    close = ~(found >= sizes.mul_(CANCELS))  # NaN is close, too
     total = found.clamp_min_(0).sqrt_().masked_fill_(close, 0).double().sum((2, 3)) / 2
-    rows = close.triu(1).nonzero()
-    for some in torch.split(rows, max(1, CHUNK // positions)):
+    pairs = close.triu(1).nonzero()
+    for some in torch.split(pairs, max(1, CHUNK // positions)):
         sample, channel, one, other = some.unbind(1)
         difference = maps[sample, one, channel] - maps[sample, other, channel]
         total.index_put_((sample, channel), difference.norm(dim=-1).double(), accumulate=True)
     small = (squares < SMALLEST_FLOAT32_SQUARE).any(-1)
-    if maps.dtype == torch.float32 and bool(small.any()):  # some products may have lost digits, or be 0
+    if maps.dtype == torch.float32 and bool(small.any()):  # their products may have lost digits, or be 0
         few = maps.transpose(1, 2)[small]
         total[small] = euclidean_distances(few[:, :, None].double())[:, 0]
     return total
 
 
 def _all_euclidean_distances(maps: Tensor) -> Tensor:
+    """The same from the difference of each pair, in float64 where the device has it."""
     wide = maps if maps.device.type == "mps" else maps.double()
     total = torch.zeros_like(wide[:, 0, :, 0])
     for shift in range(1, maps.shape[1]):

@@ -1,0 +1,35 @@
+"""Families of sums over the ST matrix: what measures need, and what processes merge.
+
+A measure of your own names one of these, or an :class:`Accumulator` of its own.
+"""
+
+from lightning_invariance.accumulators.base import Accumulator, Context, Rows, States
+from lightning_invariance.accumulators.by_class import ByClass
+from lightning_invariance.accumulators.changes import Changes
+from lightning_invariance.accumulators.deviations import Deviations, means_of
+from lightning_invariance.accumulators.distances import RowDistances
+from lightning_invariance.accumulators.long_rows import LongRows
+from lightning_invariance.accumulators.mapped_back import DirectDistances, MappedBack
+from lightning_invariance.accumulators.matrix import Matrix
+from lightning_invariance.accumulators.peaks import Extremes, Firing, Peaks
+from lightning_invariance.accumulators.subsample import Subsample
+
+__all__ = [
+    "Accumulator",
+    "ByClass",
+    "Changes",
+    "Context",
+    "Deviations",
+    "DirectDistances",
+    "Extremes",
+    "Firing",
+    "LongRows",
+    "MappedBack",
+    "Matrix",
+    "Peaks",
+    "RowDistances",
+    "Rows",
+    "States",
+    "Subsample",
+    "means_of",
+]

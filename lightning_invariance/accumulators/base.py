@@ -1,0 +1,234 @@
+"""What an accumulator is: one family of sums over the rows of the ST matrix of a layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, ClassVar, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_invariance.distributed import DTYPES
+from lightning_invariance.transforms import TransformationSet
+
+#: The sums of one accumulator by name; ``n_samples`` among them is the number of rows that they hold.
+States: TypeAlias = dict[str, Tensor]
+
+#: Counts rows; the package keeps it for every accumulator.
+N_SAMPLES = "n_samples"
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What is known before the first row.
+
+    Attributes:
+        transformations: the columns.
+        input_shape: of a network input; ``()`` where it is not known yet.
+        n_samples: how many samples all processes together will show, named by the ``indices`` 0 to n − 1, if known.
+    """
+
+    transformations: TransformationSet
+    input_shape: tuple[int, ...] = ()
+    n_samples: int | None = None
+
+
+@dataclass(slots=True)
+class Rows:
+    """Rows of the ST matrix of every activation of one layer.
+
+    Attributes:
+        values: ``(samples, transformations, *activation_shape)`` in float32 or float64. Rows are complete, unless the
+            accumulator :attr:`~Accumulator.takes_parts`.
+        indices: ``(samples,)`` in int64, on the CPU: numbers that name the samples; None in an update by hand without.
+        labels: ``(samples,)``, the class of each sample; None where the data have none.
+        last: whether the rows are complete with these columns.
+        memo: what the accumulators of this layer have computed of these rows; see :meth:`once`.
+        block_memo: what the accumulators of all layers have computed of these samples.
+    """
+
+    values: Tensor
+    indices: Tensor | None = None
+    labels: Tensor | None = None
+    last: bool = True
+    memo: dict[Hashable, Any] = field(default_factory=dict)
+    block_memo: dict[Hashable, Any] = field(default_factory=dict)
+
+    @property
+    def flat(self) -> Tensor:
+        """``(samples, transformations, activations)``."""
+        return self.values.flatten(2) if self.values.ndim > 2 else self.values[..., None]
+
+    def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """What several accumulators of a layer need of these rows, computed by the first of them."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        found: Value = self.memo[key]
+        return found
+
+    def of(self, values: Tensor) -> Rows:
+        """The same samples with other values."""
+        return dataclasses.replace(self, values=values, memo={})
+
+    def some(self, samples: Tensor) -> Rows:
+        """The rows of some samples, given by their positions ``(count,)`` on the CPU."""
+        there = samples.to(self.values.device, non_blocking=True)
+        indices = None if self.indices is None else self.indices[samples]
+        labels = None if self.labels is None else self.labels[samples.to(self.labels.device)]
+        return Rows(self.values[there], indices, labels)
+
+
+class Accumulator(ABC):
+    """One family of sums over the rows of the ST matrix of a layer.
+
+    A subclass is a frozen dataclass, whose fields are its configuration: accumulators that are equal exist once for a
+    layer, and serve every measure that needs them. It overrides :meth:`empty`, :meth:`add` and :meth:`merge`, which
+    work on plain dicts of tensors:
+
+    - The states before the first row are those of :meth:`empty`. A state keeps its number of dimensions from then on,
+      and is of one of :data:`DTYPES`, so that processes know what they send to each other.
+    - The dicts also hold ``n_samples``, the number of rows so far. The package counts it; an accumulator only reads it.
+    - :meth:`merge` is called with states that have rows, and must give the same for any split and order of the rows.
+    """
+
+    #: States that stay on the CPU, since the accumulator reads them: reading from a GPU would synchronise.
+    cpu_states: ClassVar[tuple[str, ...]] = ()
+
+    #: Whether rows longer than a batch are added in parts, one after the other; otherwise rows are completed first.
+    takes_parts: ClassVar[bool] = False
+
+    @abstractmethod
+    def empty(self) -> States:
+        """The states before the first row."""
+
+    @abstractmethod
+    def add(self, states: States, rows: Rows) -> States:
+        """The states after more rows; those that were given stay as they are."""
+
+    @abstractmethod
+    def merge(self, a: States, b: States) -> States:
+        """The states after the rows of both, neither of which is changed."""
+
+    def add_(self, states: States, rows: Rows) -> None:
+        """As :meth:`add`, but may change the states in place: in an evaluation nobody else holds them."""
+        states.update(self.add(states, rows))
+
+    def prepared(self, context: Context) -> Accumulator:
+        """The accumulator for what is known before the first row.
+
+        Raises:
+            ValueError: If it cannot work with these transformations.
+        """
+        return self
+
+    def includes(self, other: Accumulator) -> bool:
+        """Whether its states hold those of the other, so that the other need not exist beside it."""
+        return self == other
+
+    def applies_to(self, activation_shape: tuple[int, ...]) -> bool:
+        """Whether the sums are defined for activations of this shape; other layers are left out."""
+        return True
+
+    def dead(self, states: States) -> Tensor | None:
+        """Which activations never changed: bool ``(activations,)``; None where the states do not tell."""
+        return None
+
+
+def merged(accumulator: Accumulator, a: States, b: States) -> States:
+    """The states after the rows of both, either of which may have none."""
+    if not int(a[N_SAMPLES]) or not int(b[N_SAMPLES]):
+        full = a if int(a[N_SAMPLES]) else b
+        return {name: state.clone() for name, state in full.items()}
+    return {**accumulator.merge(a, b), N_SAMPLES: a[N_SAMPLES] + b[N_SAMPLES]}
+
+
+def states_of(accumulator: Accumulator, states: Mapping[str, Tensor]) -> States:
+    """The states of one accumulator among those of several, and their number of rows."""
+    return {name: states[name] for name in (*accumulator.empty(), N_SAMPLES)}
+
+
+def started(accumulator: Accumulator, device: torch.device) -> States:
+    """The states before the first row, on a device."""
+    states, on_cpu = accumulator.empty(), accumulator.cpu_states
+    for name in states.keys() - {*on_cpu}:
+        narrow = device.type == "mps" and states[name].dtype == torch.float64  # which MPS does not have
+        states[name] = states[name].to(device, torch.float32 if narrow else states[name].dtype)
+    return {**states, N_SAMPLES: torch.tensor(0)}
+
+
+def check_declaration(accumulator: Accumulator) -> States:
+    """The empty states of an accumulator.
+
+    Raises:
+        TypeError: If it is no frozen dataclass, or a state is not a tensor of an allowed type.
+    """
+    name = type(accumulator).__name__
+    parameters = getattr(accumulator, "__dataclass_params__", None)
+    if parameters is None or not parameters.frozen or "__dataclass_params__" not in vars(type(accumulator)):
+        raise TypeError(
+            f"Expected accumulator {name} to be a frozen dataclass: decorate it with @dataclass(frozen=True)."
+        )
+    states = accumulator.empty()
+    for state, value in states.items():
+        check_state(name, state, value)
+    return states
+
+
+def check_added(accumulator: Accumulator, states: States) -> None:
+    """Check what an accumulator made of its first rows.
+
+    Raises:
+        TypeError: If a state is not a tensor of an allowed type.
+        ValueError: If names or numbers of dimensions are not those of the empty states.
+    """
+    name, empty = type(accumulator).__name__, accumulator.empty()
+    if states.keys() - {N_SAMPLES} != empty.keys():
+        raise ValueError(f"Expected {name}.add to return the states {sorted(empty)}, but got {sorted(states)}.")
+    for state, value in empty.items():
+        check_state(name, state, states[state])
+        if states[state].ndim != value.ndim:
+            raise ValueError(
+                f"Expected state {state!r} of {name} to keep its {value.ndim} dimensions, but got a tensor of shape"
+                f" {tuple(states[state].shape)}: give `empty` a state with as many."
+            )
+
+
+def check_state(accumulator: str, name: str, value: Any) -> None:
+    """Raise where a state could not be sent between processes."""
+    if not isinstance(value, Tensor) or value.dtype not in DTYPES:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"Expected state {name!r} of {accumulator} to be a tensor of one of {DTYPES}, but got {got}.")
+
+
+def configuration_of(accumulators: Iterable[Accumulator]) -> Tensor:
+    """Numbers ``(8,)`` that tell apart accumulators that differ in any argument, in every process alike.
+
+    Functions that have no name of their own (lambdas, and those defined in functions) and objects of other classes are
+    told apart by their identity.
+    """
+    digest = hashlib.sha256(_described(tuple(accumulators)).encode()).digest()
+    return torch.tensor([int.from_bytes(digest[i : i + 4], "big") for i in range(0, 32, 4)])
+
+
+def _described(value: Any) -> str:
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_described, value))})"
+    if dataclasses.is_dataclass(value):
+        return f"{kind}({', '.join(_described(getattr(value, part.name)) for part in dataclasses.fields(value))})"
+    if isinstance(value, TransformationSet):
+        return f"{kind}{_described(value.signature)}"
+    if isinstance(value, Tensor):
+        return f"{value.dtype}{tuple(value.shape)}{value.tolist()}"
+    if isinstance(value, FunctionType | BuiltinFunctionType) and "<" not in value.__qualname__:
+        return f"{value.__module__}.{value.__qualname__}"
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype):
+        return repr(value)
+    return f"{kind} at {id(value)}"

@@ -1,0 +1,75 @@
+"""What each transformation changes in a layer: squared deviations from a column, or from the mean of the row."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_invariance.accumulators.base import Accumulator, Rows, States
+from lightning_invariance.accumulators.memory import chunk_length, scratch
+
+#: The range of float32 sums of squares that have not lost digits: its smallest normal number is 1e-38, its largest
+#: 3e38.
+SMALLEST_FLOAT32_SQUARE = 1e-30
+LARGEST_FLOAT32_SQUARE = 1e30
+
+
+@dataclass(frozen=True)
+class Changes(Accumulator):
+    """The changes alone, ``changes`` ``(m, channels)``: for whole feature maps their mean over m is the variance.
+
+    Attributes:
+        reference: the column that changes are taken from; None for the mean of the row.
+    """
+
+    reference: int | None = None
+
+    def empty(self) -> States:
+        """The states before the first row."""
+        return {"changes": torch.zeros(0, 0, dtype=torch.float64)}
+
+    def add(self, states: States, rows: Rows) -> States:
+        """The states after more rows."""
+        added = scaled_changes(rows, self.reference)
+        return {"changes": states["changes"] + added if states["changes"].numel() else added}
+
+    def merge(self, a: States, b: States) -> States:
+        """The states after the rows of both."""
+        return {"changes": a["changes"] + b["changes"]}
+
+
+def scaled_changes(rows: Rows, reference: int | None) -> Tensor:
+    r"""What each transformation contributes to the transformation variance, summed over rows: ``(m, channels)``.
+
+    With a reference column r, :math:`\frac{1}{2} \sum (x_{ij} - x_{ir})^2`, the variance of the pair of columns.
+    Without,
+    :math:`\frac{m}{m - 1} \sum (x_{ij} - \bar x_{i \cdot})^2`, whose mean over j is the variance. Sums over the
+    positions of each feature map.
+    """
+    m, channels = rows.values.shape[1], math.prod(rows.values.shape[2:3])
+    changes = channel_changes(rows.flat, channels, reference)
+    return changes / 2 if reference is not None else changes * (m / max(m - 1, 1))
+
+
+def channel_changes(x: Tensor, channels: int, reference: int | None) -> Tensor:
+    """Squared deviations of rows (n, m, k) from the reference column or the row mean: float64 sums (m, channels)."""
+    n, m, k = x.shape
+    x = x if x.is_cpu or x.device.type == "mps" else x.double()
+    maps = x.reshape(n, m, channels, -1)
+    step = max(1, chunk_length(x) // (k // channels))
+    sums = []
+    for start in range(0, channels, step):
+        values = maps[:, :, start : start + step]
+        # Taken from its first value a constant row deviates by exactly 0, from its rounded mean it may not.
+        origin = values[:, 0 if reference is None else reference, None]
+        deviations = torch.sub(values, origin, out=scratch(values.flatten(2)).view(values.shape))
+        if reference is None:
+            deviations.sub_(deviations.mean(1, keepdim=True))
+        sums.append(torch.linalg.vector_norm(deviations, dim=-1).double().square_().sum(0))
+    changes = torch.cat(sums, -1)
+    if x.dtype == torch.float32 and not SMALLEST_FLOAT32_SQUARE < changes.max() < LARGEST_FLOAT32_SQUARE:
+        return channel_changes(x.double(), channels, reference)
+    return changes

@@ -1,0 +1,233 @@
+/* Squared deviations within the rows and columns of a block, and the means of the columns.
+ *
+ * add_deviations keeps, for each activation,
+ *
+ *     R = sum over rows i of    sum_j (x_ij - mean of row i)^2                         (row_spread; TV, eq. 2)
+ *     C = sum over columns j of sum_i (x_ij - mu_j)^2                                  (column_spread; SV, eq. 3)
+ *     mu_j = c + o_j, the mean of column j over the N0 rows so far                     (centre and offsets)
+ *
+ * Rows. With a_j = x_ij - x_i1, a row adds sum a_j^2 - (sum a_j)^2 / m. A constant row adds exactly 0. No row adds less
+ * than 0: one of its m deviations is 0, so that (sum a_j)^2 <= (m - 1) sum a_j^2.
+ *
+ * Columns. float32 does not hold c + o_j exactly. Let M = fl(c + o_j) and r = (c + o_j) - M, its rounding error, which
+ * float32 does hold (Knuth's two-sum). The deviations of the n new rows are taken from M: d_i = x_ij - M. The N0 rows
+ * before have the mean M + r, so that over all N = N0 + n rows
+ *
+ *     D = sum (x_ij - M)   = N0 r   + sum d_i
+ *     Q = sum (x_ij - M)^2 = C_j + N0 r^2 + sum d_i^2
+ *
+ * The new mean lies s = D / N above M, and moving the origin there leaves C_j' = Q + s (N s - 2 D). The new offset
+ * o_j' = o_j + (D / N - r) is rounded to float32 first and s = (o_j' - o_j) + r computed from it, so that C is always
+ * about the mean that is kept: rounding a mean costs next to nothing. Columns that never change keep o_j, and add
+ * exactly 0.
+ *
+ * WIDTH activations at a time go through all rows and columns, so that their sums stay in registers. Offsets may lie
+ * WIDTH by WIDTH, (k / width, m, width), so that all that is needed at a time is close together in memory. */
+
+#include "kernels.h"
+
+#include <stdint.h>
+#include <string.h>
+
+typedef float lanes __attribute__((vector_size(LANES * sizeof(float))));
+typedef int bits __attribute__((vector_size(LANES * sizeof(int))));
+typedef lanes unaligned __attribute__((aligned(sizeof(float)), may_alias)); /* loads from any float address */
+
+/* Prefetches an address `distance` elements further into the second cache. A prefetch of an address past the end of an
+ * array has no effect; the arithmetic on uintptr_t is defined there, that on pointers would not be. */
+#define PREFETCH(pointer, distance, for_writing)                                                                        \
+    __builtin_prefetch((const void *)((uintptr_t)(pointer) + (uintptr_t)(distance) * sizeof *(pointer)), for_writing, 2)
+
+INLINE int any(const bits *mask)
+{
+    int found = 0;
+    for (int l = 0; l < LANES; l++)
+        found |= (*mask)[l];
+    return found != 0;
+}
+
+/* Where up to WIDTH neighbouring activations and their sums lie. */
+typedef struct tile {
+    const float *x;
+    Py_ssize_t row_stride, column_stride;
+    double *row_spread, *column_spread;
+    const void *centres;
+    void *offsets;
+    Py_ssize_t offset_stride; /* from one column's offsets to the next one's */
+} tile;
+
+INLINE int far_apart(const double *column_spread, const float *offset_squares, const job *j, int width)
+{
+    int far = 0;
+    for (int l = 0; l < width; l++)
+        far |= (column_spread[l] > 0) & (column_spread[l] < j->limits.far * j->total * offset_squares[l]);
+    return far && j->total >= j->limits.rows_for_far;
+}
+
+/* The sums of up to WIDTH activations in double: where float32 does not hold all squares, where the means are wide, and
+ * for the last activations, fewer than WIDTH. In double r is 0 to working precision. */
+INLINE int deviations_in_double(tile p, const job *j, int width, int wide)
+{
+    double squares[WIDTH] = {0};
+    float offset_squares[WIDTH] = {0};
+    for (Py_ssize_t i = 0; i < j->n; i++) {
+        const float *row = p.x + i * p.row_stride;
+        double sum[WIDTH] = {0}, sum_of_squares[WIDTH] = {0};
+        for (Py_ssize_t t = 1; t < j->m; t++)
+            for (int l = 0; l < width; l++) {
+                const double a = (double)row[t * p.column_stride + l] - row[l];
+                sum[l] += a;
+                sum_of_squares[l] += a * a;
+            }
+        for (int l = 0; l < width; l++)
+            p.row_spread[l] += sum_of_squares[l] - sum[l] * sum[l] / (double)j->m;
+    }
+    for (Py_ssize_t t = 0; t < j->m; t++) {
+        float *const narrow_offsets = (float *)p.offsets + t * p.offset_stride;
+        double *const wide_offsets = (double *)p.offsets + t * p.offset_stride;
+        double offset[WIDTH], mean[WIDTH], sum[WIDTH] = {0};
+        for (int l = 0; l < width; l++) {
+            offset[l] = wide ? wide_offsets[l] : narrow_offsets[l];
+            mean[l] = offset[l] + (wide ? ((const double *)p.centres)[l] : ((const float *)p.centres)[l]);
+        }
+        for (Py_ssize_t i = 0; i < j->n; i++)
+            for (int l = 0; l < width; l++) {
+                const double d = p.x[i * p.row_stride + t * p.column_stride + l] - mean[l];
+                sum[l] += d;
+                squares[l] += d * d;
+            }
+        for (int l = 0; l < width; l++) {
+            const double exact = offset[l] + sum[l] / j->total, moved = wide ? exact : (float)exact;
+            const double shift = moved - offset[l];
+            squares[l] += shift * (j->total * shift - 2 * sum[l]);
+            offset_squares[l] += (float)(moved * moved);
+            if (wide)
+                wide_offsets[l] = moved;
+            else
+                narrow_offsets[l] = (float)moved;
+        }
+    }
+    for (int l = 0; l < width; l++)
+        p.column_spread[l] += squares[l];
+    return !wide && far_apart(p.column_spread, offset_squares, j, width);
+}
+
+/* Moves the means of WIDTH activations to those of all rows: `sums` holds sum d_i of each column, `squares` the sum of
+ * all d_i^2 and then C' - C. Without a centre r is 0. */
+INLINE void move_means(tile p, const job *j, lanes means[][REGISTERS], lanes sums[][REGISTERS], const lanes *centre,
+                       lanes *squares, lanes *offset_squares, int centred)
+{
+    const float before = (float)j->before, total = (float)j->total, inverse = 1 / total;
+    for (Py_ssize_t t = 0; t < j->m; t++)
+        for (int v = 0; v < REGISTERS; v++) {
+            unaligned *const offset = (unaligned *)((float *)p.offsets + t * p.offset_stride + v * LANES);
+            const lanes old = *offset;
+            lanes sum = sums[t][v], rounding = {0};
+            if (centred) {
+                const lanes held = means[t][v] - centre[v]; /* the part of the offset that M holds */
+                rounding = (centre[v] - (means[t][v] - held)) + (old - held);
+                sum += before * rounding;
+                squares[v] += before * rounding * rounding;
+            }
+            const lanes moved = old + (sum * inverse - rounding), shift = (moved - old) + rounding;
+            squares[v] += shift * (total * shift - 2 * sum);
+            offset_squares[v] += moved * moved;
+            *offset = moved;
+        }
+}
+
+/* The sums of WIDTH activations in float32, or in double where it does not hold the squares.
+ *
+ * `means` and `sums` take 128 kB of the stack of each thread. OpenMP's have 2 MB at least on Linux; elsewhere this runs in
+ * the calling thread. */
+INLINE int deviations_of(tile p, const job *j)
+{
+    const Py_ssize_t n = j->n, m = j->m;
+    const float length = (float)m;
+    const lanes none = {0};
+    lanes means[MOST_VALUES][REGISTERS], sums[MOST_VALUES][REGISTERS];
+    lanes centre[REGISTERS], row_spread[REGISTERS], squares[REGISTERS], offset_squares[REGISTERS];
+    bits rows_vary[REGISTERS], columns_vary[REGISTERS], found = (bits)none;
+    for (int v = 0; v < REGISTERS; v++) {
+        centre[v] = *(const unaligned *)((const float *)p.centres + v * LANES);
+        row_spread[v] = squares[v] = offset_squares[v] = none;
+        rows_vary[v] = columns_vary[v] = (bits)none;
+        found |= centre[v] != 0;
+    }
+    const int centred = any(&found);
+    for (Py_ssize_t t = 0; t < m; t++)
+        for (int v = 0; v < REGISTERS; v++) {
+            means[t][v] = centre[v] + *(const unaligned *)((float *)p.offsets + t * p.offset_stride + v * LANES);
+            sums[t][v] = none;
+            PREFETCH((float *)p.offsets, (t + m) * p.offset_stride + v * LANES, 1);
+        }
+    for (int l = 0; l < WIDTH; l += 8) {
+        PREFETCH(p.row_spread, 2 * WIDTH + l, 1);
+        PREFETCH(p.column_spread, 2 * WIDTH + l, 1);
+    }
+    for (Py_ssize_t i = 0; i < n; i++) {
+        const float *row = p.x + i * p.row_stride;
+        lanes first[REGISTERS], sum[REGISTERS], sum_of_squares[REGISTERS];
+        for (int v = 0; v < REGISTERS; v++) {
+            first[v] = *(const unaligned *)(row + v * LANES);
+            sum[v] = sum_of_squares[v] = none;
+        }
+        for (Py_ssize_t t = 0; t < m; t++)
+            for (int v = 0; v < REGISTERS; v++) {
+                const unaligned *const value = (const unaligned *)(row + t * p.column_stride + v * LANES);
+                PREFETCH(value, 2 * REGISTERS, 0);
+                const lanes a = *value - first[v], d = *value - means[t][v];
+                sum[v] += a;
+                sum_of_squares[v] += a * a;
+                sums[t][v] += d;
+                squares[v] += d * d;
+                columns_vary[v] |= (bits)d;
+            }
+        for (int v = 0; v < REGISTERS; v++) {
+            row_spread[v] += sum_of_squares[v] - sum[v] * sum[v] / length;
+            rows_vary[v] |= (bits)sum[v];
+        }
+    }
+    found = (bits)none;
+    for (int v = 0; v < REGISTERS; v++) { /* masked with INT32_MAX, the bits of -0 are those of 0 */
+        const bits held = (row_spread[v] <= j->limits.largest) & (squares[v] <= j->limits.largest); /* false for NaN */
+        const bits lost_rows = ((rows_vary[v] & INT32_MAX) != 0) & (row_spread[v] < j->limits.smallest);
+        const bits lost_columns = ((columns_vary[v] & INT32_MAX) != 0) & (squares[v] < j->limits.smallest);
+        found |= ~held | lost_rows | lost_columns;
+    }
+    if (any(&found))
+        return deviations_in_double(p, j, WIDTH, 0);
+    if (centred)
+        move_means(p, j, means, sums, centre, squares, offset_squares, 1);
+    else
+        move_means(p, j, means, sums, centre, squares, offset_squares, 0);
+    float added[3][WIDTH];
+    memcpy(added[0], row_spread, sizeof added[0]);
+    memcpy(added[1], squares, sizeof added[1]);
+    memcpy(added[2], offset_squares, sizeof added[2]);
+    for (int l = 0; l < WIDTH; l++)
+        p.row_spread[l] += added[0][l];
+    for (int l = 0; l < WIDTH; l++)
+        p.column_spread[l] += added[1][l];
+    return far_apart(p.column_spread, added[2], j, WIDTH);
+}
+
+FOR_EACH_PROCESSOR
+void deviations(job *j, Py_ssize_t from, Py_ssize_t to)
+{
+    int far = 0;
+    const Py_ssize_t size = j->wide ? sizeof(double) : sizeof(float);
+    for (Py_ssize_t a = from; a < to; a += WIDTH) {
+        const Py_ssize_t within = a % j->width, first = a - within;
+        const tile p = {j->x + a, j->m * j->k, j->k, j->row_spread + a, j->column_spread + a,
+                        (const char *)j->centres + size * a, (char *)j->offsets + size * (j->m * first + within),
+                        j->width};
+        const int width = to - a < WIDTH ? (int)(to - a) : WIDTH;
+        if (j->wide)
+            deviations_in_double(p, j, width, 1);
+        else
+            far |= width == WIDTH ? deviations_of(p, j) : deviations_in_double(p, j, width, 0);
+    }
+    __atomic_fetch_or(&j->far, far, __ATOMIC_RELAXED);
+}
+

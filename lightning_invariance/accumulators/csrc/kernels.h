@@ -1,0 +1,59 @@
+/* Two sums over a block of rows of the ST matrix (Quiroga, section 2.2), with every value read once.
+ *
+ * A block x is (n, m, k) float32: n samples, m transformations and k activations, contiguous. deviations.c and
+ * differences.c hold one of the sums each, with its derivation. module.c is the boundary to Python: it checks again what
+ * kernels.py describes and passes, before a pointer is used. */
+
+#ifndef LIGHTNING_INVARIANCE_KERNELS_H
+#define LIGHTNING_INVARIANCE_KERNELS_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#define LANES 16        /* numbers in a register of AVX-512, or in two of AVX2 */
+#define REGISTERS 4     /* at a time, so that the processor adds to several sums at once */
+#define WIDTH (LANES * REGISTERS)
+#define MOST_VALUES 256 /* rows times columns of one step: bounds the rounding of a float32 sum */
+#define MOST_SORTED 64  /* columns of a row that is sorted in the first cache */
+#define SHARE 1024      /* activations that a thread takes at a time, a multiple of WIDTH */
+
+#if defined(__x86_64__) && defined(__ELF__) && defined(__GNUC__) && !defined(__clang__)
+#define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FOR_EACH_PROCESSOR
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+/* When float32 sums are not good enough; the values come from deviations.py. */
+typedef struct limits {
+    float smallest; /* a sum of squares below this may have lost digits, if its terms are not 0 */
+    float largest;  /* a sum of squares above this may overflow where it is multiplied */
+    double far;     /* float32 offsets are too coarse where C < far * N * sum o_j^2 ... */
+    double rows_for_far; /* ... and N is at least this */
+} limits;
+
+typedef struct job {
+    void (*task)(struct job *, Py_ssize_t from, Py_ssize_t to);
+    const float *x;
+    Py_ssize_t n, m, k;
+    Py_ssize_t next; /* the first activation that no thread has taken yet */
+    /* of add_deviations */
+    double before, total; /* N0 and N */
+    double *row_spread, *column_spread;
+    const void *centres;
+    void *offsets;
+    Py_ssize_t width;
+    int wide; /* centres and offsets are double instead of float */
+    limits limits;
+    int far;
+    /* of absolute_differences */
+    const int *network;
+    Py_ssize_t comparisons;
+    double *differences;
+} job;
+
+/* Tasks of a job: the activations in [from, to). */
+void deviations(job *j, Py_ssize_t from, Py_ssize_t to);
+void differences(job *j, Py_ssize_t from, Py_ssize_t to);
+
+#endif

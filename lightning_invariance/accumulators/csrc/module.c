@@ -1,0 +1,140 @@
+/* The boundary to Python: two functions that check again what kernels.py passes, before a pointer is used. */
+
+#include "kernels.h"
+
+/* Runs a task on PyTorch's own OpenMP threads, which spin for a while after each of its operations: a second pool would
+ * compete with them. Where this symbol is missing (PyTorch without GNU OpenMP), the calling thread does everything. */
+extern void GOMP_parallel(void (*task)(void *), void *data, unsigned threads, unsigned flags) __attribute__((weak));
+
+static void take_shares(void *data)
+{
+    job *j = data;
+    for (;;) {
+        Py_ssize_t from = __atomic_fetch_add(&j->next, SHARE, __ATOMIC_RELAXED);
+        if (from >= j->k)
+            return;
+        j->task(j, from, from + SHARE < j->k ? from + SHARE : j->k);
+    }
+}
+
+static void run(job *j, Py_ssize_t threads)
+{
+    Py_BEGIN_ALLOW_THREADS
+    j->next = 0;
+    if (threads > 1 && j->k > SHARE && GOMP_parallel)
+        GOMP_parallel(take_shares, j, (unsigned)threads, 0);
+    else
+        take_shares(j);
+    Py_END_ALLOW_THREADS
+}
+
+/* Reads `count` integers from the arguments, and after them `doubles` numbers. */
+static int read_numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t count, Py_ssize_t *numbers, int doubles,
+                        double *values)
+{
+    if (given != count + doubles) {
+        PyErr_Format(PyExc_TypeError, "Expected %zd arguments, but got %zd.", count + doubles, given);
+        return 0;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        numbers[i] = PyLong_AsSsize_t(args[i]);
+        if (numbers[i] == -1 && PyErr_Occurred())
+            return 0;
+    }
+    for (int i = 0; i < doubles; i++) {
+        values[i] = PyFloat_AsDouble(args[count + i]);
+        if (values[i] == -1 && PyErr_Occurred())
+            return 0;
+    }
+    return 1;
+}
+
+/* Whether n, m and k are sizes whose product is `values`. */
+static int is_block(Py_ssize_t n, Py_ssize_t m, Py_ssize_t k, Py_ssize_t values)
+{
+    Py_ssize_t row, all;
+    return n >= 0 && m > 0 && k > 0 && !__builtin_mul_overflow(m, k, &row) && !__builtin_mul_overflow(n, row, &all)
+           && all == values;
+}
+
+static PyObject *refuse(const char *what)
+{
+    return PyErr_Format(PyExc_ValueError, "Expected a block and sums that fit together, but %s.", what);
+}
+
+/* Pointers come with the number of elements behind them:
+ * n, m, k, threads, before, width, wide, x, its values, row_spread, its values, column_spread, its values, centres, their
+ * values, offsets, their values; smallest, largest, far, rows_for_far. Returns whether columns are far apart. */
+static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    Py_ssize_t v[17];
+    double limit[4];
+    if (!read_numbers(args, given, 17, v, 4, limit))
+        return NULL;
+    const Py_ssize_t n = v[0], m = v[1], k = v[2], width = v[5];
+    if (!is_block(n, m, k, v[8]))
+        return refuse("the block has another number of values");
+    if (m > MOST_VALUES)
+        return refuse("the block has too many columns");
+    if (v[10] != k || v[12] != k || v[14] != k || v[16] != m * k)
+        return refuse("the sums are of other sizes");
+    if (width <= 0 || k % width || (width % WIDTH && width != k))
+        return refuse("the offsets lie in parts of another width");
+    if (v[4] < 0 || !v[7] || !v[9] || !v[11] || !v[13] || !v[15])
+        return refuse("a pointer or the number of rows is missing");
+    job j = {.task = deviations, .x = (const float *)v[7], .m = m, .k = k, .total = (double)v[4], .width = width,
+             .wide = v[6] != 0, .row_spread = (double *)v[9], .column_spread = (double *)v[11],
+             .centres = (const void *)v[13], .offsets = (void *)v[15],
+             .limits = {(float)limit[0], (float)limit[1], limit[2], limit[3]}};
+    for (Py_ssize_t left = n; left > 0; left -= j.n, j.x += j.n * m * k) {
+        j.n = left <= MOST_VALUES / m ? left : MOST_VALUES / m;
+        j.before = j.total;
+        j.total += (double)j.n;
+        run(&j, v[3]);
+    }
+    return PyBool_FromLong(j.far);
+}
+
+/* n, m, k, threads, comparisons, x, its values, network, its values, differences, their values. */
+static PyObject *absolute_differences(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    Py_ssize_t v[11];
+    if (!read_numbers(args, given, 11, v, 0, NULL))
+        return NULL;
+    const Py_ssize_t n = v[0], m = v[1], k = v[2], comparisons = v[4];
+    if (!is_block(n, m, k, v[6]))
+        return refuse("the block has another number of values");
+    if (m > MOST_SORTED)
+        return refuse("the block has too many columns");
+    if (comparisons < 0 || comparisons > m * m || v[8] != 2 * comparisons || v[10] != k)
+        return refuse("the sums or the sorting network are of other sizes");
+    if ((n && !v[5]) || (comparisons && !v[7]) || !v[9])
+        return refuse("a pointer is missing");
+    const int *const network = (const int *)v[7];
+    for (Py_ssize_t c = 0; c < 2 * comparisons; c++)
+        if (network[c] < 0 || network[c] >= m)
+            return refuse("the sorting network compares columns that the block does not have");
+    job j = {.task = differences, .x = (const float *)v[5], .n = n, .m = m, .k = k, .network = network,
+             .comparisons = comparisons, .differences = (double *)v[9]};
+    run(&j, v[3]);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"add_deviations", (PyCFunction)(void (*)(void))add_deviations, METH_FASTCALL, NULL},
+    {"absolute_differences", (PyCFunction)(void (*)(void))absolute_differences, METH_FASTCALL, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", NULL, 0, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__kernels(void)
+{
+    PyObject *made = PyModule_Create(&module);
+    if (made && (PyModule_AddIntMacro(made, WIDTH) || PyModule_AddIntMacro(made, MOST_VALUES)
+                 || PyModule_AddIntMacro(made, MOST_SORTED))) {
+        Py_DECREF(made);
+        return NULL;
+    }
+    return made;
+}

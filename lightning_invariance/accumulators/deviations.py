@@ -1,0 +1,257 @@
+r"""Squared deviations within the rows and columns of the ST matrix, and the means of its columns.
+
+The sums, and why they lose no digits, are derived in ``csrc/deviations.c``. This file takes the same sums with
+PyTorch's operations where C does not: in float64, for standard deviations, on other devices, and where it was not
+compiled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_invariance.accumulators import kernels
+from lightning_invariance.accumulators.base import N_SAMPLES, Accumulator, Context, Rows, States
+from lightning_invariance.accumulators.changes import scaled_changes
+from lightning_invariance.accumulators.memory import chunk_length, scratch
+
+#: Rows times columns of one step, which bounds the rounding of a float32 sum; longer rows are summed in float64.
+MOST_VALUES = kernels.MOST_COLUMNS
+
+#: A sum over rows of squares smaller than ``smallest`` may hold terms that float32 has rounded to 0, and one above
+#: ``largest`` may leave float32 (3e38) where it is multiplied. Rounding float32 offsets o of N rows costs about
+#: (6e-8 o)² N of a column's squared deviations: where these are below 1e-4 N o², that would be more than 4e-11 of
+#: them, a thousandth of what the values themselves lose, and the means become float64. Fewer than 8 rows may be alike
+#: by chance.
+LIMITS = kernels.Limits(smallest=1e-24, largest=1e30, far=1e-4, rows_for_far=8)
+
+#: Layers with fewer values a row than this have float64 means, which cost nothing there.
+FEWEST_FLOAT32_VALUES = 2**14
+
+#: Columns have a common centre where the range of the first row is within this fraction of its first value.
+CLOSE = 1 / 4
+
+
+@dataclass(frozen=True)
+class Deviations(Accumulator):
+    r"""Squared deviations within the rows and columns of the ST matrix, and the means of the columns.
+
+    For k activations and m transformations (m + 3) k numbers:
+
+    - ``row_spread`` ``(k,)``: :math:`\sum_i \sum_j (x_{ij} - \bar x_{i \cdot})^2`, float64.
+    - ``column_spread`` ``(1, k)``: :math:`\sum_j \sum_i (x_{ij} - \mu_j)^2`, float64, about the means as they are kept.
+    - ``centres`` ``(k,)`` and ``offsets`` ``(k / width, m, width)``: the column means, :math:`\mu_j = c + o_j`; see
+      :func:`means_of`. In float32 where that suffices, which halves the memory.
+
+    With ``squared=False``, ``row_spread`` is the sum of the rows' standard deviations, and ``column_spread`` ``(m,
+    k)`` is kept for each column. With ``response``, ``changes`` ``(m, channels)`` tells what each transformation
+    changes; see
+    :func:`~lightning_invariance.accumulators.changes.scaled_changes`.
+
+    Attributes:
+        squared: whether variances or standard deviations are averaged.
+        response: whether ``changes`` are kept.
+        reference: the column that changes are taken from; None for the mean of the row.
+    """
+
+    squared: bool = True
+    response: bool = False
+    reference: int | None = None
+
+    def empty(self) -> States:
+        """The states before the first row."""
+        vector, matrix, parts = (torch.zeros(*[0] * axes, dtype=torch.float64) for axes in (1, 2, 3))
+        changes = {"changes": matrix} if self.response else {}
+        return {"row_spread": vector, "column_spread": matrix, "centres": vector, "offsets": parts, **changes}
+
+    def add(self, states: States, rows: Rows) -> States:
+        """The states after more rows."""
+        states = {name: state.clone() for name, state in states.items()}
+        self.add_(states, rows)
+        return states
+
+    def add_(self, states: States, rows: Rows) -> None:
+        """Add rows in place, in C where it takes them."""
+        x = rows.values
+        if not states["centres"].numel():
+            states.update(self._first(rows.flat))
+        if x.dtype == torch.float64 != states["offsets"].dtype:
+            _widen(states)
+        before = int(states[N_SAMPLES])
+        sums = (states["row_spread"], states["column_spread"], states["centres"], states["offsets"])
+        far = kernels.add_deviations(x, before, *sums, LIMITS) if self.squared else None
+        if far is None:
+            step = max(1, MOST_VALUES // x.shape[1])
+            for part in torch.split(rows.flat, step):
+                far = self._add_by_pytorch(states, part, before)
+                before += len(part)
+                if far:
+                    _widen(states)
+        elif far:
+            _widen(states)
+        if self.response:
+            added = scaled_changes(rows, self.reference)
+            states["changes"] = states["changes"] + added if states["changes"].numel() else added
+
+    def merge(self, a: States, b: States) -> States:
+        r"""The states after the rows of both (Chan, Golub and LeVeque 1983, the paper's reference 20).
+
+        With δ the difference of two means, the squared deviations grow by n_a n_b / (n_a + n_b) δ².
+        """
+        n, n_other = a[N_SAMPLES], b[N_SAMPLES]
+        means, others = means_of(a), means_of(b)
+        types = {states["offsets"].dtype for states in (a, b)}
+        kept = types.pop() if len(types) == 1 else means.dtype
+        apart = others - means
+        share = n_other / (n + n_other).to(apart.dtype)
+        moved = (share * apart).view(len(apart), -1, a["offsets"].shape[2]).movedim(1, 0)
+        between = n * share * apart.square()
+        if self.squared:
+            between = between.sum(0, keepdim=True)
+        response = {"changes": a["changes"] + b["changes"]} if self.response else {}
+        return {
+            "row_spread": a["row_spread"] + b["row_spread"],
+            "column_spread": a["column_spread"] + b["column_spread"] + between,
+            "centres": a["centres"].to(kept),
+            "offsets": (a["offsets"] + moved).to(kept),
+            **response,
+        }
+
+    def prepared(self, context: Context) -> Accumulator:
+        """With changes from the identity, where the set knows of one."""
+        return replace(self, reference=context.transformations.identity) if self.response else self
+
+    def includes(self, other: Accumulator) -> bool:
+        """One with a response also serves measures without."""
+        return self == other or (
+            isinstance(other, Deviations) and self.squared == other.squared and self.response and not other.response
+        )
+
+    def dead(self, states: States) -> Tensor:
+        """Which activations never changed, over all samples and transformations."""
+        return (states["row_spread"] == 0) & (states["column_spread"] == 0).all(0)
+
+    def _first(self, x: Tensor) -> States:
+        """States without rows whose means are the first row of ``x``: constant columns then deviate by exactly 0."""
+        _, m, k = x.shape
+        wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
+        narrow = x.dtype == torch.float32 and x.is_cpu and m * k >= FEWEST_FLOAT32_VALUES
+        first = x[0].to(torch.float32 if narrow else wide)
+        low, high = first.amin(0), first.amax(0)
+        # The differences of close numbers are exact. Columns that are not close have no centre.
+        centres = torch.where(high - low <= CLOSE * first[0].abs(), first[0], 0)
+        squares = torch.zeros(1 if self.squared else m, k, dtype=wide, device=x.device)
+        if kernels.takes(x):
+            parts = k // kernels.WIDTH if k % kernels.WIDTH == 0 else 1
+        else:  # a part for each of PyTorch's threads, which then read what they wrote themselves
+            parts = math.gcd(k, torch.get_num_threads()) if x.is_cpu else 1
+        offsets = (first - centres).view(m, parts, -1).movedim(1, 0).contiguous()
+        return {"row_spread": squares[0].clone(), "column_spread": squares, "centres": centres, "offsets": offsets}
+
+    def _add_by_pytorch(self, states: States, x: Tensor, before: int) -> bool:
+        """Add rows ``x`` (n, m, k); whether columns are so far apart that float32 offsets are too coarse.
+
+        On other devices in float64: whether float32 holds the squares could be known only after synchronising.
+        """
+        offsets, spread = states["offsets"], states["row_spread"]
+        narrow = offsets.dtype == torch.float32 and x.is_cpu and max(x.shape[:2]) <= MOST_VALUES
+        dtype = torch.float32 if narrow else spread.dtype
+        parts, _, width = offsets.shape
+        axis = 0 if parts > width else -1
+        length = max(1, chunk_length(x) // (width if axis == 0 else parts))
+        by_parts = x.view(*x.shape[:2], parts, width).movedim(2, 0), states["centres"].view(parts, 1, width), offsets
+        split = (torch.split(each, length, axis) for each in by_parts)
+        added = [
+            self._sums_of_piece(_Piece(x, centres, offsets, before).to(dtype), spread.dtype, states["offsets"].dtype)
+            for x, centres, offsets in zip(*split, strict=True)
+        ]
+        rows, squares, moved = (torch.cat(part, axis) for part in zip(*added, strict=True))
+        states["row_spread"] = spread + rows.flatten()
+        states["column_spread"] = states["column_spread"] + squares.movedim(1, 0).flatten(1)
+        states["offsets"] = moved
+        return x.is_cpu and _far_apart(states, before + len(x))
+
+    def _sums_of_piece(self, piece: _Piece, wide: torch.dtype, kept: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """What some activations add to ``row_spread`` and ``column_spread``, and their new offsets.
+
+        ``means``, ``rounding``, ``sums`` and ``shift`` are M, r, D and s of ``csrc/deviations.c``.
+        """
+        x, centres, offsets, before = piece
+        m, total = x.shape[2], before + x.shape[1]
+        deviations = torch.sub(x, x[:, :, :1], out=scratch(x))
+        of_rows = deviations.sum(2)
+        squares = torch.mul(deviations, deviations, out=deviations).sum(2)
+        # Proved not to be negative, but the squares of tiny deviations may have vanished in float32.
+        variances = torch.addcmul(squares, of_rows, of_rows, value=-1 / m).clamp_min_(0)
+        rows = variances.sum(1)
+
+        means = offsets + centres
+        torch.sub(x, means[:, None], out=deviations)
+        sums = deviations.sum(1)
+        torch.mul(deviations, deviations, out=deviations)
+        squares = deviations.flatten(1, 2).sum(1, keepdim=True) if self.squared else deviations.sum(1)
+        if x.dtype != wide and (_lost(rows, of_rows) or _lost(squares.sum(1), sums)):
+            return self._sums_of_piece(piece.to(wide), wide, kept)
+        rows = rows if self.squared else variances.div_(m - 1).sqrt_().sum(1)
+
+        held = means - centres
+        rounding = (centres - (means - held)).add_(offsets - held)
+        sums = sums.add_(before * rounding)
+        moved = (sums / total).sub_(rounding).add_(offsets).to(kept)
+        shift = torch.sub(moved.to(x.dtype), offsets).add_(rounding)
+        change = shift.mul(total).sub_(sums, alpha=2).mul_(shift).addcmul_(rounding, rounding, value=before)
+        squares = squares.to(wide) + (change.sum(1, keepdim=True) if self.squared else change)
+        return rows.to(wide), squares, moved
+
+
+class _Piece(NamedTuple):
+    """Rows of some activations, and the means of the rows before.
+
+    Attributes:
+        x: ``(parts, n, m, k)``.
+        centres: ``(parts, 1, k)``.
+        offsets: ``(parts, m, k)``.
+        before: number of rows before.
+    """
+
+    x: Tensor
+    centres: Tensor
+    offsets: Tensor
+    before: int
+
+    def to(self, dtype: torch.dtype) -> _Piece:
+        """The same in another type."""
+        return _Piece(self.x.to(dtype), self.centres.to(dtype), self.offsets.to(dtype), self.before)
+
+
+def means_of(states: Mapping[str, Tensor]) -> Tensor:
+    """The means of the columns, ``(m, k)`` in the type of ``row_spread``."""
+    return states["offsets"].movedim(1, 0).flatten(1).to(states["row_spread"].dtype) + states["centres"]
+
+
+def _widen(states: States) -> None:
+    """Make the means float64."""
+    for name in ("centres", "offsets"):
+        states[name] = states[name].to(states["row_spread"].dtype)
+
+
+def _far_apart(states: States, n: int) -> bool:
+    """Whether float32 offsets are too coarse for the squared deviations of n rows."""
+    offsets = states["offsets"]
+    if offsets.dtype == states["row_spread"].dtype or n < LIMITS.rows_for_far:
+        return False
+    spread, squares = states["column_spread"].sum(0), offsets.square().sum(1).flatten()
+    return bool(((spread > 0) & (spread < LIMITS.far * n * squares)).any())
+
+
+def _lost(squares: Tensor, sums: Tensor) -> bool:
+    """Whether float32 does not hold squares (parts, k): too large, or too small although some of the sums are not 0."""
+    low, high = squares.aminmax()
+    if not high <= LIMITS.largest:  # true for NaN, too
+        return True
+    return bool(low < LIMITS.smallest) and bool(((squares < LIMITS.smallest) & (sums != 0).any(1)).any())

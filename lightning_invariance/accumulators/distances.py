@@ -1,0 +1,106 @@
+"""Distances within the rows of the ST matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_invariance.accumulators.base import Accumulator, Rows, States
+from lightning_invariance.accumulators.deviations import MOST_VALUES
+from lightning_invariance.accumulators.memory import chunks
+from lightning_invariance.accumulators.pairs import absolute_differences, euclidean_distances
+
+#: A distance by name, or a function of two broadcast tensors; see :func:`distance_between`.
+Distance: TypeAlias = str | Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class RowDistances(Accumulator):
+    r"""The distances of all ordered pairs within rows, summed over rows: :math:`\sum_i \sum_{j,l} d(x_{ij}, x_{il})`.
+
+    One number for each activation, or for each channel: ``row_distances`` in float64.
+
+    Attributes:
+        distance: ``"abs"``, ``"euclidean"``, ``"cosine"`` or a function; see :func:`distance_between`.
+        over: ``"activation"``, or ``"channel"`` where a feature map is one vector.
+    """
+
+    distance: Distance
+    over: str
+
+    def empty(self) -> States:
+        """The states before the first row."""
+        return {"row_distances": torch.zeros(0, dtype=torch.float64)}
+
+    def add(self, states: States, rows: Rows) -> States:
+        """The states after more rows."""
+        step = max(1, MOST_VALUES // rows.values.shape[1])
+        total = states["row_distances"]
+        for some in torch.split(rows.values, step):
+            added = row_distances(some, self.distance, self.over)
+            total = total + added if total.numel() else added
+        return {"row_distances": total}
+
+    def merge(self, a: States, b: States) -> States:
+        """The states after the rows of both."""
+        return {"row_distances": a["row_distances"] + b["row_distances"]}
+
+
+def row_distances(values: Tensor, distance: Distance, over: str) -> Tensor:
+    """The distances of all ordered pairs within rows ``(n, m, *activation_shape)``, summed over rows, in float64.
+
+    Returns:
+        ``(activations,)``, or ``(channels,)`` for ``over="channel"``.
+    """
+    if distance == "abs" and over == "activation":
+        flat = values.flatten(2) if values.ndim > 2 else values[..., None]
+        return torch.cat([absolute_differences(part) for part in chunks(flat)], -1)
+    maps = as_maps(values)
+    if distance == "euclidean":
+        return 2 * euclidean_distances(maps).sum(0)
+    m = maps.shape[1]
+    total = torch.zeros_like(distance_between(maps[:, 0], maps[:, 0], distance, over), dtype=maps.dtype).sum(0).double()
+    for shift in range(1, m):  # every unordered pair once: j and j + shift
+        found = distance_between(maps[:, : m - shift], maps[:, shift:], distance, over)
+        total = total + found.double().sum((0, 1))
+    return 2 * total.flatten()
+
+
+def as_maps(values: Tensor) -> Tensor:
+    """``(n, m, *activation_shape)`` → ``(n, m, channels, positions)``."""
+    return values.reshape(*values.shape[:2], math.prod(values.shape[2:3]), -1)
+
+
+def distance_between(x: Tensor, y: Tensor, distance: Distance, over: str) -> Tensor:
+    """The distance of activations, or of feature maps, for broadcast tensors ``(..., channels, positions)``.
+
+    Args:
+        x: one side.
+        y: the other.
+        distance: ``"abs"``, ``"euclidean"``, ``"cosine"`` (1 − cosine of the angle; 0 for two zero maps, 1 for one),
+            or a function ``d(x, y)``.
+        over: ``"activation"``: every scalar is compared with its like. ``"channel"``: the last axis is one vector,
+            which a function must reduce.
+    """
+    if callable(distance):
+        found: Tensor = distance(x, y)
+        return found
+    if distance == "cosine":
+        return _cosine_distance(x, y)
+    difference = torch.sub(x, y)
+    if distance == "euclidean":
+        norm: Tensor = difference.norm(dim=-1)
+        return norm
+    return difference.abs_() if over == "activation" else difference.abs_().sum(-1)
+
+
+def _cosine_distance(x: Tensor, y: Tensor) -> Tensor:
+    size = x.norm(dim=-1) * y.norm(dim=-1)
+    both_zero = ~(x != 0).any(-1) & ~(y != 0).any(-1)
+    cosine = torch.where(size == 0, both_zero.to(size.dtype), torch.linalg.vecdot(x, y) / size)  # NaN stays NaN
+    return torch.where((x == y).all(-1), 0.0, (1 - cosine).clamp_min(0))  # equal maps are exactly 0 apart

@@ -1,0 +1,116 @@
+"""The boundary to C: two sums over a block of rows, where they were compiled and the tensors are what they take.
+
+``csrc/`` is compiled when the package is installed, if the machine has a compiler. Everything works without it: each
+function returns None where C cannot take the sum, and its caller then uses PyTorch's operations.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_kernels: ModuleType | None
+try:
+    from lightning_invariance.accumulators import _kernels  # type: ignore[attr-defined, no-redef]
+except ImportError:
+    _kernels = None
+
+#: How many activations C reads together; offsets may lie in parts of a multiple of it.
+WIDTH: int = getattr(_kernels, "WIDTH", 64)
+
+#: The most columns of :func:`add_deviations` and of :func:`absolute_differences`.
+MOST_COLUMNS: int = getattr(_kernels, "MOST_VALUES", 256)
+MOST_SORTED: int = getattr(_kernels, "MOST_SORTED", 64)
+
+
+class Limits(NamedTuple):
+    """When float32 is not good enough for sums of squares and means; see ``deviations.py`` for the values.
+
+    Attributes:
+        smallest: a sum of squares below this may have lost digits, if its terms are not 0.
+        largest: a sum of squares above this may overflow where it is multiplied.
+        far: float32 offsets are too coarse where the squared deviations of a column are below this part of its N
+            squared offsets,
+        rows_for_far: and N is at least this.
+    """
+
+    smallest: float
+    largest: float
+    far: float
+    rows_for_far: int
+
+
+def takes(x: Tensor) -> bool:
+    """Whether C reads rows ``x`` (n, m, ...): float32 in the CPU's memory."""
+    return _kernels is not None and x.dtype == torch.float32 and x.is_cpu
+
+
+def add_deviations(
+    x: Tensor,
+    before: int,
+    row_spread: Tensor,
+    column_spread: Tensor,
+    centres: Tensor,
+    offsets: Tensor,
+    limits: Limits,
+) -> bool | None:
+    """Add rows to the squared deviations and column means of those before, in place.
+
+    Args:
+        x: rows ``(n, m, ...)`` of k activations.
+        before: how many rows there were before.
+        row_spread: ``(k,)`` in float64.
+        column_spread: ``(1, k)`` in float64.
+        centres: ``(k,)`` in float32 or float64.
+        offsets: ``(k / width, m, width)`` in the same type, where ``width`` is k or a multiple of :data:`WIDTH`.
+        limits: when float32 is not good enough.
+
+    Returns:
+        Whether columns are so far apart that float32 offsets are too coarse; None where C cannot add to these sums, and
+        nothing was changed.
+    """
+    if not takes(x) or x.shape[1] > MOST_COLUMNS:
+        return None
+    n, m = x.shape[:2]
+    k = centres.shape[0]
+    wide = offsets.dtype == torch.float64
+    sums = (row_spread, column_spread, centres, offsets)
+    if not (
+        offsets.dtype == centres.dtype in (torch.float32, torch.float64)
+        and row_spread.dtype == column_spread.dtype == torch.float64
+        and row_spread.shape == centres.shape
+        and column_spread.shape == (1, k)
+        and offsets.ndim == 3
+        and offsets.shape[1] == m
+        and (len(offsets) == 1 or offsets.shape[2] % WIDTH == 0)
+        and all(tensor.is_contiguous() and tensor.is_cpu for tensor in sums)
+    ):
+        return None
+    x = x.contiguous()
+    far: bool = _kernels.add_deviations(  # type: ignore[union-attr]
+        *(n, m, k, torch.get_num_threads(), before, offsets.shape[2], wide),
+        *(number for tensor in (x, *sums) for number in (tensor.data_ptr(), tensor.numel())),
+        *limits,
+    )
+    return far
+
+
+def absolute_differences(x: Tensor, network: Tensor) -> Tensor | None:
+    r"""\|x_j − x_l\| of all ordered pairs within rows, summed over rows: ``(k,)`` in float64; None where C cannot.
+
+    Args:
+        x: rows ``(n, m, k)``.
+        network: ``(comparisons, 2)`` in int32: which two values to compare next, so that all come out in order.
+    """
+    if not takes(x) or x.shape[1] > MOST_SORTED:
+        return None
+    n, m, k = x.shape
+    x, network, total = x.contiguous(), network.contiguous(), torch.empty(k, dtype=torch.float64)
+    _kernels.absolute_differences(  # type: ignore[union-attr]
+        *(n, m, k, torch.get_num_threads(), len(network)),
+        *(number for tensor in (x, network, total) for number in (tensor.data_ptr(), tensor.numel())),
+    )
+    return total

@@ -1,0 +1,126 @@
+"""From the sums of every layer to a result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_invariance.evaluation.registry import INPUT, Layer, Registry
+from lightning_invariance.measures import Measure
+from lightning_invariance.measures.sums import dead_of
+from lightning_invariance.result import InvarianceResult
+from lightning_invariance.table import LayerStatistics
+from lightning_invariance.transforms import TransformationSet
+
+Values = dict[str, dict[str, Tensor]]
+
+
+def collect(registry: Registry) -> InvarianceResult:
+    """Compute every measure of every layer, and free the sums of each layer as soon as it is done."""
+    values: Values = {name: {} for name in registry.measures}
+    response: dict[str, dict[str, list[float]]] = {}
+    dead: dict[str, Tensor] = {}
+    skipped: dict[str, list[str]] = {name: [] for name in registry.measures}
+    floor: dict[str, Tensor] = {}
+    for name, layer in registry.layers.items():
+        for key, metric in registry.measures.items():
+            if not registry.applies(key, name, layer.shape):
+                skipped[key] += [name] if name != INPUT else []
+                continue
+            value = _value(registry, key, layer)
+            if name == INPUT:
+                floor[key] = value
+                continue
+            values[key][name] = value
+            if isinstance(metric, Measure):
+                sums = registry.sums(layer, key)
+                if (parts := metric.response_of(sums)) is not None:
+                    response.setdefault(key, {})[name] = parts.tolist()
+                if name not in dead and (found := dead_of(metric.needs, sums)) is not None:
+                    dead[name] = found.cpu()
+        layer.first, layer.second, layer.metrics = [], [], {}
+    return make_result(
+        registry.measures,
+        registry.transformations,
+        values,
+        dead=dead,
+        n_samples=registry.n_samples,
+        floor=floor,
+        response=response,
+        skipped=skipped,
+    )
+
+
+def make_result(
+    measures: Mapping[str, Metric],
+    transformations: TransformationSet,
+    values: Values,
+    **found: Any,
+) -> InvarianceResult:
+    """A result with what measures and transformations say of themselves.
+
+    Args:
+        measures: name → metric.
+        transformations: the columns.
+        values: measure → layer → value.
+        found: other arguments of :class:`InvarianceResult`.
+    """
+    return InvarianceResult(
+        values,
+        transformations=transformations.labels,
+        parameters=transformations.parameters,
+        higher_is_better={name: measure.higher_is_better for name, measure in measures.items()},
+        ratios={name: isinstance(measure, Measure) and measure.is_ratio for name, measure in measures.items()},
+        units={name: measure.unit if isinstance(measure, Measure) else "" for name, measure in measures.items()},
+        **found,
+    )
+
+
+class Convergence:
+    """The means of the layers after some of the samples, for measures of this package that need one pass.
+
+    Args:
+        measures: name → metric.
+    """
+
+    def __init__(self, measures: Mapping[str, Metric]) -> None:
+        self._measures = [name for name, m in measures.items() if not (isinstance(m, Measure) and m.needs_again)]
+        self._means: dict[int, dict[str, dict[str, float]]] = {}
+
+    def note(self, registry: Registry) -> None:
+        """Compute what there is so far; the sums stay as they are."""
+        layers = {name: layer for name, layer in registry.layers.items() if name != INPUT}
+        self._means[registry.n_samples] = {
+            key: {
+                name: LayerStatistics.of(name, _value(registry, key, layer), None).mean
+                for name, layer in layers.items()
+                if registry.applies(key, name, layer.shape)
+            }
+            for key in self._measures
+        }
+
+    def of(self, result: InvarianceResult) -> dict[str, dict[str, dict[int, float]]]:
+        """Measure → layer → number of samples → mean of the layer, the whole result the last."""
+        means = {**self._means, result.n_samples: {key: result.per_layer(key) for key in self._measures}}
+        first = next(iter(means.values()))
+        return {
+            key: {name: {n: means[n][key][name] for n in means} for name in layers} for key, layers in first.items()
+        }
+
+
+def _value(registry: Registry, measure: str, layer: Layer) -> Tensor:
+    """What a measure is of a layer, given the sums so far: float64, on the CPU."""
+    metric = registry.measures[measure]
+    if isinstance(metric, Measure):
+        return metric.evaluated(registry.sums(layer, measure)).detach().to("cpu", torch.float64)
+    # torchmetrics keeps a computed value, and turns one of shape (1,) into a scalar.
+    own = deepcopy(layer.metrics[measure])
+    value = torch.as_tensor(own.compute()).detach().to("cpu", torch.float64)
+    if value.numel() == torch.Size(layer.shape).numel():
+        return value.reshape(layer.shape)
+    return value

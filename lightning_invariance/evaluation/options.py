@@ -1,0 +1,56 @@
+"""How an evaluation runs: the arguments that `evaluate` and the callback share, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_invariance.layers import Layers
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the arguments of :func:`~lightning_invariance.evaluate` mean; see there.
+
+    Attributes:
+        layers: which layers to measure.
+        batch_size: largest number of inputs in one forward pass, or ``"auto"``.
+        max_samples: how many samples.
+        device: where to run; None for where the model is.
+        forward: how to run the model.
+        input_fn: picks x from a batch.
+        transform_at: the module whose input is transformed; None for the network's.
+        convergence: also report values of the first samples.
+        state_budget: bytes that the states of all layers may take.
+        seed: of all random choices.
+        progress: show a bar.
+
+    Raises:
+        ValueError: If ``batch_size`` or ``max_samples`` is too small.
+    """
+
+    layers: Layers = None
+    batch_size: int | Literal["auto"] = 64
+    max_samples: int | None = None
+    device: torch.device | str | None = None
+    forward: Callable[[nn.Module, Tensor], Any] | None = None
+    input_fn: Callable[..., Tensor] | None = None
+    transform_at: str | None = None
+    convergence: bool = False
+    state_budget: int | None = None
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch_size != "auto" and (not isinstance(self.batch_size, int) or self.batch_size < 1):
+            raise ValueError(
+                f'Expected argument `batch_size` to be an int of at least 1 or "auto", but got {self.batch_size!r}.'
+            )
+        if self.max_samples is not None and (not isinstance(self.max_samples, int) or self.max_samples < 1):
+            raise ValueError(
+                f"Expected argument `max_samples` to be an int of at least 1 or None, but got {self.max_samples!r}."
+            )

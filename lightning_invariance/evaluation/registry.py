@@ -1,0 +1,260 @@
+"""The layers of a network and their accumulators, while the rows of the ST matrix go by."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_invariance.accumulators.base import (
+    N_SAMPLES,
+    Accumulator,
+    Context,
+    Rows,
+    States,
+    check_added,
+    merged,
+    started,
+)
+from lightning_invariance.distributed import gather_or_raise, merge_over_ranks
+from lightning_invariance.evaluation.assembly import Assembly
+from lightning_invariance.loader import STBlock
+from lightning_invariance.measures import Measure, Sums
+from lightning_invariance.transforms import TransformationSet
+
+#: The layer of a network that returns its input, for :attr:`InvarianceResult.floor`.
+INPUT = ""
+
+Needs: TypeAlias = dict[str, tuple[Accumulator, ...]]
+
+
+@dataclass
+class Layer:
+    """One layer: its accumulators with their states.
+
+    Attributes:
+        shape: of its activation.
+        first: the accumulators of the first pass, each once.
+        second: those of a second pass.
+        metrics: metrics that are no :class:`Measure`, by name.
+    """
+
+    shape: tuple[int, ...]
+    first: list[tuple[Accumulator, States]] = field(default_factory=list)
+    second: list[tuple[Accumulator, States]] = field(default_factory=list)
+    metrics: dict[str, Metric] = field(default_factory=dict)
+
+    def states_of(self, accumulator: Accumulator) -> States:
+        """The states that hold those of an accumulator."""
+        return next(states for own, states in (*self.first, *self.second) if own.includes(accumulator))
+
+
+class Registry:
+    """Adds blocks of activations to the accumulators of every layer, each of which exists once.
+
+    Args:
+        measures: name → metric. Of a :class:`Measure` the accumulators are updated; of any other metric every layer
+            gets a clone, which is updated with the block.
+        transformations: the columns of the ST matrix.
+        expected: how many samples there will be, if known.
+
+    Attributes:
+        layers: name → layer, in the order in which they ran.
+        n_samples: number of complete rows.
+        finished: whether every row was seen as often as the measures need.
+        input_shape: of the transformed input.
+    """
+
+    def __init__(
+        self, measures: Mapping[str, Metric], transformations: TransformationSet, expected: int | None = None
+    ) -> None:
+        self.measures = measures
+        self.transformations = transformations
+        self.layers: dict[str, Layer] = {}
+        self.n_samples = 0
+        self.finished = False
+        self.input_shape: tuple[int, ...] | None = None
+        self._expected = expected
+        self._in_first_pass = True
+        self._needs, self._needs_again = self._prepared(
+            ()
+        )  # raises where a measure cannot work with the transformations
+        self._in_parts = any(a.takes_parts for needs in self._needs.values() for a in needs)
+        self._assembly = Assembly(len(transformations))
+        self._block: STBlock | None = None
+        self._memo: dict[Hashable, Any] = {}  # of this block, for all layers
+        self._about: dict[str, dict[str, Any]] = {}  # by metric that is no Measure: what its update takes
+
+    def start_block(self, block: STBlock) -> None:
+        """The outputs that follow belong to this block."""
+        self._block, self._memo, self._about = block, {}, {}
+        if self._in_first_pass and block.columns.stop == len(self.transformations):
+            self.n_samples += len(block.inputs)
+
+    def start_input(self, inputs: Tensor) -> None:
+        """These are the transformed inputs ``(rows, columns, *input_shape)`` of the block."""
+        if self.input_shape is None:
+            self.input_shape = tuple(inputs.shape[2:])
+            self._needs, self._needs_again = self._prepared(self.input_shape)
+        if any(isinstance(measure, Measure) and measure.has_floor for measure in self.measures.values()):
+            self._add(INPUT, inputs)
+
+    def consume(self, layer: str, output: Tensor, axis: int | None) -> None:
+        """Add what a layer made of the block's inputs; ``axis`` is that of the batch, if known."""
+        if self._block is None:
+            raise RuntimeError("Expected a block before its activations.")
+        rows, columns = self._block.inputs.shape[:2]
+        self._add(layer, self._assembly.block(layer, output, axis, rows, columns))
+
+    def _add(self, name: str, st: Tensor) -> None:
+        block = self._block
+        assert block is not None  # noqa: S101 - its outputs follow it
+        if st.dtype not in (torch.float32, torch.float64):
+            st = st.float()
+        layer = self.layers.get(name)
+        if layer is None:
+            layer = self.layers[name] = self._new_layer(name, tuple(st.shape[2:]), st.device)
+        if st.shape[2:] != layer.shape:
+            raise ValueError(
+                f"Expected layer {name!r} to return activations of one shape, but got {layer.shape} and"
+                f" {tuple(st.shape[2:])}."
+            )
+        last = block.columns.stop == len(self.transformations)
+        active = layer.first if self._in_first_pass else layer.second
+        if self._in_parts:
+            some = [pair for pair in active if pair[0].takes_parts]
+            self._update(some, Rows(st, block.indices, block.labels, last, block_memo=self._memo))
+            active = [pair for pair in active if not pair[0].takes_parts]
+            if not active and not layer.metrics:
+                return
+        whole = self._assembly.complete(name, st, last)
+        if whole is None:
+            return
+        rows = Rows(whole, block.indices, block.labels, block_memo=self._memo)
+        self._update(active, rows)
+        if self._in_first_pass:
+            for key, metric in layer.metrics.items():
+                metric.update(whole, **self._arguments(key, metric, rows))
+
+    def _update(self, accumulators: Iterable[tuple[Accumulator, States]], rows: Rows) -> None:
+        for accumulator, states in accumulators:
+            first = not int(states[N_SAMPLES])
+            accumulator.add_(states, rows)
+            if rows.last:
+                states[N_SAMPLES] += len(rows.values)
+            if first:
+                check_added(accumulator, states)
+
+    def _arguments(self, key: str, metric: Metric, rows: Rows) -> dict[str, Any]:
+        """What the update of a metric takes beside the block."""
+        if key not in self._about:
+            about = {"indices": rows.indices, "labels": rows.labels}
+            self._about[key] = metric._filter_kwargs(**{name: v for name, v in about.items() if v is not None})
+        return self._about[key]
+
+    def _prepared(self, input_shape: tuple[int, ...]) -> tuple[Needs, Needs]:
+        """By measure: the accumulators of each pass, for what is known now."""
+        context = Context(self.transformations, input_shape, self._expected)
+        own = {name: measure for name, measure in self.measures.items() if isinstance(measure, Measure)}
+        first = {name: tuple(a.prepared(context) for a in measure.needs) for name, measure in own.items()}
+        return first, {name: tuple(a.prepared(context) for a in measure.needs_again) for name, measure in own.items()}
+
+    def applies(self, measure: str, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a measure is defined for a layer with activations of this shape."""
+        metric = self.measures[measure]
+        if not isinstance(metric, Measure):
+            return name != INPUT
+        fits = all(accumulator.applies_to(shape) for accumulator in self._needs[measure])
+        return fits and (name != INPUT or metric.has_floor)
+
+    def _new_layer(self, name: str, shape: tuple[int, ...], device: torch.device) -> Layer:
+        layer = Layer(shape)
+        applicable = [measure for measure in self.measures if self.applies(measure, name, shape)]
+        for accumulator in distinct([a for measure in applicable for a in self._needs.get(measure, ())]):
+            layer.first.append((accumulator, started(accumulator, device)))
+        for measure in applicable:
+            if measure not in self._needs:
+                metric = deepcopy(self.measures[measure])
+                metric.reset()
+                layer.metrics[measure] = metric.to(device)
+        return layer
+
+    def sums(self, layer: Layer, measure: str) -> Sums:
+        """The states that a measure needs of a layer."""
+        states: States = {}
+        for accumulator in self._needs[measure]:
+            states.update(layer.states_of(accumulator))
+        if layer.second:
+            for accumulator in self._needs_again[measure]:
+                states.update(layer.states_of(accumulator))
+        return Sums(states, int(states[N_SAMPLES]), len(self.transformations), layer.shape)
+
+    def end_pass(self, device: torch.device, error: BaseException | None = None) -> None:
+        """Join what the processes have seen in one pass, and begin a second one if a measure needs it.
+
+        Raises:
+            RuntimeError: If another process failed, with its error. The one that failed raises that itself.
+        """
+        shapes = {name: layer.shape for name, layer in self.layers.items()}
+        told = gather_or_raise((shapes, self.n_samples, self.input_shape), error)
+        if len(told) > 1:
+            self._add_unseen(told, device)
+            self._merge(device)
+        if not self._in_first_pass:
+            self.finished = True
+            return
+        self.n_samples = sum(n for _, n, _ in told)
+        self._in_first_pass = False
+        for name, layer in self.layers.items():
+            self._begin_second_pass(name, layer, device)
+        self.finished = not any(layer.second for layer in self.layers.values())
+
+    def _begin_second_pass(self, name: str, layer: Layer, device: torch.device) -> None:
+        for key, accumulators in self._needs_again.items():
+            measure = self.measures[key]
+            if not accumulators or not self.applies(key, name, layer.shape) or not isinstance(measure, Measure):
+                continue
+            sums = self.sums(layer, key)
+            if sums.n_samples and measure.needs_second_pass(sums):
+                begun = measure.second_pass(sums)
+                for accumulator in distinct(accumulators):
+                    if not any(own.includes(accumulator) for own, _ in layer.second):
+                        states = {**started(accumulator, device), **begun}
+                        layer.second.append((accumulator, states))
+
+    def _add_unseen(self, told: Sequence[tuple[dict[str, tuple[int, ...]], int, Any]], device: torch.device) -> None:
+        """Make the layers that only other processes have seen, in one order everywhere."""
+        if self.input_shape is None:
+            self.input_shape = next((shape for _, _, shape in told if shape is not None), None)
+            self._needs, self._needs_again = self._prepared(self.input_shape or ())
+        order: dict[str, tuple[int, ...]] = {}
+        for shapes, _, _ in told:
+            for name, shape in shapes.items():
+                order.setdefault(name, shape)
+        self.layers = {name: self.layers.get(name) or self._new_layer(name, s, device) for name, s in order.items()}
+
+    def _merge(self, device: torch.device) -> None:
+        """Give the accumulators of this pass the merged states of all processes."""
+        pairs = [
+            pair for layer in self.layers.values() for pair in (layer.first if self._in_first_pass else layer.second)
+        ]
+        merges = [partial(merged, accumulator) for accumulator, _ in pairs]
+        found = merge_over_ranks([states for _, states in pairs], merges, device)
+        for (_, states), joined in zip(pairs, found, strict=True):
+            states.update(joined)
+
+
+def distinct(accumulators: Sequence[Accumulator]) -> list[Accumulator]:
+    """The accumulators without those that another one includes."""
+    kept: list[Accumulator] = []
+    for accumulator in accumulators:
+        if not any(other.includes(accumulator) for other in kept):
+            kept = [other for other in kept if not accumulator.includes(other)]
+            kept.append(accumulator)
+    return kept

@@ -1,0 +1,199 @@
+"""One evaluation: a model, its data, and walks over the ST matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
+
+from lightning_invariance.distributed import gather_or_raise, rank_and_world_size
+from lightning_invariance.evaluation.isolation import device_of, evaluation_mode, isolated_random_state, on_device
+from lightning_invariance.evaluation.options import Options
+from lightning_invariance.evaluation.registry import Registry
+from lightning_invariance.layers import catch_activations, select_layers, transformed_input
+from lightning_invariance.loader import STBlock, STLoader
+from lightning_invariance.transforms import TransformationSet
+
+#: glibc's allocator returns a freed block of some hundred kilobytes to the system, which zeroes it again, page by page,
+#: when the next activation needs it; with ResNet-20 that takes longer than the forward pass. After a block of this size
+#: was freed once, it keeps up to twice as much for the whole process.
+KEPT_MEMORY = 2**25 - 2**14
+
+#: A progress bar appears when a walk takes longer than this, in seconds.
+PROGRESS_DELAY = 3.0
+
+#: Inputs in the first batch that ``batch_size="auto"`` tries.
+AUTO_BATCH_SIZE = {"cpu": 64}
+AUTO_BATCH_SIZE_OF_ACCELERATORS = 1024
+
+
+class Session:
+    """A model and its data for the time of one evaluation.
+
+    Args:
+        model: the model, without wrappers.
+        data: samples.
+        options: how to run.
+
+    Raises:
+        ValueError: If the layers, or the module of ``transform_at``, are unknown.
+    """
+
+    def __init__(self, model: nn.Module, data: Any, options: Options) -> None:
+        self.model = model
+        self.data = data
+        self.device = torch.device(options.device) if options.device is not None else device_of(model)
+        largest = AUTO_BATCH_SIZE.get(self.device.type, AUTO_BATCH_SIZE_OF_ACCELERATORS)
+        self.batch_size = largest if options.batch_size == "auto" else options.batch_size
+        self.options = options
+        self.selection = select_layers(model, options.layers)
+        inner = [] if options.transform_at is None else [*select_layers(model, [options.transform_at]).modules.values()]
+        self._transformed_module = inner[0] if inner else None
+
+    def halved(self) -> Session:
+        """The same with half the batch size."""
+        return Session(self.model, self.data, replace(self.options, batch_size=self.batch_size // 2))
+
+    def loader(self, transformations: TransformationSet) -> STLoader:
+        """The blocks that this process takes."""
+        rank, world_size = rank_and_world_size()
+        return STLoader(
+            self.data,
+            transformations,
+            self.batch_size,
+            max_samples=self.options.max_samples,
+            input_fn=self.options.input_fn,
+            device=self.device,
+            seed=self.options.seed,
+            rank=rank,
+            world_size=world_size,
+            transform=self._transformed_module is None,
+        )
+
+    def walk(
+        self,
+        measures: Mapping[str, Metric],
+        loader: STLoader,
+        milestones: Sequence[int] = (),
+        at_milestone: Callable[[Registry], None] | None = None,
+        about: str = "Measuring invariance",
+    ) -> Registry:
+        """Show every row to the measures of every layer, as often as they need it.
+
+        Args:
+            measures: name → metric.
+            loader: the rows.
+            milestones: numbers of samples, in rising order, after which ``at_milestone`` is called.
+            at_milestone: called with the registry between two blocks.
+            about: text beside the progress bar.
+        """
+        expected = None if milestones else loader.n_samples  # a choice of the first samples must not know of the others
+        registry = Registry(measures, loader.transformations, expected)
+        waiting = list(milestones)
+        entrance = _Entrance(registry) if self._transformed_module is not None else None
+        with (
+            self._prepared(entrance),
+            catch_activations(self.selection, entrance.consume if entrance else registry.consume) as catcher,
+        ):
+            while not registry.finished:
+                error: BaseException | None = None
+                try:
+                    with isolated_random_state(self.options.seed):  # every pass sees the same random transformations
+                        for block in self._with_progress(loader, about):
+                            if waiting and registry.n_samples >= waiting[0] and at_milestone is not None:
+                                waiting = [n for n in waiting if n > registry.n_samples]
+                                at_milestone(registry)
+                            catcher.start_pass()
+                            registry.start_block(block)
+                            if entrance is None:
+                                registry.start_input(block.inputs)
+                            else:
+                                entrance.start_block(block)
+                            self._call(block.inputs.flatten(0, 1))
+                        waiting = []
+                except Exception as raised:  # the other processes shall hear of it instead of waiting for ever
+                    error = raised
+                registry.end_pass(self.device, error)
+        return registry
+
+    def sizes(self, loader: STLoader) -> tuple[int, int]:
+        """Number of activations of all layers together, and the size in bytes of the largest type of one."""
+        numbers, sizes = [0], [4]
+
+        def measured(layer: str, output: Tensor, axis: int | None) -> None:
+            numbers.append(output.numel())
+            sizes.append(output.element_size())
+
+        error: BaseException | None = None
+        try:
+            caught = catch_activations(self.selection, measured)
+            with isolated_random_state(self.options.seed), self._prepared(None), caught as catcher:
+                catcher.start_pass()
+                for block in loader:
+                    self._call(block.inputs[0, :1])
+                    break
+        except Exception as raised:
+            error = raised
+        told = gather_or_raise((sum(numbers), max(sizes)), error)
+        return max(number for number, _ in told), max(size for _, size in told)
+
+    def _call(self, x: Tensor) -> Any:
+        return self.model(x) if self.options.forward is None else self.options.forward(self.model, x)
+
+    def _prepared(self, entrance: _Entrance | None) -> ExitStack:
+        """The model in eval mode on its device, without gradients; everything is put back afterwards."""
+        if self.device.type == "cpu":
+            torch.empty(KEPT_MEMORY, dtype=torch.uint8)
+        with ExitStack() as stack:
+            stack.enter_context(on_device(self.model, self.device))
+            stack.enter_context(evaluation_mode(self.model))
+            stack.enter_context(torch.no_grad())
+            # A compiled graph silently skips hooks that were added later.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if entrance is not None and self._transformed_module is not None:
+                stack.enter_context(transformed_input(self._transformed_module, entrance.enter))
+            return stack.pop_all()
+
+    def _with_progress(self, loader: STLoader, about: str) -> Iterator[STBlock]:
+        total = None if loader.n_samples is None else len(loader)
+        show = self.options.progress and rank_and_world_size()[0] == 0
+        yield from tqdm(loader, about, total, leave=False, delay=PROGRESS_DELAY, unit="batch", disable=not show)
+
+
+class _Entrance:
+    """The module whose input is transformed: what runs before it in a forward pass is not measured."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._block: STBlock | None = None
+        self._entered = False
+
+    def start_block(self, block: STBlock) -> None:
+        self._block, self._entered = block, False
+
+    def consume(self, layer: str, output: Tensor, axis: int | None) -> None:
+        if self._entered:
+            self._registry.consume(layer, output, axis)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Transform what reaches the module: ``(rows · columns, ...)``, each row so many times the same."""
+        block = self._block
+        if self._entered or block is None:  # the module runs a second time
+            return x
+        rows, columns = block.inputs.shape[:2]
+        if len(x) != rows * columns:
+            raise RuntimeError(
+                f"Expected the module of argument `transform_at` to take a batch of {rows * columns}, but it got an"
+                f" input of shape {tuple(x.shape)}."
+            )
+        samples = x.reshape(rows, columns, *x.shape[1:])[:, 0]
+        inputs = self._registry.transformations[block.columns](samples)
+        self._entered = True
+        self._registry.start_input(inputs)
+        return inputs.flatten(0, 1)

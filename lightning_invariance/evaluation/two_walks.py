@@ -1,0 +1,109 @@
+"""The variances of sets so large that the means of their columns do not fit into memory: a walk in each direction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_invariance.accumulators import LongRows
+from lightning_invariance.evaluation.collect import collect, make_result
+from lightning_invariance.evaluation.session import Session
+from lightning_invariance.loader import STLoader
+from lightning_invariance.measures import Measure, SampleVariance, Sums
+from lightning_invariance.measures.variance import MeasureOfVariances
+from lightning_invariance.result import InvarianceResult
+
+#: Bytes for each activation beside the means of columns.
+VECTORS = 64
+
+
+class VarianceOfLongRows(Measure):
+    """The transformation variance of rows that come in parts.
+
+    Args:
+        squared: whether variances or standard deviations are averaged.
+        kwargs: additional arguments of ``torchmetrics.Metric``.
+    """
+
+    def __init__(self, squared: bool, **kwargs: Any) -> None:
+        super().__init__([LongRows(squared)], **kwargs)
+
+    def value(self, sums: Sums) -> Tensor:
+        """TV of every activation."""
+        return sums["row_variances"] / sums.n_samples
+
+
+def state_bytes(activations: int, itemsize: int, transformations: int, batch_size: int, on_cpu: bool) -> int:
+    """Bytes that one walk would hold: means of columns, and whole rows where they are longer than a batch."""
+    means = 4 if itemsize <= 4 and on_cpu else 8
+    rows = itemsize if transformations > batch_size else 0
+    return activations * (transformations * (means + rows) + VECTORS)
+
+
+def in_two_walks(
+    session: Session, measures: Mapping[str, Metric], loader: STLoader, activations: int, budget: int
+) -> InvarianceResult:
+    """The variance measures, samples first and then some transformations at a time, within a budget of memory.
+
+    Args:
+        session: the model and its data.
+        measures: name → TransformationVariance, SampleVariance or NormalizedVariance.
+        loader: the blocks of all transformations.
+        activations: number of activations of all layers together.
+        budget: bytes of state.
+
+    Raises:
+        ValueError: If there is another measure.
+    """
+    of_variances: dict[str, MeasureOfVariances] = {}
+    for name, measure in measures.items():
+        if not isinstance(measure, MeasureOfVariances):
+            raise ValueError(
+                f"Expected argument `state_budget` to be larger, but got {budget} bytes: the states of {name} for"
+                f" {len(loader.transformations)} transformations do not fit, and only TransformationVariance,"
+                " SampleVariance and NormalizedVariance can do with less."
+            )
+        of_variances[name] = measure
+    kinds = {_key(measure): measure.squared for measure in of_variances.values()}
+    by_rows = {kind: VarianceOfLongRows(squared) for kind, squared in kinds.items()}
+    tv = collect(session.walk(by_rows, loader, about="Measuring invariance: samples"))
+    sv = _sample_variances(session, kinds, loader, columns=(budget // max(1, activations) - VECTORS) // 16)
+    some = next(iter(kinds))
+    layers = [*tv[some]]
+    return make_result(
+        measures,
+        loader.transformations,
+        {
+            name: {layer: measure.of_variances(tv[_key(measure)][layer], sv[_key(measure)][layer]) for layer in layers}
+            for name, measure in of_variances.items()
+        },
+        dead={layer: (tv[some][layer] == 0) & (sv[some][layer] == 0) for layer in layers},
+        n_samples=tv.n_samples,
+    )
+
+
+def _key(measure: MeasureOfVariances) -> str:
+    """Measures of one key need the same variances."""
+    return "variances" if measure.squared else "standard deviations"
+
+
+def _sample_variances(
+    session: Session, kinds: Mapping[str, bool], loader: STLoader, columns: int
+) -> dict[str, dict[str, Tensor]]:
+    """Kind → layer → sample variance, from walks over ``columns`` transformations at a time."""
+    transformations, columns = loader.transformations, max(1, columns)
+    totals: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
+    for start in range(0, len(transformations), columns):
+        some = transformations[start : start + columns]
+        by_columns = {kind: SampleVariance(squared) for kind, squared in kinds.items()}
+        about = f"Measuring invariance: transformations {start + 1}–{start + len(some)}"
+        found = collect(session.walk(by_columns, session.loader(some), about=about))
+        for kind in kinds:
+            for layer, values in found[kind].items():
+                before = totals[kind].get(layer, torch.zeros_like(values))
+                totals[kind][layer] = before + values * (len(some) / len(transformations))
+    return totals

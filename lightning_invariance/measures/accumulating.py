@@ -1,0 +1,254 @@
+"""A ``torchmetrics.Metric`` whose states are those of accumulators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from lightning_invariance.accumulators.base import (
+    N_SAMPLES,
+    Accumulator,
+    Context,
+    Rows,
+    States,
+    check_added,
+    check_declaration,
+    configuration_of,
+    states_of,
+)
+from lightning_invariance.distributed import merge_over_ranks
+from lightning_invariance.transforms import TransformationSet
+
+
+class AccumulatingMetric(Metric):
+    """Updates, merges, moves and synchronises the states of accumulators; a measure adds what they mean.
+
+    Beside the states of the accumulators it has ``n_samples``, ``columns`` (the number of transformations),
+    ``activation_shape`` and ``configuration``, which keeps collections and merges from joining measures whose
+    accumulators differ in any argument. These are states, too, since a process without samples learns them from the
+    others.
+
+    Args:
+        needs: accumulators; by default those of the class.
+        needs_again: accumulators of a second pass; by default those of the class.
+        kwargs: additional arguments of ``torchmetrics.Metric``.
+
+    Raises:
+        TypeError: If an accumulator is no frozen dataclass, or a state is not a tensor of an allowed type.
+        ValueError: If two of the accumulators have a state of the same name.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    #: The accumulators that every row is added to.
+    needs: tuple[Accumulator, ...] = ()
+
+    #: The accumulators of a second pass over the same rows, where one is needed.
+    needs_again: tuple[Accumulator, ...] = ()
+
+    n_samples: Tensor
+    columns: Tensor
+    activation_shape: Tensor
+    configuration: Tensor
+
+    def __init__(
+        self,
+        needs: Sequence[Accumulator] | None = None,
+        needs_again: Sequence[Accumulator] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.needs = self.needs if needs is None else tuple(needs)
+        self.needs_again = self.needs_again if needs_again is None else tuple(needs_again)
+        none = torch.zeros(0, dtype=torch.long)
+        states = {
+            N_SAMPLES: torch.tensor(0),
+            "columns": torch.tensor(0),
+            "activation_shape": none,
+            "configuration": none,
+        }
+        on_cpu = [*states]
+        for accumulator in (*self.needs, *self.needs_again):
+            declared = check_declaration(accumulator)
+            if twice := states.keys() & declared.keys():
+                raise ValueError(
+                    f"Expected accumulators whose states have different names, but {sorted(twice)} of"
+                    f" {type(accumulator).__name__} are taken."
+                )
+            states.update(declared)
+            on_cpu += accumulator.cpu_states
+        for name, empty in states.items():
+            self.add_state(name, empty, dist_reduce_fx=None)
+        #: States that stay on the CPU wherever the metric is: reading them from another device would synchronise.
+        self.read_states: tuple[str, ...] = tuple(on_cpu)
+
+    @property
+    def n_transformations(self) -> int:
+        """Number of transformations m of the blocks so far; 0 before the first."""
+        return int(self.columns)
+
+    @property
+    def in_second_pass(self) -> bool:
+        """Whether a second pass over the same rows has begun."""
+        return any(getattr(self, name).numel() for accumulator in self.needs_again for name in accumulator.empty())
+
+    def prepare(
+        self, transformations: TransformationSet, input_shape: Sequence[int] = (), n_samples: int | None = None
+    ) -> None:
+        """Tell the accumulators, before the first update, what will come.
+
+        Args:
+            transformations: the columns.
+            input_shape: of a network input, if known.
+            n_samples: how many samples all processes together will show, named by the ``indices`` 0 to n − 1, if known.
+
+        Raises:
+            ValueError: If an accumulator cannot work with these transformations.
+        """
+        context = Context(transformations, tuple(input_shape), n_samples)
+        self.needs = tuple(accumulator.prepared(context) for accumulator in self.needs)
+        self.needs_again = tuple(accumulator.prepared(context) for accumulator in self.needs_again)
+
+    def update(self, st_block: Tensor, indices: Tensor | None = None, labels: Tensor | None = None) -> None:
+        """Add complete rows of the ST matrix.
+
+        Args:
+            st_block: floating-point tensor ``(samples, transformations, *activation_shape)``.
+            indices: ``(samples,)``: whole numbers that name the samples, for measures that choose among them. Without,
+                they tell samples apart by their activations.
+            labels: ``(samples,)``: the class of each sample, for measures of classes.
+
+        Raises:
+            ValueError: If the block has fewer than two dimensions, or other transformations or another activation
+                shape than the blocks before.
+            TypeError: If the block is not of a real floating-point type.
+        """
+        self._add_rows(st_block, indices, labels, in_place=False)
+
+    def add(self, st_block: Tensor, indices: Tensor | None = None, labels: Tensor | None = None) -> None:
+        """As :meth:`update`, but changes states in place: those that were taken from the metric before change, too."""
+        self._computed = None
+        self._update_count += 1
+        self._add_rows(st_block, indices, labels, in_place=True)
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Merge the states of another metric of the same class, or a dictionary of states, into this one.
+
+        Raises:
+            ValueError: If a state is missing, or the states are those of other shapes or of other arguments.
+        """
+        super().merge_state(incoming_state)
+        # The base class forgets both: a cached value would stay, and compute would warn of a missing update.
+        self._computed = None
+        self._update_count += getattr(incoming_state, "_update_count", 1)
+
+    def _add_rows(self, st_block: Tensor, indices: Tensor | None, labels: Tensor | None, in_place: bool) -> None:
+        values = checked_block(st_block)
+        if not self.configuration.numel():
+            self.configuration = configuration_of((*self.needs, *self.needs_again))
+        n, m, *shape = values.shape
+        if n == 0 or m == 0:
+            return
+        first = self.n_transformations == 0
+        self._check_shape(m, shape)
+        rows = Rows(values, None if indices is None else indices.cpu(), labels)
+        with torch.no_grad():
+            for accumulator in self.needs_again if self.in_second_pass else self.needs:
+                states = states_of(accumulator, self.states())
+                if in_place:
+                    accumulator.add_(states, rows)
+                else:
+                    states = accumulator.add(states, rows)
+                if first:
+                    check_added(accumulator, states)
+                for name in accumulator.empty():
+                    setattr(self, name, states[name])
+        self.n_samples = self.n_samples + n
+
+    def _check_shape(self, m: int, shape: list[int]) -> None:
+        if self.n_transformations == 0:
+            self.activation_shape = torch.tensor(shape, dtype=torch.long)
+            self.columns = torch.tensor(m)
+        known_m, known_shape = self.n_transformations, self.activation_shape.tolist()
+        if m != known_m:
+            raise ValueError(f"Expected ST blocks with {known_m} transformations, but got {m}.")
+        if shape != known_shape:
+            raise ValueError(
+                f"Expected ST blocks of activations of shape {tuple(known_shape)}, but got {tuple(shape)}."
+            )
+
+    def states(self) -> States:
+        """The states by name."""
+        return {name: getattr(self, name) for name in self._defaults}
+
+    def set_states(self, states: States) -> None:
+        """Replace the states."""
+        for name in self._defaults:
+            setattr(self, name, states[name])
+
+    def _reduce_states(self, incoming_state: States) -> None:
+        """Merge other states into the own ones; ``forward`` and ``merge_state`` of the base class call this."""
+        for name in self._defaults:
+            if name not in incoming_state:
+                raise ValueError(f"Expected a state {name!r} in the states to merge, but got {list(incoming_state)}.")
+        self.set_states(self.merged_states(incoming_state, self.states()))
+
+    def merged_states(self, a: States, b: States) -> States:
+        """The states after the rows of both, either of which may have none."""
+        known = [states["configuration"] for states in (a, b) if states["configuration"].numel()]
+        if len(known) == 2 and not torch.equal(*known):
+            raise ValueError(
+                f"Expected states of a {type(self).__name__} with the same arguments, but they come from one with"
+                " others."
+            )
+        if not int(a[N_SAMPLES]) or not int(b[N_SAMPLES]):
+            full = a if int(a[N_SAMPLES]) else b
+            return {name: full[name].clone() for name in self._defaults}
+        shapes = [(int(states["columns"]), *states["activation_shape"].tolist()) for states in (a, b)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                "Expected states of one shape (transformations, *activation_shape),"
+                f" but got {shapes[0]} and {shapes[1]}."
+            )
+        result = {name: a[name] for name in self._defaults}
+        for accumulator in self.needs_again if self.in_second_pass else self.needs:
+            result.update(accumulator.merge(states_of(accumulator, a), states_of(accumulator, b)))
+        result[N_SAMPLES] = a[N_SAMPLES] + b[N_SAMPLES]
+        return result
+
+    def _sync_dist(
+        self, dist_sync_fn: Callable[..., list[Tensor]] = gather_all_tensors, process_group: Any | None = None
+    ) -> None:
+        """Replace the own states by the merged states of all processes; ``sync`` of the base class calls this."""
+        group = process_group or self.process_group
+        (states,) = merge_over_ranks([self.states()], [self.merged_states], self.device, group)
+        self.set_states(states)
+
+    def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = ()) -> Module:
+        return super()._apply(fn, (*exclude_state, *self.read_states))
+
+
+def checked_block(st_block: Any) -> Tensor:
+    """An ST block as accumulators take it: in float32 or float64, without gradients.
+
+    Raises:
+        ValueError: If it has fewer than two dimensions, or no activations.
+        TypeError: If it is not of a real floating-point type.
+    """
+    if not isinstance(st_block, Tensor) or not st_block.is_floating_point():
+        kind = st_block.dtype if isinstance(st_block, Tensor) else type(st_block).__name__
+        raise TypeError(f"Expected argument `st_block` to be a real floating-point tensor, but got {kind}.")
+    if st_block.ndim < 2 or 0 in st_block.shape[2:]:
+        raise ValueError(
+            "Expected non-empty argument `st_block` of shape (samples, transformations, *activation_shape),"
+            f" but got {tuple(st_block.shape)}."
+        )
+    values = st_block.detach()
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()

@@ -1,0 +1,312 @@
+"""What holds a measure to its promise: checks to run on measures of your own.
+
+```python
+from lightning_invariance.testing import MeasureTester
+
+class TestNormalizedRange(MeasureTester):
+    def make(self):
+        return NormalizedRange()
+
+    def definition(self, st):  # the value of a whole ST tensor, in float64
+        ...
+```
+
+pytest runs all checks of such a class; they are plain methods, and need no pytest.
+"""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from lightning_invariance.accumulators import States
+from lightning_invariance.distributed import pack, unpack
+from lightning_invariance.measures import Measure, NormalizedVariance
+
+#: Number of samples of the cube, and their classes.
+SAMPLES = 13
+LABELS = torch.arange(SAMPLES) % 3
+
+ALL = slice(0, SAMPLES)
+
+
+class MeasureTester(ABC):
+    """Checks of one measure: any split, merge and order of the samples gives the definition, on any device and type.
+
+    The list is that of ``MetricTester`` in torchmetrics' own tests, without scripting, and with what an evaluation
+    relies
+    on: merging, parts that are empty or uneven, processes, the order of samples, shared updates, moves, inference mode.
+
+    A subclass overrides :meth:`make` and :meth:`definition`.
+    """
+
+    #: Whether the measure needs to see 13 samples twice.
+    two_passes = False
+
+    #: Whether the measure is defined for one sample.
+    one_sample = False
+
+    #: Whether it is defined for one transformation; None where their number is given.
+    one_transformation: bool | None = False
+
+    @abstractmethod
+    def make(self) -> Measure:
+        """A new measure."""
+
+    @abstractmethod
+    def definition(self, st: Tensor) -> Tensor:
+        """Its value on a whole ST tensor ``(samples, transformations, *activation_shape)`` in float64."""
+
+    def cube(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The ST tensor of the checks, 13 samples long, with labels 0, 1, 2, 0, …."""
+        generator = torch.Generator().manual_seed(0)
+        samples = torch.randn(SAMPLES, 1, 3, 5, 5, generator=generator, dtype=torch.float64)
+        noise = torch.randn(SAMPLES, 4, 3, 5, 5, generator=generator, dtype=torch.float64)
+        return (samples + noise).to(dtype)
+
+    def test_any_block_size_gives_the_definition(self) -> None:
+        for size in (1, 2, 5, 13):
+            value = feed([self.make()], self.cube(), [[slice(at, at + size) for at in range(0, SAMPLES, size)]])
+            assert value.dtype == torch.float64, f"Expected a value in float64, but got {value.dtype}."
+            assert_close(value, self.definition(self.cube()))
+
+    def test_merged_parts_give_the_definition(self) -> None:
+        for shares in ((5, 3, 5), (1, 12, 0), (0, 6, 7), (0, 0, 13)):
+            assert_close(feed([self.make() for _ in shares], self.cube(), parts(shares)), self.definition(self.cube()))
+
+    def test_processes_give_the_definition(self) -> None:
+        for shares in ((9, 4), (0, 6, 7), (6, 0, 7)):
+            value = feed([self.make() for _ in shares], self.cube(), parts(shares), join=exchange)
+            assert_close(value, self.definition(self.cube()))
+
+    def test_a_dictionary_of_states_merges(self) -> None:
+        metric, other = self.make(), self.make()
+        update(metric, self.cube(), slice(0, 5))
+        update(other, self.cube(), slice(5, SAMPLES))
+        metric.merge_state(dict(other.metric_state))
+        assert metric.n_samples == SAMPLES
+        assert_raises(ValueError, partial(metric.merge_state, {}), "Expected a state")
+
+    def test_the_order_of_samples_does_not_matter(self) -> None:
+        order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(1))
+        order = order[LABELS[order].argsort(stable=True)]  # sorted by class
+        metric = self.make()
+        about = metric._filter_kwargs(labels=LABELS[order])
+        metric.update(self.cube()[order], **about)
+        if not metric.complete:
+            metric.end_pass()
+            metric.update(self.cube()[order], **about)
+        assert_close(metric.compute(), self.definition(self.cube()))
+
+    def test_updates_do_not_wait_for_another_device(self) -> None:
+        # Tensors on "meta" have no values: reading one, or joining one with a tensor from elsewhere, is an error.
+        metric = self.make().to("meta")
+        for rows in (slice(0, 5), slice(5, 10), slice(10, SAMPLES)):
+            about = metric._filter_kwargs(labels=LABELS[rows], indices=torch.arange(SAMPLES)[rows])
+            metric.add(self.cube(torch.float32)[rows].to("meta"), **about)
+        assert metric.n_samples == SAMPLES
+        devices = {name: state.device.type for name, state in metric.metric_state.items()}  # type: ignore[union-attr]
+        assert {devices.pop(name) for name in metric.read_states if name in devices} == {"cpu"}
+        assert set(devices.values()) == {"meta"}
+
+    def test_activations_of_every_float_type(self) -> None:
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            value = feed([self.make()], self.cube(dtype), [[slice(0, 7), slice(7, SAMPLES)]])
+            assert_close(value, self.definition(self.cube(dtype).double()), rtol=1e-4, atol=1e-6)
+
+    def test_complex_and_integer_activations_are_refused(self) -> None:
+        for kind in (torch.complex64, torch.int64):
+            assert_raises(TypeError, partial(update, self.make(), self.cube().to(kind)), "real floating-point")
+
+    def test_forward_returns_the_value_of_the_batch(self) -> None:
+        if self.two_passes:
+            return
+        metric = self.make()
+        for rows in (slice(0, 6), slice(6, SAMPLES)):
+            value = metric(self.cube()[rows], **metric._filter_kwargs(labels=LABELS[rows]))
+            alone = self.make()
+            update(alone, self.cube(), rows)
+            assert_close(value, alone.compute())
+        assert_close(metric.compute(), self.definition(self.cube()))
+
+    def test_copies_and_reset(self) -> None:
+        metric = self.make()
+        value = feed([metric], self.cube(), [[ALL]])
+        for copy in (pickle.loads(pickle.dumps(metric)), metric.clone()):  # noqa: S301 - our own bytes
+            assert copy is not metric
+            assert type(copy) is type(metric)
+            assert_close(copy.compute(), value, rtol=0, atol=0)
+        metric.reset()
+        assert metric.n_samples == 0
+        assert_close(feed([metric], self.cube(), [[ALL]]), self.definition(self.cube()))
+
+    def test_states_are_saved_where_that_is_asked_for(self) -> None:
+        metric, again = self.make(), self.make()
+        value = feed([metric], self.cube(), [[ALL]])
+        assert metric.state_dict() == {}
+        metric.persistent(True)
+        again.persistent(True)
+        again.load_state_dict(metric.state_dict())
+        again._update_count = 1
+        assert_close(again.compute(), value, rtol=0, atol=0)
+
+    def test_a_value_is_computed_anew_after_every_update(self) -> None:
+        if self.two_passes:
+            return
+        for way in ("update", "add"):
+            metric = self.make()
+            for rows in (slice(0, 6), slice(6, SAMPLES)):
+                getattr(metric, way)(self.cube()[rows], **metric._filter_kwargs(labels=LABELS[rows]))
+                value = metric.compute()
+            assert_close(value, self.definition(self.cube()))
+
+    def test_updates_leave_earlier_states_alone(self) -> None:
+        metric = self.make()
+        update(metric, self.cube(), slice(0, 6))
+        held: dict[str, Any] = dict(metric.metric_state)
+        copies = {name: state.clone() for name, state in held.items()}
+        update(metric, self.cube(), slice(6, SAMPLES))
+        assert all(torch.equal(state, copies[name]) for name, state in held.items())
+
+    def test_what_a_class_says_of_itself_is_fixed(self) -> None:
+        metric = self.make()
+        assert isinstance(hash(metric), int)
+        for attribute in ("is_differentiable", "higher_is_better"):
+            assert_raises(RuntimeError, partial(setattr, metric, attribute, not getattr(metric, attribute)))
+
+    def test_arithmetic_and_plot(self) -> None:
+        metric = self.make()
+        feed([metric], self.cube(), [[ALL]])
+        doubled: Any = 2 * metric + 1
+        assert_close(doubled.compute(), 2 * self.definition(self.cube()) + 1)
+        figure, axes = metric.plot()
+        assert axes.figure is figure
+        assert metric.plot(ax=axes)[1] is axes
+
+    def test_moves_take_all_states_along_but_those_to_read(self) -> None:
+        metric = self.make()
+        value = feed([metric], self.cube(), [[ALL]])
+        metric.set_dtype(torch.float64)
+        assert_close(metric.to("cpu").compute(), value, rtol=0, atol=0)
+        metric.to("meta")  # any device that is not the one before
+        for _ in range(2):
+            moved = metric.metric_state.keys() - set(metric.read_states)
+            assert {getattr(metric, state).device.type for state in moved} == {"meta"}
+            metric.reset()
+
+    def test_no_gradient_is_kept(self) -> None:
+        value = feed([self.make()], self.cube().requires_grad_(), [[slice(0, 7), slice(7, SAMPLES)]])
+        assert not value.requires_grad
+
+    def test_inference_mode_and_back(self) -> None:
+        metric = self.make()
+        for number in range(2):
+            if number and metric.complete:
+                break
+            if number:
+                metric.end_pass()
+            with torch.inference_mode():
+                update(metric, self.cube(), slice(0, 6))
+            update(metric, self.cube(), slice(6, SAMPLES))
+        assert_close(metric.compute(), self.definition(self.cube()))
+
+    def test_a_collection_serves_it(self) -> None:
+        if self.two_passes:
+            return  # a collection makes one pass
+        metrics = MetricCollection({"own": self.make(), "other": NormalizedVariance(), "same": self.make()})
+        for rows in (slice(0, 6), slice(6, SAMPLES)):
+            metrics.update(self.cube()[rows], labels=LABELS[rows])
+        values = metrics.compute()
+        assert_close(values["own"], self.definition(self.cube()))
+        assert_close(values["same"], self.definition(self.cube()))
+
+    def test_one_sample_is_nan_with_a_warning(self) -> None:
+        if not self.one_sample:
+            assert_nan_with_warning(partial(feed, [self.make()], self.cube(), [[slice(0, 1)]]))
+
+    def test_one_transformation_is_nan_with_a_warning(self) -> None:
+        if self.one_transformation is False:
+            assert_nan_with_warning(partial(feed, [self.make()], self.cube()[:, :1], [[ALL]]))
+
+
+def update(metric: Measure, st: Tensor, rows: slice = ALL) -> None:
+    """Show some rows of an ST tensor to a measure."""
+    metric.update(st[rows], **metric._filter_kwargs(labels=LABELS[rows]))
+
+
+def parts(shares: Sequence[int]) -> list[list[slice]]:
+    """Rows one after the other, so many for each of some processes."""
+    ends = list(itertools.accumulate(shares))
+    return [[slice(end - share, end)] if share else [] for share, end in zip(shares, ends, strict=True)]
+
+
+def merge(metrics: Sequence[Measure]) -> None:
+    """Give every measure the states of all."""
+    copies = [metric.clone() for metric in metrics]
+    for i, metric in enumerate(metrics):
+        for copy in copies[:i] + copies[i + 1 :]:
+            metric.merge_state(copy)
+
+
+def exchange(metrics: Sequence[Measure]) -> None:
+    """As :func:`merge`, but by the messages that processes send to each other."""
+    states = metrics[0].states()
+    for metric in metrics[1:]:
+        states = metric.merged_states(_sent(states, metric.states()), metric.states())
+    for metric in metrics:
+        metric.set_states(_sent(states, metric.states()))
+
+
+def _sent(states: States, like: States) -> States:
+    """What a process with states ``like`` receives."""
+    header, message = pack([states], torch.device("cpu"))
+    (received,) = unpack([like], header, lambda length: message[:length])
+    return received
+
+
+def feed(metrics: Sequence[Measure], st: Tensor, shares: Sequence[Sequence[slice]], join: Any = merge) -> Tensor:
+    """Show each measure its share of the rows as often as needed, and compute the first after they are joined."""
+    while True:
+        for metric, share in zip(metrics, shares, strict=True):
+            for rows in share:
+                update(metric, st, rows)
+        if len(metrics) > 1:
+            join(metrics)
+        if metrics[0].complete:
+            value: Tensor = metrics[0].compute()
+            return value
+        for metric in metrics:
+            metric.end_pass()
+
+
+def assert_close(value: Tensor, expected: Tensor, rtol: float = 1e-9, atol: float = 1e-12) -> None:
+    """Equal within tolerances; NaN equal each other."""
+    torch.testing.assert_close(value, expected, rtol=rtol, atol=atol, equal_nan=True)
+
+
+def assert_raises(error: type[Exception], call: Any, words: str = "") -> None:
+    """The call raises an error whose message holds some words."""
+    try:
+        call()
+    except error as raised:
+        assert words in str(raised), f"Expected {words!r} in the message, but got: {raised}"
+        return
+    raise AssertionError(f"Expected {error.__name__}, but nothing was raised.")
+
+
+def assert_nan_with_warning(call: Any) -> None:
+    """The call returns NaN and warns of it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        value = call()
+    assert value.isnan().all()
+    assert any("NaN" in str(warning.message) for warning in caught), "Expected a warning that the value is NaN."

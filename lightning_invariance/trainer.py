@@ -1,0 +1,100 @@
+"""What the callback asks of a Trainer: its data, its metrics, its step, and the callbacks beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+#: Strategies under which no process holds the whole model.
+SHARDED: tuple[type[Strategy], ...] = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """The callbacks of a trainer."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def logger_step(trainer: pl.Trainer) -> int:
+    """The step at which Lightning logs validation metrics now: pictures and curves must agree on it."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def refuse_split_models(trainer: pl.Trainer) -> None:
+    """Raise for strategies under which no process holds the whole model."""
+    if isinstance(trainer.strategy, SHARDED):
+        raise MisconfigurationException(
+            f"InvarianceMonitor needs the whole model on each process, but {type(trainer.strategy).__name__} splits it:"
+            " use a single device or one of the `ddp` strategies, or call `evaluate()` on a checkpoint after training."
+        )
+
+
+def validation_data(trainer: pl.Trainer) -> Any:
+    """The trainer's (first) validation loader, loaded if it is not yet."""
+    if trainer.val_dataloaders is None:
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        trainer.training = True
+    loaders = trainer.val_dataloaders
+    while isinstance(loaders, Mapping | list | tuple):
+        loaders = next(iter(loaders.values() if isinstance(loaders, Mapping) else loaders))
+    return loaders
+
+
+def with_precision(trainer: pl.Trainer, forward: Callable[..., Any] | None) -> Callable[[nn.Module, Tensor], Any]:
+    """How to run a model as the trainer's validation does: in its precision."""
+    precision = trainer.precision_plugin
+
+    def run(model: nn.Module, x: Tensor) -> Any:
+        with precision.val_step_context():
+            x = precision.convert_input(x)
+            return model(x) if forward is None else forward(model, x)
+
+    return run
+
+
+def scores(trainer: pl.Trainer, own: Sequence[str]) -> dict[str, float]:
+    """The metrics that the trainer has at this moment, without those whose names begin with ``own``."""
+    found = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+    return {name: value for name, value in found.items() if not name.startswith(tuple(own)) and math.isfinite(value)}
+
+
+def spare_patience(trainer: pl.Trainer, tags: Mapping[str, str]) -> None:
+    """Keep ``EarlyStopping`` from counting an old value once more as one that is no better.
+
+    It counts every validation at which its metric is known, and a metric that is logged once stays known. Nothing but
+    its own count can be changed from outside: taken back by one before it checks, the check leaves it as it was.
+
+    Args:
+        trainer: whose callbacks.
+        tags: measure → what the tags of the monitor begin with.
+    """
+    for callback in callbacks_of(trainer):
+        monitored = getattr(callback, "monitor", None)
+        if hasattr(callback, "wait_count") and monitored in trainer.callback_metrics and _is_own(monitored, tags):
+            callback.wait_count -= 1
+
+
+def warn_of_old_values(trainer: pl.Trainer, tags: Mapping[str, str], every_n_epochs: int) -> None:
+    """Warn where ``ModelCheckpoint`` would take an old value for that of a later model."""
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, ModelCheckpoint) and _is_own(callback.monitor, tags):
+            rank_zero_warn(
+                f"ModelCheckpoint monitors {callback.monitor!r}, which is new every {every_n_epochs} epochs:"
+                f" give it `every_n_epochs={every_n_epochs}`, or it takes a value for that of a later model."
+            )
+
+
+def _is_own(monitored: str | None, tags: Mapping[str, str]) -> bool:
+    """Whether a metric is one that the monitor of these tags logs."""
+    return monitored is not None and any(
+        monitored == f"{tag}_mean" or monitored.startswith(f"{tag}/") for tag in tags.values()
+    )
