@@ -264,6 +264,7 @@ def exchange(metrics: Sequence[Measure]) -> None:
         states = metric.merged_states(_sent(states, metric.states()), metric.states())
     for metric in metrics:
         metric.set_states(_sent(states, metric.states()))
+        metric._update_count = max(1, metric._update_count)  # else compute would warn of a missing update
 
 
 def _sent(states: States, like: States) -> States:

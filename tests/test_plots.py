@@ -9,7 +9,8 @@ from matplotlib.colors import to_rgba
 
 from lightning_invariance import InvarianceResult
 from lightning_invariance.plots import evolution, heatmap, layers
-from lightning_invariance.plots.common import DEAD, INFINITE, render
+from lightning_invariance.plots.common import render
+from lightning_invariance.style import DEAD, INFINITE
 
 
 def result(fc=(0.5, 0.0, math.inf, math.nan, 1.0), epoch=0):

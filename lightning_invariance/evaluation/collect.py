@@ -12,6 +12,7 @@ from torchmetrics import Metric
 
 from lightning_invariance.evaluation.registry import INPUT, Layer, Registry
 from lightning_invariance.measures import Measure
+from lightning_invariance.measures.base import names_accumulators
 from lightning_invariance.measures.sums import dead_of
 from lightning_invariance.result import InvarianceResult
 from lightning_invariance.table import LayerStatistics
@@ -37,7 +38,7 @@ def collect(registry: Registry) -> InvarianceResult:
                 floor[key] = value
                 continue
             values[key][name] = value
-            if isinstance(metric, Measure):
+            if names_accumulators(metric):
                 sums = registry.sums(layer, key)
                 if (parts := metric.response_of(sums)) is not None:
                     response.setdefault(key, {})[name] = parts.tolist()
@@ -89,7 +90,7 @@ class Convergence:
     """
 
     def __init__(self, measures: Mapping[str, Metric]) -> None:
-        self._measures = [name for name, m in measures.items() if not (isinstance(m, Measure) and m.needs_again)]
+        self._measures = [name for name, m in measures.items() if not (names_accumulators(m) and m.needs_again)]
         self._means: dict[int, dict[str, dict[str, float]]] = {}
 
     def note(self, registry: Registry) -> None:
@@ -116,7 +117,7 @@ class Convergence:
 def _value(registry: Registry, measure: str, layer: Layer) -> Tensor:
     """What a measure is of a layer, given the sums so far: float64, on the CPU."""
     metric = registry.measures[measure]
-    if isinstance(metric, Measure):
+    if names_accumulators(metric):
         return metric.evaluated(registry.sums(layer, measure)).detach().to("cpu", torch.float64)
     # torchmetrics keeps a computed value, and turns one of shape (1,) into a scalar.
     own = deepcopy(layer.metrics[measure])

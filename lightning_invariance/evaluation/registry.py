@@ -25,7 +25,8 @@ from lightning_invariance.accumulators.base import (
 from lightning_invariance.distributed import gather_or_raise, merge_over_ranks
 from lightning_invariance.evaluation.assembly import Assembly
 from lightning_invariance.loader import STBlock
-from lightning_invariance.measures import Measure, Sums
+from lightning_invariance.measures import Sums
+from lightning_invariance.measures.base import names_accumulators
 from lightning_invariance.transforms import TransformationSet
 
 #: The layer of a network that returns its input, for :attr:`InvarianceResult.floor`.
@@ -50,9 +51,9 @@ class Layer:
     second: list[tuple[Accumulator, States]] = field(default_factory=list)
     metrics: dict[str, Metric] = field(default_factory=dict)
 
-    def states_of(self, accumulator: Accumulator) -> States:
-        """The states that hold those of an accumulator."""
-        return next(states for own, states in (*self.first, *self.second) if own.includes(accumulator))
+    def states_of(self, accumulator: Accumulator) -> States | None:
+        """The states that hold those of an accumulator; None where there are none."""
+        return next((states for own, states in (*self.first, *self.second) if own.includes(accumulator)), None)
 
 
 class Registry:
@@ -102,7 +103,7 @@ class Registry:
         if self.input_shape is None:
             self.input_shape = tuple(inputs.shape[2:])
             self._needs, self._needs_again = self._prepared(self.input_shape)
-        if any(isinstance(measure, Measure) and measure.has_floor for measure in self.measures.values()):
+        if any(names_accumulators(measure) and measure.has_floor for measure in self.measures.values()):
             self._add(INPUT, inputs)
 
     def consume(self, layer: str, output: Tensor, axis: int | None) -> None:
@@ -161,14 +162,14 @@ class Registry:
     def _prepared(self, input_shape: tuple[int, ...]) -> tuple[Needs, Needs]:
         """By measure: the accumulators of each pass, for what is known now."""
         context = Context(self.transformations, input_shape, self._expected)
-        own = {name: measure for name, measure in self.measures.items() if isinstance(measure, Measure)}
+        own = {name: measure for name, measure in self.measures.items() if names_accumulators(measure)}
         first = {name: tuple(a.prepared(context) for a in measure.needs) for name, measure in own.items()}
         return first, {name: tuple(a.prepared(context) for a in measure.needs_again) for name, measure in own.items()}
 
     def applies(self, measure: str, name: str, shape: tuple[int, ...]) -> bool:
         """Whether a measure is defined for a layer with activations of this shape."""
         metric = self.measures[measure]
-        if not isinstance(metric, Measure):
+        if not names_accumulators(metric):
             return name != INPUT
         fits = all(accumulator.applies_to(shape) for accumulator in self._needs[measure])
         return fits and (name != INPUT or metric.has_floor)
@@ -188,11 +189,8 @@ class Registry:
     def sums(self, layer: Layer, measure: str) -> Sums:
         """The states that a measure needs of a layer."""
         states: States = {}
-        for accumulator in self._needs[measure]:
-            states.update(layer.states_of(accumulator))
-        if layer.second:
-            for accumulator in self._needs_again[measure]:
-                states.update(layer.states_of(accumulator))
+        for accumulator in (*self._needs[measure], *self._needs_again[measure]):
+            states.update(layer.states_of(accumulator) or {})
         return Sums(states, int(states[N_SAMPLES]), len(self.transformations), layer.shape)
 
     def end_pass(self, device: torch.device, error: BaseException | None = None) -> None:
@@ -218,13 +216,13 @@ class Registry:
     def _begin_second_pass(self, name: str, layer: Layer, device: torch.device) -> None:
         for key, accumulators in self._needs_again.items():
             measure = self.measures[key]
-            if not accumulators or not self.applies(key, name, layer.shape) or not isinstance(measure, Measure):
+            if not accumulators or not self.applies(key, name, layer.shape) or not names_accumulators(measure):
                 continue
             sums = self.sums(layer, key)
             if sums.n_samples and measure.needs_second_pass(sums):
                 begun = measure.second_pass(sums)
                 for accumulator in distinct(accumulators):
-                    if not any(own.includes(accumulator) for own, _ in layer.second):
+                    if layer.states_of(accumulator) is None:
                         states = {**started(accumulator, device), **begun}
                         layer.second.append((accumulator, states))
 

@@ -14,6 +14,7 @@ from lightning_invariance.evaluation.collect import collect, make_result
 from lightning_invariance.evaluation.session import Session
 from lightning_invariance.loader import STLoader
 from lightning_invariance.measures import Measure, SampleVariance, Sums
+from lightning_invariance.measures.base import names_accumulators
 from lightning_invariance.measures.variance import MeasureOfVariances
 from lightning_invariance.result import InvarianceResult
 
@@ -61,7 +62,7 @@ def in_two_walks(
     """
     of_variances: dict[str, MeasureOfVariances] = {}
     for name, measure in measures.items():
-        if not isinstance(measure, MeasureOfVariances):
+        if not names_accumulators(measure) or not isinstance(measure, MeasureOfVariances):
             raise ValueError(
                 f"Expected argument `state_budget` to be larger, but got {budget} bytes: the states of {name} for"
                 f" {len(loader.transformations)} transformations do not fit, and only TransformationVariance,"

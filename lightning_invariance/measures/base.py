@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
+from torchmetrics import Metric
 from torchmetrics.utilities.prints import rank_zero_warn
 
 from lightning_invariance.accumulators.base import States
@@ -171,3 +172,11 @@ class Measure(AccumulatingMetric):
             ax = Figure(figsize=(6, 3), layout="constrained").add_subplot()
         draw_bars(ax, aggregate_maps(values, "mean").tolist(), type(self).__name__)
         return ax.figure, ax  # type: ignore[return-value]
+
+
+def names_accumulators(metric: Metric) -> TypeGuard[Measure]:
+    """Whether a metric is a measure that is fully told by its accumulators and :meth:`Measure.value`.
+
+    One that overrides ``compute`` instead, as metrics do, is evaluated like any other metric: a clone for each layer.
+    """
+    return isinstance(metric, Measure) and type(metric).compute is Measure.compute

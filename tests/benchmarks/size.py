@@ -10,6 +10,7 @@ distributed run sends; and a ResNet-50 at 224×224, its states, peak and ratio t
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import resource
 import statistics
@@ -25,7 +26,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torchvision
 
-from lightning_invariance import STLoader, evaluate, rotations, walk
+from lightning_invariance import STLoader, evaluate, rotations
+from lightning_invariance.evaluation.registry import Registry
+from lightning_invariance.evaluation.session import Session
 
 sys.path.insert(0, str(Path(__file__).parent))
 from speed import MODELS, TRANSFORMATIONS, alone, machine, variances
@@ -72,20 +75,21 @@ def growth() -> bool:
 def states_of(model: torch.nn.Module, images: torch.Tensor, layers: Any = None) -> tuple[int, int, int]:
     """Numbers and bytes of the states of all layers at the end of a walk, and the number of activations."""
     counted: list[tuple[int, int, int]] = []
-    result = walk.Walk.result
+    walk = Session.walk
 
-    def counting(self: walk.Walk) -> Any:
-        leaders = self._own_leaders()
-        states = [state for leader in leaders for state in map(leader.__getattribute__, leader._defaults)]
-        activations = sum(int(leader.activation_shape.prod()) for leader in leaders)
+    def counting(self: Session, *args: Any, **options: Any) -> Registry:
+        registry = walk(self, *args, **options)
+        layers = registry.layers.values()
+        states = [state for layer in layers for _, own in layer.first for state in own.values()]
+        activations = sum(math.prod(layer.shape) for layer in layers)
         counted.append((sum(s.numel() for s in states), sum(s.nbytes for s in states), activations))
-        return result(self)
+        return registry
 
-    walk.Walk.result = counting  # type: ignore[method-assign]
+    Session.walk = counting  # type: ignore[method-assign]
     try:
         evaluate(model, images, TRANSFORMATIONS, variances(), layers=layers, progress=False)
     finally:
-        walk.Walk.result = result  # type: ignore[method-assign]
+        Session.walk = walk  # type: ignore[method-assign]
     return counted[0]
 
 
