@@ -16,10 +16,10 @@ from torch import Tensor
 from lightning_invariance.distributed import DTYPES
 from lightning_invariance.transforms import TransformationSet
 
-#: The sums of one accumulator by name; ``n_samples`` among them is the number of rows that they hold.
+#: The sums of one accumulator by name.
 States: TypeAlias = dict[str, Tensor]
 
-#: Counts rows; the package keeps it for every accumulator.
+#: The state that counts rows, which the package keeps beside those of an accumulator.
 N_SAMPLES = "n_samples"
 
 Value = TypeVar("Value")
@@ -49,6 +49,7 @@ class Rows:
             accumulator :attr:`~Accumulator.takes_parts`.
         indices: ``(samples,)`` in int64, on the CPU: numbers that name the samples; None in an update by hand without.
         labels: ``(samples,)``, the class of each sample; None where the data have none.
+        before: how many rows were added before these.
         last: whether the rows are complete with these columns.
         memo: what the accumulators of this layer have computed of these rows; see :meth:`once`.
         block_memo: what the accumulators of all layers have computed of these samples.
@@ -57,6 +58,7 @@ class Rows:
     values: Tensor
     indices: Tensor | None = None
     labels: Tensor | None = None
+    before: int = 0
     last: bool = True
     memo: dict[Hashable, Any] = field(default_factory=dict)
     block_memo: dict[Hashable, Any] = field(default_factory=dict)
@@ -77,12 +79,12 @@ class Rows:
         """The same samples with other values."""
         return dataclasses.replace(self, values=values, memo={})
 
-    def some(self, samples: Tensor) -> Rows:
-        """The rows of some samples, given by their positions ``(count,)`` on the CPU."""
+    def some(self, samples: Tensor, before: int) -> Rows:
+        """The rows of some samples, given by their positions ``(count,)`` on the CPU, after ``before`` others."""
         there = samples.to(self.values.device, non_blocking=True)
         indices = None if self.indices is None else self.indices[samples]
         labels = None if self.labels is None else self.labels[samples.to(self.labels.device)]
-        return Rows(self.values[there], indices, labels)
+        return Rows(self.values[there], indices, labels, before)
 
 
 class Accumulator(ABC):
@@ -94,8 +96,8 @@ class Accumulator(ABC):
 
     - The states before the first row are those of :meth:`empty`. A state keeps its number of dimensions from then on,
       and is of one of :data:`DTYPES`, so that processes know what they send to each other.
-    - The dicts also hold ``n_samples``, the number of rows so far. The package counts it; an accumulator only reads it.
     - :meth:`merge` is called with states that have rows, and must give the same for any split and order of the rows.
+      The dicts that it gets also hold ``n_samples``, the number of their rows, which the package counts.
     """
 
     #: States that stay on the CPU, since the accumulator reads them: reading from a GPU would synchronise.
@@ -150,8 +152,8 @@ def merged(accumulator: Accumulator, a: States, b: States) -> States:
 
 
 def states_of(accumulator: Accumulator, states: Mapping[str, Tensor]) -> States:
-    """The states of one accumulator among those of several, and their number of rows."""
-    return {name: states[name] for name in (*accumulator.empty(), N_SAMPLES)}
+    """The states of one accumulator among those of several, and their number of rows where it is known."""
+    return {name: states[name] for name in (*accumulator.empty(), N_SAMPLES) if name in states}
 
 
 def started(accumulator: Accumulator, device: torch.device) -> States:
@@ -160,7 +162,7 @@ def started(accumulator: Accumulator, device: torch.device) -> States:
     for name in states.keys() - {*on_cpu}:
         narrow = device.type == "mps" and states[name].dtype == torch.float64  # which MPS does not have
         states[name] = states[name].to(device, torch.float32 if narrow else states[name].dtype)
-    return {**states, N_SAMPLES: torch.tensor(0)}
+    return states
 
 
 def check_declaration(accumulator: Accumulator) -> States:
@@ -189,7 +191,7 @@ def check_added(accumulator: Accumulator, states: States) -> None:
         ValueError: If names or numbers of dimensions are not those of the empty states.
     """
     name, empty = type(accumulator).__name__, accumulator.empty()
-    if states.keys() - {N_SAMPLES} != empty.keys():
+    if {*states} - {N_SAMPLES} != {*empty}:
         raise ValueError(f"Expected {name}.add to return the states {sorted(empty)}, but got {sorted(states)}.")
     for state, value in empty.items():
         check_state(name, state, states[state])

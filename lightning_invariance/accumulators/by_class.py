@@ -40,13 +40,13 @@ class ByClass(Accumulator):
     def add(self, states: States, rows: Rows) -> States:
         """The states after more rows."""
         states = dict(states)
-        for label, accumulator, some in self._parts(rows):
+        for label, accumulator, some in self._parts(states, rows):
             _set(states, label, accumulator, accumulator.add(_own(states, label, accumulator), some))
         return {**states, "class_samples": states["class_samples"] + self._counts(rows)}
 
     def add_(self, states: States, rows: Rows) -> None:
         """Add rows to the states of their classes in place."""
-        for label, accumulator, some in self._parts(rows):
+        for label, accumulator, some in self._parts(states, rows):
             own = _own(states, label, accumulator)
             accumulator.add_(own, some)
             _set(states, label, accumulator, own)
@@ -83,11 +83,11 @@ class ByClass(Accumulator):
         inner = [state for accumulator in self.inner for state in accumulator.empty()]
         return {N_SAMPLES: states["class_samples"][label], **{name: states[_name(label, name)] for name in inner}}
 
-    def _parts(self, rows: Rows) -> Iterator[tuple[int, Accumulator, Rows]]:
+    def _parts(self, states: States, rows: Rows) -> Iterator[tuple[int, Accumulator, Rows]]:
         """Each class that occurs, with each accumulator and the rows of the class."""
         labels = self._checked(rows)
         for label in sorted(set(labels.tolist())):
-            some = rows.some((labels == label).nonzero().flatten())
+            some = rows.some((labels == label).nonzero().flatten(), int(states["class_samples"][label]))
             yield from ((label, accumulator, some) for accumulator in self.inner)
 
     def _counts(self, rows: Rows) -> Tensor:

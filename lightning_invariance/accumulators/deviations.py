@@ -82,7 +82,7 @@ class Deviations(Accumulator):
             states.update(self._first(rows.flat))
         if x.dtype == torch.float64 != states["offsets"].dtype:
             _widen(states)
-        before = int(states[N_SAMPLES])
+        before = rows.before
         sums = (states["row_spread"], states["column_spread"], states["centres"], states["offsets"])
         far = kernels.add_deviations(x, before, *sums, LIMITS) if self.squared else None
         if far is None:

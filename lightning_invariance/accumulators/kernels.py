@@ -72,27 +72,48 @@ def add_deviations(
         Whether columns are so far apart that float32 offsets are too coarse; None where C cannot add to these sums, and
         nothing was changed.
     """
-    if not takes(x) or x.shape[1] > MOST_COLUMNS:
+    # Written out, since a generator for each check would cost as much as the sums of a small layer.
+    if not takes(x):
         return None
     n, m = x.shape[:2]
-    k = centres.shape[0]
-    wide = offsets.dtype == torch.float64
-    sums = (row_spread, column_spread, centres, offsets)
+    k, dtype = len(centres), centres.dtype
+    parts, columns, width = offsets.shape
     if not (
-        offsets.dtype == centres.dtype in (torch.float32, torch.float64)
-        and row_spread.dtype == column_spread.dtype == torch.float64
-        and row_spread.shape == centres.shape
+        m == columns <= MOST_COLUMNS
+        and parts * width == k == len(row_spread)
+        and (parts == 1 or width % WIDTH == 0)
         and column_spread.shape == (1, k)
-        and offsets.ndim == 3
-        and offsets.shape[1] == m
-        and (len(offsets) == 1 or offsets.shape[2] % WIDTH == 0)
-        and all(tensor.is_contiguous() and tensor.is_cpu for tensor in sums)
+        and row_spread.dtype == column_spread.dtype == torch.float64
+        and offsets.dtype == dtype in (torch.float32, torch.float64)
+        and row_spread.is_contiguous()
+        and column_spread.is_contiguous()
+        and centres.is_contiguous()
+        and offsets.is_contiguous()
+        and row_spread.is_cpu
+        and column_spread.is_cpu
+        and centres.is_cpu
+        and offsets.is_cpu
     ):
         return None
     x = x.contiguous()
     far: bool = _kernels.add_deviations(  # type: ignore[union-attr]
-        *(n, m, k, torch.get_num_threads(), before, offsets.shape[2], wide),
-        *(number for tensor in (x, *sums) for number in (tensor.data_ptr(), tensor.numel())),
+        n,
+        m,
+        k,
+        torch.get_num_threads(),
+        before,
+        width,
+        dtype == torch.float64,
+        x.data_ptr(),
+        x.numel(),
+        row_spread.data_ptr(),
+        row_spread.numel(),
+        column_spread.data_ptr(),
+        column_spread.numel(),
+        centres.data_ptr(),
+        centres.numel(),
+        offsets.data_ptr(),
+        offsets.numel(),
         *limits,
     )
     return far

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_invariance.accumulators.base import N_SAMPLES, Accumulator, Rows, States
+from lightning_invariance.accumulators.base import Accumulator, Rows, States
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Matrix(Accumulator):
 
     def add(self, states: States, rows: Rows) -> States:
         """The states after more rows."""
-        before = int(states[N_SAMPLES])
+        before = rows.before
         order = rows.indices if rows.indices is not None else torch.arange(before, before + len(rows.values))
         added = {"rows": rows.flat.clone(), "order": order.cpu()}
         return self.merge(states, added) if before else added

@@ -41,7 +41,7 @@ class Peaks(Accumulator):
 
     def add_(self, states: States, rows: Rows) -> None:
         """Add the highest values of rows in place, if there is room."""
-        x, before = rows.flat, int(states[N_SAMPLES])
+        x, before = rows.flat, rows.before
         after, k = before + len(x), x.shape[2]
         room = min(self.capacity, MOST_PEAKS // (len(self.signs) * k * x.element_size()))
         if max(after, self.expected) > room or (before and not states["peaks"].numel()):

@@ -36,6 +36,25 @@ Needs: TypeAlias = dict[str, tuple[Accumulator, ...]]
 
 
 @dataclass
+class Tally:
+    """An accumulator with its states for one layer.
+
+    Attributes:
+        accumulator: what is summed.
+        states: the sums.
+        n_samples: how many rows they hold.
+    """
+
+    accumulator: Accumulator
+    states: States
+    n_samples: int = 0
+
+    def counted(self) -> States:
+        """The states with the number of rows."""
+        return {**self.states, N_SAMPLES: torch.tensor(self.n_samples)}
+
+
+@dataclass
 class Layer:
     """One layer: its accumulators with their states.
 
@@ -47,13 +66,14 @@ class Layer:
     """
 
     shape: tuple[int, ...]
-    first: list[tuple[Accumulator, States]] = field(default_factory=list)
-    second: list[tuple[Accumulator, States]] = field(default_factory=list)
+    first: list[Tally] = field(default_factory=list)
+    second: list[Tally] = field(default_factory=list)
     metrics: dict[str, Metric] = field(default_factory=dict)
 
-    def states_of(self, accumulator: Accumulator) -> States | None:
-        """The states that hold those of an accumulator; None where there are none."""
-        return next((states for own, states in (*self.first, *self.second) if own.includes(accumulator)), None)
+    def tally_of(self, accumulator: Accumulator) -> Tally | None:
+        """The tally whose states hold those of an accumulator; None where there is none."""
+        tallies = (*self.first, *self.second)
+        return next((tally for tally in tallies if tally.accumulator.includes(accumulator)), None)
 
 
 class Registry:
@@ -87,7 +107,8 @@ class Registry:
             ()
         )  # raises where a measure cannot work with the transformations
         self._in_parts = any(a.takes_parts for needs in self._needs.values() for a in needs)
-        self._assembly = Assembly(len(transformations))
+        self._m = len(transformations)
+        self._assembly = Assembly(self._m)
         self._block: STBlock | None = None
         self._memo: dict[Hashable, Any] = {}  # of this block, for all layers
         self._about: dict[str, dict[str, Any]] = {}  # by metric that is no Measure: what its update takes
@@ -126,36 +147,36 @@ class Registry:
                 f"Expected layer {name!r} to return activations of one shape, but got {layer.shape} and"
                 f" {tuple(st.shape[2:])}."
             )
-        last = block.columns.stop == len(self.transformations)
+        last = block.columns.stop == self._m
         active = layer.first if self._in_first_pass else layer.second
         if self._in_parts:
-            some = [pair for pair in active if pair[0].takes_parts]
-            self._update(some, Rows(st, block.indices, block.labels, last, block_memo=self._memo))
-            active = [pair for pair in active if not pair[0].takes_parts]
+            self._update([tally for tally in active if tally.accumulator.takes_parts], st, last)
+            active = [tally for tally in active if not tally.accumulator.takes_parts]
             if not active and not layer.metrics:
                 return
         whole = self._assembly.complete(name, st, last)
         if whole is None:
             return
-        rows = Rows(whole, block.indices, block.labels, block_memo=self._memo)
-        self._update(active, rows)
+        self._update(active, whole, last=True)
         if self._in_first_pass:
             for key, metric in layer.metrics.items():
-                metric.update(whole, **self._arguments(key, metric, rows))
+                metric.update(whole, **self._arguments(key, metric, block))
 
-    def _update(self, accumulators: Iterable[tuple[Accumulator, States]], rows: Rows) -> None:
-        for accumulator, states in accumulators:
-            first = not int(states[N_SAMPLES])
-            accumulator.add_(states, rows)
-            if rows.last:
-                states[N_SAMPLES] += len(rows.values)
-            if first:
-                check_added(accumulator, states)
+    def _update(self, tallies: Iterable[Tally], st: Tensor, last: bool) -> None:
+        block: STBlock = self._block  # type: ignore[assignment]
+        memo: dict[Hashable, Any] = {}
+        for tally in tallies:
+            rows = Rows(st, block.indices, block.labels, tally.n_samples, last, memo, self._memo)
+            tally.accumulator.add_(tally.states, rows)
+            if not tally.n_samples:
+                check_added(tally.accumulator, tally.states)
+            if last:
+                tally.n_samples += len(st)
 
-    def _arguments(self, key: str, metric: Metric, rows: Rows) -> dict[str, Any]:
-        """What the update of a metric takes beside the block."""
+    def _arguments(self, key: str, metric: Metric, block: STBlock) -> dict[str, Any]:
+        """What the update of a metric takes beside the activations."""
         if key not in self._about:
-            about = {"indices": rows.indices, "labels": rows.labels}
+            about = {"indices": block.indices, "labels": block.labels}
             self._about[key] = metric._filter_kwargs(**{name: v for name, v in about.items() if v is not None})
         return self._about[key]
 
@@ -178,7 +199,7 @@ class Registry:
         layer = Layer(shape)
         applicable = [measure for measure in self.measures if self.applies(measure, name, shape)]
         for accumulator in distinct([a for measure in applicable for a in self._needs.get(measure, ())]):
-            layer.first.append((accumulator, started(accumulator, device)))
+            layer.first.append(Tally(accumulator, started(accumulator, device)))
         for measure in applicable:
             if measure not in self._needs:
                 metric = deepcopy(self.measures[measure])
@@ -189,9 +210,13 @@ class Registry:
     def sums(self, layer: Layer, measure: str) -> Sums:
         """The states that a measure needs of a layer."""
         states: States = {}
+        n_samples = 0
         for accumulator in (*self._needs[measure], *self._needs_again[measure]):
-            states.update(layer.states_of(accumulator) or {})
-        return Sums(states, int(states[N_SAMPLES]), len(self.transformations), layer.shape)
+            tally = layer.tally_of(accumulator)
+            if tally is not None:  # a second pass is not always needed
+                states.update(tally.states)
+                n_samples = tally.n_samples
+        return Sums(states, n_samples, self._m, layer.shape)
 
     def end_pass(self, device: torch.device, error: BaseException | None = None) -> None:
         """Join what the processes have seen in one pass, and begin a second one if a measure needs it.
@@ -222,9 +247,8 @@ class Registry:
             if sums.n_samples and measure.needs_second_pass(sums):
                 begun = measure.second_pass(sums)
                 for accumulator in distinct(accumulators):
-                    if layer.states_of(accumulator) is None:
-                        states = {**started(accumulator, device), **begun}
-                        layer.second.append((accumulator, states))
+                    if layer.tally_of(accumulator) is None:
+                        layer.second.append(Tally(accumulator, {**started(accumulator, device), **begun}))
 
     def _add_unseen(self, told: Sequence[tuple[dict[str, tuple[int, ...]], int, Any]], device: torch.device) -> None:
         """Make the layers that only other processes have seen, in one order everywhere."""
@@ -239,13 +263,13 @@ class Registry:
 
     def _merge(self, device: torch.device) -> None:
         """Give the accumulators of this pass the merged states of all processes."""
-        pairs = [
-            pair for layer in self.layers.values() for pair in (layer.first if self._in_first_pass else layer.second)
-        ]
-        merges = [partial(merged, accumulator) for accumulator, _ in pairs]
-        found = merge_over_ranks([states for _, states in pairs], merges, device)
-        for (_, states), joined in zip(pairs, found, strict=True):
-            states.update(joined)
+        layers = self.layers.values()
+        tallies = [tally for layer in layers for tally in (layer.first if self._in_first_pass else layer.second)]
+        merges = [partial(merged, tally.accumulator) for tally in tallies]
+        found = merge_over_ranks([tally.counted() for tally in tallies], merges, device)
+        for tally, states in zip(tallies, found, strict=True):
+            tally.n_samples = int(states.pop(N_SAMPLES))
+            tally.states = states
 
 
 def distinct(accumulators: Sequence[Accumulator]) -> list[Accumulator]:

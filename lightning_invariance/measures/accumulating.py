@@ -158,7 +158,7 @@ class AccumulatingMetric(Metric):
             return
         first = self.n_transformations == 0
         self._check_shape(m, shape)
-        rows = Rows(values, None if indices is None else indices.cpu(), labels)
+        rows = Rows(values, None if indices is None else indices.cpu(), labels, before=int(self.n_samples))
         with torch.no_grad():
             for accumulator in self.needs_again if self.in_second_pass else self.needs:
                 states = states_of(accumulator, self.states())

@@ -80,7 +80,7 @@ def states_of(model: torch.nn.Module, images: torch.Tensor, layers: Any = None) 
     def counting(self: Session, *args: Any, **options: Any) -> Registry:
         registry = walk(self, *args, **options)
         layers = registry.layers.values()
-        states = [state for layer in layers for _, own in layer.first for state in own.values()]
+        states = [state for layer in layers for tally in layer.first for state in tally.states.values()]
         activations = sum(math.prod(layer.shape) for layer in layers)
         counted.append((sum(s.numel() for s in states), sum(s.nbytes for s in states), activations))
         return registry
