@@ -17,7 +17,9 @@
 #define MOST_SORTED 64  /* columns of a row that is sorted in the first cache */
 #define SHARE 1024      /* activations that a thread takes at a time, a multiple of WIDTH */
 
-#if defined(__x86_64__) && defined(__ELF__) && defined(__GNUC__) && !defined(__clang__)
+/* A copy of a function for each generation of processors, of which the loader takes the best. */
+#if defined(FOR_EACH_PROCESSOR) /* by whoever compiles */
+#elif defined(__x86_64__) && defined(__ELF__) && defined(__GNUC__) && !defined(__clang__)
 #define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FOR_EACH_PROCESSOR

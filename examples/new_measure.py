@@ -1,0 +1,62 @@
+"""A measure of your own: the range within rows over the range within columns.
+
+    python examples/new_measure.py
+
+It works wherever the measures of the package do: in ``evaluate``, in the callback, in distributed runs, within
+``Stratified``, in tables and pictures. ``tests/test_new_measure.py`` holds it to what they are held to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_invariance import evaluate, rotations
+from lightning_invariance.accumulators import Accumulator, Rows, States
+from lightning_invariance.measures import Measure, NormalizedVariance, Sums, quotient
+
+
+@dataclass(frozen=True)
+class Ranges(Accumulator):
+    """The ranges of all rows, added up, and the lowest and the highest value of each column."""
+
+    def empty(self) -> States:
+        """The states before the first row."""
+        return {"row_ranges": torch.zeros(0), "low": torch.zeros(0, 0), "high": torch.zeros(0, 0)}
+
+    def add(self, states: States, rows: Rows) -> States:
+        """The states after more rows."""
+        x = rows.flat.double()  # (samples, transformations, activations)
+        added = {"row_ranges": (x.amax(1) - x.amin(1)).sum(0), "low": x.amin(0), "high": x.amax(0)}
+        return self.merge(states, added) if rows.before else added
+
+    def merge(self, a: States, b: States) -> States:
+        """The states after the rows of both."""
+        low, high = torch.minimum(a["low"], b["low"]), torch.maximum(a["high"], b["high"])
+        return {"row_ranges": a["row_ranges"] + b["row_ranges"], "low": low, "high": high}
+
+
+class NormalizedRange(Measure):
+    """Normalized Range: the mean range within rows over the mean range within columns; 0 is invariant."""
+
+    needs = (Ranges(),)
+    is_ratio = True
+    least_samples = 2
+
+    def value(self, sums: Sums) -> Tensor:
+        """The value of every activation."""
+        return quotient(sums["row_ranges"] / sums.n_samples, (sums["high"] - sums["low"]).mean(0))
+
+
+def main() -> None:
+    """Print the new measure beside the normalised variance for a small network."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    result = evaluate(model, torch.rand(64, 1, 16, 16), rotations(8), [NormalizedRange(), NormalizedVariance()])
+    print(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The C code under AddressSanitizer and UndefinedBehaviorSanitizer, on random shapes and layouts.
+
+    python tests/sanitize_kernels.py [--cases 150] [--seed 0]
+
+Compiles ``accumulators/csrc`` anew with both, and runs it in a process of its own, against the definitions in float64.
+Ends with 0 and says so where the compiler does not have them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import random
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import torch
+
+from lightning_invariance.accumulators import Deviations, Rows, kernels, means_of, pairs
+
+SOURCES = Path(kernels.__file__).parent / "csrc"
+FLAGS = ["-O1", "-g", "-fPIC", "-shared", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
+FLAGS += ["-fno-sanitize-recover=undefined", "-DPy_LIMITED_API=0x030A0000", "-DFOR_EACH_PROCESSOR="]
+
+
+#: Loaded first: the sanitizer intercepts memory and, where the C++ library is there already, exceptions of other modules.
+FIRST = ("libasan.so", "libstdc++.so.6")
+
+
+def compiled(folder: str) -> tuple[Path, str] | None:
+    """The module with sanitizers, and the libraries to load first; None where the compiler has no sanitizers."""
+    module = Path(folder) / "_kernels.so"
+    compiler = os.environ.get("CC", "gcc")
+    command = [
+        compiler,
+        *FLAGS,
+        f"-I{sysconfig.get_path('include')}",
+        *map(str, SOURCES.glob("*.c")),
+        "-o",
+        str(module),
+    ]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+        asked = [[compiler, f"-print-file-name={name}"] for name in FIRST]
+        found = [subprocess.run(each, check=True, capture_output=True, text=True).stdout.strip() for each in asked]
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"Not run: no compiler with sanitizers ({error}).")
+        return None
+    return module, " ".join(found)
+
+
+def load(module: str) -> None:
+    """Let the package use a module that was compiled elsewhere."""
+    spec = importlib.util.spec_from_file_location("_kernels", module)
+    assert spec is not None
+    assert spec.loader is not None
+    kernels._kernels = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kernels._kernels)
+
+
+def block(generator: random.Random, m: int, k: int) -> torch.Tensor:
+    """Some rows: none, one or many, contiguous or not, with values that float32 holds and others."""
+    n = generator.choice([0, 1, 2, 4, 7, 33, 300])
+    n = min(n, max(1, 200_000 // (m * k)))
+    layout = generator.choice(["contiguous", "columns", "rows", "moved"])
+    x = torch.randn(n, m, k)
+    if layout == "columns":
+        x = torch.randn(n, m + 3, k)[:, 1 : m + 1]
+    elif layout == "rows":
+        x = torch.randn(2 * n, m, k)[::2]
+    elif layout == "moved":
+        x = torch.randn(n, k, m).movedim(1, 2)
+    offset, scale = generator.choice([0, 0, 3, 1e5]), generator.choice([1, 1, 1e-30, 1e25])
+    x = (x + offset) * scale
+    if generator.random() < 0.1 and n:
+        x = x.clone()
+        x[0, 0, generator.randrange(k)] = float("nan")
+    return x
+
+
+def check(generator: random.Random) -> None:
+    """One random case of each function."""
+    m = generator.choice([1, 2, 3, 16, 63, 64, 65, 255, 256, 257, 300])
+    k = max(1, generator.choice([0, 64, 128, 1024, 2048]) + generator.choice([-1, 0, 1, 17]))
+    torch.set_num_threads(generator.randint(1, 4))
+    accumulator, states, rows = Deviations(), Deviations().empty(), []
+    for _ in range(3):
+        x = block(generator, m, k)
+        if len(x):
+            accumulator.add_(states, Rows(x, before=sum(map(len, rows))))
+            rows.append(x)
+        network = pairs._network(min(m, kernels.MOST_SORTED))
+        found = kernels.absolute_differences(x[:, : kernels.MOST_SORTED], network)
+        some = x[:, : kernels.MOST_SORTED].double()
+        expected = sum(((some - some[:, j : j + 1]).abs().sum((0, 1)) for j in range(some.shape[1])), torch.zeros(k))
+        rounding = 1e-5 * some.nan_to_num().abs().sum().item() / k * len(some)
+        torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=rounding, equal_nan=True)
+    if rows:
+        x = torch.cat(rows).double()
+        x, means = x.nan_to_num(), means_of(states).nan_to_num()
+        known = means_of(states).isfinite().all(0)
+        rounding = 1e-5 * x.abs().max().item()
+        torch.testing.assert_close(means[:, known], x.mean(0)[:, known], rtol=1e-4, atol=rounding)
+
+
+def main() -> int:
+    """Compile, start the process under test, and give its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=150)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--module", help="used by the process under test")
+    options = parser.parse_args()
+    if options.module:
+        load(options.module)
+        generator = random.Random(options.seed)
+        torch.manual_seed(options.seed)
+        for _ in range(options.cases):
+            check(generator)
+        print(f"{options.cases} cases without a report of the sanitizers.")
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        made = compiled(folder)
+        if made is None:
+            return 0
+        command = [sys.executable, __file__, "--module", str(made[0])]
+        command += ["--cases", str(options.cases), "--seed", str(options.seed)]
+        environment = {**os.environ, "LD_PRELOAD": made[1], "ASAN_OPTIONS": "detect_leaks=0"}
+        return subprocess.run(command, env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
