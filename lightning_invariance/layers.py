@@ -66,7 +66,7 @@ def layer_names(model: nn.Module, layers: Layers = None) -> list[str]:
             - glob patterns over the leaf modules, such as ``"layer1.*"`` or ``"*conv?"``; ``*`` also matches dots.
             - module types, such as ``nn.Conv2d`` or your own block class.
             - a predicate ``(name, module) -> bool``, asked for every module but the model itself.
-            - a dict from module name to the name that results, curves and pictures shall carry.
+            - a dict from module name to the name for results, curves and pictures.
 
     Returns:
         The names. A module that runs k times in one forward pass gives the layers ``name``, ``name#1``, …,

@@ -24,10 +24,6 @@ from lightning_invariance.plots.common import limits_of, render
 from lightning_invariance.result import InvarianceResult
 from lightning_invariance.trainer import logger_step
 
-#: Pictures with more numbers than this are logged in so few colours that they compress well, which nobody sees.
-LARGE_PICTURE = 2**20
-FEWER_COLOURS = 128
-
 #: Classes of loggers that were warned of.
 _warned: set[type] = set()
 
@@ -40,9 +36,6 @@ def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float], step: int) ->
 
 def log_image(trainer: pl.Trainer, tag: str, image: npt.NDArray[np.uint8], step: int) -> None:
     """Log a picture ``(height, width, 3)`` to every logger that can take one; warn once of one that cannot."""
-    if image.size > LARGE_PICTURE:
-        fewer = Image.fromarray(image).quantize(FEWER_COLOURS, dither=Image.Dither.NONE)
-        image = np.asarray(fewer.convert("RGB"))
     for logger in trainer.loggers:
         if isinstance(logger, DummyLogger) or _log_image(logger, tag, image, step):
             continue
@@ -161,7 +154,11 @@ def explain(
 
 
 def _known_layout(writer: Any) -> dict[str, dict[str, list[Any]]]:
-    """The layout that this process has written so far: a run has one only, so that ours must hold the user's."""
+    """The layout that this process has written so far, from its event files.
+
+    A run has one layout, and the last that is written replaces those before: without this the user's would be lost.
+    ``SummaryWriter`` does not tell what it has written. Done once a training.
+    """
     writer.flush()
     layout: dict[str, dict[str, list[Any]]] = {}
     for path in Path(writer.log_dir).glob(f"events.out.tfevents.*.{os.getpid()}.*"):

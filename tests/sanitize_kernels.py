@@ -27,7 +27,7 @@ FLAGS = ["-O1", "-g", "-fPIC", "-shared", "-fno-omit-frame-pointer", "-fsanitize
 FLAGS += ["-fno-sanitize-recover=undefined", "-DPy_LIMITED_API=0x030A0000", "-DFOR_EACH_PROCESSOR="]
 
 
-#: Loaded first: the sanitizer intercepts memory and, where the C++ library is there already, exceptions of other modules.
+#: Loaded first: the sanitizer replaces their functions.
 FIRST = ("libasan.so", "libstdc++.so.6")
 
 

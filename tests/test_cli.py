@@ -13,7 +13,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "cli.py"
 
 def run(folder, *arguments):
     command = [sys.executable, str(EXAMPLE), "fit", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=folder)  # noqa: S603
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=folder)
 
 
 def test_monitor_transformations_and_measures_from_yaml(tmp_path):

@@ -16,7 +16,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend
 
 
 def run(launcher, *arguments):
-    return subprocess.run(  # noqa: S603
+    return subprocess.run(
         [sys.executable, *launcher, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, timeout=240
     )
 

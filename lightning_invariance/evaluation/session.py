@@ -117,7 +117,7 @@ class Session:
                                 entrance.start_block(block)
                             self._call(block.inputs.flatten(0, 1))
                         waiting = []
-                except Exception as raised:  # the other processes shall hear of it instead of waiting for ever
+                except Exception as raised:  # the other processes must be told, or they would wait for ever
                     error = raised
                 registry.end_pass(self.device, error)
         return registry

@@ -66,7 +66,7 @@ class Measure(AccumulatingMetric):
     least_samples: int = 1
     least_transformations: int = 2
 
-    #: Whether results shall tell what the measure gives for a network that returns its input.
+    #: Whether results also hold the value for a network that returns its input, ``result.floor``.
     has_floor: ClassVar[bool] = False
 
     @abstractmethod

@@ -112,7 +112,7 @@ class Stratified(Measure):
         counts = sums["class_samples"].double()
         weight = counts if self.weighted else torch.ones_like(counts)
         weights = weight.view(-1, *[1] * (values.ndim - 1)).to(values.device) * ~values.isnan()
-        # A class of weight 0 shall not make 0 · inf.
+        # 0 · inf would be NaN: a class of weight 0 is left out.
         weighed = torch.where(weights > 0, values * weights, 0.0)
         return weighed.sum(0) / weights.sum(0)
 

@@ -52,7 +52,7 @@ class AffineSet(TransformationSet):
         self.square = square
         same = (self.matrices == torch.eye(3, dtype=torch.float64)).flatten(1).all(1).nonzero()
         self.identity = int(same[0]) if len(same) else None
-        self._known_sources: dict[Hashable, _Sources] = {}
+        self._known_resamplings: dict[Hashable, _Resampling] = {}
 
     @property
     def signature(self) -> tuple[Hashable, ...]:
@@ -66,7 +66,7 @@ class AffineSet(TransformationSet):
         # Every column reads the same images: they are not copied.
         columns = x.reshape(1, 1, -1, *x.shape[-2:]).expand(-1, len(self), -1, -1, -1)
         # Resampling asks where the content of each pixel comes from: the inverse of where content goes.
-        moved = self._sources(x, input_size, forward=True)(columns)
+        moved = self._resampling(x, input_size, forward=True)(columns)
         return moved.view(len(self), *x.shape).transpose(0, 1).contiguous()
 
     def _invert(self, st: Tensor, input_size: tuple[int, int] | None) -> Tensor:
@@ -74,23 +74,23 @@ class AffineSet(TransformationSet):
             raise ValueError(f"Expected feature maps (batch, {len(self)}, ..., height, width), got {tuple(st.shape)}.")
         self._check_square(st)
         columns = st.reshape(len(st), len(self), -1, *st.shape[-2:])
-        return self._sources(st, input_size, forward=False)(columns).view(st.shape)
+        return self._resampling(st, input_size, forward=False)(columns).view(st.shape)
 
-    def _sources(self, maps: Tensor, input_size: tuple[int, int] | None, forward: bool) -> _Sources:
-        """Where each pixel comes from, worked out once for each size of maps."""
+    def _resampling(self, maps: Tensor, input_size: tuple[int, int] | None, forward: bool) -> _Resampling:
+        """Where each output pixel reads the input, computed once for each size of maps."""
         key = (tuple(maps.shape[-2:]), input_size, forward, maps.device, maps.dtype == torch.float64)
-        if key in self._known_sources:
-            return self._known_sources[key]
+        if key in self._known_resamplings:
+            return self._known_resamplings[key]
         matrices = self._scaled(maps, input_size)
-        with torch.inference_mode(False):  # what is made in inference mode could be used only there
-            found = _Sources(torch.linalg.inv(matrices) if forward else matrices, maps)
+        with torch.inference_mode(False):  # an inference tensor could be used in that mode only
+            found = _Resampling(torch.linalg.inv(matrices) if forward else matrices, maps)
         if len(self) * maps.shape[-1] * maps.shape[-2] <= LARGEST_KNOWN:
-            self._known_sources = dict([*self._known_sources.items()][1 - KNOWN_SIZES :])
-            self._known_sources[key] = found
+            self._known_resamplings = dict([*self._known_resamplings.items()][1 - KNOWN_SIZES :])
+            self._known_resamplings[key] = found
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_known_sources": {}}
+        return {**self.__dict__, "_known_resamplings": {}}
 
     def _scaled(self, maps: Tensor, input_size: tuple[int, int] | None) -> Tensor:
         """The matrices in pixels of the maps, whose pixels may be larger than those of the input."""
@@ -113,8 +113,15 @@ class AffineSet(TransformationSet):
             )
 
 
-class _Sources:
-    """Where every pixel of images like ``like`` comes from, for each of m maps (output → input, in pixels)."""
+class _Resampling:
+    """Reads every output pixel of images from where it comes from, for each of m maps.
+
+    Maps that send pixel centres to pixel centres are exact and move pixels; the others interpolate.
+
+    Args:
+        sources: ``(m, 3, 3)``, from positions in the output to positions in the input, in pixels about the centre.
+        like: images of the size, device and type to come.
+    """
 
     def __init__(self, sources: Tensor, like: Tensor) -> None:
         (height, width), device = like.shape[-2:], like.device
@@ -123,31 +130,31 @@ class _Sources:
         # The same map in array indices: index_in = linear @ index_out + offset.
         offset = sources[:, :2, 2] + centre - linear @ centre
         exact = _is_whole(linear).flatten(1).all(1) & _is_whole(offset).all(1)
-        self._exact, self._others = exact.nonzero()[:, 0].to(device), (~exact).nonzero()[:, 0].to(device)
+        self._exact, self._inexact = exact.nonzero()[:, 0].to(device), (~exact).nonzero()[:, 0].to(device)
 
         index = _indices(linear[exact].round(), offset[exact].round(), height, width).long()
         inside = ((index >= 0) & (index < torch.tensor([width, height]))).all(-1)
         black = height * width  # the index of one extra pixel that is zero
         self._moves = torch.where(inside, index[..., 1] * width + index[..., 0], black).flatten(1).to(device)
 
-        # Where few are exact, all are interpolated and those few replaced: to pick the others would copy the images.
-        self._all = 0 < 2 * int(exact.sum()) <= len(exact)
-        some = torch.ones_like(exact) if self._all else ~exact
+        # Selecting maps copies their images: where at most half are exact, all are interpolated and those overwritten.
+        self._interpolate_all = 0 < 2 * int(exact.sum()) <= len(exact)
+        some = torch.ones_like(exact) if self._interpolate_all else ~exact
         size = torch.tensor([width, height], dtype=torch.float64)
         grids = (2 * _indices(linear[some], offset[some], height, width) + 1) / size - 1
         self._grids = grids.to(device, torch.float64 if like.dtype == torch.float64 else torch.float32)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Fill every pixel of images ``(batch, m, planes, height, width)`` from where it comes from."""
-        if not len(self._others):
+        if not len(self._inexact):
             return self._move(x)
         if not len(self._exact):
             return self._interpolate(x)
-        if self._all:
+        if self._interpolate_all:
             moved = self._interpolate(x)
         else:
             moved = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            moved[:, self._others] = self._interpolate(x[:, self._others])
+            moved[:, self._inexact] = self._interpolate(x[:, self._inexact])
         moved[:, self._exact] = self._move(x[:, self._exact])
         return moved
 
