@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_invariance.evaluate import evaluate_with, named_measures
+from lightning_invariance.evaluate import check_transformations, evaluate_with, named_measures
 from lightning_invariance.evaluation.options import Options
 from lightning_invariance.layers import Layers, select_layers
 from lightning_invariance.logging import explain, log_histograms, log_pictures, log_scalars, scalars
@@ -90,13 +90,6 @@ class InvarianceMonitor(pl.Callback):
         ValueError: If ``every_n_epochs`` is below 1, or (when training starts) a layer is unknown.
         MisconfigurationException: When training starts, if there are neither ``data`` nor validation data, another
             monitor of the same name, or a strategy that splits the model (FSDP, DeepSpeed, tensor parallel).
-
-    Example::
-
-        from lightning.pytorch import Trainer
-        from lightning_invariance import InvarianceMonitor, rotations
-
-        trainer = Trainer(callbacks=[InvarianceMonitor(rotations(16))])
     """
 
     def __init__(
@@ -116,32 +109,15 @@ class InvarianceMonitor(pl.Callback):
         histograms: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(transformations, TransformationSet):
-            raise TypeError(
-                f"Expected argument `transformations` to be a TransformationSet, but got {transformations!r}."
-            )
-        if len(transformations) < 2:
-            raise ValueError(
-                "Expected argument `transformations` to hold at least two transformations,"
-                f" but got {transformations!r}."
-            )
-        for argument, value, least in (("every_n_epochs", every_n_epochs, 1), ("max_samples", max_samples or 2, 2)):
-            if not isinstance(value, int) or value < least:
+        check_transformations(transformations)
+        for argument, value, least in (("every_n_epochs", every_n_epochs, 1), ("max_samples", max_samples, 2)):
+            if value is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(f"Expected argument `{argument}` to be an int of at least {least}, but got {value}.")
-        self.options = Options(
-            layers=layers,
-            batch_size=batch_size,
-            max_samples=max_samples,
-            forward=forward,
-            input_fn=input_fn,
-            seed=seed,
-        )
+        self.options = Options(layers, batch_size, max_samples, forward=forward, input_fn=input_fn, seed=seed)
         self.transformations = transformations
         self.measures = named_measures([NormalizedVariance(response=True)] if measures is None else measures)
         self.data = data
-        self.every_n_epochs = every_n_epochs
-        self.name = name
-        self.histograms = histograms
+        self.every_n_epochs, self.name, self.histograms = every_n_epochs, name, histograms
         self.history: list[InvarianceResult] = []
         self._validated = self._undrawn = self._explained = False
 

@@ -134,8 +134,10 @@ def evaluate_with(
 
 def _measured(session: Session, transformations: TransformationSet, measures: Mapping[str, Metric]) -> InvarianceResult:
     """Walk over the ST matrix, in two directions where the states of one walk would be too large."""
+    check_transformations(transformations)
     loader, options = session.loader(transformations), session.options
-    _check_numbers(loader)
+    if loader.n_samples is not None:
+        _check_number(loader.n_samples)
     milestones = _milestones(loader) if options.convergence else []
     convergence, result = Convergence(measures), None
     if options.state_budget is not None or len(transformations) > session.batch_size:
@@ -195,14 +197,17 @@ def named_measures(measures: Sequence[Metric] | Mapping[str, Metric] | None) -> 
     return named
 
 
-def _check_numbers(loader: STLoader) -> None:
-    if len(loader.transformations) < 2:
-        raise ValueError(
-            "Expected argument `transformations` to hold at least two transformations,"
-            f" but got {loader.transformations!r}."
+def check_transformations(transformations: TransformationSet) -> None:
+    """Raise for what is no set of at least two transformations."""
+    if not isinstance(transformations, TransformationSet):
+        raise TypeError(
+            f"Expected argument `transformations` to be a TransformationSet, but got {transformations!r};"
+            " make one of functions with `TransformationSet.from_callables`."
         )
-    if loader.n_samples is not None:
-        _check_number(loader.n_samples)
+    if len(transformations) < 2:
+        raise ValueError(
+            f"Expected argument `transformations` to hold at least two transformations, but got {transformations!r}."
+        )
 
 
 def _check_number(n_samples: int) -> None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import html
-import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_invariance.maps import aggregate_maps
+from lightning_invariance.result_file import read, write
 from lightning_invariance.table import LayerStatistics, Table
 
 if TYPE_CHECKING:
@@ -23,74 +22,35 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
-    """Values of the measures for every layer: ``result["NormalizedVariance"]["conv1"]`` is a float64 tensor.
+#: Attributes that are plain data: numbers, strings, lists and dicts of them, and in ``floor`` tensors.
+PLAIN = (
+    "n_samples",
+    "transformations",
+    "parameters",
+    "epoch",
+    "step",
+    "floor",
+    "skipped",
+    "convergence",
+    "higher_is_better",
+    "ratios",
+    "units",
+    "response",
+    "scores",
+)
 
-    A mapping measure → {layer: tensor of ``activation_shape``}, layers in the order in which they ran. Made by
-    :func:`evaluate` and :class:`InvarianceMonitor`.
+
+class LayerValues(Mapping[str, Mapping[str, Tensor]]):
+    """Values of measures for every layer, and their statistics.
 
     Args:
-        values: measure → {layer: tensor}.
-        dead: layer → bool tensor, true for activations that never changed (where the measures know).
-        n_samples: how many samples were measured.
-        transformations: labels of the transformations.
-        parameters: their parameters, a list for each name.
-        epoch: epoch of the training at which it was measured; -1 is the untrained network.
-        step: the logger step of that moment.
-        floor: same-equivariance measure → its values for the network that returns its input: what interpolation and
-            the borders cost by themselves.
-        skipped: measure → layers for which it is not defined, such as those without spatial axes.
-        convergence: measure → layer → number of samples → mean of the layer after so many samples.
-        higher_is_better: measure → whether higher values are more invariant; None where neither is.
-        ratios: measure → whether it is a ratio, for which 1 means as much as samples do.
-        units: measure → unit of its values; empty where there is none.
-        response: measure → layer → what each transformation does to the layer, where the measure was asked for it
-            (``NormalizedVariance(response=True)``).
-        scores: the trainer's metrics of that moment, such as an accuracy.
-
-    Attributes:
-        n_samples: see Args. So are ``transformations``, ``parameters``, ``epoch``, ``step``, ``floor``, ``skipped``,
-            ``convergence``, ``higher_is_better``, ``ratios``, ``units``, ``response`` and ``scores``.
+        values: measure → {layer: tensor of ``activation_shape``}.
+        dead: layer → bool tensor, true for activations that never changed.
     """
 
-    def __init__(
-        self,
-        values: Mapping[str, Mapping[str, Tensor]],
-        *,
-        dead: Mapping[str, Tensor] | None = None,
-        n_samples: int = 0,
-        transformations: Sequence[str] = (),
-        parameters: Mapping[str, Sequence[float]] | None = None,
-        epoch: int | None = None,
-        step: int | None = None,
-        floor: Mapping[str, Tensor] | None = None,
-        skipped: Mapping[str, Sequence[str]] | None = None,
-        convergence: Mapping[str, Mapping[str, Mapping[int, float]]] | None = None,
-        higher_is_better: Mapping[str, bool | None] | None = None,
-        ratios: Mapping[str, bool] | None = None,
-        units: Mapping[str, str] | None = None,
-        response: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
-        scores: Mapping[str, float] | None = None,
-    ) -> None:
+    def __init__(self, values: Mapping[str, Mapping[str, Tensor]], dead: Mapping[str, Tensor] | None = None) -> None:
         self._values = {measure: dict(layers) for measure, layers in values.items()}
         self.dead = dict(dead or {})
-        self.n_samples = n_samples
-        self.transformations = list(transformations)
-        self.parameters = {name: list(numbers) for name, numbers in (parameters or {}).items()}
-        self.epoch = epoch
-        self.step = step
-        self.floor = dict(floor or {})
-        self.skipped = {measure: list(layers) for measure, layers in (skipped or {}).items() if layers}
-        self.higher_is_better = dict(higher_is_better or {})
-        # Results of earlier versions and those made by hand do not say: then the package's names for ratios count.
-        self.ratios = {m: m.startswith("Normalized") for m in self._values} if ratios is None else dict(ratios)
-        self.units = dict(units or {})
-        self.response = {measure: dict(layers) for measure, layers in (response or {}).items()}
-        self.scores = dict(scores or {})
-        self.convergence = {
-            measure: {layer: {int(n): value for n, value in found.items()} for layer, found in layers.items()}
-            for measure, layers in (convergence or {}).items()
-        }
         self._tables = {
             measure: Table(LayerStatistics.of(layer, v, self.dead.get(layer)) for layer, v in layers.items())
             for measure, layers in self._values.items()
@@ -174,15 +134,91 @@ class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
         total = sum(sizes)
         return sum(row.mean * size for row, size in zip(rows, sizes, strict=True)) / total if total else math.nan
 
+    def _known(self, measure: str | None) -> str:
+        if measure is None:
+            return next(iter(self._values))
+        self[measure]  # raises a KeyError that lists the measures
+        return measure
+
+
+class InvarianceResult(LayerValues):
+    """Values of the measures for every layer: ``result["NormalizedVariance"]["conv1"]`` is a float64 tensor.
+
+    A mapping measure → {layer: tensor of ``activation_shape``}, layers in the order in which they ran. Made by
+    :func:`evaluate` and :class:`InvarianceMonitor`.
+
+    Args:
+        values: measure → {layer: tensor}.
+        dead: layer → bool tensor, true for activations that never changed (where the measures know).
+        n_samples: how many samples were measured.
+        transformations: labels of the transformations.
+        parameters: their parameters, a list for each name.
+        epoch: epoch of the training at which it was measured; -1 is the untrained network.
+        step: the logger step of that moment.
+        floor: same-equivariance measure → its values for the network that returns its input: what interpolation and
+            the borders cost by themselves.
+        skipped: measure → layers for which it is not defined, such as those without spatial axes.
+        convergence: measure → layer → number of samples → mean of the layer after so many samples.
+        higher_is_better: measure → whether higher values are more invariant; None where neither is.
+        ratios: measure → whether it is a ratio, for which 1 means as much as samples do.
+        units: measure → unit of its values; empty where there is none.
+        response: measure → layer → what each transformation does to the layer, where the measure was asked for it
+            (``NormalizedVariance(response=True)``).
+        scores: the trainer's metrics of that moment, such as an accuracy.
+
+    Attributes:
+        n_samples: see Args. So are ``transformations``, ``parameters``, ``epoch``, ``step``, ``floor``, ``skipped``,
+            ``convergence``, ``higher_is_better``, ``ratios``, ``units``, ``response`` and ``scores``.
+    """
+
+    #: How :meth:`plot` draws; set by ``lightning_invariance.plots``, which knows results.
+    draw: ClassVar[Callable[[InvarianceResult, str | None], Figure]]
+
+    def __init__(
+        self,
+        values: Mapping[str, Mapping[str, Tensor]],
+        *,
+        dead: Mapping[str, Tensor] | None = None,
+        n_samples: int = 0,
+        transformations: Sequence[str] = (),
+        parameters: Mapping[str, Sequence[float]] | None = None,
+        epoch: int | None = None,
+        step: int | None = None,
+        floor: Mapping[str, Tensor] | None = None,
+        skipped: Mapping[str, Sequence[str]] | None = None,
+        convergence: Mapping[str, Mapping[str, Mapping[int, float]]] | None = None,
+        higher_is_better: Mapping[str, bool | None] | None = None,
+        ratios: Mapping[str, bool] | None = None,
+        units: Mapping[str, str] | None = None,
+        response: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+        scores: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(values, dead)
+        self.n_samples = n_samples
+        self.transformations = list(transformations)
+        self.parameters = {name: list(numbers) for name, numbers in (parameters or {}).items()}
+        self.epoch = epoch
+        self.step = step
+        self.floor = dict(floor or {})
+        self.skipped = {measure: list(layers) for measure, layers in (skipped or {}).items() if layers}
+        self.higher_is_better = dict(higher_is_better or {})
+        # Results of earlier versions and those made by hand do not say: then the package's names for ratios count.
+        self.ratios = {m: m.startswith("Normalized") for m in self._values} if ratios is None else dict(ratios)
+        self.units = dict(units or {})
+        self.response = {measure: dict(layers) for measure, layers in (response or {}).items()}
+        self.scores = dict(scores or {})
+        self.convergence = {
+            measure: {layer: {int(n): value for n, value in found.items()} for layer, found in layers.items()}
+            for measure, layers in (convergence or {}).items()
+        }
+
     def plot(self, measure: str | None = None) -> Figure:
         """The heatmap of a measure: :func:`lightning_invariance.plots.heatmap`.
 
         Args:
             measure: its name; by default the first.
         """
-        from lightning_invariance.plots import heatmap  # which knows results
-
-        return heatmap(self, measure)
+        return type(self).draw(self, measure)
 
     def to_pandas(self) -> pandas.DataFrame:
         """The tables of all measures as one ``DataFrame`` (pandas must be installed): a row for each measure and layer.
@@ -206,26 +242,15 @@ class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything as tensors, numbers, strings, lists and dicts, which ``torch.load(weights_only=True)`` reads."""
+        statistics = {
+            measure: [{**asdict(row), "shape": list(row.shape)} for row in table]
+            for measure, table in self._tables.items()
+        }
         return {
             "values": self._values,
             "dead": self.dead,
-            "statistics": {
-                measure: [{**asdict(row), "shape": list(row.shape)} for row in table]
-                for measure, table in self._tables.items()
-            },
-            "n_samples": self.n_samples,
-            "transformations": self.transformations,
-            "parameters": self.parameters,
-            "epoch": self.epoch,
-            "step": self.step,
-            "floor": self.floor,
-            "skipped": self.skipped,
-            "convergence": self.convergence,
-            "higher_is_better": self.higher_is_better,
-            "ratios": self.ratios,
-            "units": self.units,
-            "response": self.response,
-            "scores": self.scores,
+            "statistics": statistics,
+            **{name: getattr(self, name) for name in PLAIN},
         }
 
     @classmethod
@@ -239,45 +264,12 @@ class InvarianceResult(Mapping[str, Mapping[str, Tensor]]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the result to one file (numpy's npz format, no pickle); a half-written file is never left behind."""
-        state = self.state_dict()
-        arrays = {}
-        for i, (_, layers) in enumerate(state.pop("values").items()):
-            arrays.update({f"values/{i}/{j}": values.numpy() for j, values in enumerate(layers.values())})
-        dead = state.pop("dead")
-        arrays.update({f"dead/{j}": values.numpy() for j, values in enumerate(dead.values())})
-        state["layers_of_dead"] = list(dead)
-        floor = state.pop("floor")
-        arrays.update({f"floor/{i}": values.numpy() for i, values in enumerate(floor.values())})
-        state["measures_with_floor"] = list(floor)
-        path = Path(path)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with unfinished.open("wb") as file:
-                np.savez_compressed(file, about=np.array(json.dumps(state)), **arrays)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write(self.state_dict(), Path(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> InvarianceResult:
         """Read what :meth:`save` wrote."""
-        with np.load(path, allow_pickle=False) as arrays:
-            state = json.loads(str(arrays["about"]))
-            layers_of_dead = state.pop("layers_of_dead")
-            state["dead"] = {layer: torch.from_numpy(arrays[f"dead/{j}"]) for j, layer in enumerate(layers_of_dead)}
-            with_floor = state.pop("measures_with_floor")
-            state["floor"] = {name: torch.from_numpy(arrays[f"floor/{i}"]) for i, name in enumerate(with_floor)}
-            state["values"] = {
-                measure: {row["layer"]: torch.from_numpy(arrays[f"values/{i}/{j}"]) for j, row in enumerate(rows)}
-                for i, (measure, rows) in enumerate(state["statistics"].items())
-            }
-        return cls.from_state_dict(state)
-
-    def _known(self, measure: str | None) -> str:
-        if measure is None:
-            return next(iter(self._values))
-        self[measure]  # raises a KeyError that lists the measures
-        return measure
+        return cls.from_state_dict(read(Path(path)))
 
     def _heading(self) -> str:
         when = "" if self.epoch is None else f", epoch {self.epoch}, step {self.step}"

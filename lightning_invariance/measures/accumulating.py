@@ -29,19 +29,14 @@ from lightning_invariance.transforms import TransformationSet
 class AccumulatingMetric(Metric):
     """Updates, merges, moves and synchronises the states of accumulators; a measure adds what they mean.
 
-    Beside the states of the accumulators it has ``n_samples``, ``columns`` (the number of transformations),
-    ``activation_shape`` and ``configuration``, which keeps collections and merges from joining measures whose
-    accumulators differ in any argument. These are states, too, since a process without samples learns them from the
-    others.
+    Beside those it has the states ``n_samples``, ``columns`` (the number of transformations) and ``activation_shape``,
+    which a process without samples learns from the others, and ``configuration``, which keeps collections and merges
+    from joining measures whose accumulators differ in any argument.
 
     Args:
         needs: accumulators; by default those of the class.
         needs_again: accumulators of a second pass; by default those of the class.
         kwargs: additional arguments of ``torchmetrics.Metric``.
-
-    Raises:
-        TypeError: If an accumulator is no frozen dataclass, or a state is not a tensor of an allowed type.
-        ValueError: If two of the accumulators have a state of the same name.
     """
 
     is_differentiable = False
@@ -68,12 +63,8 @@ class AccumulatingMetric(Metric):
         self.needs = self.needs if needs is None else tuple(needs)
         self.needs_again = self.needs_again if needs_again is None else tuple(needs_again)
         none = torch.zeros(0, dtype=torch.long)
-        states = {
-            N_SAMPLES: torch.tensor(0),
-            "columns": torch.tensor(0),
-            "activation_shape": none,
-            "configuration": none,
-        }
+        states = {N_SAMPLES: torch.tensor(0), "columns": torch.tensor(0)}
+        states |= {"activation_shape": none, "configuration": none}
         on_cpu = [*states]
         for accumulator in (*self.needs, *self.needs_again):
             declared = check_declaration(accumulator)
@@ -174,8 +165,7 @@ class AccumulatingMetric(Metric):
 
     def _check_shape(self, m: int, shape: list[int]) -> None:
         if self.n_transformations == 0:
-            self.activation_shape = torch.tensor(shape, dtype=torch.long)
-            self.columns = torch.tensor(m)
+            self.activation_shape, self.columns = torch.tensor(shape, dtype=torch.long), torch.tensor(m)
         known_m, known_shape = self.n_transformations, self.activation_shape.tolist()
         if m != known_m:
             raise ValueError(f"Expected ST blocks with {known_m} transformations, but got {m}.")
@@ -202,8 +192,8 @@ class AccumulatingMetric(Metric):
 
     def merged_states(self, a: States, b: States) -> States:
         """The states after the rows of both, either of which may have none."""
-        known = [states["configuration"] for states in (a, b) if states["configuration"].numel()]
-        if len(known) == 2 and not torch.equal(*known):
+        made_by = [states["configuration"] for states in (a, b) if states["configuration"].numel()]
+        if len(made_by) == 2 and not torch.equal(*made_by):
             raise ValueError(
                 f"Expected states of a {type(self).__name__} with the same arguments, but they come from one with"
                 " others."

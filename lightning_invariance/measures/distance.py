@@ -3,121 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators import Accumulator, Deviations, RowDistances, Subsample
-from lightning_invariance.accumulators.distances import Distance, row_distances
-from lightning_invariance.accumulators.subsample import EMPTY
+from lightning_invariance.accumulators.distances import Distance
 from lightning_invariance.maps import AGGREGATES, aggregate_maps
 from lightning_invariance.measures.base import Measure, quotient
+from lightning_invariance.measures.pair_distances import pair_distances
 from lightning_invariance.measures.sums import Sums
-from lightning_invariance.measures.variance import sample_variance, transformation_variance
-
-DISTANCES = ("abs", "squared", "euclidean", "cosine")
-
-
-@dataclass(frozen=True)
-class PairDistances:
-    """Transformation and sample distance from distances of pairs, in rows all of them, in columns some.
-
-    Attributes:
-        distance: ``"abs"``, ``"euclidean"``, ``"cosine"`` or a function.
-        over: ``"activation"`` or ``"channel"``.
-        samples: how many samples each column keeps.
-    """
-
-    distance: Distance
-    over: str
-    samples: int
-
-    def needs(self, rows: bool, columns: bool) -> tuple[Accumulator, ...]:
-        """The accumulators for transformation distances (rows) and sample distances (columns)."""
-        of_rows: tuple[Accumulator, ...] = (RowDistances(self.distance, self.over),) if rows else ()
-        return (*of_rows, Subsample(self.samples)) if columns else of_rows
-
-    def within_rows(self, sums: Sums) -> Tensor:
-        """TD (paper, eqs. 5 and 6)."""
-        return sums["row_distances"] / (sums.n_samples * sums.n_transformations**2)
-
-    def within_columns(self, sums: Sums) -> Tensor:
-        """SD (paper, eqs. 5 and 6): the mean over pairs of kept samples.
-
-        Times (n − 1) / n, since eq. 6 also counts the pairs of a sample with itself.
-        """
-        n, keys = sums.n_samples, sums["keys"]
-        kept = sums["kept"].view(*sums["kept"].shape[:2], *(sums.activation_shape or (1,)))
-        full = keys != EMPTY
-        counts = full.sum(1).tolist()
-        if set(counts) == {kept.shape[1]}:
-            mean = self._mean_of_pairs(kept)
-        elif len(set(counts)) == 1:
-            some = kept[full.to(kept.device)]
-            mean = self._mean_of_pairs(some.view(len(full), counts[0], *some.shape[1:]))
-        else:  # fewer samples came than were announced, as in a layer that does not always run
-            parts = [values[places.to(values.device)] for values, places in zip(kept, full, strict=True)]
-            means = [self._mean_of_pairs(part[None]) for part in parts if len(part) > 1]
-            mean = torch.stack(means).mean(0) if means else self._mean_of_pairs(kept[:1, :2] * torch.nan)
-        flawed = sums["flawed"]
-        if self.over == "channel":
-            flawed = flawed.view(math.prod(sums.activation_shape[:1]), -1).any(1)
-        return torch.where(flawed, torch.nan, mean) * ((n - 1) / n)
-
-    def _mean_of_pairs(self, kept: Tensor) -> Tensor:
-        """The mean distance of two different samples, over all columns ``(columns, samples, *activation_shape)``."""
-        columns, samples = kept.shape[:2]
-        return row_distances(kept, self.distance, self.over) / (samples * (samples - 1) * columns)
-
-
-@dataclass(frozen=True)
-class SquaredDistances:
-    """The same for squared distances, which are variances (paper, eq. 7): exact for all samples, from their sums.
-
-    Attributes:
-        over: ``"activation"`` or ``"channel"``.
-    """
-
-    over: str
-
-    def needs(self, rows: bool, columns: bool) -> tuple[Accumulator, ...]:
-        """The accumulators for transformation distances (rows) and sample distances (columns)."""
-        return (Deviations(),)
-
-    def within_rows(self, sums: Sums) -> Tensor:
-        """TD."""
-        m = sums.n_transformations
-        return self._over(2 * (m - 1) / m * transformation_variance(sums))
-
-    def within_columns(self, sums: Sums) -> Tensor:
-        """SD."""
-        n = sums.n_samples
-        return self._over(2 * (n - 1) / n * sample_variance(sums))
-
-    def _over(self, values: Tensor) -> Tensor:
-        return aggregate_maps(values, "sum" if self.over == "channel" else None).flatten()
-
-
-def pair_distances(distance: Distance, over: str, samples: int) -> PairDistances | SquaredDistances:
-    """How distances are computed.
-
-    Raises:
-        ValueError: If an argument is out of its range.
-    """
-    if over not in ("activation", "channel"):
-        raise ValueError(f'Expected argument `over` to be "activation" or "channel", but got {over!r}.')
-    if not callable(distance) and distance not in DISTANCES:
-        raise ValueError(f"Expected argument `distance` to be one of {DISTANCES} or a function, but got {distance!r}.")
-    if over == "activation" and distance in ("euclidean", "cosine"):
-        raise ValueError(
-            f'Expected argument `distance` to be "abs", "squared" or a function for `over="activation"`, whose values'
-            f" are scalars, but got {distance!r}."
-        )
-    if not isinstance(samples, int) or samples < 2:
-        raise ValueError(f"Expected argument `samples` to be an int larger than 1, but got {samples}.")
-    return SquaredDistances(over) if distance == "squared" else PairDistances(distance, over, samples)
 
 
 class MeasureOfDistances(Measure):

@@ -12,7 +12,7 @@ from lightning_invariance.accumulators.distances import Distance
 from lightning_invariance.accumulators.mapped_back import BackMapping, check_inverses
 from lightning_invariance.maps import aggregate_maps
 from lightning_invariance.measures.base import Measure, quotient
-from lightning_invariance.measures.distance import pair_distances
+from lightning_invariance.measures.pair_distances import pair_distances
 from lightning_invariance.measures.sums import Sums
 from lightning_invariance.measures.variance import sample_variance, transformation_variance
 from lightning_invariance.transforms import TransformationSet
