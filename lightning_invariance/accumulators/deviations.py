@@ -65,9 +65,9 @@ class Deviations(Accumulator):
 
     def empty(self) -> States:
         """The states before the first row."""
-        vector, matrix, parts = (torch.zeros(*[0] * axes, dtype=torch.float64) for axes in (1, 2, 3))
+        vector, matrix, tiles = (torch.zeros(*[0] * axes, dtype=torch.float64) for axes in (1, 2, 3))
         changes = {"changes": matrix} if self.response else {}
-        return {"row_spread": vector, "column_spread": matrix, "centres": vector, "offsets": parts, **changes}
+        return {"row_spread": vector, "column_spread": matrix, "centres": vector, "offsets": tiles, **changes}
 
     def add(self, states: States, rows: Rows) -> States:
         """The states after more rows."""
@@ -147,10 +147,10 @@ class Deviations(Accumulator):
         centres = torch.where(high - low <= CLOSE * first[0].abs(), first[0], 0)
         squares = torch.zeros(1 if self.squared else m, k, dtype=wide, device=x.device)
         if kernels.takes(x):
-            parts = k // kernels.WIDTH if k % kernels.WIDTH == 0 else 1
-        else:  # a part for each of PyTorch's threads, which then read what they wrote themselves
-            parts = math.gcd(k, torch.get_num_threads()) if x.is_cpu else 1
-        offsets = (first - centres).view(m, parts, -1).movedim(1, 0).contiguous()
+            tiles = k // kernels.WIDTH if k % kernels.WIDTH == 0 else 1
+        else:  # a tile for each of PyTorch's threads, which then read what they wrote themselves
+            tiles = math.gcd(k, torch.get_num_threads()) if x.is_cpu else 1
+        offsets = (first - centres).view(m, tiles, -1).movedim(1, 0).contiguous()
         return {"row_spread": squares[0].clone(), "column_spread": squares, "centres": centres, "offsets": offsets}
 
     def _add_by_pytorch(self, states: States, x: Tensor, before: int) -> bool:
@@ -161,11 +161,11 @@ class Deviations(Accumulator):
         offsets, spread = states["offsets"], states["row_spread"]
         narrow = offsets.dtype == torch.float32 and x.is_cpu and max(x.shape[:2]) <= MOST_VALUES
         dtype = torch.float32 if narrow else spread.dtype
-        parts, _, width = offsets.shape
-        axis = 0 if parts > width else -1
-        length = max(1, chunk_length(x) // (width if axis == 0 else parts))
-        by_parts = x.view(*x.shape[:2], parts, width).movedim(2, 0), states["centres"].view(parts, 1, width), offsets
-        split = (torch.split(each, length, axis) for each in by_parts)
+        tiles, _, width = offsets.shape
+        axis = 0 if tiles > width else -1
+        length = max(1, chunk_length(x) // (width if axis == 0 else tiles))
+        by_tiles = x.view(*x.shape[:2], tiles, width).movedim(2, 0), states["centres"].view(tiles, 1, width), offsets
+        split = (torch.split(each, length, axis) for each in by_tiles)
         added = [
             self._sums_of_piece(_Piece(x, centres, offsets, before).to(dtype), spread.dtype, states["offsets"].dtype)
             for x, centres, offsets in zip(*split, strict=True)
@@ -213,9 +213,9 @@ class _Piece(NamedTuple):
     """Rows of some activations, and the means of the rows before.
 
     Attributes:
-        x: ``(parts, n, m, k)``.
-        centres: ``(parts, 1, k)``.
-        offsets: ``(parts, m, k)``.
+        x: ``(tiles, n, m, k)``.
+        centres: ``(tiles, 1, k)``.
+        offsets: ``(tiles, m, k)``.
         before: number of rows before.
     """
 
@@ -250,7 +250,7 @@ def _far_apart(states: States, n: int) -> bool:
 
 
 def _lost(squares: Tensor, sums: Tensor) -> bool:
-    """Whether float32 does not hold squares (parts, k): too large, or too small although some of the sums are not 0."""
+    """Whether float32 does not hold squares (tiles, k): too large, or too small although some of the sums are not 0."""
     low, high = squares.aminmax()
     if not high <= LIMITS.largest:  # true for NaN, too
         return True

@@ -18,7 +18,7 @@ try:
 except ImportError:
     _kernels = None
 
-#: How many activations C reads together; offsets may lie in parts of a multiple of it.
+#: How many activations C reads together; offsets may lie in tiles of a multiple of it.
 WIDTH: int = getattr(_kernels, "WIDTH", 64)
 
 #: The most columns of :func:`add_deviations` and of :func:`absolute_differences`.
@@ -77,11 +77,11 @@ def add_deviations(
         return None
     n, m = x.shape[:2]
     k, dtype = len(centres), centres.dtype
-    parts, columns, width = offsets.shape
+    tiles, columns, width = offsets.shape
     if not (
         m == columns <= MOST_COLUMNS
-        and parts * width == k == len(row_spread)
-        and (parts == 1 or width % WIDTH == 0)
+        and tiles * width == k == len(row_spread)
+        and (tiles == 1 or width % WIDTH == 0)
         and column_spread.shape == (1, k)
         and row_spread.dtype == column_spread.dtype == torch.float64
         and offsets.dtype == dtype in (torch.float32, torch.float64)

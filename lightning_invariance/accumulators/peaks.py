@@ -49,7 +49,7 @@ class Peaks(Accumulator):
             return
         if after > states["peaks"].shape[1]:
             places = min(room, max(self.expected, 2 * after))
-            peaks = torch.empty(len(self.signs), places, k, dtype=x.dtype, device=x.device)
+            peaks = torch.zeros(len(self.signs), places, k, dtype=x.dtype, device=x.device)
             if before:
                 peaks[:, :before] = states["peaks"][:, :before]
             states["peaks"] = peaks

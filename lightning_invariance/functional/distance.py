@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_invariance.functional.variance import normalize
+from lightning_invariance.functional.variance import quotient
 
 #: A distance by name, or a function of two broadcast tensors; see :func:`distance_between`.
 Distance: TypeAlias = str | Callable[[Tensor, Tensor], Tensor]
@@ -107,7 +107,7 @@ def normalized_distance(st: Tensor, distance: Distance = "abs", over: str = "act
     Returns:
         Tensor of ``activation_shape``, or ``(channels,)``, in ``[0, inf]``; 0 is invariant.
     """
-    return normalize(transformation_distance(st, distance, over), sample_distance(st, distance, over))
+    return quotient(transformation_distance(st, distance, over), sample_distance(st, distance, over))
 
 
 def _channels_first(st: Tensor) -> Tensor:

@@ -11,8 +11,7 @@ from lightning_invariance.functional.distance import (
     sample_distance,
     transformation_distance,
 )
-from lightning_invariance.functional.variance import normalize as quotient
-from lightning_invariance.functional.variance import sample_variance, transformation_variance
+from lightning_invariance.functional.variance import quotient, sample_variance, transformation_variance
 from lightning_invariance.transforms import TransformationSet
 
 

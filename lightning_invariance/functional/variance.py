@@ -50,10 +50,10 @@ def normalized_variance(st: Tensor, squared: bool = True) -> Tensor:
     Returns:
         Tensor of ``activation_shape``, in ``[0, inf]``, without unit; 0 is invariant, below 1 approximately invariant.
     """
-    return normalize(transformation_variance(st, squared), sample_variance(st, squared))
+    return quotient(transformation_variance(st, squared), sample_variance(st, squared))
 
 
-def normalize(transformation: Tensor, sample: Tensor) -> Tensor:
+def quotient(transformation: Tensor, sample: Tensor) -> Tensor:
     """The quotient of a normalised measure, with the paper's special cases: 0/0 is 1 (dead activation), x/0 is inf."""
     dead = (transformation == 0) & (sample == 0)
     return torch.where(dead, 1.0, transformation / sample)

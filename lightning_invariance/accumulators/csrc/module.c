@@ -79,7 +79,7 @@ static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_
     if (v[10] != k || v[12] != k || v[14] != k || v[16] != m * k)
         return refuse("the sums are of other sizes");
     if (width <= 0 || k % width || (width % WIDTH && width != k))
-        return refuse("the offsets lie in parts of another width");
+        return refuse("the offsets lie in tiles of another width");
     if (v[4] < 0 || !v[7] || !v[9] || !v[11] || !v[13] || !v[15])
         return refuse("a pointer or the number of rows is missing");
     job j = {.task = deviations, .x = (const float *)v[7], .m = m, .k = k, .total = (double)v[4], .width = width,
