@@ -26,11 +26,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Identity
+from torch.utils.data import TensorDataset
 from torchmetrics import MetricCollection
 
 from lightning_invariance.accumulators import States
 from lightning_invariance.distributed import pack, unpack
+from lightning_invariance.evaluate import evaluate
 from lightning_invariance.measures import Measure, NormalizedVariance
+from lightning_invariance.transforms import TransformationSet
 
 #: Number of samples of the cube, and their classes.
 SAMPLES = 13
@@ -49,14 +53,8 @@ class MeasureTester(ABC):
     A subclass overrides :meth:`make` and :meth:`definition`.
     """
 
-    #: Whether the measure needs to see 13 samples twice.
-    two_passes = False
-
-    #: Whether the measure is defined for one sample.
-    one_sample = False
-
-    #: Whether it is defined for one transformation; None where their number is given.
-    one_transformation: bool | None = False
+    #: Whether the measure is made for the 4 transformations of the cube and takes no other number.
+    fixed_transformations = False
 
     @abstractmethod
     def make(self) -> Measure:
@@ -65,6 +63,13 @@ class MeasureTester(ABC):
     @abstractmethod
     def definition(self, st: Tensor) -> Tensor:
         """Its value on a whole ST tensor ``(samples, transformations, *activation_shape)`` in float64."""
+
+    @property
+    def two_passes(self) -> bool:
+        """Whether the measure needs to see the samples of the cube twice."""
+        metric = self.make()
+        update(metric, self.cube())
+        return not metric.complete
 
     def cube(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """The ST tensor of the checks, 13 samples long, with labels 0, 1, 2, 0, …."""
@@ -78,6 +83,15 @@ class MeasureTester(ABC):
             value = feed([self.make()], self.cube(), [[slice(at, at + size) for at in range(0, SAMPLES, size)]])
             assert value.dtype == torch.float64, f"Expected a value in float64, but got {value.dtype}."
             assert_close(value, self.definition(self.cube()))
+
+    def test_an_evaluation_gives_the_definition(self) -> None:
+        # The network returns its input, and transformation j picks column j of the cube.
+        picks = {str(j): partial(_column, j=j) for j in range(self.cube().shape[1])}
+        columns = TransformationSet.from_callables(picks, inverses=dict.fromkeys(picks, _same))
+        data = TensorDataset(self.cube(), LABELS)
+        for batch_size in (2, 8, 64):  # rows longer than a batch, two rows, and all of them
+            result = evaluate(Identity(), data, columns, {"it": self.make()}, batch_size=batch_size, progress=False)
+            assert_close(result["it"]["Identity"], self.definition(self.cube()))
 
     def test_merged_parts_give_the_definition(self) -> None:
         for shares in ((5, 3, 5), (1, 12, 0), (0, 6, 7), (0, 0, 13)):
@@ -226,12 +240,20 @@ class MeasureTester(ABC):
         assert_close(values["same"], self.definition(self.cube()))
 
     def test_one_sample_is_nan_with_a_warning(self) -> None:
-        if not self.one_sample:
+        if self.make().least_samples > 1:
             assert_nan_with_warning(partial(feed, [self.make()], self.cube(), [[slice(0, 1)]]))
 
     def test_one_transformation_is_nan_with_a_warning(self) -> None:
-        if self.one_transformation is False:
+        if self.make().least_transformations > 1 and not self.fixed_transformations:
             assert_nan_with_warning(partial(feed, [self.make()], self.cube()[:, :1], [[ALL]]))
+
+
+def _column(x: Tensor, j: int) -> Tensor:
+    return x[:, j]
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def update(metric: Measure, st: Tensor, rows: slice = ALL) -> None:
@@ -304,5 +326,5 @@ def assert_nan_with_warning(call: Any) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         value = call()
-    assert value.isnan().all()
+    assert value.isnan().all(), f"Expected NaN, but got {value}."
     assert any("NaN" in str(warning.message) for warning in caught), "Expected a warning that the value is NaN."

@@ -24,8 +24,6 @@ TURNS = rotations(4)
 
 
 class TestTransformationVariance(MeasureTester):
-    one_sample = True
-
     def make(self):
         return TransformationVariance()
 
@@ -34,8 +32,6 @@ class TestTransformationVariance(MeasureTester):
 
 
 class TestSampleVariance(MeasureTester):
-    one_transformation = True
-
     def make(self):
         return SampleVariance()
 
@@ -57,8 +53,6 @@ class TestNormalizedVarianceWithResponse(TestNormalizedVariance):
 
 
 class TestTransformationDistance(MeasureTester):
-    one_sample = True
-
     def make(self):
         return TransformationDistance()
 
@@ -67,8 +61,6 @@ class TestTransformationDistance(MeasureTester):
 
 
 class TestSampleDistance(MeasureTester):
-    one_transformation = True
-
     def make(self):
         return SampleDistance()
 
@@ -125,8 +117,6 @@ class TestAnovaEffect(MeasureTester):
 
 
 class TestGoodfellow(MeasureTester):
-    one_sample = True
-
     def make(self):
         return Goodfellow(0.1)
 
@@ -135,8 +125,6 @@ class TestGoodfellow(MeasureTester):
 
 
 class TestGoodfellowInTwoPasses(MeasureTester):
-    one_sample, two_passes = True, True
-
     def make(self):
         return Goodfellow(0.1, capacity=2)
 
@@ -145,8 +133,6 @@ class TestGoodfellowInTwoPasses(MeasureTester):
 
 
 class TestGoodfellowByQuantile(MeasureTester):
-    one_sample = True
-
     def make(self):
         return Goodfellow(0.1, threshold="quantile", sign=-1)
 
@@ -155,7 +141,7 @@ class TestGoodfellowByQuantile(MeasureTester):
 
 
 class TestVarianceSameEquivariance(MeasureTester):
-    one_sample, one_transformation = True, None
+    fixed_transformations = True
 
     def make(self):
         return VarianceSameEquivariance(TURNS)
@@ -165,7 +151,7 @@ class TestVarianceSameEquivariance(MeasureTester):
 
 
 class TestDistanceSameEquivariance(MeasureTester):
-    one_transformation = None
+    fixed_transformations = True
 
     def make(self):
         return DistanceSameEquivariance(TURNS, normalized_by="samples")

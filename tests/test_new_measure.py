@@ -20,7 +20,7 @@ from lightning_invariance.measures import Measure, Stratified
 from lightning_invariance.testing import MeasureTester
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from new_measure import NormalizedRange, Ranges
+from new_measure import NormalizedRange, Ranges, RowsAbove, WideRows
 
 IMAGES = torch.rand(13, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 LABELS = torch.arange(13) % 2
@@ -37,6 +37,15 @@ class TestNormalizedRange(MeasureTester):
 
     def definition(self, st):
         return definition(st)
+
+
+class TestWideRows(MeasureTester):
+    def make(self):
+        return WideRows(1.1)
+
+    def definition(self, st):
+        ranges = np.ptp(st.double().numpy(), axis=1)
+        return torch.from_numpy((ranges > 1.1 * ranges.mean(0)).mean(0))
 
 
 def network():
@@ -151,21 +160,35 @@ def test_functions_are_told_apart_even_if_their_names_are_equal():
     assert len(metrics.compute_groups) == 2
 
 
-@dataclass(frozen=True)
-class Broken(Accumulator):
+VECTOR = torch.zeros(0)
+
+
+def broken(empty=VECTOR, added=None, merged=None, name="state"):
     """An accumulator that does not keep to the contract."""
 
-    empty_state: object = None
-    added_state: object = None
+    @dataclass(frozen=True)
+    class Broken(Accumulator):
+        def empty(self):
+            return {name: empty}
 
-    def empty(self):
-        return {"state": self.empty_state}
+        def add(self, states, rows):
+            return added
 
-    def add(self, states, rows):
-        return {"state": self.added_state}
+        def merge(self, a, b):
+            return merged
 
-    def merge(self, a, b):
-        return a
+    return Broken()
+
+
+class ValueOf(Measure):
+    """A measure of any accumulators and value."""
+
+    def __init__(self, accumulators, value=None):
+        super().__init__(accumulators)
+        self.given = value
+
+    def value(self, sums):
+        return self.given
 
 
 class NotFrozen(Ranges):
@@ -176,39 +199,74 @@ class NotFrozen(Ranges):
     ("accumulators", "error", "message"),
     [
         ([NotFrozen()], TypeError, "NotFrozen to be a frozen dataclass"),
-        ([Broken(torch.zeros(0, dtype=torch.float16))], TypeError, "state 'state' of Broken .* got torch.float16"),
-        ([Broken([])], TypeError, "'state' of Broken to be a tensor of one of .* but got list"),
-        ([Scaled(1.0), Scaled(2.0)], ValueError, r"different names, but \['total'\] of Scaled are taken"),
+        ([Ranges], TypeError, r"to hold accumulators, but got .*: write Ranges\(\)"),
+        ([], ValueError, "ValueOf to name accumulators in `needs`"),
+        ([broken(torch.zeros(0, dtype=torch.float16))], TypeError, "state 'state' of Broken .* got torch.float16"),
+        ([broken([])], TypeError, "'state' of Broken to be a tensor of one of .* but got list"),
+        ([Scaled(1.0), Scaled(2.0)], ValueError, r"names differ .* \['total'\] of Scaled are taken"),
+        ([broken(name="device")], ValueError, r"metric's attributes, but \['device'\] of Broken"),
+        ([Scaled([1.0])], TypeError, r"field 'factor' of accumulator Scaled to be immutable, .* but got \[1.0\]"),
+        ([Scaled(torch.ones(2))], TypeError, "field 'factor' of accumulator Scaled to be immutable"),
     ],
 )
 def test_what_is_wrong_with_an_accumulator_is_said_when_the_measure_is_made(accumulators, error, message):
-    class Wrong(Measure):
-        needs = tuple(accumulators)
-
-        def value(self, sums):
-            return sums["state"]
-
     with pytest.raises(error, match=message):
-        Wrong()
+        ValueOf(accumulators)
 
 
 @pytest.mark.parametrize(
     ("added", "error", "message"),
     [
-        (torch.zeros(5, 2), ValueError, r"keep its 1 dimensions, but got a tensor of shape \(5, 2\)"),
-        (torch.zeros(5, dtype=torch.complex64), TypeError, "got torch.complex64"),
+        (None, TypeError, "Broken.add to return a dict of states, but got None"),
+        ({}, ValueError, r"Broken.add to return the states \['state'\], but \['state'\] are missing"),
+        ({"state": torch.zeros(5, 2)}, ValueError, r"keep its 1 dimensions, but got a tensor of shape \(5, 2\)"),
+        ({"state": torch.zeros(5, dtype=torch.complex64)}, TypeError, "got torch.complex64"),
+        ({"state": 1.0}, TypeError, "'state' of Broken to be a tensor .* but got float"),
     ],
 )
 @pytest.mark.parametrize("by_hand", [True, False])
-def test_states_that_change_their_kind_are_refused_at_the_first_block(added, error, message, by_hand):
-    class Wrong(Measure):
-        needs = (Broken(torch.zeros(0), added),)
-
-        def value(self, sums):
-            return sums["state"]
-
+def test_states_that_cannot_be_sent_are_refused_at_every_block(added, error, message, by_hand):
+    measure = ValueOf([broken(added=added)])
     with pytest.raises(error, match=message):
         if by_hand:
-            Wrong().update(torch.rand(3, 4, 5))
+            measure.update(torch.rand(3, 4, 5))
         else:
-            evaluate(nn.Flatten(), IMAGES, rotations(4), Wrong())
+            evaluate(nn.Flatten(), IMAGES, rotations(4), measure)
+
+
+def test_states_that_merge_forgets_are_noticed():
+    one, other = (ValueOf([broken(added={"state": torch.zeros(5)}, merged={})]) for _ in range(2))
+    for metric in (one, other):
+        metric.update(torch.rand(3, 4, 5))
+    with pytest.raises(ValueError, match=r"Broken.merge to return the states .* \['state'\] are missing"):
+        one.merge_state(other)
+
+
+@pytest.mark.parametrize(("value", "got"), [(torch.zeros(4), r"shape \(4,\)"), (1.0, "1.0")])
+def test_a_value_of_a_wrong_size_is_said(value, got):
+    measure = ValueOf([broken(added={"state": torch.zeros(5)})], value)
+    measure.update(torch.rand(3, 4, 5))
+    with pytest.raises(ValueError, match=rf"ValueOf.value to return a tensor of 5 values, .* but got {got}"):
+        measure.compute()
+
+
+def test_a_second_pass_that_is_not_given_or_differs_is_said():
+    class Forgotten(WideRows):
+        second_pass = Measure.second_pass
+
+    class Hidden(WideRows):
+        def __init__(self, factor):
+            super().__init__(1.0)
+            self.factor = factor  # of which the accumulator knows nothing
+
+    with pytest.raises(TypeError, match="Forgotten, which names accumulators in `needs_again`, to override"):
+        evaluate(nn.Flatten(), IMAGES, rotations(4), Forgotten())
+    with pytest.raises(ValueError, match="equal accumulators to begin with equal states"):
+        evaluate(nn.Flatten(), IMAGES, rotations(4), {"a": Hidden(1.0), "b": Hidden(2.0)})
+    with pytest.raises(TypeError, match="NormalizedRange has one pass"):
+        NormalizedRange().end_pass()
+
+
+def test_a_measure_prints_its_arguments():
+    assert repr(WideRows(3.0)) == "WideRows(Ranges(), RowsAbove(factor=3.0))"
+    assert RowsAbove(3.0) == RowsAbove(3.0)

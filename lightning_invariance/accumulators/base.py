@@ -90,14 +90,16 @@ class Rows:
 class Accumulator(ABC):
     """One family of sums over the rows of the ST matrix of a layer.
 
-    A subclass is a frozen dataclass, whose fields are its configuration: accumulators that are equal exist once for a
-    layer, and serve every measure that needs them. It overrides :meth:`empty`, :meth:`add` and :meth:`merge`, which
-    work on plain dicts of tensors:
+    A subclass is a frozen dataclass, whose fields are its arguments, immutable and hashable: accumulators that are
+    equal exist once for a layer, and serve every measure that needs them. It overrides :meth:`empty`, :meth:`add` and
+    :meth:`merge`, which work on plain dicts of tensors:
 
     - The states before the first row are those of :meth:`empty`. A state keeps its number of dimensions from then on,
-      and is of one of :data:`DTYPES`, so that processes know what they send to each other.
-    - :meth:`merge` is called with states that have rows, and must give the same for any split and order of the rows.
-      The dicts that it gets also hold ``n_samples``, the number of their rows, which the package counts.
+      and is float64, float32, int64, int32 or bool, so that processes know what they send to each other.
+    - :meth:`add` returns every state. The number of rows before is ``rows.before``.
+    - :meth:`merge` is called with states that have rows, returns every state, and must give the same for any split and
+      order of the rows. The dicts that it gets also hold ``n_samples``, the number of their rows; whatever else it
+      needs, such as the number of transformations, must be a state.
     """
 
     #: States that stay on the CPU, since the accumulator reads them: reading from a GPU would synchronise.
@@ -120,7 +122,9 @@ class Accumulator(ABC):
 
     def add_(self, states: States, rows: Rows) -> None:
         """As :meth:`add`, but may change the states in place: in an evaluation nobody else holds them."""
-        states.update(self.add(states, rows))
+        added = self.add(states, rows)
+        check_states(self, added, "add")
+        states.update(added)
 
     def prepared(self, context: Context) -> Accumulator:
         """The accumulator for what is known before the first row.
@@ -148,7 +152,9 @@ def merged(accumulator: Accumulator, a: States, b: States) -> States:
     if not int(a[N_SAMPLES]) or not int(b[N_SAMPLES]):
         full = a if int(a[N_SAMPLES]) else b
         return {name: state.clone() for name, state in full.items()}
-    return {**accumulator.merge(a, b), N_SAMPLES: a[N_SAMPLES] + b[N_SAMPLES]}
+    states = accumulator.merge(a, b)
+    check_states(accumulator, states, "merge")
+    return {**states, N_SAMPLES: a[N_SAMPLES] + b[N_SAMPLES]}
 
 
 def states_of(accumulator: Accumulator, states: Mapping[str, Tensor]) -> States:
@@ -169,30 +175,44 @@ def check_declaration(accumulator: Accumulator) -> States:
     """The empty states of an accumulator.
 
     Raises:
-        TypeError: If it is no frozen dataclass, or a state is not a tensor of an allowed type.
+        TypeError: If it is no frozen dataclass with immutable fields, or a state is not a tensor of an allowed type.
     """
+    if not isinstance(accumulator, Accumulator):
+        hint = f": write {accumulator.__name__}()" if isinstance(accumulator, type) else ""
+        raise TypeError(f"Expected argument `needs` to hold accumulators, but got {accumulator!r}{hint}.")
     name = type(accumulator).__name__
-    parameters = getattr(accumulator, "__dataclass_params__", None)
-    if parameters is None or not parameters.frozen or "__dataclass_params__" not in vars(type(accumulator)):
+    parameters = vars(type(accumulator)).get("__dataclass_params__")
+    if parameters is None or not parameters.frozen:
         raise TypeError(
             f"Expected accumulator {name} to be a frozen dataclass: decorate it with @dataclass(frozen=True)."
         )
+    for argument in dataclasses.fields(accumulator):  # type: ignore[arg-type]
+        value = getattr(accumulator, argument.name)
+        if isinstance(value, Tensor | list | dict | set):
+            raise TypeError(
+                f"Expected field {argument.name!r} of accumulator {name} to be immutable, such as a number or a tuple,"
+                f" but got {value!r}."
+            )
     states = accumulator.empty()
     for state, value in states.items():
         check_state(name, state, value)
     return states
 
 
-def check_added(accumulator: Accumulator, states: States) -> None:
-    """Check what an accumulator made of its first rows.
+def check_states(accumulator: Accumulator, states: Any, method: str) -> None:
+    """Check what a method of an accumulator made.
 
     Raises:
-        TypeError: If a state is not a tensor of an allowed type.
+        TypeError: If it is no dict, or a state is not a tensor of an allowed type.
         ValueError: If names or numbers of dimensions are not those of the empty states.
     """
     name, empty = type(accumulator).__name__, accumulator.empty()
-    if {*states} - {N_SAMPLES} != {*empty}:
-        raise ValueError(f"Expected {name}.add to return the states {sorted(empty)}, but got {sorted(states)}.")
+    if not isinstance(states, dict):
+        raise TypeError(f"Expected {name}.{method} to return a dict of states, but got {states!r}.")
+    if missing := empty.keys() - states.keys():
+        raise ValueError(
+            f"Expected {name}.{method} to return the states {[*empty]}, but {sorted(missing)} are missing."
+        )
     for state, value in empty.items():
         check_state(name, state, states[state])
         if states[state].ndim != value.ndim:

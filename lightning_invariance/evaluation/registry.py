@@ -18,7 +18,7 @@ from lightning_invariance.accumulators.base import (
     Context,
     Rows,
     States,
-    check_added,
+    check_states,
     merged,
     started,
 )
@@ -169,7 +169,7 @@ class Registry:
             rows = Rows(st, block.indices, block.labels, tally.n_samples, last, memo, self._memo)
             tally.accumulator.add_(tally.states, rows)
             if not tally.n_samples:
-                check_added(tally.accumulator, tally.states)
+                check_states(tally.accumulator, tally.states, "add")
             if last:
                 tally.n_samples += len(st)
 
@@ -207,11 +207,11 @@ class Registry:
                 layer.metrics[measure] = metric.to(device)
         return layer
 
-    def sums(self, layer: Layer, measure: str) -> Sums:
-        """The states that a measure needs of a layer."""
+    def sums(self, layer: Layer, measure: str, second_pass: bool = True) -> Sums:
+        """The states that a measure needs of a layer, with or without those of a second pass."""
         states: States = {}
         n_samples = 0
-        for accumulator in (*self._needs[measure], *self._needs_again[measure]):
+        for accumulator in (*self._needs[measure], *(self._needs_again[measure] if second_pass else ())):
             tally = layer.tally_of(accumulator)
             if tally is not None:  # a second pass is not always needed
                 states.update(tally.states)
@@ -243,12 +243,23 @@ class Registry:
             measure = self.measures[key]
             if not accumulators or not self.applies(key, name, layer.shape) or not names_accumulators(measure):
                 continue
-            sums = self.sums(layer, key)
+            sums = self.sums(layer, key, second_pass=False)
             if sums.n_samples and measure.needs_second_pass(sums):
-                begun = measure.second_pass(sums)
-                for accumulator in distinct(accumulators):
-                    if layer.tally_of(accumulator) is None:
-                        layer.second.append(Tally(accumulator, {**started(accumulator, device), **begun}))
+                self._begin(layer, accumulators, measure.second_pass(sums), device)
+
+    def _begin(self, layer: Layer, accumulators: Sequence[Accumulator], begun: States, device: torch.device) -> None:
+        """Begin a second pass with some states."""
+        for accumulator in accumulators:
+            check_states(accumulator, {**accumulator.empty(), **begun}, "second_pass")
+            own = {name: begun[name] for name in accumulator.empty() if name in begun}
+            known = layer.tally_of(accumulator)
+            if known is None:
+                layer.second.append(Tally(accumulator, {**started(accumulator, device), **own}))
+            elif not all(torch.allclose(v, known.states[name], 0, 0, equal_nan=True) for name, v in own.items()):
+                raise ValueError(
+                    f"Expected second passes of equal accumulators to begin with equal states, but those of"
+                    f" {accumulator!r} differ: give it a field for each argument that `second_pass` uses."
+                )
 
     def _add_unseen(self, told: Sequence[tuple[dict[str, tuple[int, ...]], int, Any]], device: torch.device) -> None:
         """Make the layers that only other processes have seen, in one order everywhere."""

@@ -17,9 +17,10 @@ from lightning_invariance.accumulators.base import (
     Context,
     Rows,
     States,
-    check_added,
     check_declaration,
+    check_states,
     configuration_of,
+    merged,
     states_of,
 )
 from lightning_invariance.distributed import merge_over_ranks
@@ -60,18 +61,20 @@ class AccumulatingMetric(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.needs = self.needs if needs is None else tuple(needs)
-        self.needs_again = self.needs_again if needs_again is None else tuple(needs_again)
+        self.needs = as_tuple(self.needs if needs is None else needs)
+        self.needs_again = as_tuple(self.needs_again if needs_again is None else needs_again)
+        if not self.needs:
+            raise ValueError(f"Expected {type(self).__name__} to name accumulators in `needs`, but it names none.")
         none = torch.zeros(0, dtype=torch.long)
         states = {N_SAMPLES: torch.tensor(0), "columns": torch.tensor(0)}
         states |= {"activation_shape": none, "configuration": none}
         on_cpu = [*states]
         for accumulator in (*self.needs, *self.needs_again):
             declared = check_declaration(accumulator)
-            if twice := states.keys() & declared.keys():
+            if taken := [name for name in declared if name in states or hasattr(self, name)]:
                 raise ValueError(
-                    f"Expected accumulators whose states have different names, but {sorted(twice)} of"
-                    f" {type(accumulator).__name__} are taken."
+                    f"Expected states whose names differ from those of other states and of a metric's attributes, but"
+                    f" {taken} of {type(accumulator).__name__} are taken."
                 )
             states.update(declared)
             on_cpu += accumulator.cpu_states
@@ -147,18 +150,16 @@ class AccumulatingMetric(Metric):
         n, m, *shape = values.shape
         if n == 0 or m == 0:
             return
-        first = self.n_transformations == 0
         self._check_shape(m, shape)
         rows = Rows(values, None if indices is None else indices.cpu(), labels, before=int(self.n_samples))
         with torch.no_grad():
             for accumulator in self.needs_again if self.in_second_pass else self.needs:
-                states = states_of(accumulator, self.states())
+                states = {name: getattr(self, name) for name in accumulator.empty()}
                 if in_place:
                     accumulator.add_(states, rows)
                 else:
                     states = accumulator.add(states, rows)
-                if first:
-                    check_added(accumulator, states)
+                check_states(accumulator, states, "add")
                 for name in accumulator.empty():
                     setattr(self, name, states[name])
         self.n_samples = self.n_samples + n
@@ -209,8 +210,7 @@ class AccumulatingMetric(Metric):
             )
         result = {name: a[name] for name in self._defaults}
         for accumulator in self.needs_again if self.in_second_pass else self.needs:
-            result.update(accumulator.merge(states_of(accumulator, a), states_of(accumulator, b)))
-        result[N_SAMPLES] = a[N_SAMPLES] + b[N_SAMPLES]
+            result.update(merged(accumulator, states_of(accumulator, a), states_of(accumulator, b)))
         return result
 
     def _sync_dist(
@@ -242,3 +242,8 @@ def checked_block(st_block: Any) -> Tensor:
         )
     values = st_block.detach()
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
+def as_tuple(accumulators: Accumulator | Sequence[Accumulator]) -> tuple[Accumulator, ...]:
+    """Accumulators, or a single one."""
+    return (accumulators,) if isinstance(accumulators, Accumulator) else tuple(accumulators)

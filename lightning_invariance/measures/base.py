@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, TypeGuard
@@ -13,7 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.prints import rank_zero_warn
 
-from lightning_invariance.accumulators.base import States
+from lightning_invariance.accumulators.base import States, check_states
 from lightning_invariance.maps import aggregate_maps
 from lightning_invariance.measures.accumulating import AccumulatingMetric
 from lightning_invariance.measures.sums import Sums, dead_of
@@ -74,7 +75,8 @@ class Measure(AccumulatingMetric):
         """What the measure is for every activation, given the states of ``needs`` (and of ``needs_again``) by name.
 
         Returns:
-            ``(activations,)``, or another tensor with as many values as :meth:`value_shape` says.
+            ``(activations,)``, or another tensor with as many values as :meth:`value_shape` says; of any type, it
+            becomes float64.
         """
 
     def value_shape(self, sums: Sums) -> tuple[int, ...]:
@@ -82,16 +84,19 @@ class Measure(AccumulatingMetric):
         return sums.activation_shape
 
     def needs_second_pass(self, sums: Sums) -> bool:
-        """Whether :meth:`value` cannot be computed from the sums of the first pass; asked where there is a second."""
-        return True
+        """Whether :meth:`value` needs more than the sums of the first pass; by default where there is a second."""
+        return bool(self.needs_again)
 
     def second_pass(self, sums: Sums) -> States:
-        """The states of ``needs_again`` with which a second pass begins, not all of them empty.
+        """The states of ``needs_again`` with which a second pass begins, such as thresholds, and counts of 0.
 
-        They must follow from the sums and from the attributes of the accumulators in ``needs_again``, since equal
-        accumulators share them.
+        At least one must not be empty. They must follow from the sums and from the fields of the accumulators in
+        ``needs_again``, since equal accumulators share them. ``rows.before`` begins at 0 again.
         """
-        raise TypeError(f"Expected a measure with a second pass, but {type(self).__name__} has one pass.")
+        name = type(self).__name__
+        if self.needs_again:
+            raise TypeError(f"Expected {name}, which names accumulators in `needs_again`, to override `second_pass`.")
+        raise TypeError(f"Expected a measure with a second pass, but {name} has one pass.")
 
     def response_of(self, sums: Sums) -> Tensor | None:
         """The part of each transformation in the value of the layer, ``(m,)``; None where it is not measured."""
@@ -102,7 +107,15 @@ class Measure(AccumulatingMetric):
         shape = self.value_shape(sums)
         n, m = sums.n_samples, sums.n_transformations
         if n >= self.least_samples and m >= self.least_transformations:
-            return self.value(sums).reshape(shape)
+            value = self.value(sums)
+            if not isinstance(value, Tensor) or value.numel() != math.prod(shape):
+                got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                raise ValueError(
+                    f"Expected {type(self).__name__}.value to return a tensor of {math.prod(shape)} values, for the"
+                    f" shape {shape}, but got {got}."
+                )
+            value = value.reshape(shape)
+            return value if value.device.type == "mps" else value.double()  # MPS has no float64
         rank_zero_warn(
             f"{type(self).__name__} needs at least {self.least_samples} samples and {self.least_transformations}"
             f" transformations, but got {n} and {m}: the value is NaN.",
@@ -149,9 +162,17 @@ class Measure(AccumulatingMetric):
         Raises:
             TypeError: If the measure has one pass.
         """
-        for name, state in self.second_pass(self.sums()).items():
-            setattr(self, name, state)
+        begun = self.second_pass(self.sums())
+        for accumulator in self.needs_again:
+            own = {**accumulator.empty(), **begun}
+            check_states(accumulator, own, "second_pass")
+            for name in accumulator.empty():
+                setattr(self, name, own[name])
         self.n_samples = torch.zeros_like(self.n_samples)
+
+    def extra_repr(self) -> str:
+        """The accumulators."""
+        return ", ".join(map(repr, (*self.needs, *self.needs_again)))
 
     def applies_to(self, activation_shape: Sequence[int]) -> bool:
         """Whether the measure is defined for activations of this shape; an evaluation leaves out the other layers."""

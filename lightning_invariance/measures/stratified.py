@@ -31,7 +31,7 @@ class Stratified(Measure):
     - ``stratified`` (:class:`~torch.Tensor`): float64 tensor of the shape of the measure: the mean of the classes for
       which the measure is defined. :meth:`per_class` gives the single values.
 
-    A class with too few samples for the measure is NaN, left out of the mean, and named in a warning.
+    A class with fewer than two samples is NaN, left out of the mean, and named in a warning.
 
     Args:
         measure: of this package, with one pass, such as ``NormalizedVariance()``. It is copied.
@@ -56,7 +56,7 @@ class Stratified(Measure):
         tensor(0.1000, dtype=torch.float64)
     """
 
-    least_transformations = 1
+    least_samples, least_transformations = 2, 1
 
     _measure: tuple[Measure]
 
