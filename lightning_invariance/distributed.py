@@ -58,9 +58,8 @@ def merge_over_ranks(
     """Merge the dicts of tensors of all processes; they correspond by position.
 
     All of them travel as one flat message along the chain of ranks, each of which merges its own, and the result
-    travels
-    back: a process sends its tensors twice at most and holds one other set, however many there are, and all of them end
-    with the same bits.
+    travels back: a process sends its tensors twice at most and holds one other set, however many there are, and all of
+    them end with the same bits.
 
     Args:
         own: the same names on every process, in the same order, each with the same number of dimensions everywhere.

@@ -170,8 +170,8 @@ class Catcher:
         self._consumer = consumer
         self._calls: dict[str, int] = {}
 
-    def start_pass(self) -> None:
-        """Forget how often each module ran: a new forward pass begins."""
+    def start_forward(self) -> None:
+        """A forward pass begins: forget how often each module ran."""
         self._calls = {}
 
     def hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:

@@ -45,9 +45,8 @@ def scaled_changes(rows: Rows, reference: int | None) -> Tensor:
     r"""What each transformation contributes to the transformation variance, summed over rows: ``(m, channels)``.
 
     With a reference column r, :math:`\frac{1}{2} \sum (x_{ij} - x_{ir})^2`, the variance of the pair of columns.
-    Without,
-    :math:`\frac{m}{m - 1} \sum (x_{ij} - \bar x_{i \cdot})^2`, whose mean over j is the variance. Sums over the
-    positions of each feature map.
+    Without, :math:`\frac{m}{m - 1} \sum (x_{ij} - \bar x_{i \cdot})^2`, whose mean over j is the variance. Sums over
+    the positions of each feature map.
     """
     m, channels = rows.values.shape[1], math.prod(rows.values.shape[2:3])
     changes = channel_changes(rows.flat, channels, reference)

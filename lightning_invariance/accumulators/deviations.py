@@ -48,10 +48,9 @@ class Deviations(Accumulator):
     - ``centres`` ``(k,)`` and ``offsets`` ``(k / width, m, width)``: the column means, :math:`\mu_j = c + o_j`; see
       :func:`means_of`. In float32 where that suffices, which halves the memory.
 
-    With ``squared=False``, ``row_spread`` is the sum of the rows' standard deviations, and ``column_spread`` ``(m,
-    k)`` is kept for each column. With ``response``, ``changes`` ``(m, channels)`` tells what each transformation
-    changes; see
-    :func:`~lightning_invariance.accumulators.changes.scaled_changes`.
+    With ``squared=False``, ``row_spread`` is the sum of the rows' standard deviations, and ``column_spread`` ``(m, k)``
+    is kept for each column. With ``response``, ``changes`` ``(m, channels)`` tells what each transformation changes;
+    see :func:`~lightning_invariance.accumulators.changes.scaled_changes`.
 
     Attributes:
         squared: whether variances or standard deviations are averaged.

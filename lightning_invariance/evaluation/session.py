@@ -109,7 +109,7 @@ class Session:
                             if waiting and registry.n_samples >= waiting[0] and at_milestone is not None:
                                 waiting = [n for n in waiting if n > registry.n_samples]
                                 at_milestone(registry)
-                            catcher.start_pass()
+                            catcher.start_forward()
                             registry.start_block(block)
                             if entrance is None:
                                 registry.start_input(block.inputs)
@@ -134,7 +134,7 @@ class Session:
         try:
             caught = catch_activations(self.selection, measured)
             with isolated_random_state(self.options.seed), self._prepared(None), caught as catcher:
-                catcher.start_pass()
+                catcher.start_forward()
                 for block in loader:
                     self._call(block.inputs[0, :1])
                     break

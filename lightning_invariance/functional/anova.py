@@ -50,8 +50,7 @@ def p_value(f: float, d1: int, d2: int) -> float:
     r"""The probability that an F statistic with d1 and d2 degrees of freedom exceeds ``f``, by numerical integration.
 
     With :math:`x = d_2 / (d_2 + d_1 f)` it is :math:`\frac{1}{B} \int_0^x t^{d_2/2 - 1} (1 - t)^{d_1/2 - 1} dt`, and
-    with
-    :math:`t = \sin^2 \theta` the integrand is smooth: :math:`2 \sin^{d_2 - 1} \theta \cos^{d_1 - 1} \theta`.
+    with :math:`t = \sin^2 \theta` the integrand is smooth: :math:`2 \sin^{d_2 - 1} \theta \cos^{d_1 - 1} \theta`.
     """
     if math.isnan(f) or math.isinf(f):
         return math.nan if math.isnan(f) else 0.0

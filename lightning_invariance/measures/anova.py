@@ -27,11 +27,6 @@ class Anova(Measure):
     unit that varies with the transformation, but for each sample in another way, is not rejected; with many samples the
     smallest difference of means is.
 
-    As input to ``forward`` and ``update`` the metric accepts
-
-    - ``st_block`` (:class:`~torch.Tensor`): complete rows of the ST matrix of every activation of a layer,
-      floating point, ``(samples, transformations, *activation_shape)``.
-
     As output of ``forward`` and ``compute`` the metric returns
 
     - ``anova`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``. NaN, with a warning, for fewer than
@@ -47,11 +42,6 @@ class Anova(Measure):
             ``"holm"``, ``"fdr_bh"``, or None.
         paired: the repeated-measures F, for which the same sample under every transformation is one subject. The
             paper's test is one-way, as if each transformation had samples of its own; it rejects less.
-        kwargs: additional arguments of ``torchmetrics.Metric``.
-
-    Raises:
-        ValueError: If an argument is out of its range, or blocks do not fit together.
-        TypeError: If a block is not of a real floating-point type.
 
     Example:
         >>> import torch

@@ -35,8 +35,11 @@ def quotient(transformation: Tensor, sample: Tensor) -> Tensor:
 class Measure(AccumulatingMetric):
     """Base of all measures: a ``torchmetrics.Metric`` of ST blocks whose states merge exactly.
 
-    An ST block is a tensor ``(samples, transformations, *activation_shape)``: complete rows of the ST matrix of every
-    activation of one layer.
+    As input to ``forward`` and ``update`` every measure accepts ``st_block``, a floating-point tensor ``(samples,
+    transformations, *activation_shape)``: complete rows of the ST matrix of every activation of one layer; and, as far
+    as it uses them, ``indices`` and ``labels`` of the samples. Blocks that do not fit together are a ``ValueError``,
+    others than real floating-point tensors a ``TypeError``. As output of ``forward`` and ``compute`` it returns
+    float64. All take the arguments of ``torchmetrics.Metric``; an argument out of its range is a ``ValueError``.
 
     To make a measure of your own, name the accumulators in ``needs`` and override :meth:`value`. The sums, their
     merging over batches and processes, and everything else that a ``Metric`` does follow from the accumulators. A

@@ -69,11 +69,6 @@ class TransformationDistance(MeasureOfDistances):
     It lies in ``[0, inf)``, in units of the activation for ``"abs"``. Lower is more invariant; 0 is invariant. Unlike a
     variance it does not suppose one mode. It is exact.
 
-    As input to ``forward`` and ``update`` the metric accepts
-
-    - ``st_block`` (:class:`~torch.Tensor`): complete rows of the ST matrix of every activation of a layer,
-      floating point, ``(samples, transformations, *activation_shape)``.
-
     As output of ``forward`` and ``compute`` the metric returns
 
     - ``td`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``, or ``(channels,)`` for
@@ -88,11 +83,6 @@ class TransformationDistance(MeasureOfDistances):
         samples: not used here; the same argument as of :class:`SampleDistance`.
         aggregate: ``"mean"``, ``"max"`` or ``"sum"`` over the feature map gives one value for each channel, before any
             quotient.
-        kwargs: additional arguments of ``torchmetrics.Metric``.
-
-    Raises:
-        ValueError: If an argument is out of its range, or blocks do not fit together.
-        TypeError: If a block is not of a real floating-point type.
 
     Example:
         >>> import torch
@@ -128,12 +118,6 @@ class SampleDistance(MeasureOfDistances):
     It lies in ``[0, inf)``, in units of the activation for ``"abs"``. It says nothing of invariance by itself: it is
     the scale that :class:`NormalizedDistance` divides by.
 
-    As input to ``forward`` and ``update`` the metric accepts
-
-    - ``st_block`` (:class:`~torch.Tensor`): complete rows of the ST matrix of every activation of a layer,
-      floating point, ``(samples, transformations, *activation_shape)``.
-    - ``indices`` (:class:`~torch.Tensor`, optional): whole numbers that name the samples, ``(samples,)``.
-
     As output of ``forward`` and ``compute`` the metric returns
 
     - ``sd`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``, or ``(channels,)`` for
@@ -145,11 +129,6 @@ class SampleDistance(MeasureOfDistances):
         samples: how many samples each transformation keeps, s.
         aggregate: ``"mean"``, ``"max"`` or ``"sum"`` over the feature map gives one value for each channel, before any
             quotient.
-        kwargs: additional arguments of ``torchmetrics.Metric``.
-
-    Raises:
-        ValueError: If an argument is out of its range, or blocks do not fit together.
-        TypeError: If a block is not of a real floating-point type.
 
     Example:
         >>> import torch
@@ -180,12 +159,6 @@ class NormalizedDistance(MeasureOfDistances):
     It lies in ``[0, inf]`` and has no unit. Lower is more invariant: 0 is invariant; around 1 transformations matter as
     much as samples do. SD is estimated from ``samples`` samples, see :class:`SampleDistance`; TD is exact.
 
-    As input to ``forward`` and ``update`` the metric accepts
-
-    - ``st_block`` (:class:`~torch.Tensor`): complete rows of the ST matrix of every activation of a layer,
-      floating point, ``(samples, transformations, *activation_shape)``.
-    - ``indices`` (:class:`~torch.Tensor`, optional): whole numbers that name the samples, ``(samples,)``.
-
     As output of ``forward`` and ``compute`` the metric returns
 
     - ``nd`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``, or ``(channels,)`` for
@@ -197,11 +170,6 @@ class NormalizedDistance(MeasureOfDistances):
         samples: how many samples each transformation keeps, s.
         aggregate: ``"mean"``, ``"max"`` or ``"sum"`` over the feature map gives one value for each channel, before any
             quotient.
-        kwargs: additional arguments of ``torchmetrics.Metric``.
-
-    Raises:
-        ValueError: If an argument is out of its range, or blocks do not fit together.
-        TypeError: If a block is not of a real floating-point type.
 
     Example:
         >>> import torch

@@ -36,11 +36,6 @@ class Goodfellow(Measure):
     :func:`~lightning_invariance.evaluate` makes. By hand, where :attr:`complete` is false after all blocks, call
     :meth:`end_pass` and update with all of them again.
 
-    As input to ``forward`` and ``update`` the metric accepts
-
-    - ``st_block`` (:class:`~torch.Tensor`): complete rows of the ST matrix of every activation of a layer,
-      floating point, ``(samples, transformations, *activation_shape)``.
-
     As output of ``forward`` and ``compute`` the metric returns
 
     - ``goodfellow`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``.
@@ -53,7 +48,6 @@ class Goodfellow(Measure):
         direction: ``"higher_is_invariant"`` (S) or ``"lower_is_invariant"`` (1 / S).
         capacity: how many samples' highest values, and for ``threshold="quantile"`` how many of the highest values of
             all, are kept of each activation; the latter takes more than alpha·n·m.
-        kwargs: additional arguments of ``torchmetrics.Metric``.
 
     Raises:
         ValueError: If an argument is out of its range, blocks do not fit together, or (after the first pass) no value

@@ -86,8 +86,9 @@ def back_mapping(
 class VarianceSameEquivariance(SameEquivariance):
     r"""Variance-based same-equivariance: do feature maps move as the input does? (paper, section 2.6).
 
-    Each column of feature maps is mapped back by the inverse of its transformation, at the map's own resolution, and
-    the transformation variance of the result is taken:
+    Blocks are of feature maps, ``(samples, transformations, channels, height, width)``. Each column is mapped back by
+    the inverse of its transformation, at the map's own resolution, and the transformation variance of the result is
+    taken:
 
     .. math::
         \mathbf{ST}'[i, j] = t_j^{-1}(A(t_j(x_i))), \qquad
@@ -96,11 +97,6 @@ class VarianceSameEquivariance(SameEquivariance):
     It lies in ``[0, inf)``, for unit vectors and ``over="channel"`` in ``[0, m / (m - 1)]``. Lower is more
     same-equivariant; 0 is same-equivariant. Even the identity network is above 0 where the inverse interpolates or
     pixels leave the frame: ``result.floor`` tells how much, and ``mask`` leaves those pixels out.
-
-    As input to ``forward`` and ``update`` the metric accepts
-
-    - ``st_block`` (:class:`~torch.Tensor`): complete rows of the ST matrix of the feature maps of a layer, floating
-      point, ``(samples, transformations, channels, height, width)``.
 
     As output of ``forward`` and ``compute`` the metric returns
 
@@ -116,7 +112,6 @@ class VarianceSameEquivariance(SameEquivariance):
             leaves out pixels fewer than so many pixels of the map away, for what a layer sees around a pixel.
         normalized_by: ``"samples"`` divides by the sample variance of ST'; 0/0 is 1, x/0 is inf.
         input_size: height and width of the network's input, where the maps are of another size.
-        kwargs: additional arguments of ``torchmetrics.Metric``.
 
     Raises:
         ValueError: If an argument is out of its range, the transformations have no inverses, or blocks do not fit.
@@ -175,8 +170,9 @@ class VarianceSameEquivariance(SameEquivariance):
 class DistanceSameEquivariance(SameEquivariance):
     r"""Distance-based same-equivariance: do feature maps move as the input does? (paper, section 2.6, eq. 8).
 
-    Each column of feature maps is mapped back by the inverse of its transformation, at the map's own resolution, and
-    the transformation distance of the result is taken:
+    Blocks are of feature maps, ``(samples, transformations, channels, height, width)``. Each column is mapped back by
+    the inverse of its transformation, at the map's own resolution, and the transformation distance of the result is
+    taken:
 
     .. math::
         \mathbf{ST}'[i, j] = t_j^{-1}(A(t_j(x_i))), \qquad
@@ -185,12 +181,6 @@ class DistanceSameEquivariance(SameEquivariance):
     It lies in ``[0, inf)``, for unit vectors and the euclidean distance in ``[0, 2]``. Lower is more same-equivariant;
     0 is same-equivariant. Even the identity network is above 0 where the inverse interpolates or pixels leave the
     frame: ``result.floor`` tells how much, and ``mask`` leaves those pixels out.
-
-    As input to ``forward`` and ``update`` the metric accepts
-
-    - ``st_block`` (:class:`~torch.Tensor`): complete rows of the ST matrix of the feature maps of a layer, floating
-      point, ``(samples, transformations, channels, height, width)``.
-    - ``indices`` (:class:`~torch.Tensor`, optional): whole numbers that name the samples, ``(samples,)``.
 
     As output of ``forward`` and ``compute`` the metric returns
 
@@ -210,7 +200,6 @@ class DistanceSameEquivariance(SameEquivariance):
         formulation: ``"direct"`` is the paper's first formulation, the mean of ‖A(t(x)) − t(A(x))‖ over samples and
             transformations, of which one must be the identity. By default ``"pairs"``, eq. 8, which also sees how
             different transformations differ from each other.
-        kwargs: additional arguments of ``torchmetrics.Metric``.
 
     Raises:
         ValueError: If an argument is out of its range, the transformations have no inverses, or blocks do not fit.

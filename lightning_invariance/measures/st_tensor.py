@@ -16,16 +16,8 @@ class STTensor(Measure):
     is the ST tensor of a layer, which the functions of ``lightning_invariance.functional`` take. Its memory grows with
     every sample.
 
-    As input to ``forward`` and ``update`` the metric accepts
-
-    - ``st_block`` (:class:`~torch.Tensor`): complete rows of the ST matrix of every activation of a layer,
-      ``(samples, transformations, *activation_shape)``.
-
     As output of ``forward`` and ``compute`` the metric returns all of them: ``(samples, transformations,
     *activation_shape)``, samples in the order of their ``indices`` where these are given.
-
-    Args:
-        kwargs: additional arguments of ``torchmetrics.Metric``.
 
     Example:
         >>> import torch

@@ -20,12 +20,6 @@ class Stratified(Measure):
     The stratified measure of the paper (section 3), for all classes in one pass, by the labels that come with the
     samples.
 
-    As input to ``forward`` and ``update`` the metric accepts
-
-    - ``st_block`` (:class:`~torch.Tensor`): complete rows of the ST matrix of every activation of a layer,
-      floating point, ``(samples, transformations, *activation_shape)``.
-    - ``labels`` (:class:`~torch.Tensor`): the class of each sample, integers in ``[0, num_classes)``, ``(samples,)``.
-
     As output of ``forward`` and ``compute`` the metric returns
 
     - ``stratified`` (:class:`~torch.Tensor`): float64 tensor of the shape of the measure: the mean of the classes for
@@ -37,7 +31,6 @@ class Stratified(Measure):
         measure: of this package, with one pass, such as ``NormalizedVariance()``. It is copied.
         num_classes: how many classes there are.
         weighted: weigh each class by its number of samples; by default all classes count the same.
-        kwargs: additional arguments of ``torchmetrics.Metric``.
 
     Raises:
         TypeError: If ``measure`` is no :class:`Measure`, or labels are not integers.

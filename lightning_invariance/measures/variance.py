@@ -84,11 +84,6 @@ class TransformationVariance(MeasureOfVariances):
     squared. Lower is more invariant; 0 is invariant. Activations of different layers have different units: compare
     them with :class:`NormalizedVariance`.
 
-    As input to ``forward`` and ``update`` the metric accepts
-
-    - ``st_block`` (:class:`~torch.Tensor`): complete rows of the ST matrix of every activation of a layer,
-      floating point, ``(samples, transformations, *activation_shape)``.
-
     As output of ``forward`` and ``compute`` the metric returns
 
     - ``tv`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``, or ``(channels,)`` with ``aggregate``.
@@ -98,11 +93,6 @@ class TransformationVariance(MeasureOfVariances):
         squared: if false, the mean of the standard deviations instead of the variances, in units of the activation.
         aggregate: ``"mean"``, ``"max"`` or ``"sum"`` over the feature map gives one value for each channel.
         response: also find which transformations change the layer; see :meth:`response`.
-        kwargs: additional arguments of ``torchmetrics.Metric``.
-
-    Raises:
-        ValueError: If an argument is out of its range, or blocks do not fit together.
-        TypeError: If a block is not of a real floating-point type.
 
     Example:
         >>> import torch
@@ -141,11 +131,6 @@ class SampleVariance(MeasureOfVariances):
     where Var is the sample variance, with n − 1 in the denominator. It lies in ``[0, inf)``, in units of the activation
     squared. It says nothing of invariance by itself: it is the scale that :class:`NormalizedVariance` divides by.
 
-    As input to ``forward`` and ``update`` the metric accepts
-
-    - ``st_block`` (:class:`~torch.Tensor`): complete rows of the ST matrix of every activation of a layer,
-      floating point, ``(samples, transformations, *activation_shape)``.
-
     As output of ``forward`` and ``compute`` the metric returns
 
     - ``sv`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``, or ``(channels,)`` with ``aggregate``.
@@ -154,11 +139,6 @@ class SampleVariance(MeasureOfVariances):
     Args:
         squared: if false, the mean of the standard deviations instead of the variances, in units of the activation.
         aggregate: ``"mean"``, ``"max"`` or ``"sum"`` over the feature map gives one value for each channel.
-        kwargs: additional arguments of ``torchmetrics.Metric``.
-
-    Raises:
-        ValueError: If an argument is out of its range, or blocks do not fit together.
-        TypeError: If a block is not of a real floating-point type.
 
     Example:
         >>> import torch
@@ -190,11 +170,6 @@ class NormalizedVariance(MeasureOfVariances):
     the activation less than samples do; 1 also marks dead activations, which never change; infinite are those that
     change with the transformation alone.
 
-    As input to ``forward`` and ``update`` the metric accepts
-
-    - ``st_block`` (:class:`~torch.Tensor`): complete rows of the ST matrix of every activation of a layer,
-      floating point, ``(samples, transformations, *activation_shape)``.
-
     As output of ``forward`` and ``compute`` the metric returns
 
     - ``nv`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``, or ``(channels,)`` with ``aggregate``.
@@ -205,11 +180,6 @@ class NormalizedVariance(MeasureOfVariances):
         aggregate: ``"mean"``, ``"max"`` or ``"sum"`` over the feature map, of both variances before the quotient, gives
             one value for each channel. The paper takes the quotient of every activation first, as the default does.
         response: also find which transformations change the layer; see :meth:`response`.
-        kwargs: additional arguments of ``torchmetrics.Metric``.
-
-    Raises:
-        ValueError: If an argument is out of its range, or blocks do not fit together.
-        TypeError: If a block is not of a real floating-point type.
 
     Example:
         >>> import torch

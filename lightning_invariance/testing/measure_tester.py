@@ -1,26 +1,9 @@
-"""What holds a measure to its promise: checks to run on measures of your own.
-
-```python
-from lightning_invariance.testing import MeasureTester
-
-class TestNormalizedRange(MeasureTester):
-    def make(self):
-        return NormalizedRange()
-
-    def definition(self, st):  # the value of a whole ST tensor, in float64
-        ...
-```
-
-pytest runs all checks of such a class; they are plain methods, and need no pytest.
-"""
+"""The checks of one measure."""
 
 from __future__ import annotations
 
-import itertools
 import pickle
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -30,25 +13,29 @@ from torch.nn import Identity
 from torch.utils.data import TensorDataset
 from torchmetrics import MetricCollection
 
-from lightning_invariance.accumulators import States
-from lightning_invariance.distributed import pack, unpack
 from lightning_invariance.evaluate import evaluate
 from lightning_invariance.measures import Measure, NormalizedVariance
+from lightning_invariance.testing.feeding import (
+    ALL,
+    LABELS,
+    SAMPLES,
+    assert_close,
+    assert_nan_with_warning,
+    assert_raises,
+    exchange,
+    feed,
+    parts,
+    update,
+)
 from lightning_invariance.transforms import TransformationSet
-
-#: Number of samples of the cube, and their classes.
-SAMPLES = 13
-LABELS = torch.arange(SAMPLES) % 3
-
-ALL = slice(0, SAMPLES)
 
 
 class MeasureTester(ABC):
     """Checks of one measure: any split, merge and order of the samples gives the definition, on any device and type.
 
     The list is that of ``MetricTester`` in torchmetrics' own tests, without scripting, and with what an evaluation
-    relies
-    on: merging, parts that are empty or uneven, processes, the order of samples, shared updates, moves, inference mode.
+    relies on: merging, parts that are empty or uneven, processes, the order of samples, shared updates, moves,
+    inference mode.
 
     A subclass overrides :meth:`make` and :meth:`definition`.
     """
@@ -254,77 +241,3 @@ def _column(x: Tensor, j: int) -> Tensor:
 
 def _same(x: Tensor) -> Tensor:
     return x
-
-
-def update(metric: Measure, st: Tensor, rows: slice = ALL) -> None:
-    """Show some rows of an ST tensor to a measure."""
-    metric.update(st[rows], **metric._filter_kwargs(labels=LABELS[rows]))
-
-
-def parts(shares: Sequence[int]) -> list[list[slice]]:
-    """Rows one after the other, so many for each of some processes."""
-    ends = list(itertools.accumulate(shares))
-    return [[slice(end - share, end)] if share else [] for share, end in zip(shares, ends, strict=True)]
-
-
-def merge(metrics: Sequence[Measure]) -> None:
-    """Give every measure the states of all."""
-    copies = [metric.clone() for metric in metrics]
-    for i, metric in enumerate(metrics):
-        for copy in copies[:i] + copies[i + 1 :]:
-            metric.merge_state(copy)
-
-
-def exchange(metrics: Sequence[Measure]) -> None:
-    """As :func:`merge`, but by the messages that processes send to each other."""
-    states = metrics[0].states()
-    for metric in metrics[1:]:
-        states = metric.merged_states(_sent(states, metric.states()), metric.states())
-    for metric in metrics:
-        metric.set_states(_sent(states, metric.states()))
-        metric._update_count = max(1, metric._update_count)  # else compute would warn of a missing update
-
-
-def _sent(states: States, like: States) -> States:
-    """What a process with states ``like`` receives."""
-    header, message = pack([states], torch.device("cpu"))
-    return unpack([like], header, lambda length: message[:length])[0]
-
-
-def feed(metrics: Sequence[Measure], st: Tensor, shares: Sequence[Sequence[slice]], join: Any = merge) -> Tensor:
-    """Show each measure its share of the rows as often as needed, and compute the first after they are joined."""
-    while True:
-        for metric, share in zip(metrics, shares, strict=True):
-            for rows in share:
-                update(metric, st, rows)
-        if len(metrics) > 1:
-            join(metrics)
-        if metrics[0].complete:
-            value: Tensor = metrics[0].compute()
-            return value
-        for metric in metrics:
-            metric.end_pass()
-
-
-def assert_close(value: Tensor, expected: Tensor, rtol: float = 1e-9, atol: float = 1e-12) -> None:
-    """Equal within tolerances; NaN equal each other."""
-    torch.testing.assert_close(value, expected, rtol=rtol, atol=atol, equal_nan=True)
-
-
-def assert_raises(error: type[Exception], call: Any, words: str = "") -> None:
-    """The call raises an error whose message holds some words."""
-    try:
-        call()
-    except error as raised:
-        assert words in str(raised), f"Expected {words!r} in the message, but got: {raised}"
-        return
-    raise AssertionError(f"Expected {error.__name__}, but nothing was raised.")
-
-
-def assert_nan_with_warning(call: Any) -> None:
-    """The call returns NaN and warns of it."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        value = call()
-    assert value.isnan().all(), f"Expected NaN, but got {value}."
-    assert any("NaN" in str(warning.message) for warning in caught), "Expected a warning that the value is NaN."
