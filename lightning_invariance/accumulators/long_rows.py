@@ -13,8 +13,9 @@ from lightning_invariance.accumulators.base import Accumulator, Rows, States
 class LongRows(Accumulator):
     """The variances within rows longer than a batch, in constant memory: four numbers for each activation.
 
-    ``row_variances`` ``(k,)``, summed over complete rows. Of rows that are not complete yet ``reference``, ``sums`` and
-    ``squares`` ``(rows, k)``, about the first value of the row, and ``length`` ``()``, the number of columns so far.
+    ``row_variances`` ``(k,)``, summed over complete rows. Of rows that are not complete yet ``row_reference``, the first
+    value, ``row_sums`` and ``row_squares`` about it, each ``(rows, k)``, and ``row_length`` ``()``, the number of columns
+    so far.
 
     Attributes:
         squared: whether variances or standard deviations are summed.
@@ -23,30 +24,30 @@ class LongRows(Accumulator):
     squared: bool = True
 
     takes_parts = True
-    cpu_states = ("length",)
+    cpu_states = ("row_length",)
 
     def empty(self) -> States:
         """The states before the first row."""
         row = torch.zeros(0, 0, dtype=torch.float64)
         return {
             "row_variances": torch.zeros(0, dtype=torch.float64),
-            "reference": row,
-            "sums": row,
-            "squares": row,
-            "length": torch.tensor(0),
+            "row_reference": row,
+            "row_sums": row,
+            "row_squares": row,
+            "row_length": torch.tensor(0),
         }
 
     def add(self, states: States, rows: Rows) -> States:
         """The states after complete rows, or after a part of some rows."""
         x = rows.flat.double()
         states = dict(states)
-        if not int(states["length"]):
-            states["reference"] = x[:, 0].clone()  # a constant row deviates from it by exactly 0
-            states["sums"] = states["squares"] = torch.zeros_like(states["reference"])
-        deviations = x - states["reference"][:, None]
-        states["sums"] = states["sums"] + deviations.sum(1)
-        states["squares"] = states["squares"] + deviations.square().sum(1)
-        states["length"] = states["length"] + x.shape[1]
+        if not int(states["row_length"]):
+            states["row_reference"] = x[:, 0].clone()  # a constant row deviates from it by exactly 0
+            states["row_sums"] = states["row_squares"] = torch.zeros_like(states["row_reference"])
+        deviations = x - states["row_reference"][:, None]
+        states["row_sums"] = states["row_sums"] + deviations.sum(1)
+        states["row_squares"] = states["row_squares"] + deviations.square().sum(1)
+        states["row_length"] = states["row_length"] + x.shape[1]
         return self._completed(states) if rows.last else states
 
     def merge(self, a: States, b: States) -> States:
@@ -54,8 +55,8 @@ class LongRows(Accumulator):
         return {**a, "row_variances": a["row_variances"] + b["row_variances"]}
 
     def _completed(self, states: States) -> States:
-        m = int(states["length"])
-        variances = (states["squares"] - states["sums"].square() / m).clamp_min(0) / (m - 1)
+        m = int(states["row_length"])
+        variances = (states["row_squares"] - states["row_sums"].square() / m).clamp_min(0) / (m - 1)
         total = (variances if self.squared else variances.sqrt()).sum(0)
         before = states["row_variances"]
         return {**self.empty(), "row_variances": before + total if before.numel() else total}
