@@ -15,7 +15,7 @@ from lightning_invariance.evaluation.collect import Convergence, collect
 from lightning_invariance.evaluation.options import Options
 from lightning_invariance.evaluation.session import Session
 from lightning_invariance.evaluation.two_walks import in_two_walks, state_bytes
-from lightning_invariance.layers import Layers, unwrapped
+from lightning_invariance.layers import Layers, summary_of, unwrapped
 from lightning_invariance.loader import STLoader
 from lightning_invariance.measures import NormalizedVariance
 from lightning_invariance.result import InvarianceResult
@@ -23,6 +23,10 @@ from lightning_invariance.transforms import TransformationSet
 
 #: The states of rows longer than a batch may take so many bytes where the user does not say.
 DEFAULT_BUDGET = 2**31
+
+
+#: Frames between a warning and whoever called :func:`evaluate`.
+CALLER = 5
 
 
 def evaluate(
@@ -158,8 +162,9 @@ def _measured(session: Session, transformations: TransformationSet, measures: Ma
             result.convergence = convergence.of(result)
     _check_number(result.n_samples)
     ran = [*result.layers, *(layer for layers in result.skipped.values() for layer in layers)]
-    session.selection.check_fired(ran)
+    session.selection.check_measured(ran, result.left_out)
     if rank_and_world_size()[0] == 0:
+        _warn_of_left_out(result)
         _warn_of_nan(result)
     return result
 
@@ -215,16 +220,38 @@ def _check_number(n_samples: int) -> None:
         raise ValueError(f"Expected at least two samples, but got {n_samples}: a variance needs two.")
 
 
+def _warn_of_left_out(result: InvarianceResult) -> None:
+    if result.left_out:
+        warnings.warn(
+            f"{_layers(len(result.left_out))} left out: {summary_of(result.left_out)}. `result.left_out` says why.",
+            UserWarning,
+            stacklevel=CALLER,
+        )
+    if result.reached:
+        some = [f"{layer} ({n} of {result.n_samples})" for layer, n in result.reached.items()]
+        more = ", …" if len(some) > 6 else ""
+        warnings.warn(
+            f"{_layers(len(some))} reached by some of the samples only: {', '.join(some[:6])}{more}.",
+            UserWarning,
+            stacklevel=CALLER,
+        )
+
+
+def _layers(count: int) -> str:
+    return "1 layer is" if count == 1 else f"{count} layers are"
+
+
 def _warn_of_nan(result: InvarianceResult) -> None:
     found = []
     for measure in result:
         numbers = {layer: int(values.isnan().sum()) for layer, values in result[measure].items()}
-        layers = ", ".join(f"{layer} ({number})" for layer, number in numbers.items() if number)
-        found += [f"{measure} of {layers}"] if layers else []
+        layers = [f"{layer} ({number})" for layer, number in numbers.items() if number]
+        more = f" and {len(layers) - 6} more layers" if len(layers) > 6 else ""
+        found += [f"{measure} of {', '.join(layers[:6])}{more}"] if layers else []
     if found:
         warnings.warn(
             "NaN, and left out of all means, because activations are NaN or infinite or the measure is undefined there:"
             f" {'; '.join(found)}.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=CALLER,
         )

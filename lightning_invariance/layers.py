@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from fnmatch import fnmatchcase
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -21,36 +23,62 @@ Layers: TypeAlias = (
     | None
 )
 
-#: Receives the name of a layer, an output tensor, and the axis of the batch in it (None where the module does not say).
-Consumer: TypeAlias = Callable[[str, Tensor, int | None], None]
+#: Receives the name of a layer and an output tensor.
+Consumer: TypeAlias = Callable[[str, Tensor], None]
+
+NOTHING_RAN = (
+    "The hooks of the selected modules never fired: scripted, traced or exported models have none, and neither has"
+    " `module.forward(x)`, which must be `module(x)`."
+)
 
 
 class Selection:
     """The modules that were selected, and what each part of the request stands for.
 
-    Attributes:
+    Args:
         modules: layer name (renamed where a dict asked for it) → module, in the order of the model.
         requests: what the user wrote → the layer names it selected. Empty where all leaf modules were meant.
+
+    Attributes:
+        modules: see Args.
+        requests: see Args.
+        origins: layer → the selected name it comes from, for the layers that ran; filled while the model runs.
     """
 
     def __init__(self, modules: dict[str, nn.Module], requests: dict[str, list[str]]) -> None:
         self.modules = modules
         self.requests = requests
+        self.origins: dict[str, str] = {}
 
-    def check_fired(self, fired: Iterable[str]) -> None:
-        """Raise if something that was asked for never ran.
+    def check_measured(self, measured: Iterable[str], left_out: Mapping[str, str]) -> None:
+        """Raise if something that was asked for was not measured.
+
+        Args:
+            measured: layers.
+            left_out: layer → why it cannot be measured.
 
         Raises:
-            RuntimeError: Naming the request and the layers that did run.
+            RuntimeError: If nothing was measured; or something that was asked for never ran; or a layer that was asked
+                for by name cannot be measured.
         """
-        ran = list(fired)
-        modules_that_ran = {module_name(layer) for layer in ran}
+        ran = list(measured)
+        origins = {self.origins.get(layer, layer) for layer in (*ran, *left_out)}
         for request, names in self.requests.items():
-            if not modules_that_ran.intersection(names):
+            if not origins.intersection(names):
                 raise RuntimeError(
                     f"Expected layer {request!r} to run in the model's forward pass, but it never did (or returned no"
-                    f" floating-point tensor). The layers that ran are {ran}."
+                    f" floating-point tensor). The layers that ran are {_some([*map(repr, ran)])}."
                 )
+            reasons = [why for layer, why in left_out.items() if self.origins.get(layer, layer) == request]
+            if reasons and not any(self.origins.get(layer, layer) == request for layer in ran):
+                raise RuntimeError(
+                    f"Expected layer {request!r} to have values for every sample, but it is {reasons[0]}."
+                )
+        if not ran:
+            raise RuntimeError(
+                "Expected at least one layer that can be measured, but "
+                + (f"all were left out: {summary_of(left_out)}." if left_out else f"none ran. {NOTHING_RAN}")
+            )
 
 
 def layer_names(model: nn.Module, layers: Layers = None) -> list[str]:
@@ -101,8 +129,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def select_layers(model: nn.Module, layers: Layers = None) -> Selection:
     """Resolve a request for layers; see :func:`layer_names`."""
     model = unwrapped(model)
-    everything = {name: module for name, module in model.named_modules() if name}
-    leaves = {name: module for name, module in everything.items() if not any(True for _ in module.children())}
+    everything = {name: module for name, module in model.named_modules() if name and not _is_parametrization(name)}
+    leaves = {name: module for name, module in everything.items() if _is_leaf(module)}
     if not everything:  # the model itself is the only layer
         everything = leaves = {type(model).__name__: model}
     if layers is None:
@@ -129,6 +157,16 @@ def select_layers(model: nn.Module, layers: Layers = None) -> Selection:
     if not chosen:
         raise ValueError(f"Expected argument `layers` to select at least one layer, but {layers!r} selects none.")
     return Selection({name: module for name, module in everything.items() if name in chosen}, requests)
+
+
+def _is_parametrization(name: str) -> bool:
+    """Whether a module computes a weight: what ``torch.nn.utils.parametrize`` puts into the module that uses it."""
+    return "parametrizations" in name.split(".")
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether a module has no children but parametrisations of its weights."""
+    return not any(name != "parametrizations" for name, _ in module.named_children())
 
 
 def _resolve(item: Any, everything: Mapping[str, nn.Module], leaves: Mapping[str, nn.Module]) -> list[str]:
@@ -158,16 +196,29 @@ def _known(name: str, modules: Mapping[str, nn.Module]) -> str:
     raise ValueError(f"Expected argument `layers` to name layers of the model, but it has no layer {name!r}. {hint}")
 
 
-def module_name(layer: str) -> str:
-    """The selected name behind a layer's name: without the number of the call and the place in the output."""
-    return layer.partition("[")[0].rpartition("#")[0] if "#" in layer else layer.partition("[")[0]
+def summary_of(left_out: Mapping[str, str]) -> str:
+    """A short text that counts layers by reason and names a few: ``36 constant (a, b, …), 5 ragged (c, …)``."""
+    by_reason: dict[str, list[str]] = {}
+    for layer, reason in left_out.items():
+        by_reason.setdefault(reason.partition(":")[0], []).append(layer)
+    return ", ".join(f"{len(layers)} {reason} ({_some(layers)})" for reason, layers in by_reason.items())
+
+
+def _some(layers: Sequence[str], most: int = 6) -> str:
+    """A few names of layers."""
+    return ", ".join(layers[:most]) + (", …" if len(layers) > most else "")
 
 
 class Catcher:
-    """Hands the outputs of selected modules to a consumer, inside the forward hook, before anything can change them."""
+    """Hands the outputs of selected modules to a consumer, inside the forward hook, before anything can change them.
 
-    def __init__(self, consumer: Consumer) -> None:
-        self._consumer = consumer
+    Attributes:
+        consumer: may be replaced between two forward passes.
+    """
+
+    def __init__(self, selection: Selection, consumer: Consumer) -> None:
+        self.consumer = consumer
+        self._origins = selection.origins
         self._calls: dict[str, int] = {}
 
     def start_forward(self) -> None:
@@ -181,19 +232,21 @@ class Catcher:
             call = self._calls.get(name, 0)
             self._calls[name] = call + 1
             layer = name if call == 0 else f"{name}#{call}"
-            for place, tensor, axis in _outputs(module, output):
-                self._consumer(layer + place, tensor.detach() if tensor.requires_grad else tensor, axis)
+            for place, tensor in tensors_of(output):
+                if layer + place not in self._origins:
+                    self._origins[layer + place] = name
+                self.consumer(layer + place, tensor.detach() if tensor.requires_grad else tensor)
 
         return caught
 
 
 @contextmanager
 def catch_activations(selection: Selection, consumer: Consumer) -> Iterator[Catcher]:
-    """Call ``consumer(layer, output, batch_axis)`` for every output of the selected modules while the context lasts.
+    """Call ``consumer(layer, output)`` for every output of the selected modules while the context lasts.
 
     The hooks are gone afterwards, also when forward or the consumer raises.
     """
-    catcher = Catcher(consumer)
+    catcher = Catcher(selection, consumer)
     handles = []
     try:
         for name, module in selection.modules.items():
@@ -220,26 +273,34 @@ def transformed_input(module: nn.Module, transform: Callable[[Tensor], Tensor]) 
         handle.remove()
 
 
-def _outputs(module: nn.Module, output: Any) -> Iterator[tuple[str, Tensor, int | None]]:
-    """Every floating-point tensor that a module returned, with its place and the axis of the batch in it, if known."""
-    if isinstance(module, nn.RNNBase) and isinstance(output, tuple) and len(output) == 2:
-        for place, tensor in _floating_tensors(output[0], "[0]"):
-            yield place, tensor, 0 if module.batch_first else 1
-        for place, tensor in _floating_tensors(output[1], "[1]"):  # hidden states are (layers, batch, ...) always
-            yield place, tensor, 1
-        return
-    for place, tensor in _floating_tensors(output):
-        yield place, tensor, None
+def tensors_of(output: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every floating-point tensor in an output that is not empty, with its place: ``""``, ``"[0]"``, ``"[1][key]"``, ….
 
-
-def _floating_tensors(output: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every floating-point tensor that is not empty, with its place: ``""``, ``"[0]"``, ``"[1][key]"``, …."""
+    Looks into mappings, sequences, dataclasses, namespaces, and objects that carry a ``tensor``. Quantised tensors are
+    dequantised; of complex ones the real and the imaginary part are given.
+    """
     if isinstance(output, Tensor):
-        if output.is_floating_point() and output.numel():
-            yield place, output
+        yield from _real_parts(output, place)
     elif isinstance(output, Mapping):
         for key, value in output.items():
-            yield from _floating_tensors(value, f"{place}[{key}]")
+            yield from tensors_of(value, f"{place}[{key}]")
     elif isinstance(output, list | tuple):
         for position, value in enumerate(output):
-            yield from _floating_tensors(value, f"{place}[{position}]")
+            yield from tensors_of(value, f"{place}[{position}]")
+    elif isinstance(getattr(output, "tensor", None), Tensor):
+        yield from tensors_of(output.tensor, place)
+    elif isinstance(output, SimpleNamespace) or (is_dataclass(output) and not isinstance(output, type)):
+        for key, value in vars(output).items():
+            yield from tensors_of(value, f"{place}[{key}]")
+
+
+def _real_parts(tensor: Tensor, place: str) -> Iterator[tuple[str, Tensor]]:
+    if not tensor.numel():
+        return
+    if tensor.is_quantized:
+        yield place, tensor.dequantize()
+    elif tensor.is_complex():
+        yield f"{place}[real]", tensor.real
+        yield f"{place}[imag]", tensor.imag
+    elif tensor.is_floating_point():
+        yield place, tensor

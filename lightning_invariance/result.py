@@ -31,6 +31,8 @@ PLAIN = (
     "step",
     "floor",
     "skipped",
+    "left_out",
+    "reached",
     "convergence",
     "higher_is_better",
     "ratios",
@@ -158,6 +160,9 @@ class InvarianceResult(LayerValues):
         floor: same-equivariance measure → its values for the network that returns its input: what interpolation and
             the borders cost by themselves.
         skipped: measure → layers for which it is not defined, such as those without spatial axes.
+        left_out: layer → why no measure could be taken of it: that it does not depend on the input, or on other
+            samples too, that it has not as much for every sample, or that it is random.
+        reached: layer → number of samples that reached it, where that is not all of them.
         convergence: measure → layer → number of samples → mean of the layer after so many samples.
         higher_is_better: measure → whether higher values are more invariant; None where neither is.
         ratios: measure → whether it is a ratio, for which 1 means as much as samples do.
@@ -168,7 +173,8 @@ class InvarianceResult(LayerValues):
 
     Attributes:
         n_samples: see Args. So are ``transformations``, ``parameters``, ``epoch``, ``step``, ``floor``, ``skipped``,
-            ``convergence``, ``higher_is_better``, ``ratios``, ``units``, ``response`` and ``scores``.
+            ``left_out``, ``reached``, ``convergence``, ``higher_is_better``, ``ratios``, ``units``, ``response`` and
+            ``scores``.
     """
 
     #: How :meth:`plot` draws; set by ``lightning_invariance.plots``, which knows results.
@@ -186,6 +192,8 @@ class InvarianceResult(LayerValues):
         step: int | None = None,
         floor: Mapping[str, Tensor] | None = None,
         skipped: Mapping[str, Sequence[str]] | None = None,
+        left_out: Mapping[str, str] | None = None,
+        reached: Mapping[str, int] | None = None,
         convergence: Mapping[str, Mapping[str, Mapping[int, float]]] | None = None,
         higher_is_better: Mapping[str, bool | None] | None = None,
         ratios: Mapping[str, bool] | None = None,
@@ -201,6 +209,8 @@ class InvarianceResult(LayerValues):
         self.step = step
         self.floor = dict(floor or {})
         self.skipped = {measure: list(layers) for measure, layers in (skipped or {}).items() if layers}
+        self.left_out = dict(left_out or {})
+        self.reached = dict(reached or {})
         self.higher_is_better = dict(higher_is_better or {})
         # Results of earlier versions and those made by hand do not say: then the package's names for ratios count.
         self.ratios = {m: m.startswith("Normalized") for m in self._values} if ratios is None else dict(ratios)

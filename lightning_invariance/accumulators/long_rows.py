@@ -13,9 +13,9 @@ from lightning_invariance.accumulators.base import Accumulator, Rows, States
 class LongRows(Accumulator):
     """The variances within rows longer than a batch, in constant memory: four numbers for each activation.
 
-    ``row_variances`` ``(k,)``, summed over complete rows. Of rows that are not complete yet ``row_reference``, the first
-    value, ``row_sums`` and ``row_squares`` about it, each ``(rows, k)``, and ``row_length`` ``()``, the number of columns
-    so far.
+    ``row_variances`` ``(k,)``, summed over complete rows. Of rows that are not complete yet ``row_reference``, the
+    first value, ``row_sums`` and ``row_squares`` about it, each ``(rows, k)``, and ``row_length`` ``()``, the number of
+    columns so far.
 
     Attributes:
         squared: whether variances or standard deviations are summed.

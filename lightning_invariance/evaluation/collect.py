@@ -28,6 +28,7 @@ def collect(registry: Registry) -> InvarianceResult:
     dead: dict[str, Tensor] = {}
     skipped: dict[str, list[str]] = {name: [] for name in registry.measures}
     floor: dict[str, Tensor] = {}
+    reached = {name: tally.n_samples for name, layer in registry.layers.items() for tally in layer.first}
     for name, layer in registry.layers.items():
         for key, metric in registry.measures.items():
             if not registry.applies(key, name, layer.shape):
@@ -54,6 +55,8 @@ def collect(registry: Registry) -> InvarianceResult:
         floor=floor,
         response=response,
         skipped=skipped,
+        left_out=registry.left_out,
+        reached={name: n for name, n in reached.items() if 0 < n < registry.n_samples},
     )
 
 

@@ -24,6 +24,7 @@ from lightning_invariance.accumulators.base import (
 )
 from lightning_invariance.distributed import gather_or_raise, merge_over_ranks
 from lightning_invariance.evaluation.assembly import Assembly
+from lightning_invariance.evaluation.probe import RAGGED, Finding, Layout
 from lightning_invariance.loader import STBlock
 from lightning_invariance.measures import Sums
 from lightning_invariance.measures.base import names_accumulators
@@ -90,6 +91,9 @@ class Registry:
         n_samples: number of complete rows.
         finished: whether every row was seen as often as the measures need.
         input_shape: of the transformed input.
+        findings: layer → where the samples stand in its output, or why it cannot be measured; of a probe.
+        unknown: layers that the probe has not reached, with their outputs for this block.
+        left_out: layer → why it was not measured.
     """
 
     def __init__(
@@ -101,6 +105,9 @@ class Registry:
         self.n_samples = 0
         self.finished = False
         self.input_shape: tuple[int, ...] | None = None
+        self.findings: dict[str, Finding] = {}
+        self.unknown: list[tuple[str, Tensor]] = []
+        self.left_out: dict[str, str] = {}
         self._expected = expected
         self._in_first_pass = True
         self._needs, self._needs_again = self._prepared(
@@ -127,12 +134,32 @@ class Registry:
         if any(names_accumulators(measure) and measure.has_floor for measure in self.measures.values()):
             self._add(INPUT, inputs)
 
-    def consume(self, layer: str, output: Tensor, axis: int | None) -> None:
-        """Add what a layer made of the block's inputs; ``axis`` is that of the batch, if known."""
-        if self._block is None:
-            raise RuntimeError("Expected a block before its activations.")
-        rows, columns = self._block.inputs.shape[:2]
-        self._add(layer, self._assembly.block(layer, output, axis, rows, columns))
+    def consume(self, layer: str, output: Tensor) -> None:
+        """Add what a layer made of the block's inputs, if its layout is known and it can be measured."""
+        finding = self.findings.get(layer)
+        if finding is None:
+            self.unknown.append((layer, output.clone()))  # later modules may change it in place
+        elif isinstance(finding, str):
+            self.left_out[layer] = finding
+        else:
+            rows, columns = self._block.inputs.shape[:2]  # type: ignore[union-attr]
+            values = finding.batch_first(output, rows * columns)
+            if values is None:
+                self._leave_out(layer)
+            else:
+                self._add(layer, values.reshape(rows, columns, *values.shape[1:]))
+
+    def consume_unknown(self, findings: Mapping[str, Finding]) -> None:
+        """Add the outputs of layers that no earlier block reached, given what a probe of this block found."""
+        waiting, self.unknown = self.unknown, []
+        for layer, output in waiting:
+            self.findings.setdefault(layer, findings.get(layer, Layout()))
+            self.consume(layer, output)
+
+    def _leave_out(self, layer: str) -> None:
+        """Leave out a layer whose outputs are not as long in this block as in those before."""
+        self.findings[layer] = self.left_out[layer] = RAGGED
+        self.layers.pop(layer, None)
 
     def _add(self, name: str, st: Tensor) -> None:
         block = self._block
@@ -143,10 +170,8 @@ class Registry:
         if layer is None:
             layer = self.layers[name] = self._new_layer(name, tuple(st.shape[2:]), st.device)
         if st.shape[2:] != layer.shape:
-            raise ValueError(
-                f"Expected layer {name!r} to return activations of one shape, but got {layer.shape} and"
-                f" {tuple(st.shape[2:])}."
-            )
+            self._leave_out(name)
+            return
         last = block.columns.stop == self._m
         active = layer.first if self._in_first_pass else layer.second
         if self._in_parts:
@@ -225,14 +250,16 @@ class Registry:
             RuntimeError: If another process failed, with its error. The one that failed raises that itself.
         """
         shapes = {name: layer.shape for name, layer in self.layers.items()}
-        told = gather_or_raise((shapes, self.n_samples, self.input_shape), error)
+        told = gather_or_raise((shapes, self.n_samples, self.input_shape, self.left_out), error)
+        for _, _, _, left_out in told:
+            self.left_out.update(left_out)
         if len(told) > 1:
             self._add_unseen(told, device)
             self._merge(device)
         if not self._in_first_pass:
             self.finished = True
             return
-        self.n_samples = sum(n for _, n, _ in told)
+        self.n_samples = sum(n for _, n, *_ in told)
         self._in_first_pass = False
         for name, layer in self.layers.items():
             self._begin_second_pass(name, layer, device)
@@ -261,15 +288,18 @@ class Registry:
                     f" {accumulator!r} differ: give it a field for each argument that `second_pass` uses."
                 )
 
-    def _add_unseen(self, told: Sequence[tuple[dict[str, tuple[int, ...]], int, Any]], device: torch.device) -> None:
+    def _add_unseen(
+        self, told: Sequence[tuple[dict[str, tuple[int, ...]], int, Any, Any]], device: torch.device
+    ) -> None:
         """Make the layers that only other processes have seen, in one order everywhere."""
         if self.input_shape is None:
-            self.input_shape = next((shape for _, _, shape in told if shape is not None), None)
+            self.input_shape = next((shape for _, _, shape, _ in told if shape is not None), None)
             self._needs, self._needs_again = self._prepared(self.input_shape or ())
         order: dict[str, tuple[int, ...]] = {}
-        for shapes, _, _ in told:
+        for shapes, *_ in told:
             for name, shape in shapes.items():
-                order.setdefault(name, shape)
+                if name not in self.left_out:
+                    order.setdefault(name, shape)
         self.layers = {name: self.layers.get(name) or self._new_layer(name, s, device) for name, s in order.items()}
 
     def _merge(self, device: torch.device) -> None:

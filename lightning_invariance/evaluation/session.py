@@ -15,8 +15,9 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 from lightning_invariance.distributed import gather_or_raise, rank_and_world_size
 from lightning_invariance.evaluation.isolation import device_of, evaluation_mode, isolated_random_state, on_device
 from lightning_invariance.evaluation.options import Options
+from lightning_invariance.evaluation.probe import Finding, Outputs, probe
 from lightning_invariance.evaluation.registry import Registry
-from lightning_invariance.layers import catch_activations, select_layers, transformed_input
+from lightning_invariance.layers import Catcher, catch_activations, select_layers, transformed_input
 from lightning_invariance.loader import STBlock, STLoader
 from lightning_invariance.transforms import TransformationSet
 
@@ -55,6 +56,7 @@ class Session:
         self.selection = select_layers(model, options.layers)
         inner = [] if options.transform_at is None else [*select_layers(model, [options.transform_at]).modules.values()]
         self._transformed_module = inner[0] if inner else None
+        self._findings: dict[str, Finding] | None = None  # of the first block
 
     def halved(self) -> Session:
         """The same with half the batch size."""
@@ -97,10 +99,8 @@ class Session:
         registry = Registry(measures, loader.transformations, expected)
         waiting = list(milestones)
         entrance = _Entrance(registry) if self._transformed_module is not None else None
-        with (
-            self._prepared(entrance),
-            catch_activations(self.selection, entrance.consume if entrance else registry.consume) as catcher,
-        ):
+        consume = entrance.consume if entrance else registry.consume
+        with self._prepared(entrance), catch_activations(self.selection, consume) as catcher:
             while not registry.finished:
                 error: BaseException | None = None
                 try:
@@ -109,6 +109,9 @@ class Session:
                             if waiting and registry.n_samples >= waiting[0] and at_milestone is not None:
                                 waiting = [n for n in waiting if n > registry.n_samples]
                                 at_milestone(registry)
+                            if self._findings is None:
+                                self._findings = self._probed(block, catcher)
+                            registry.findings = self._findings
                             catcher.start_forward()
                             registry.start_block(block)
                             if entrance is None:
@@ -116,17 +119,39 @@ class Session:
                             else:
                                 entrance.start_block(block)
                             self._call(block.inputs.flatten(0, 1))
+                            if registry.unknown:
+                                if entrance is not None:
+                                    entrance.end_block()
+                                registry.consume_unknown(self._probed(block, catcher))
                         waiting = []
                 except Exception as raised:  # the other processes must be told, or they would wait for ever
                     error = raised
                 registry.end_pass(self.device, error)
         return registry
 
+    def _probed(self, block: STBlock, catcher: Catcher) -> dict[str, Finding]:
+        """Where the inputs of a batch stand in the output of each layer, by two forward passes of a few inputs."""
+
+        def outputs_of(inputs: Tensor) -> Outputs:
+            outputs: Outputs = {}
+            # Cloned, since later modules may change them in place.
+            catcher.consumer = lambda layer, output: outputs.update({layer: output.clone()})
+            catcher.start_forward()
+            with isolated_random_state(self.options.seed):
+                self._call(inputs)
+            return outputs
+
+        consumer = catcher.consumer
+        try:
+            return probe(block.inputs.flatten(0, 1), outputs_of)
+        finally:
+            catcher.consumer = consumer
+
     def sizes(self, loader: STLoader) -> tuple[int, int]:
         """Number of activations of all layers together, and the size in bytes of the largest type of one."""
         numbers, sizes = [0], [4]
 
-        def measured(layer: str, output: Tensor, axis: int | None) -> None:
+        def measured(layer: str, output: Tensor) -> None:
             numbers.append(output.numel())
             sizes.append(output.element_size())
 
@@ -177,9 +202,12 @@ class _Entrance:
     def start_block(self, block: STBlock) -> None:
         self._block, self._entered = block, False
 
-    def consume(self, layer: str, output: Tensor, axis: int | None) -> None:
+    def end_block(self) -> None:
+        self._block, self._entered = None, False
+
+    def consume(self, layer: str, output: Tensor) -> None:
         if self._entered:
-            self._registry.consume(layer, output, axis)
+            self._registry.consume(layer, output)
 
     def enter(self, x: Tensor) -> Tensor:
         """Transform what reaches the module: ``(rows · columns, ...)``, each row so many times the same."""

@@ -84,6 +84,8 @@ def in_two_walks(
         },
         dead={layer: (tv[some][layer] == 0) & (sv[some][layer] == 0) for layer in layers},
         n_samples=tv.n_samples,
+        left_out=tv.left_out,
+        reached=tv.reached,
     )
 
 

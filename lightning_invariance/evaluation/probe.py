@@ -1,0 +1,111 @@
+"""Which part of the output of each layer belongs to which input: found by two small forward passes, not guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+#: Inputs of the two passes, as positions in a batch. The first is the same in both, for models that look at it. The
+#: second pass is shorter, so that axes that are as long as the batch show; one input comes twice, so that randomness
+#: shows; the others come in another order, so that the order of slices shows.
+PASSES = ((0, 1, 2, 3, 4), (0, 3, 1, 3))
+
+#: Kernels for batches of different sizes may round differently.
+RELATIVE, ABSOLUTE = 1e-3, 1e-4
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the inputs of a batch stand in the output of a layer.
+
+    Attributes:
+        axis: of the output, ``outer · batch · inner`` long.
+        outer: how many slices of each input come before the next input's; 1 unless slices are concatenated.
+        inner: how many slices of each input follow each other, such as windows, patches, or tokens.
+    """
+
+    axis: int = 0
+    outer: int = 1
+    inner: int = 1
+
+    def batch_first(self, output: Tensor, batch: int) -> Tensor | None:
+        """The output as ``(batch, *activation_shape)``; None where it has another length.
+
+        More than one slice of an input become the first axis of its activation.
+        """
+        slices = self.outer * self.inner
+        if output.ndim <= self.axis or output.shape[self.axis] != batch * slices:
+            return None
+        moved = output.movedim(self.axis, 0) if self.axis else output
+        if slices == 1:
+            return moved
+        apart = moved.reshape(self.outer, batch, self.inner, *moved.shape[1:])
+        return apart.movedim(1, 0).reshape(batch, slices, *moved.shape[1:])
+
+
+#: How the inputs stand in the output of a layer, or why it cannot be measured.
+Finding: TypeAlias = Layout | str
+
+CONSTANT = "constant: does not depend on the input"
+MIXED = "mixed: depends on other samples of the batch"
+RAGGED = "ragged: not as much for every sample"
+RANDOM = "random: equal inputs give different values"
+
+Outputs: TypeAlias = dict[str, Tensor]
+
+
+def probe(inputs: Tensor, outputs_of: Callable[[Tensor], Outputs]) -> dict[str, Finding]:
+    """Find the layout of every layer that two forward passes reach.
+
+    Args:
+        inputs: a batch; a few of them are used, the first among them.
+        outputs_of: runs the model and gives the outputs of its layers.
+    """
+    chosen = torch.linspace(0, len(inputs) - 1, len(PASSES[0])).round().long()
+    first, second = (chosen[list(positions)] for positions in PASSES)
+    one, other = outputs_of(inputs[first.to(inputs.device)]), outputs_of(inputs[second.to(inputs.device)])
+    found: dict[str, Finding] = dict.fromkeys([*one, *other], RAGGED)  # where only one pass reaches the layer
+    for layer in one.keys() & other.keys():
+        found[layer] = finding_of(one.pop(layer), other.pop(layer), first.tolist(), second.tolist())
+    return found
+
+
+def finding_of(one: Tensor, other: Tensor, first: Sequence[int], second: Sequence[int]) -> Finding:
+    """Compare what a layer made of two batches of different lengths, whose inputs are ``first`` and ``second``."""
+    if one.ndim != other.ndim:
+        return RAGGED
+    differing = [axis for axis in range(one.ndim) if one.shape[axis] != other.shape[axis]]
+    if not differing:
+        return CONSTANT if _close(one, other) else MIXED
+    axis = differing[0]
+    slices, rest = divmod(one.shape[axis], len(first))
+    if len(differing) > 1 or rest or other.shape[axis] != slices * len(second):
+        return RAGGED
+    random = False
+    for layout in _layouts(axis, slices):
+        a, b = layout.batch_first(one, len(first)), layout.batch_first(other, len(second))
+        if a is None or b is None:
+            continue
+        if all(_close(a[first.index(which)], b[place]) for place, which in enumerate(second) if which in first):
+            return layout
+        copies = [place for place, which in enumerate(second) if second.count(which) > 1]
+        random |= len(copies) > 1 and not _close(b[copies[0]], b[copies[-1]]) and layout == Layout(axis, 1, slices)
+    return RANDOM if random else MIXED
+
+
+def _layouts(axis: int, slices: int) -> Iterator[Layout]:
+    """Sample-major, slice-major, and slices on both sides of the samples."""
+    outers = [outer for outer in range(1, slices + 1) if slices % outer == 0]
+    for outer in sorted(outers, key=lambda outer: outer not in (1, slices)):
+        yield Layout(axis, outer, slices // outer)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to the rounding of different kernels; NaN are equal to NaN."""
+    a, b = a.detach().double(), b.detach().double()
+    size = float(torch.cat([a.flatten(), b.flatten()]).nan_to_num(0, 0, 0).abs().amax()) if a.numel() else 0.0
+    return torch.allclose(a, b, rtol=RELATIVE, atol=ABSOLUTE * size, equal_nan=True)

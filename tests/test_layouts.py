@@ -1,0 +1,281 @@
+"""Where the samples stand in the output of a layer, on networks that fold, transpose, mix or ignore them."""
+
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from lightning_invariance import TransformationSet, evaluate, functional, layer_names, quarter_turns, rotations
+from lightning_invariance.measures import NormalizedDistance, NormalizedVariance
+
+N, SIZE = 20, 6
+IMAGES = torch.rand(N, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+TURNS = rotations(4)
+
+
+class Seen(nn.Identity):
+    """Marks a place in a network."""
+
+
+class Folding(nn.Module):
+    """Maps, windows, tokens and towers folded into the batch in every order, and what each should be."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.mix = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 5)
+        places = ("windows", "slices", "both", "time_first", "heads", "positions", "towers")
+        self.seen = nn.ModuleDict({name: Seen() for name in places})
+        self.table = nn.Linear(2, 7)
+
+    def forward(self, x):
+        return self.outputs(x, dict(self.seen.items()))
+
+    def outputs(self, x, seen):
+        y = self.conv(x)
+        b = len(y)
+        windows = y.unflatten(3, (2, 3)).unflatten(2, (2, 3)).permute(0, 2, 4, 3, 5, 1)  # b, 2, 2, 3, 3, 4
+        seen["windows"](self.mix(windows.reshape(b * 4, 9, 4)))  # sample-major
+        seen["slices"](windows.permute(1, 2, 0, 3, 4, 5).reshape(4 * b, 9, 4))  # slice-major
+        seen["both"](windows.permute(1, 0, 2, 3, 4, 5).reshape(2 * b * 2, 9, 4))  # slices before and after
+        tokens = y.flatten(2).transpose(1, 2)
+        seen["time_first"](tokens.transpose(0, 1))
+        seen["heads"](tokens.unflatten(2, (2, 2)).transpose(1, 2).flatten(0, 1))
+        seen["positions"](tokens + self.table(torch.ones(36, 2, dtype=y.dtype))[None, :, :4])
+        return seen["towers"](torch.cat([y, y.flip(-1)]))
+
+
+def expected():
+    """The ST cube of each place in its natural order, (n, m, *shape), from the network called for one input each."""
+    model, cubes = Folding().double().eval(), {}
+    inputs = TURNS(IMAGES)
+    for i in range(N):
+        for j in range(4):
+            found, seen = {}, {}
+            for name in model.seen:
+                seen[name] = partial(found.__setitem__, name)
+            with torch.no_grad():
+                model.outputs(inputs[i, j][None], seen)
+            found["time_first"] = found["time_first"].transpose(0, 1)
+            for name, value in found.items():
+                cubes.setdefault(name, []).append(value[0] if len(value) == 1 else value)
+    return {name: torch.stack(values).unflatten(0, (N, 4)) for name, values in cubes.items()}
+
+
+def measured(batch_size):
+    places = [f"seen.{name}" for name in Folding().seen]
+    measures = [NormalizedVariance(), NormalizedDistance(samples=N)]
+    return evaluate(Folding().double(), IMAGES, TURNS, measures, layers=places, batch_size=batch_size, progress=False)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_every_order_of_samples_and_slices_gives_the_stored_cube(batch_size):
+    result = measured(batch_size)
+    for name, cube in expected().items():
+        found = result["NormalizedVariance"][f"seen.{name}"]
+        torch.testing.assert_close(found, functional.normalized_variance(cube), rtol=1e-9, atol=1e-12)
+        if name == "windows":
+            distances = result["NormalizedDistance"][f"seen.{name}"]
+            torch.testing.assert_close(distances, functional.normalized_distance(cube), rtol=1e-9, atol=1e-12)
+
+
+def in_process(rank, world_size, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    found = measured(64)["NormalizedVariance"]
+    torch.save({**found, **left_out_by()}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_agree(tmp_path):
+    mp.start_processes(in_process, (2, str(tmp_path)), 2, start_method="spawn")
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, cube in expected().items():
+            value = found[f"seen.{name}"]
+            torch.testing.assert_close(value, functional.normalized_variance(cube), rtol=1e-9, atol=1e-12)
+        assert {layer: found[layer] for layer in left_out_by()} == left_out_by()
+
+
+def test_an_axis_as_long_as_the_batch_is_not_taken_for_the_samples():
+    shift = TransformationSet.from_callables({str(k): (lambda x, k=k: x.roll(k, 1)) for k in range(16)})
+    first = nn.TransformerEncoderLayer(8, 2, 16).eval()
+    batch_first = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    batch_first.load_state_dict(first.state_dict())
+    x = torch.randn(8, 64, 8) + torch.linspace(-3, 3, 8)[:, None, None]
+    found = evaluate(first, x, shift, forward=lambda model, x: model(x.transpose(0, 1)), progress=False)
+    expected = evaluate(batch_first, x, shift, progress=False)
+    for layer, value in expected["NormalizedVariance"].items():
+        if layer in found["NormalizedVariance"]:
+            other = found["NormalizedVariance"][layer]
+            torch.testing.assert_close(other.reshape(value.shape), value, rtol=1e-3, atol=1e-6)
+    assert "dropout1" in found.layers
+
+
+@dataclass
+class Output:
+    hidden: torch.Tensor
+    more: SimpleNamespace
+
+
+class Wrapped(nn.Module):
+    def forward(self, x):
+        return Output(x, SimpleNamespace(spectrum=torch.fft.fft2(x.float()), nothing=None))
+
+
+class Carrier:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+class Carried(nn.Module):
+    def forward(self, x):
+        return Carrier(x)
+
+
+class Strange(nn.Module):
+    """Layers that cannot be measured, each in its own way, and containers of other libraries."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = parametrizations.spectral_norm(nn.Conv2d(3, 4, 3))
+        self.table, self.loss, self.centred, self.positive, self.noise = (Seen() for _ in range(5))
+        self.wrapped, self.carried, self.sometimes = Wrapped(), Carried(), Seen()
+
+    def forward(self, x):
+        y = self.conv(x)
+        self.table(torch.ones(64, 5))
+        self.loss(torch.stack([y.mean(), y.std()]))
+        self.centred(y - y.mean(0, keepdim=True))
+        self.positive(y.flatten()[y.flatten() > 0])
+        self.noise(nn.functional.dropout(y))
+        self.wrapped(y)
+        self.carried(y)
+        if y[0, 0, 0, 0] > 0:
+            self.sometimes(y)
+        return y
+
+
+REASONS = {"table": "constant", "loss": "mixed", "centred": "mixed", "positive": "ragged", "noise": "random"}
+
+
+def left_out_by():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return evaluate(Strange(), IMAGES.float(), TURNS, batch_size=16, progress=False).left_out
+
+
+def test_what_cannot_be_measured_is_left_out_and_told_once():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = evaluate(Strange(), IMAGES.float(), TURNS, batch_size=16, progress=False)
+    assert {layer: reason.split(":")[0] for layer, reason in result.left_out.items()} == REASONS
+    shapes = {layer: tuple(value.shape) for layer, value in result["NormalizedVariance"].items()}
+    maps = (4, 4, 4)
+    assert shapes == {
+        "conv": maps,
+        "wrapped[hidden]": maps,
+        "wrapped[more][spectrum][real]": maps,
+        "wrapped[more][spectrum][imag]": maps,
+        "carried": maps,
+        "sometimes": maps,
+    }
+    assert torch.equal(result["NormalizedVariance"]["carried"], result["NormalizedVariance"]["conv"])
+    told = [str(warning.message) for warning in caught if "left out" in str(warning.message)]
+    assert told == [
+        "5 layers are left out: 1 constant (table), 2 mixed (loss, centred), 1 ragged (positive), 1 random (noise)."
+        " `result.left_out` says why."
+    ]
+
+
+def test_a_layer_that_some_samples_reach_says_how_many():
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))  # that of evaluate's seed
+    signs = Strange().eval().conv(TURNS(IMAGES[order].float()).flatten(0, 1))[:, 0, 0, 0] > 0
+    reached = 4 * int(signs[::16].sum())  # the first input of each batch of four samples decides
+    assert 0 < reached < N
+    with pytest.warns(
+        UserWarning, match=rf"1 layer is reached by some of the samples only: sometimes \({reached} of 20\)"
+    ):
+        result = evaluate(Strange(), IMAGES.float(), TURNS, batch_size=16, max_samples=None, seed=0, progress=False)
+    assert result.reached == {"sometimes": reached}
+
+
+@pytest.mark.parametrize("layer", REASONS)
+def test_a_layer_that_was_asked_for_by_name_is_an_error_that_says_why(layer):
+    with pytest.raises(
+        RuntimeError, match=f"layer '{layer}' to have values for every sample, but it is {REASONS[layer]}"
+    ):
+        evaluate(Strange(), IMAGES.float(), TURNS, layers=[layer, "conv"], batch_size=16, progress=False)
+
+
+def test_an_empty_result_is_an_error():
+    class Direct(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv.forward(x)
+
+    with pytest.raises(RuntimeError, match=r"none ran\. The hooks .* never fired"):
+        evaluate(Direct(), IMAGES.float(), TURNS, progress=False)
+    traced = torch.jit.trace(nn.Sequential(nn.Conv2d(3, 4, 3)), IMAGES.float())
+    with pytest.raises(RuntimeError, match="scripted, traced or exported"):
+        evaluate(traced, IMAGES.float(), TURNS, progress=False)
+    with pytest.raises(RuntimeError, match=r"all were left out: 2 mixed"):
+        evaluate(nn.Sequential(Loss(), Seen()), IMAGES.float(), TURNS, progress=False)
+
+
+class Loss(nn.Module):
+    def forward(self, x):
+        return x.mean()
+
+
+def test_parametrised_modules_are_leaves():
+    model = nn.Sequential(
+        parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), parametrizations.orthogonal(nn.Linear(4, 4))
+    )
+    assert layer_names(model) == ["0", "1", "2"]
+    assert layer_names(model, "*") == ["0", "1", "2"]
+    assert layer_names(model, lambda name, module: True) == ["0", "1", "2"]
+
+
+def test_names_with_brackets_and_numbers_can_be_asked_for():
+    model = nn.Sequential()
+    for name in ("bn[4]", "relu#1"):
+        model.add_module(name, nn.ReLU())
+    assert evaluate(model, IMAGES.float(), TURNS, layers=["bn[4]", "relu#1"], progress=False).layers == [
+        "bn[4]",
+        "relu#1",
+    ]
+    assert evaluate(model, IMAGES.float(), TURNS, layers="relu#1", progress=False).layers == ["relu#1"]
+
+
+def test_states_of_recurrent_networks():
+    lstm = nn.LSTM(36, 5, num_layers=2).double()
+    result = evaluate(lstm, IMAGES, TURNS, forward=lambda model, x: model(x.flatten(2).transpose(0, 1)), progress=False)
+    shapes = [tuple(value.shape) for value in result["NormalizedVariance"].values()]
+    assert shapes == [(3, 5), (2, 5), (2, 5)]
+    with torch.no_grad():
+        cube = lstm(TURNS(IMAGES).flatten(0, 1).flatten(2).transpose(0, 1))[1][0].transpose(0, 1).unflatten(0, (N, 4))
+    expected = functional.normalized_variance(cube)
+    torch.testing.assert_close(result["NormalizedVariance"]["LSTM[1][0]"], expected, rtol=1e-9, atol=0)
+
+
+def test_a_network_without_any_dependence_on_order_keeps_its_values_in_one_pass():
+    calls = []
+
+    def forward(model, x):
+        calls.append(len(x))
+        return model(x)
+
+    evaluate(nn.Conv2d(3, 2, 3), IMAGES.float(), quarter_turns(), forward=forward, batch_size=40, progress=False)
+    assert calls == [5, 4, 40, 40]  # a probe of two small forward passes, and the walk
