@@ -79,6 +79,7 @@ class InvarianceMonitor(pl.Callback):
         seed: of the choice of samples.
         name: added to the names of the measures; needed where one trainer has several monitors.
         histograms: whether TensorBoard gets the distribution over channels.
+        channel_axis: where the units stand in the activations of some layers; see :func:`evaluate`.
 
     Attributes:
         history: the results so far, the untrained network first, each with ``epoch`` (−1 for the untrained network),
@@ -107,13 +108,15 @@ class InvarianceMonitor(pl.Callback):
         seed: int = 0,
         name: str | None = None,
         histograms: bool = False,
+        channel_axis: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         check_transformations(transformations)
         for argument, value, least in (("every_n_epochs", every_n_epochs, 1), ("max_samples", max_samples, 2)):
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(f"Expected argument `{argument}` to be an int of at least {least}, but got {value}.")
-        self.options = Options(layers, batch_size, max_samples, forward=forward, input_fn=input_fn, seed=seed)
+        about = Options(layers, batch_size, max_samples, forward=forward, input_fn=input_fn, seed=seed)
+        self.options = replace(about, channel_axis=channel_axis)
         self.transformations = transformations
         self.measures = named_measures([NormalizedVariance(response=True)] if measures is None else measures)
         self.data = data

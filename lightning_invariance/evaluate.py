@@ -44,6 +44,7 @@ def evaluate(
     transform_at: str | None = None,
     convergence: bool = False,
     state_budget: int | None = None,
+    channel_axis: Mapping[str, int] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> InvarianceResult:
@@ -77,6 +78,10 @@ def evaluate(
             fit, the variances are computed in two walks instead, samples first and then some transformations at a
             time: the same values from twice as many forward passes, and more passes over the data. By default 2 GiB,
             for rows longer than a batch.
+        channel_axis: where the units stand in the activations of some layers, ``{"blocks.*": -1}``: names or glob
+            patterns → axis of the activation (without the batch). By default the first for convolutions and batch
+            norms, the last for ``Linear``, ``LayerNorm`` and ``Embedding``, that of the input for modules that keep its
+            shape, and else the first of (C, H, W) and the last of (tokens, C). ``result.channel_axis`` says it.
         seed: of the choice of samples and of random transformations.
         progress: show a bar when the walk takes longer than a few seconds.
 
@@ -112,6 +117,7 @@ def evaluate(
         transform_at=transform_at,
         convergence=convergence,
         state_budget=state_budget,
+        channel_axis=channel_axis,
         seed=seed,
         progress=progress,
     )

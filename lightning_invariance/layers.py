@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -12,6 +13,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from lightning_invariance.maps import channel_axis_of
 
 #: What selects layers: see :func:`layer_names`.
 Layers: TypeAlias = (
@@ -23,8 +26,9 @@ Layers: TypeAlias = (
     | None
 )
 
-#: Receives the name of a layer and an output tensor.
-Consumer: TypeAlias = Callable[[str, Tensor], None]
+#: Receives the name of a layer, an output tensor, and the axis of the channels in it, counted from the end (None where
+#: the module does not say).
+Consumer: TypeAlias = Callable[[str, Tensor, int | None], None]
 
 NOTHING_RAN = (
     "The hooks of the selected modules never fired: scripted, traced or exported models have none, and neither has"
@@ -220,10 +224,12 @@ class Catcher:
         self.consumer = consumer
         self._origins = selection.origins
         self._calls: dict[str, int] = {}
+        # By identity of the tensors that modules returned in this pass; another may have it once a tensor is gone.
+        self._channel_axes: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     def start_forward(self) -> None:
         """A forward pass begins: forget how often each module ran."""
-        self._calls = {}
+        self._calls, self._channel_axes = {}, {}
 
     def hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         """The forward hook of one module."""
@@ -235,14 +241,26 @@ class Catcher:
             for place, tensor in tensors_of(output):
                 if layer + place not in self._origins:
                     self._origins[layer + place] = name
-                self.consumer(layer + place, tensor.detach() if tensor.requires_grad else tensor)
+                axis = self._channel_axis(module, args, tensor)
+                self.consumer(layer + place, tensor.detach() if tensor.requires_grad else tensor, axis)
 
         return caught
+
+    def _channel_axis(self, module: nn.Module, args: Any, output: Tensor) -> int | None:
+        """The axis of the channels; of a module that keeps the shape of its input it is that of the input."""
+        of_input = None
+        if args and isinstance(args[0], Tensor) and args[0].shape == output.shape:
+            known = self._channel_axes.get(id(args[0]))
+            of_input = known[1] if known is not None and known[0]() is args[0] else None
+        axis = channel_axis_of(module, output, of_input)
+        if axis is not None:
+            self._channel_axes[id(output)] = weakref.ref(output), axis
+        return axis
 
 
 @contextmanager
 def catch_activations(selection: Selection, consumer: Consumer) -> Iterator[Catcher]:
-    """Call ``consumer(layer, output)`` for every output of the selected modules while the context lasts.
+    """Call ``consumer(layer, output, channel_axis)`` for every output of the selected modules while the context lasts.
 
     The hooks are gone afterwards, also when forward or the consumer raises.
     """

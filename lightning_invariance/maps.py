@@ -1,23 +1,59 @@
-"""Feature maps: one value for each channel."""
+"""Which axis of an activation holds the units (channels, neurons), and one value for each of them."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 #: How the values of a feature map can be made one.
 AGGREGATES = (None, "mean", "max", "sum")
 
+#: Modules whose outputs are (batch, channels, ...), and those whose outputs are (..., features).
+CHANNELS_FIRST: tuple[type[nn.Module], ...] = (_ConvNd, _NormBase, nn.GroupNorm, nn.LocalResponseNorm)
+CHANNELS_LAST: tuple[type[nn.Module], ...] = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.Embedding, nn.RNNBase)
 
-def aggregate_maps(values: Tensor, aggregate: str | None) -> Tensor:
-    """One value for each channel, ``(channels,)``: over all axes but the first.
+
+def aggregate_maps(values: Tensor, aggregate: str | None, channel_axis: int = 0) -> Tensor:
+    """One value for each channel, ``(channels,)``: over all axes but that of the channels.
 
     Args:
         values: of ``activation_shape``; without axes it is one channel.
         aggregate: ``"mean"``, ``"max"`` or ``"sum"``; None returns the values as they are.
+        channel_axis: of the activation.
     """
     if aggregate is None:
         return values
-    maps = values.reshape(values.shape[0] if values.ndim else 1, -1)
+    maps = values.movedim(channel_axis, 0).flatten(1) if values.ndim > 1 else values.reshape(-1, 1)
     if aggregate == "max":
         return maps.amax(1)
     return maps.mean(1) if aggregate == "mean" else maps.sum(1)
+
+
+def channel_axis_of(module: nn.Module, output: Tensor, of_input: int | None) -> int | None:
+    """The axis of the channels in the output of a module, counted from the end; None where the module does not say.
+
+    Args:
+        module: what ran.
+        output: what it returned, or a part of it.
+        of_input: the axis in its input, if that is known and has the shape of the output.
+    """
+    if isinstance(module, CHANNELS_FIRST):
+        return 1 - output.ndim if output.ndim > 1 else -1
+    if isinstance(module, CHANNELS_LAST):
+        return -1
+    return of_input
+
+
+def usual_channel_axis(activation_shape: tuple[int, ...]) -> int:
+    """The axis of the channels where nothing else is known: the first of (C, H, W), the last of (tokens, C)."""
+    return 1 if len(activation_shape) == 2 else 0
+
+
+def asked_for(layer: str, patterns: Mapping[str, int]) -> int | None:
+    """The axis that the user gave for a layer, by its name or a glob pattern; the last that fits counts."""
+    found = [axis for pattern, axis in patterns.items() if pattern == layer or fnmatchcase(layer, pattern)]
+    return found[-1] if found else None

@@ -33,6 +33,7 @@ PLAIN = (
     "skipped",
     "left_out",
     "reached",
+    "channel_axis",
     "convergence",
     "higher_is_better",
     "ratios",
@@ -48,9 +49,16 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]]):
     Args:
         values: measure → {layer: tensor of ``activation_shape``}.
         dead: layer → bool tensor, true for activations that never changed.
+        channel_axis: layer → which axis of its activation holds the channels; by default the first.
     """
 
-    def __init__(self, values: Mapping[str, Mapping[str, Tensor]], dead: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        values: Mapping[str, Mapping[str, Tensor]],
+        dead: Mapping[str, Tensor] | None = None,
+        channel_axis: Mapping[str, int] | None = None,
+    ) -> None:
+        self.channel_axis = dict(channel_axis or {})
         self._values = {measure: dict(layers) for measure, layers in values.items()}
         self.dead = dict(dead or {})
         self._tables = {
@@ -102,8 +110,8 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]]):
     def per_channel(self, measure: str, layer: str, aggregate: str = "mean") -> Tensor:
         """One value for each channel, the mean over the spatial axes as in the paper's figure 8: ``(channels,)``.
 
-        A channel with an infinite or NaN value is infinite or NaN itself. The first axis of the activation is taken as
-        the channels; an activation without axes gives one channel.
+        A channel with an infinite or NaN value is infinite or NaN itself. ``channel_axis`` says which axis holds the
+        channels; an activation without axes gives one channel.
 
         Args:
             measure: its name.
@@ -114,7 +122,7 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]]):
             raise KeyError(f"No layer {layer!r} of {measure} in this result; it has {', '.join(self[measure])}.")
         if aggregate not in ("mean", "max", "sum"):
             raise ValueError(f'Expected argument `aggregate` to be "mean", "max" or "sum", but got {aggregate!r}.')
-        return aggregate_maps(self[measure][layer], aggregate)
+        return aggregate_maps(self[measure][layer], aggregate, self.channel_axis.get(layer, 0))
 
     def dead_channels(self, layer: str) -> Tensor:
         """Which channels hold nothing but dead activations: bool ``(channels,)``."""
@@ -122,7 +130,7 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]]):
         if dead is None:
             measure = next(measure for measure, layers in self._values.items() if layer in layers)
             return torch.zeros_like(self.per_channel(measure, layer), dtype=torch.bool)
-        return dead.flatten(1).all(1) if dead.ndim > 1 else dead.reshape(-1)
+        return dead.movedim(self.channel_axis.get(layer, 0), 0).flatten(1).all(1) if dead.ndim > 1 else dead.reshape(-1)
 
     def mean(self, measure: str | None = None, weighted: bool = False) -> float:
         """The mean over layers of :meth:`per_layer` where it is finite: one number for the network.
@@ -163,6 +171,7 @@ class InvarianceResult(LayerValues):
         left_out: layer → why no measure could be taken of it: that it does not depend on the input, or on other
             samples too, that it has not as much for every sample, or that it is random.
         reached: layer → number of samples that reached it, where that is not all of them.
+        channel_axis: layer → which axis of its activation holds the channels (units); by default the first.
         convergence: measure → layer → number of samples → mean of the layer after so many samples.
         higher_is_better: measure → whether higher values are more invariant; None where neither is.
         ratios: measure → whether it is a ratio, for which 1 means as much as samples do.
@@ -173,8 +182,8 @@ class InvarianceResult(LayerValues):
 
     Attributes:
         n_samples: see Args. So are ``transformations``, ``parameters``, ``epoch``, ``step``, ``floor``, ``skipped``,
-            ``left_out``, ``reached``, ``convergence``, ``higher_is_better``, ``ratios``, ``units``, ``response`` and
-            ``scores``.
+            ``left_out``, ``reached``, ``channel_axis``, ``convergence``, ``higher_is_better``, ``ratios``, ``units``,
+            ``response`` and ``scores``.
     """
 
     #: How :meth:`plot` draws; set by ``lightning_invariance.plots``, which knows results.
@@ -194,6 +203,7 @@ class InvarianceResult(LayerValues):
         skipped: Mapping[str, Sequence[str]] | None = None,
         left_out: Mapping[str, str] | None = None,
         reached: Mapping[str, int] | None = None,
+        channel_axis: Mapping[str, int] | None = None,
         convergence: Mapping[str, Mapping[str, Mapping[int, float]]] | None = None,
         higher_is_better: Mapping[str, bool | None] | None = None,
         ratios: Mapping[str, bool] | None = None,
@@ -201,7 +211,7 @@ class InvarianceResult(LayerValues):
         response: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
         scores: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(values, dead)
+        super().__init__(values, dead, channel_axis)
         self.n_samples = n_samples
         self.transformations = list(transformations)
         self.parameters = {name: list(numbers) for name, numbers in (parameters or {}).items()}
@@ -248,6 +258,7 @@ class InvarianceResult(LayerValues):
             for measure, layers in self._values.items()
         }
         state["dead"] = {layer: self.dead_channels(layer) for layer in self.dead}
+        state["channel_axis"] = {}  # there is but one axis
         return InvarianceResult.from_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class Rows:
         last: whether the rows are complete with these columns.
         memo: what the accumulators of this layer have computed of these rows; see :meth:`once`.
         block_memo: what the accumulators of all layers have computed of these samples.
+        channel_axis: which axis of the activation holds the channels.
     """
 
     values: Tensor
@@ -62,11 +63,23 @@ class Rows:
     last: bool = True
     memo: dict[Hashable, Any] = field(default_factory=dict)
     block_memo: dict[Hashable, Any] = field(default_factory=dict)
+    channel_axis: int = 0
 
     @property
     def flat(self) -> Tensor:
         """``(samples, transformations, activations)``."""
         return self.values.flatten(2) if self.values.ndim > 2 else self.values[..., None]
+
+    @property
+    def channels_first(self) -> Tensor:
+        """``(samples, transformations, channels, *positions)``."""
+        return self.values.movedim(2 + self.channel_axis, 2) if self.channel_axis else self.values
+
+    @property
+    def maps(self) -> Tensor:
+        """``(samples, transformations, channels, positions)``."""
+        values = self.channels_first
+        return values.flatten(3) if values.ndim > 3 else values.reshape(*values.shape[:2], -1, 1)
 
     def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """What several accumulators of a layer need of these rows, computed by the first of them."""
@@ -76,15 +89,15 @@ class Rows:
         return found
 
     def of(self, values: Tensor) -> Rows:
-        """The same samples with other values."""
-        return dataclasses.replace(self, values=values, memo={})
+        """The same samples with other values, whose channels come first."""
+        return dataclasses.replace(self, values=values, memo={}, channel_axis=0)
 
     def some(self, samples: Tensor, before: int) -> Rows:
         """The rows of some samples, given by their positions ``(count,)`` on the CPU, after ``before`` others."""
         there = samples.to(self.values.device, non_blocking=True)
         indices = None if self.indices is None else self.indices[samples]
         labels = None if self.labels is None else self.labels[samples.to(self.labels.device)]
-        return Rows(self.values[there], indices, labels, before)
+        return Rows(self.values[there], indices, labels, before, channel_axis=self.channel_axis)
 
 
 class Accumulator(ABC):

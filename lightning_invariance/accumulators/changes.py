@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -48,19 +47,19 @@ def scaled_changes(rows: Rows, reference: int | None) -> Tensor:
     Without, :math:`\frac{m}{m - 1} \sum (x_{ij} - \bar x_{i \cdot})^2`, whose mean over j is the variance. Sums over
     the positions of each feature map.
     """
-    m, channels = rows.values.shape[1], math.prod(rows.values.shape[2:3])
-    changes = channel_changes(rows.flat, channels, reference)
+    m, changes = rows.values.shape[1], channel_changes(rows.maps, reference)
     return changes / 2 if reference is not None else changes * (m / max(m - 1, 1))
 
 
-def channel_changes(x: Tensor, channels: int, reference: int | None) -> Tensor:
-    """Squared deviations of rows (n, m, k) from the reference column or the row mean: float64 sums (m, channels)."""
-    n, m, k = x.shape
-    x = x if x.is_cpu or x.device.type == "mps" else x.double()
-    maps = x.reshape(n, m, channels, -1)
-    step = max(1, chunk_length(x) // (k // channels))
+def channel_changes(maps: Tensor, reference: int | None) -> Tensor:
+    """Squared deviations of maps (n, m, channels, positions) from the reference column or the row mean.
+
+    Float64 sums ``(m, channels)``.
+    """
+    maps = maps if maps.is_cpu or maps.device.type == "mps" else maps.double()
+    step = max(1, chunk_length(maps[..., 0]) // maps.shape[3])
     sums = []
-    for start in range(0, channels, step):
+    for start in range(0, maps.shape[2], step):
         values = maps[:, :, start : start + step]
         # Taken from its first value a constant row deviates by exactly 0, from its rounded mean it may not.
         origin = values[:, 0 if reference is None else reference, None]
@@ -69,6 +68,6 @@ def channel_changes(x: Tensor, channels: int, reference: int | None) -> Tensor:
             deviations.sub_(deviations.mean(1, keepdim=True))
         sums.append(torch.linalg.vector_norm(deviations, dim=-1).double().square_().sum(0))
     changes = torch.cat(sums, -1)
-    if x.dtype == torch.float32 and not SMALLEST_FLOAT32_SQUARE < changes.max() < LARGEST_FLOAT32_SQUARE:
-        return channel_changes(x.double(), channels, reference)
+    if maps.dtype == torch.float32 and not SMALLEST_FLOAT32_SQUARE < changes.max() < LARGEST_FLOAT32_SQUARE:
+        return channel_changes(maps.double(), reference)
     return changes

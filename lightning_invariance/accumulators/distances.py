@@ -41,7 +41,7 @@ class RowDistances(Accumulator):
         """The states after more rows."""
         step = max(1, MOST_VALUES // rows.values.shape[1])
         total = states["row_distances"]
-        for some in torch.split(rows.values, step):
+        for some in torch.split(rows.values if self.over == "activation" else rows.maps, step):
             added = row_distances(some, self.distance, self.over)
             total = total + added if total.numel() else added
         return {"row_distances": total}

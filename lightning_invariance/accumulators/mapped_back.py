@@ -133,10 +133,11 @@ class MappedBack(Accumulator):
         transformations, mapping = self.mapping.checked(rows), self.mapping
 
         def mapped() -> tuple[Tensor, _Mapped]:
-            back, inside = transformations.inverse(rows.values, mapping.input_size), states["inside"]
+            maps, inside = rows.channels_first, states["inside"]
+            back = transformations.inverse(maps, mapping.input_size)
             if mapping.mask:
                 if not inside.numel():
-                    inside = seen(rows.values, transformations, mapping.mask, mapping.input_size) > 0
+                    inside = seen(maps, transformations, mapping.mask, mapping.input_size) > 0
                 back = back * inside
             unit, zero = unit_maps(back)
             return inside, _Mapped(rows.of(unit if mapping.normalize else back), (~zero).sum((0, 1)))
@@ -175,9 +176,10 @@ class DirectDistances(Accumulator):
 
     def add(self, states: States, rows: Rows) -> States:
         """The states after more rows."""
-        found = direct_distances(rows.values, self.mapping.checked(rows), self.mapping, self.distance, self.over)
+        maps = rows.channels_first
+        found = direct_distances(maps, self.mapping.checked(rows), self.mapping, self.distance, self.over)
         added = found.double().sum((0, 1)).flatten()
-        before, lit = states["row_distances"], (~unit_maps(rows.values)[1]).sum((0, 1))
+        before, lit = states["row_distances"], (~unit_maps(maps)[1]).sum((0, 1))
         return {"row_distances": before + added if before.numel() else added, **_lit(states, lit)}
 
     def merge(self, a: States, b: States) -> States:

@@ -28,6 +28,7 @@ def collect(registry: Registry) -> InvarianceResult:
     dead: dict[str, Tensor] = {}
     skipped: dict[str, list[str]] = {name: [] for name in registry.measures}
     floor: dict[str, Tensor] = {}
+    channel_axis = {name: layer.channel_axis for name, layer in registry.layers.items()}
     reached = {name: tally.n_samples for name, layer in registry.layers.items() for tally in layer.first}
     for name, layer in registry.layers.items():
         for key, metric in registry.measures.items():
@@ -56,6 +57,7 @@ def collect(registry: Registry) -> InvarianceResult:
         response=response,
         skipped=skipped,
         left_out=registry.left_out,
+        channel_axis={name: axis for name, axis in channel_axis.items() if name != INPUT},
         reached={name: n for name, n in reached.items() if 0 < n < registry.n_samples},
     )
 

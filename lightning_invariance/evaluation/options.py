@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ class Options:
         forward: how to run the model.
         input_fn: picks x from a batch.
         transform_at: the module whose input is transformed; None for the network's.
+        channel_axis: layer or glob pattern → axis of the activation that holds the channels.
         convergence: also report values of the first samples.
         state_budget: bytes that the states of all layers may take.
         seed: of all random choices.
@@ -40,6 +41,7 @@ class Options:
     forward: Callable[[nn.Module, Tensor], Any] | None = None
     input_fn: Callable[..., Tensor] | None = None
     transform_at: str | None = None
+    channel_axis: Mapping[str, int] | None = None
     convergence: bool = False
     state_budget: int | None = None
     seed: int = 0

@@ -26,6 +26,7 @@ from lightning_invariance.distributed import gather_or_raise, merge_over_ranks
 from lightning_invariance.evaluation.assembly import Assembly
 from lightning_invariance.evaluation.probe import RAGGED, Finding, Layout
 from lightning_invariance.loader import STBlock
+from lightning_invariance.maps import asked_for, usual_channel_axis
 from lightning_invariance.measures import Sums
 from lightning_invariance.measures.base import names_accumulators
 from lightning_invariance.transforms import TransformationSet
@@ -61,12 +62,14 @@ class Layer:
 
     Attributes:
         shape: of its activation.
+        channel_axis: which axis of the activation holds the channels.
         first: the accumulators of the first pass, each once.
         second: those of a second pass.
         metrics: metrics that are no :class:`Measure`, by name.
     """
 
     shape: tuple[int, ...]
+    channel_axis: int = 0
     first: list[Tally] = field(default_factory=list)
     second: list[Tally] = field(default_factory=list)
     metrics: dict[str, Metric] = field(default_factory=dict)
@@ -85,6 +88,7 @@ class Registry:
             gets a clone, which is updated with the block.
         transformations: the columns of the ST matrix.
         expected: how many samples there will be, if known.
+        channel_axes: layer or glob pattern → axis of the activation that holds the channels, where the user says.
 
     Attributes:
         layers: name → layer, in the order in which they ran.
@@ -97,7 +101,11 @@ class Registry:
     """
 
     def __init__(
-        self, measures: Mapping[str, Metric], transformations: TransformationSet, expected: int | None = None
+        self,
+        measures: Mapping[str, Metric],
+        transformations: TransformationSet,
+        expected: int | None = None,
+        channel_axes: Mapping[str, int] | None = None,
     ) -> None:
         self.measures = measures
         self.transformations = transformations
@@ -106,9 +114,10 @@ class Registry:
         self.finished = False
         self.input_shape: tuple[int, ...] | None = None
         self.findings: dict[str, Finding] = {}
-        self.unknown: list[tuple[str, Tensor]] = []
+        self.unknown: list[tuple[str, Tensor, int | None]] = []
         self.left_out: dict[str, str] = {}
         self._expected = expected
+        self._channel_axes = dict(channel_axes or {})
         self._in_first_pass = True
         self._needs, self._needs_again = self._prepared(
             ()
@@ -134,11 +143,11 @@ class Registry:
         if any(names_accumulators(measure) and measure.has_floor for measure in self.measures.values()):
             self._add(INPUT, inputs)
 
-    def consume(self, layer: str, output: Tensor) -> None:
+    def consume(self, layer: str, output: Tensor, channel_axis: int | None) -> None:
         """Add what a layer made of the block's inputs, if its layout is known and it can be measured."""
         finding = self.findings.get(layer)
         if finding is None:
-            self.unknown.append((layer, output.clone()))  # later modules may change it in place
+            self.unknown.append((layer, output.clone(), channel_axis))  # later modules may change it in place
         elif isinstance(finding, str):
             self.left_out[layer] = finding
         else:
@@ -147,51 +156,70 @@ class Registry:
             if values is None:
                 self._leave_out(layer)
             else:
-                self._add(layer, values.reshape(rows, columns, *values.shape[1:]))
+                self._add(layer, values.reshape(rows, columns, *values.shape[1:]), channel_axis)
 
     def consume_unknown(self, findings: Mapping[str, Finding]) -> None:
         """Add the outputs of layers that no earlier block reached, given what a probe of this block found."""
         waiting, self.unknown = self.unknown, []
-        for layer, output in waiting:
+        for layer, output, channel_axis in waiting:
             self.findings.setdefault(layer, findings.get(layer, Layout()))
-            self.consume(layer, output)
+            self.consume(layer, output, channel_axis)
 
     def _leave_out(self, layer: str) -> None:
         """Leave out a layer whose outputs are not as long in this block as in those before."""
         self.findings[layer] = self.left_out[layer] = RAGGED
         self.layers.pop(layer, None)
 
-    def _add(self, name: str, st: Tensor) -> None:
+    def _add(self, name: str, st: Tensor, channel_axis: int | None = None) -> None:
         block = self._block
         assert block is not None  # noqa: S101 - its outputs follow it
         if st.dtype not in (torch.float32, torch.float64):
             st = st.float()
         layer = self.layers.get(name)
         if layer is None:
-            layer = self.layers[name] = self._new_layer(name, tuple(st.shape[2:]), st.device)
+            shape = tuple(st.shape[2:])
+            layer = self._new_layer(name, shape, self._axis(name, shape, channel_axis), st.device)
+            self.layers[name] = layer
         if st.shape[2:] != layer.shape:
             self._leave_out(name)
             return
         last = block.columns.stop == self._m
         active = layer.first if self._in_first_pass else layer.second
         if self._in_parts:
-            self._update([tally for tally in active if tally.accumulator.takes_parts], st, last)
+            self._update([t for t in active if t.accumulator.takes_parts], st, last, layer.channel_axis)
             active = [tally for tally in active if not tally.accumulator.takes_parts]
             if not active and not layer.metrics:
                 return
         whole = self._assembly.complete(name, st, last)
         if whole is None:
             return
-        self._update(active, whole, last=True)
+        self._update(active, whole, True, layer.channel_axis)
         if self._in_first_pass:
             for key, metric in layer.metrics.items():
                 metric.update(whole, **self._arguments(key, metric, block))
 
-    def _update(self, tallies: Iterable[Tally], st: Tensor, last: bool) -> None:
+    def _axis(self, name: str, shape: tuple[int, ...], from_end: int | None) -> int:
+        """The axis of the channels in the activation of a layer: what the user says, or the module, or the usual one.
+
+        Raises:
+            ValueError: If the user names an axis that the activation does not have.
+        """
+        asked = asked_for(name, self._channel_axes)
+        if asked is not None and not -len(shape) <= asked < max(len(shape), 1):
+            raise ValueError(
+                f"Expected argument `channel_axis` to name an axis of the activation of layer {name!r}, whose shape is"
+                f" {shape}, but got {asked}."
+            )
+        found = from_end if asked is None else asked
+        if found is None or not -len(shape) <= found < len(shape):
+            found = usual_channel_axis(shape)
+        return found % len(shape) if shape else 0
+
+    def _update(self, tallies: Iterable[Tally], st: Tensor, last: bool, channel_axis: int) -> None:
         block: STBlock = self._block  # type: ignore[assignment]
         memo: dict[Hashable, Any] = {}
         for tally in tallies:
-            rows = Rows(st, block.indices, block.labels, tally.n_samples, last, memo, self._memo)
+            rows = Rows(st, block.indices, block.labels, tally.n_samples, last, memo, self._memo, channel_axis)
             tally.accumulator.add_(tally.states, rows)
             if not tally.n_samples:
                 check_states(tally.accumulator, tally.states, "add")
@@ -220,8 +248,8 @@ class Registry:
         fits = all(accumulator.applies_to(shape) for accumulator in self._needs[measure])
         return fits and (name != INPUT or metric.has_floor)
 
-    def _new_layer(self, name: str, shape: tuple[int, ...], device: torch.device) -> Layer:
-        layer = Layer(shape)
+    def _new_layer(self, name: str, shape: tuple[int, ...], channel_axis: int, device: torch.device) -> Layer:
+        layer = Layer(shape, channel_axis)
         applicable = [measure for measure in self.measures if self.applies(measure, name, shape)]
         for accumulator in distinct([a for measure in applicable for a in self._needs.get(measure, ())]):
             layer.first.append(Tally(accumulator, started(accumulator, device)))
@@ -241,7 +269,7 @@ class Registry:
             if tally is not None:  # a second pass is not always needed
                 states.update(tally.states)
                 n_samples = tally.n_samples
-        return Sums(states, n_samples, self._m, layer.shape)
+        return Sums(states, n_samples, self._m, layer.shape, layer.channel_axis)
 
     def end_pass(self, device: torch.device, error: BaseException | None = None) -> None:
         """Join what the processes have seen in one pass, and begin a second one if a measure needs it.
@@ -249,7 +277,7 @@ class Registry:
         Raises:
             RuntimeError: If another process failed, with its error. The one that failed raises that itself.
         """
-        shapes = {name: layer.shape for name, layer in self.layers.items()}
+        shapes = {name: (layer.shape, layer.channel_axis) for name, layer in self.layers.items()}
         told = gather_or_raise((shapes, self.n_samples, self.input_shape, self.left_out), error)
         for _, _, _, left_out in told:
             self.left_out.update(left_out)
@@ -289,18 +317,18 @@ class Registry:
                 )
 
     def _add_unseen(
-        self, told: Sequence[tuple[dict[str, tuple[int, ...]], int, Any, Any]], device: torch.device
+        self, told: Sequence[tuple[dict[str, tuple[tuple[int, ...], int]], int, Any, Any]], device: torch.device
     ) -> None:
         """Make the layers that only other processes have seen, in one order everywhere."""
         if self.input_shape is None:
             self.input_shape = next((shape for _, _, shape, _ in told if shape is not None), None)
             self._needs, self._needs_again = self._prepared(self.input_shape or ())
-        order: dict[str, tuple[int, ...]] = {}
+        order: dict[str, tuple[tuple[int, ...], int]] = {}
         for shapes, *_ in told:
-            for name, shape in shapes.items():
+            for name, about in shapes.items():
                 if name not in self.left_out:
-                    order.setdefault(name, shape)
-        self.layers = {name: self.layers.get(name) or self._new_layer(name, s, device) for name, s in order.items()}
+                    order.setdefault(name, about)
+        self.layers = {name: self.layers.get(name) or self._new_layer(name, *a, device) for name, a in order.items()}
 
     def _merge(self, device: torch.device) -> None:
         """Give the accumulators of this pass the merged states of all processes."""

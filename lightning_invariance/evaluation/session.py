@@ -96,7 +96,7 @@ class Session:
             about: text beside the progress bar.
         """
         expected = None if milestones else loader.n_samples  # a choice of the first samples must not know of the others
-        registry = Registry(measures, loader.transformations, expected)
+        registry = Registry(measures, loader.transformations, expected, self.options.channel_axis)
         waiting = list(milestones)
         entrance = _Entrance(registry) if self._transformed_module is not None else None
         consume = entrance.consume if entrance else registry.consume
@@ -135,7 +135,7 @@ class Session:
         def outputs_of(inputs: Tensor) -> Outputs:
             outputs: Outputs = {}
             # Cloned, since later modules may change them in place.
-            catcher.consumer = lambda layer, output: outputs.update({layer: output.clone()})
+            catcher.consumer = lambda layer, output, axis: outputs.update({layer: output.clone()})
             catcher.start_forward()
             with isolated_random_state(self.options.seed):
                 self._call(inputs)
@@ -151,7 +151,7 @@ class Session:
         """Number of activations of all layers together, and the size in bytes of the largest type of one."""
         numbers, sizes = [0], [4]
 
-        def measured(layer: str, output: Tensor) -> None:
+        def measured(layer: str, output: Tensor, axis: int | None) -> None:
             numbers.append(output.numel())
             sizes.append(output.element_size())
 
@@ -205,9 +205,9 @@ class _Entrance:
     def end_block(self) -> None:
         self._block, self._entered = None, False
 
-    def consume(self, layer: str, output: Tensor) -> None:
+    def consume(self, layer: str, output: Tensor, axis: int | None) -> None:
         if self._entered:
-            self._registry.consume(layer, output)
+            self._registry.consume(layer, output, axis)
 
     def enter(self, x: Tensor) -> Tensor:
         """Transform what reaches the module: ``(rows · columns, ...)``, each row so many times the same."""

@@ -79,13 +79,17 @@ def in_two_walks(
         measures,
         loader.transformations,
         {
-            name: {layer: measure.of_variances(tv[_key(measure)][layer], sv[_key(measure)][layer]) for layer in layers}
+            name: {
+                layer: measure.aggregated(tv[_key(measure)][layer], sv[_key(measure)][layer], tv.channel_axis[layer])
+                for layer in layers
+            }
             for name, measure in of_variances.items()
         },
         dead={layer: (tv[some][layer] == 0) & (sv[some][layer] == 0) for layer in layers},
         n_samples=tv.n_samples,
         left_out=tv.left_out,
         reached=tv.reached,
+        channel_axis=tv.channel_axis,
     )
 
 

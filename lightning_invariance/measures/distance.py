@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -50,11 +49,13 @@ class MeasureOfDistances(Measure):
     def value_shape(self, sums: Sums) -> tuple[int, ...]:
         """The activation's, or ``(channels,)`` with ``aggregate`` or for ``over="channel"``."""
         of_channels = self.over == "channel" or self.aggregate is not None
-        return (math.prod(sums.activation_shape[:1]),) if of_channels else sums.activation_shape
+        return (sums.n_channels,) if of_channels else sums.activation_shape
 
     def aggregated(self, values: Tensor, sums: Sums) -> Tensor:
         """Distances with the values of a feature map made one."""
-        return aggregate_maps(sums.shaped(values) if self.over == "activation" else values, self.aggregate)
+        if self.over == "channel":
+            return values  # one for each channel already
+        return aggregate_maps(sums.shaped(values), self.aggregate, sums.channel_axis)
 
 
 class TransformationDistance(MeasureOfDistances):

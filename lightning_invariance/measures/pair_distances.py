@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +47,8 @@ class PairDistances:
         """
         n, keys = sums.n_samples, sums["keys"]
         kept = sums["kept"].view(*sums["kept"].shape[:2], *(sums.activation_shape or (1,)))
+        if self.over == "channel" and sums.channel_axis:
+            kept = kept.movedim(2 + sums.channel_axis, 2)
         full = keys != EMPTY
         counts = full.sum(1).tolist()
         if set(counts) == {kept.shape[1]}:
@@ -61,7 +62,7 @@ class PairDistances:
             mean = torch.stack(means).mean(0) if means else self._mean_of_pairs(kept[:1, :2] * torch.nan)
         flawed = sums["flawed"]
         if self.over == "channel":
-            flawed = flawed.view(math.prod(sums.activation_shape[:1]), -1).any(1)
+            flawed = aggregate_maps(sums.shaped(flawed), "max", sums.channel_axis)
         return torch.where(flawed, torch.nan, mean) * ((n - 1) / n)
 
     def _mean_of_pairs(self, kept: Tensor) -> Tensor:
@@ -87,15 +88,15 @@ class SquaredDistances:
     def within_rows(self, sums: Sums) -> Tensor:
         """TD."""
         m = sums.n_transformations
-        return self._over(2 * (m - 1) / m * transformation_variance(sums))
+        return self._over(2 * (m - 1) / m * transformation_variance(sums), sums)
 
     def within_columns(self, sums: Sums) -> Tensor:
         """SD."""
         n = sums.n_samples
-        return self._over(2 * (n - 1) / n * sample_variance(sums))
+        return self._over(2 * (n - 1) / n * sample_variance(sums), sums)
 
-    def _over(self, values: Tensor) -> Tensor:
-        return aggregate_maps(values, "sum" if self.over == "channel" else None).flatten()
+    def _over(self, values: Tensor, sums: Sums) -> Tensor:
+        return aggregate_maps(values, "sum" if self.over == "channel" else None, sums.channel_axis).flatten()
 
 
 def pair_distances(distance: Distance, over: str, samples: int) -> PairDistances | SquaredDistances:

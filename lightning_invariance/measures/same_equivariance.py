@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -50,7 +51,16 @@ class SameEquivariance(Measure):
 
     def value_shape(self, sums: Sums) -> tuple[int, ...]:
         """``(channels,)``, or the activation's shape for ``over="activation"``."""
-        return sums.activation_shape if self.over == "activation" else sums.activation_shape[:1]
+        return sums.activation_shape if self.over == "activation" else (sums.n_channels,)
+
+    @abstractmethod
+    def of_maps(self, sums: Sums) -> Tensor:
+        """The value, given sums over feature maps whose channels come first."""
+
+    def value(self, sums: Sums) -> Tensor:
+        """SE of every channel, or of every activation."""
+        value = self.defined(self.of_maps(sums.channels_first()), sums.channels_first())
+        return value.movedim(0, sums.channel_axis) if self.over == "activation" else value
 
     def defined(self, value: Tensor, sums: Sums) -> Tensor:
         """NaN where a feature map was zero throughout (0/0 as a unit vector), and for pixels outside the mask."""
@@ -147,15 +157,15 @@ class VarianceSameEquivariance(SameEquivariance):
         super().__init__(MappedBack((inner,), mapping), mapping, over, normalized_by, **kwargs)
         self.whole_maps = whole_maps
 
-    def value(self, sums: Sums) -> Tensor:
-        """SE of every channel, or of every activation."""
+    def of_maps(self, sums: Sums) -> Tensor:
+        """The variance of maps that are mapped back."""
         if self.whole_maps:
-            return self.defined(sums["changes"].sum(0) / (sums.n_samples * sums.n_transformations), sums)
+            return sums["changes"].sum(0) / (sums.n_samples * sums.n_transformations)
         aggregate = None if self.over == "activation" else "sum"
         value = aggregate_maps(transformation_variance(sums), aggregate)
         if self.normalized_by is not None:
             value = quotient(value, aggregate_maps(sample_variance(sums), aggregate))
-        return self.defined(value, sums)
+        return value
 
     def response_of(self, sums: Sums) -> Tensor | None:
         """The part of each transformation in the value, ``(m,)``: its mean is that of the channels.
@@ -247,11 +257,11 @@ class DistanceSameEquivariance(SameEquivariance):
         super().__init__(needs, mapping, over, normalized_by, **kwargs)
         self.pairs, self.distance, self.samples, self.formulation = pairs, chosen, samples, formulation
 
-    def value(self, sums: Sums) -> Tensor:
-        """SE of every channel, or of every activation."""
+    def of_maps(self, sums: Sums) -> Tensor:
+        """The distance of maps that are mapped back."""
         if self.formulation == "direct":
-            return self.defined(sums["row_distances"] / (sums.n_samples * sums.n_transformations), sums)
+            return sums["row_distances"] / (sums.n_samples * sums.n_transformations)
         value = self.pairs.within_rows(sums)
         if self.normalized_by is not None:
             value = quotient(value, self.pairs.within_columns(sums))
-        return self.defined(value, sums)
+        return value

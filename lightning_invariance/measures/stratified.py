@@ -122,7 +122,9 @@ class Stratified(Measure):
                 few.append(f"{label} ({count})")
                 values.append(nan)
                 continue
-            own = Sums(by_class.of_class(sums, label), count, sums.n_transformations, sums.activation_shape)
+            own = Sums(
+                by_class.of_class(sums, label), count, sums.n_transformations, sums.activation_shape, sums.channel_axis
+            )
             values.append(measure.evaluated(own).double())
         if few:
             rank_zero_warn(f"Stratified: classes with fewer than two samples are NaN: {', '.join(few)}.", UserWarning)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,12 +20,14 @@ class Sums(Mapping[str, Tensor]):
         n_samples: number of rows.
         n_transformations: number of columns.
         activation_shape: of the layer.
+        channel_axis: which axis of the activation holds the channels.
     """
 
     states: States
     n_samples: int
     n_transformations: int
     activation_shape: tuple[int, ...]
+    channel_axis: int = 0
 
     def __getitem__(self, name: str) -> Tensor:
         return self.states[name]
@@ -35,6 +37,18 @@ class Sums(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.states)
+
+    @property
+    def n_channels(self) -> int:
+        """Number of channels; 1 for an activation without axes."""
+        return self.activation_shape[self.channel_axis] if self.activation_shape else 1
+
+    def channels_first(self) -> Sums:
+        """The same for activations whose channels come first."""
+        shape = list(self.activation_shape)
+        if self.channel_axis:
+            shape.insert(0, shape.pop(self.channel_axis))
+        return replace(self, activation_shape=tuple(shape), channel_axis=0)
 
     def shaped(self, values: Tensor) -> Tensor:
         """``(activations,)`` in the activation's shape."""
@@ -58,6 +72,9 @@ def dead_of(accumulators: Sequence[Accumulator], sums: Sums) -> Tensor | None:
         dead = accumulator.dead(sums.states)
         if dead is not None:
             shape = sums.activation_shape
-            of_channels = dead.numel() != torch.Size(shape).numel()
-            return dead.view(-1, *[1] * (len(shape) - 1)).expand(shape) if of_channels else dead.view(shape)
+            if dead.numel() == torch.Size(shape).numel():
+                return dead.view(shape)
+            of_channels = [1] * len(shape)
+            of_channels[sums.channel_axis] = -1
+            return dead.view(of_channels).expand(shape)
     return None

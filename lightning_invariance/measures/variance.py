@@ -50,15 +50,21 @@ class MeasureOfVariances(Measure):
 
     @abstractmethod
     def of_variances(self, transformation: Tensor, sample: Tensor) -> Tensor:
-        """The value, given TV and SV of the activation's shape."""
+        """The value, given TV and SV of every activation, or aggregated for every channel."""
 
     def value(self, sums: Sums) -> Tensor:
         """What the measure is for every activation."""
-        return self.of_variances(transformation_variance(sums, self.squared), sample_variance(sums, self.squared))
+        variances = transformation_variance(sums, self.squared), sample_variance(sums, self.squared)
+        return self.aggregated(*variances, sums.channel_axis)
+
+    def aggregated(self, transformation: Tensor, sample: Tensor, channel_axis: int) -> Tensor:
+        """The value, given TV and SV of every activation, in its shape."""
+        parts = (aggregate_maps(variance, self.aggregate, channel_axis) for variance in (transformation, sample))
+        return self.of_variances(*parts)
 
     def value_shape(self, sums: Sums) -> tuple[int, ...]:
         """The activation's, or ``(channels,)`` with ``aggregate``."""
-        return sums.activation_shape if self.aggregate is None else (math.prod(sums.activation_shape[:1]),)
+        return sums.activation_shape if self.aggregate is None else (sums.n_channels,)
 
 
 def transformation_variance(sums: Sums, squared: bool = True) -> Tensor:
@@ -107,7 +113,7 @@ class TransformationVariance(MeasureOfVariances):
 
     def of_variances(self, transformation: Tensor, sample: Tensor) -> Tensor:
         """TV."""
-        return aggregate_maps(transformation, self.aggregate)
+        return transformation
 
     def response_of(self, sums: Sums) -> Tensor | None:
         r"""What each transformation does to the layer, ``(m,)``; None without ``response=True``.
@@ -156,7 +162,7 @@ class SampleVariance(MeasureOfVariances):
 
     def of_variances(self, transformation: Tensor, sample: Tensor) -> Tensor:
         """SV."""
-        return aggregate_maps(sample, self.aggregate)
+        return sample
 
 
 class NormalizedVariance(MeasureOfVariances):
@@ -195,7 +201,7 @@ class NormalizedVariance(MeasureOfVariances):
 
     def of_variances(self, transformation: Tensor, sample: Tensor) -> Tensor:
         """TV / SV."""
-        return quotient(aggregate_maps(transformation, self.aggregate), aggregate_maps(sample, self.aggregate))
+        return quotient(transformation, sample)
 
     def response_of(self, sums: Sums) -> Tensor | None:
         """What each transformation does to the layer, ``(m,)``; None without ``response=True``.
@@ -207,7 +213,7 @@ class NormalizedVariance(MeasureOfVariances):
         changes = mean_changes(sums)
         if changes is None:
             return None
-        ratio = changes / aggregate_maps(sample_variance(sums), "mean")
+        ratio = changes / aggregate_maps(sample_variance(sums), "mean", sums.channel_axis)
         return torch.where(ratio.isfinite(), ratio, torch.nan).nanmean(1)
 
 
@@ -215,4 +221,5 @@ def mean_changes(sums: Sums) -> Tensor | None:
     """What each transformation contributes to the variance of each channel's mean activation, ``(m, channels)``."""
     if "changes" not in sums or not sums["changes"].numel():
         return None
-    return sums["changes"] / (sums.n_samples * math.prod(sums.activation_shape[1:]))
+    positions = math.prod(sums.activation_shape) // sums.n_channels
+    return sums["changes"] / (sums.n_samples * positions)
