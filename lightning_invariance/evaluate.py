@@ -132,6 +132,7 @@ def evaluate_with(
     measures: Mapping[str, Metric],
 ) -> InvarianceResult:
     """:func:`evaluate` with its options in one object."""
+    check_model(model)
     session = Session(unwrapped(model), data, options)
     while True:
         try:
@@ -190,13 +191,16 @@ def named_measures(measures: Sequence[Metric] | Mapping[str, Metric] | None) -> 
     """Name → metric, checked."""
     if measures is None:
         measures = [NormalizedVariance()]
-    if isinstance(measures, Metric):
-        measures = [measures]
+    if isinstance(measures, Metric | type):
+        measures = [measures]  # type: ignore[list-item]
     pairs = list(measures.items()) if isinstance(measures, Mapping) else [(type(m).__name__, m) for m in measures]
     named: dict[str, Metric] = {}
     for name, measure in pairs:
         if not isinstance(measure, Metric):
-            raise TypeError(f"Expected argument `measures` to hold torchmetrics.Metric objects, but got {measure!r}.")
+            hint = f": call it, as in `{measure.__name__}()`" if isinstance(measure, type) else ""
+            raise TypeError(
+                f"Expected argument `measures` to hold torchmetrics.Metric objects, but got {measure!r}{hint}."
+            )
         if name in named:
             raise ValueError(
                 f"Expected argument `measures` to hold measures of different names, but got two of {name!r}; give them"
@@ -208,12 +212,30 @@ def named_measures(measures: Sequence[Metric] | Mapping[str, Metric] | None) -> 
     return named
 
 
+def check_model(model: Any) -> None:
+    """Raise for what is no module with values."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"Expected argument `model` to be a torch.nn.Module, but got {type(model).__name__}: call"
+            " `evaluate(model, data, transformations)`, in this order."
+        )
+    if any(tensor.is_meta for tensors in (model.parameters(), model.buffers()) for tensor in tensors):
+        raise ValueError(
+            "Expected argument `model` to hold values, but some of its parameters are on the meta device: load them, or"
+            " materialise it with `model.to_empty(device=...)`."
+        )
+
+
 def check_transformations(transformations: TransformationSet) -> None:
     """Raise for what is no set of at least two transformations."""
     if not isinstance(transformations, TransformationSet):
+        hint = (
+            f"call it, as in `{transformations.__name__}(16)`"
+            if callable(transformations) and hasattr(transformations, "__name__")
+            else "write `rotations(16)`, or make one of functions with `TransformationSet.from_callables`"
+        )
         raise TypeError(
-            f"Expected argument `transformations` to be a TransformationSet, but got {transformations!r};"
-            " make one of functions with `TransformationSet.from_callables`."
+            f"Expected argument `transformations` to be a TransformationSet, but got {transformations!r}: {hint}."
         )
     if len(transformations) < 2:
         raise ValueError(

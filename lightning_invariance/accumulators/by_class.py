@@ -102,7 +102,10 @@ class ByClass(Accumulator):
         """
         labels = rows.labels
         if labels is None:
-            raise ValueError("Expected argument `labels`, the class of each sample, but got None.")
+            raise ValueError(
+                "Expected argument `labels`, the class of each sample, but got None: each sample must come with a whole"
+                " number, as (x, y) or in a dict under `label`; one-hot and floating-point labels are none."
+            )
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise TypeError(f"Expected argument `labels` to hold integers, but got {labels.dtype}.")
         n = len(rows.values)

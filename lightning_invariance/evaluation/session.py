@@ -138,7 +138,12 @@ class Session:
             catcher.consumer = lambda layer, output, axis: outputs.update({layer: output.clone()})
             catcher.start_forward()
             with isolated_random_state(self.options.seed):
-                self._call(inputs)
+                try:
+                    self._call(inputs)
+                except (TypeError, NotImplementedError, RuntimeError) as error:
+                    if type(error) in (TypeError, NotImplementedError, RuntimeError):
+                        raise type(error)(f"{error}\n{_how_called(inputs)}") from error
+                    raise
             return outputs
 
         consumer = catcher.consumer
@@ -189,6 +194,15 @@ class Session:
         total = None if loader.n_samples is None else len(loader)
         show = self.options.progress and rank_and_world_size()[0] == 0
         yield from tqdm(loader, about, total, leave=False, delay=PROGRESS_DELAY, unit="batch", disable=not show)
+
+
+def _how_called(inputs: Tensor) -> str:
+    """What to look at where a model's forward fails."""
+    return (
+        f"The model was called with x of shape {tuple(inputs.shape)}. If it is not called as `model(x)`, give"
+        " `forward=lambda model, x: ...`; if x is another part of a batch, `input_fn=`; if it needs other samples,"
+        " `data=`."
+    )
 
 
 class _Entrance:

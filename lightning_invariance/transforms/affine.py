@@ -210,7 +210,7 @@ def rotations(n: int | None = None, *, angles: Sequence[float] | None = None) ->
         raise ValueError(f"Expected one of the arguments `n` and `angles`, but got n={n} and angles={angles}.")
     if angles is None:
         if not isinstance(n, int) or n < 1:
-            raise ValueError(f"Expected argument `n` to be an int larger than 0, but got {n}.")
+            raise ValueError(f"Expected argument `n` to be an int larger than 0, but got {n!r}.")
         angles = [360 * j / n for j in range(n)]
     linear = [[[c, s], [-s, c]] for c, s in map(_cos_sin, angles)]
     shift = torch.zeros(len(angles), 2, dtype=torch.float64)

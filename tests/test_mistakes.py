@@ -1,0 +1,118 @@
+"""Mistakes of a new user: each has a message that says what to write instead."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+from torchvision.transforms import v2
+
+from lightning_invariance import InvarianceMonitor, evaluate, rotations
+from lightning_invariance.measures import NormalizedVariance, Stratified
+
+IMAGES = torch.rand(12, 3, 8, 8)
+
+
+def network():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    ("transformations", "message"),
+    [
+        ("rotation", "write `rotations\\(16\\)`"),
+        (rotations, "call it, as in `rotations\\(16\\)`"),
+        ([v2.RandomRotation(30), v2.GaussianBlur(3)], "TransformationSet.from_callables"),
+        (None, "but got None: write `rotations\\(16\\)`"),
+    ],
+)
+@pytest.mark.parametrize(
+    "make", [lambda t: evaluate(network(), IMAGES, t), InvarianceMonitor], ids=["evaluate", "monitor"]
+)
+def test_transformations_that_are_no_set(make, transformations, message):
+    with pytest.raises(TypeError, match=message):
+        make(transformations)
+
+
+@pytest.mark.parametrize("measures", [NormalizedVariance, [NormalizedVariance], {"nv": NormalizedVariance}])
+@pytest.mark.parametrize(
+    "make", [lambda m: evaluate(network(), IMAGES, rotations(4), m), lambda m: InvarianceMonitor(rotations(4), m)]
+)
+def test_the_class_of_a_measure_instead_of_a_measure(make, measures):
+    with pytest.raises(TypeError, match=r"call it, as in `NormalizedVariance\(\)`"):
+        make(measures)
+
+
+def test_a_number_as_text():
+    with pytest.raises(ValueError, match="larger than 0, but got '16'"):
+        rotations("16")
+
+
+def test_arguments_in_another_order():
+    with pytest.raises(
+        TypeError, match=r"`model` to be a torch.nn.Module, but got Tensor: call `evaluate\(model, data"
+    ):
+        evaluate(IMAGES, network(), rotations(4))
+    for model, got in ((None, "NoneType"), (lambda x: x, "function")):
+        with pytest.raises(TypeError, match=f"but got {got}"):
+            evaluate(model, IMAGES, rotations(4))
+
+
+def test_a_model_without_values():
+    with torch.device("meta"):
+        model = network()
+    with pytest.raises(ValueError, match="on the meta device: load them"):
+        evaluate(model, IMAGES, rotations(4))
+
+
+@pytest.mark.parametrize("labels", [torch.eye(12), torch.rand(12)], ids=["one-hot", "float"])
+def test_labels_that_are_no_classes(labels):
+    with pytest.raises(ValueError, match="whole number, as \\(x, y\\) .* one-hot and floating-point labels are none"):
+        evaluate(network(), TensorDataset(IMAGES, labels), rotations(4), Stratified(NormalizedVariance(), 3))
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x, factor):
+        return factor * self.conv(x)
+
+
+class NoForward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (TwoInputs(), TypeError, "missing 1 required positional argument: 'factor'"),
+        (NoForward(), NotImplementedError, 'missing the required "forward" function'),
+        (nn.Sequential(nn.Flatten(), nn.Linear(5, 2)), RuntimeError, "mat1 and mat2 shapes cannot be multiplied"),
+        (nn.Sequential(nn.Conv2d(1, 2, 3)), RuntimeError, "to have 1 channels, but got 3 channels"),
+    ],
+)
+def test_a_model_that_is_called_otherwise(model, error, message):
+    with pytest.raises(
+        error, match=rf"(?s){message}.*x of shape \(5, 3, 8, 8\).*`forward=lambda model, x: ...`.*`input_fn=`"
+    ):
+        evaluate(model, IMAGES, rotations(4))
+
+
+def test_other_errors_of_a_model_stay_as_they_are():
+    def forward(model, x):
+        raise ArithmeticError("a bad batch")
+
+    with pytest.raises(ArithmeticError, match="^a bad batch$"):
+        evaluate(network(), IMAGES, rotations(4), forward=forward)
+
+
+def test_a_warning_of_nan_names_a_handful_of_layers():
+    class Bad(nn.Module):
+        def forward(self, x):
+            return x + torch.nan
+
+    with pytest.warns(UserWarning, match=r"NaN.*0 \(192\).* and 14 more layers"):
+        evaluate(nn.Sequential(*(Bad() for _ in range(20))), IMAGES, rotations(4), progress=False)
