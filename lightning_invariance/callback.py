@@ -115,12 +115,10 @@ class InvarianceMonitor(pl.Callback):
         for argument, value, least in (("every_n_epochs", every_n_epochs, 1), ("max_samples", max_samples, 2)):
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(f"Expected argument `{argument}` to be an int of at least {least}, but got {value}.")
-        about = Options(layers, batch_size, max_samples, forward=forward, input_fn=input_fn, seed=seed)
-        self.options = replace(about, channel_axis=channel_axis)
-        self.transformations = transformations
+        options = Options(layers, batch_size, max_samples, forward=forward, input_fn=input_fn, seed=seed)
+        self.options, self.transformations = replace(options, channel_axis=channel_axis), transformations
         self.measures = named_measures([NormalizedVariance(response=True)] if measures is None else measures)
-        self.data = data
-        self.every_n_epochs, self.name, self.histograms = every_n_epochs, name, histograms
+        self.data, self.every_n_epochs, self.name, self.histograms = data, every_n_epochs, name, histograms
         self.history: list[InvarianceResult] = []
         self._validated = self._undrawn = self._explained = False
 

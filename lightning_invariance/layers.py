@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import is_dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from types import SimpleNamespace
 from typing import Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-
-from lightning_invariance.maps import channel_axis_of
 
 #: What selects layers: see :func:`layer_names`.
 Layers: TypeAlias = (
@@ -25,10 +19,6 @@ Layers: TypeAlias = (
     | Callable[[str, nn.Module], bool]
     | None
 )
-
-#: Receives the name of a layer, an output tensor, and the axis of the channels in it, counted from the end (None where
-#: the module does not say).
-Consumer: TypeAlias = Callable[[str, Tensor, int | None], None]
 
 NOTHING_RAN = (
     "The hooks of the selected modules never fired: scripted, traced or exported models have none, and neither has"
@@ -211,114 +201,3 @@ def summary_of(left_out: Mapping[str, str]) -> str:
 def _some(layers: Sequence[str], most: int = 6) -> str:
     """A few names of layers."""
     return ", ".join(layers[:most]) + (", …" if len(layers) > most else "")
-
-
-class Catcher:
-    """Hands the outputs of selected modules to a consumer, inside the forward hook, before anything can change them.
-
-    Attributes:
-        consumer: may be replaced between two forward passes.
-    """
-
-    def __init__(self, selection: Selection, consumer: Consumer) -> None:
-        self.consumer = consumer
-        self._origins = selection.origins
-        self._calls: dict[str, int] = {}
-        # By identity of the tensors that modules returned in this pass; another may have it once a tensor is gone.
-        self._channel_axes: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-
-    def start_forward(self) -> None:
-        """A forward pass begins: forget how often each module ran."""
-        self._calls, self._channel_axes = {}, {}
-
-    def hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        """The forward hook of one module."""
-
-        def caught(module: nn.Module, args: Any, output: Any) -> None:
-            call = self._calls.get(name, 0)
-            self._calls[name] = call + 1
-            layer = name if call == 0 else f"{name}#{call}"
-            for place, tensor in tensors_of(output):
-                if layer + place not in self._origins:
-                    self._origins[layer + place] = name
-                axis = self._channel_axis(module, args, tensor)
-                self.consumer(layer + place, tensor.detach() if tensor.requires_grad else tensor, axis)
-
-        return caught
-
-    def _channel_axis(self, module: nn.Module, args: Any, output: Tensor) -> int | None:
-        """The axis of the channels; of a module that keeps the shape of its input it is that of the input."""
-        of_input = None
-        if args and isinstance(args[0], Tensor) and args[0].shape == output.shape:
-            known = self._channel_axes.get(id(args[0]))
-            of_input = known[1] if known is not None and known[0]() is args[0] else None
-        axis = channel_axis_of(module, output, of_input)
-        if axis is not None:
-            self._channel_axes[id(output)] = weakref.ref(output), axis
-        return axis
-
-
-@contextmanager
-def catch_activations(selection: Selection, consumer: Consumer) -> Iterator[Catcher]:
-    """Call ``consumer(layer, output, channel_axis)`` for every output of the selected modules while the context lasts.
-
-    The hooks are gone afterwards, also when forward or the consumer raises.
-    """
-    catcher = Catcher(selection, consumer)
-    handles = []
-    try:
-        for name, module in selection.modules.items():
-            handles.append(module.register_forward_hook(catcher.hook(name)))
-        yield catcher
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def transformed_input(module: nn.Module, transform: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Replace the first argument of a module by ``transform`` of it while the context lasts."""
-
-    def replaced(module: nn.Module, args: Any) -> Any:
-        if not args or not isinstance(args[0], Tensor):
-            raise RuntimeError("Expected the module of argument `transform_at` to take a tensor as its first argument.")
-        return (transform(args[0]), *args[1:])
-
-    handle = module.register_forward_pre_hook(replaced)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def tensors_of(output: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every floating-point tensor in an output that is not empty, with its place: ``""``, ``"[0]"``, ``"[1][key]"``, ….
-
-    Looks into mappings, sequences, dataclasses, namespaces, and objects that carry a ``tensor``. Quantised tensors are
-    dequantised; of complex ones the real and the imaginary part are given.
-    """
-    if isinstance(output, Tensor):
-        yield from _real_parts(output, place)
-    elif isinstance(output, Mapping):
-        for key, value in output.items():
-            yield from tensors_of(value, f"{place}[{key}]")
-    elif isinstance(output, list | tuple):
-        for position, value in enumerate(output):
-            yield from tensors_of(value, f"{place}[{position}]")
-    elif isinstance(getattr(output, "tensor", None), Tensor):
-        yield from tensors_of(output.tensor, place)
-    elif isinstance(output, SimpleNamespace) or (is_dataclass(output) and not isinstance(output, type)):
-        for key, value in vars(output).items():
-            yield from tensors_of(value, f"{place}[{key}]")
-
-
-def _real_parts(tensor: Tensor, place: str) -> Iterator[tuple[str, Tensor]]:
-    if not tensor.numel():
-        return
-    if tensor.is_quantized:
-        yield place, tensor.dequantize()
-    elif tensor.is_complex():
-        yield f"{place}[real]", tensor.real
-        yield f"{place}[imag]", tensor.imag
-    elif tensor.is_floating_point():
-        yield place, tensor

@@ -53,7 +53,25 @@ def usual_channel_axis(activation_shape: tuple[int, ...]) -> int:
     return 1 if len(activation_shape) == 2 else 0
 
 
-def asked_for(layer: str, patterns: Mapping[str, int]) -> int | None:
-    """The axis that the user gave for a layer, by its name or a glob pattern; the last that fits counts."""
-    found = [axis for pattern, axis in patterns.items() if pattern == layer or fnmatchcase(layer, pattern)]
-    return found[-1] if found else None
+def channel_axis_in(layer: str, shape: tuple[int, ...], from_end: int | None, asked: Mapping[str, int]) -> int:
+    """The axis of the channels in the activation of a layer: what the user says, or the module, or the usual one.
+
+    Args:
+        layer: its name.
+        shape: of its activation.
+        from_end: what the module says, counted from the end.
+        asked: layer or glob pattern → axis of the activation; the last that fits counts.
+
+    Raises:
+        ValueError: If the user names an axis that the activation does not have.
+    """
+    fitting = [axis for pattern, axis in asked.items() if pattern == layer or fnmatchcase(layer, pattern)]
+    if fitting and not -len(shape) <= fitting[-1] < len(shape):
+        raise ValueError(
+            f"Expected argument `channel_axis` to name an axis of the activation of layer {layer!r}, whose shape is"
+            f" {shape}, but got {fitting[-1]}."
+        )
+    found = fitting[-1] if fitting else from_end
+    if found is None or not -len(shape) <= found < len(shape):
+        found = usual_channel_axis(shape)
+    return found % len(shape) if shape else 0

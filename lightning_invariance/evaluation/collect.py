@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_invariance.evaluation.registry import INPUT, Layer, Registry
+from lightning_invariance.evaluation.registry import INPUT, Registry
+from lightning_invariance.evaluation.tallies import Layer
 from lightning_invariance.measures import Measure
 from lightning_invariance.measures.base import names_accumulators
 from lightning_invariance.measures.sums import dead_of

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -24,9 +23,9 @@ from lightning_invariance.accumulators.base import (
 )
 from lightning_invariance.distributed import gather_or_raise, merge_over_ranks
 from lightning_invariance.evaluation.assembly import Assembly
-from lightning_invariance.evaluation.probe import RAGGED, Finding, Layout
+from lightning_invariance.evaluation.tallies import Layer, Tally, distinct
 from lightning_invariance.loader import STBlock
-from lightning_invariance.maps import asked_for, usual_channel_axis
+from lightning_invariance.maps import usual_channel_axis
 from lightning_invariance.measures import Sums
 from lightning_invariance.measures.base import names_accumulators
 from lightning_invariance.transforms import TransformationSet
@@ -37,49 +36,6 @@ INPUT = ""
 Needs: TypeAlias = dict[str, tuple[Accumulator, ...]]
 
 
-@dataclass
-class Tally:
-    """An accumulator with its states for one layer.
-
-    Attributes:
-        accumulator: what is summed.
-        states: the sums.
-        n_samples: how many rows they hold.
-    """
-
-    accumulator: Accumulator
-    states: States
-    n_samples: int = 0
-
-    def counted(self) -> States:
-        """The states with the number of rows."""
-        return {**self.states, N_SAMPLES: torch.tensor(self.n_samples)}
-
-
-@dataclass
-class Layer:
-    """One layer: its accumulators with their states.
-
-    Attributes:
-        shape: of its activation.
-        channel_axis: which axis of the activation holds the channels.
-        first: the accumulators of the first pass, each once.
-        second: those of a second pass.
-        metrics: metrics that are no :class:`Measure`, by name.
-    """
-
-    shape: tuple[int, ...]
-    channel_axis: int = 0
-    first: list[Tally] = field(default_factory=list)
-    second: list[Tally] = field(default_factory=list)
-    metrics: dict[str, Metric] = field(default_factory=dict)
-
-    def tally_of(self, accumulator: Accumulator) -> Tally | None:
-        """The tally whose states hold those of an accumulator; None where there is none."""
-        tallies = (*self.first, *self.second)
-        return next((tally for tally in tallies if tally.accumulator.includes(accumulator)), None)
-
-
 class Registry:
     """Adds blocks of activations to the accumulators of every layer, each of which exists once.
 
@@ -88,24 +44,17 @@ class Registry:
             gets a clone, which is updated with the block.
         transformations: the columns of the ST matrix.
         expected: how many samples there will be, if known.
-        channel_axes: layer or glob pattern → axis of the activation that holds the channels, where the user says.
 
     Attributes:
         layers: name → layer, in the order in which they ran.
         n_samples: number of complete rows.
         finished: whether every row was seen as often as the measures need.
         input_shape: of the transformed input.
-        findings: layer → where the samples stand in its output, or why it cannot be measured; of a probe.
-        unknown: layers that the probe has not reached, with their outputs for this block.
         left_out: layer → why it was not measured.
     """
 
     def __init__(
-        self,
-        measures: Mapping[str, Metric],
-        transformations: TransformationSet,
-        expected: int | None = None,
-        channel_axes: Mapping[str, int] | None = None,
+        self, measures: Mapping[str, Metric], transformations: TransformationSet, expected: int | None = None
     ) -> None:
         self.measures = measures
         self.transformations = transformations
@@ -113,15 +62,11 @@ class Registry:
         self.n_samples = 0
         self.finished = False
         self.input_shape: tuple[int, ...] | None = None
-        self.findings: dict[str, Finding] = {}
-        self.unknown: list[tuple[str, Tensor, int | None]] = []
         self.left_out: dict[str, str] = {}
         self._expected = expected
-        self._channel_axes = dict(channel_axes or {})
         self._in_first_pass = True
-        self._needs, self._needs_again = self._prepared(
-            ()
-        )  # raises where a measure cannot work with the transformations
+        # Raises where a measure cannot work with the transformations.
+        self._needs, self._needs_again = self._prepared(())
         self._in_parts = any(a.takes_parts for needs in self._needs.values() for a in needs)
         self._m = len(transformations)
         self._assembly = Assembly(self._m)
@@ -141,79 +86,45 @@ class Registry:
             self.input_shape = tuple(inputs.shape[2:])
             self._needs, self._needs_again = self._prepared(self.input_shape)
         if any(names_accumulators(measure) and measure.has_floor for measure in self.measures.values()):
-            self._add(INPUT, inputs)
+            self.add(INPUT, inputs, usual_channel_axis(self.input_shape))
 
-    def consume(self, layer: str, output: Tensor, channel_axis: int | None) -> None:
-        """Add what a layer made of the block's inputs, if its layout is known and it can be measured."""
-        finding = self.findings.get(layer)
-        if finding is None:
-            self.unknown.append((layer, output.clone(), channel_axis))  # later modules may change it in place
-        elif isinstance(finding, str):
-            self.left_out[layer] = finding
-        else:
-            rows, columns = self._block.inputs.shape[:2]  # type: ignore[union-attr]
-            values = finding.batch_first(output, rows * columns)
-            if values is None:
-                self._leave_out(layer)
-            else:
-                self._add(layer, values.reshape(rows, columns, *values.shape[1:]), channel_axis)
-
-    def consume_unknown(self, findings: Mapping[str, Finding]) -> None:
-        """Add the outputs of layers that no earlier block reached, given what a probe of this block found."""
-        waiting, self.unknown = self.unknown, []
-        for layer, output, channel_axis in waiting:
-            self.findings.setdefault(layer, findings.get(layer, Layout()))
-            self.consume(layer, output, channel_axis)
-
-    def _leave_out(self, layer: str) -> None:
-        """Leave out a layer whose outputs are not as long in this block as in those before."""
-        self.findings[layer] = self.left_out[layer] = RAGGED
+    def leave_out(self, layer: str, reason: str) -> None:
+        """Forget a layer that cannot be measured."""
+        self.left_out[layer] = reason
         self.layers.pop(layer, None)
 
-    def _add(self, name: str, st: Tensor, channel_axis: int | None = None) -> None:
+    def add(self, name: str, st: Tensor, channel_axis: int = 0) -> bool:
+        """Add what a layer made of the block's inputs: complete rows, or a part of one row.
+
+        Args:
+            name: of the layer.
+            st: ``(rows, columns, *activation_shape)``.
+            channel_axis: which axis of the activation holds the channels.
+
+        Returns:
+            False if its activation had another shape before; nothing is added then.
+        """
         block = self._block
-        assert block is not None  # noqa: S101 - its outputs follow it
+        if block is None:
+            raise RuntimeError("Expected a block before its activations.")
         if st.dtype not in (torch.float32, torch.float64):
             st = st.float()
         layer = self.layers.get(name)
         if layer is None:
-            shape = tuple(st.shape[2:])
-            layer = self._new_layer(name, shape, self._axis(name, shape, channel_axis), st.device)
-            self.layers[name] = layer
+            layer = self.layers[name] = self._new_layer(name, tuple(st.shape[2:]), channel_axis, st.device)
         if st.shape[2:] != layer.shape:
-            self._leave_out(name)
-            return
+            return False
         last = block.columns.stop == self._m
         active = layer.first if self._in_first_pass else layer.second
         if self._in_parts:
-            self._update([t for t in active if t.accumulator.takes_parts], st, last, layer.channel_axis)
+            self._update([t for t in active if t.accumulator.takes_parts], st, last, channel_axis)
             active = [tally for tally in active if not tally.accumulator.takes_parts]
-            if not active and not layer.metrics:
-                return
-        whole = self._assembly.complete(name, st, last)
-        if whole is None:
-            return
-        self._update(active, whole, True, layer.channel_axis)
-        if self._in_first_pass:
-            for key, metric in layer.metrics.items():
+        whole = self._assembly.complete(name, st, last) if active or layer.metrics else None
+        if whole is not None:
+            self._update(active, whole, True, channel_axis)
+            for key, metric in layer.metrics.items() if self._in_first_pass else ():
                 metric.update(whole, **self._arguments(key, metric, block))
-
-    def _axis(self, name: str, shape: tuple[int, ...], from_end: int | None) -> int:
-        """The axis of the channels in the activation of a layer: what the user says, or the module, or the usual one.
-
-        Raises:
-            ValueError: If the user names an axis that the activation does not have.
-        """
-        asked = asked_for(name, self._channel_axes)
-        if asked is not None and not -len(shape) <= asked < max(len(shape), 1):
-            raise ValueError(
-                f"Expected argument `channel_axis` to name an axis of the activation of layer {name!r}, whose shape is"
-                f" {shape}, but got {asked}."
-            )
-        found = from_end if asked is None else asked
-        if found is None or not -len(shape) <= found < len(shape):
-            found = usual_channel_axis(shape)
-        return found % len(shape) if shape else 0
+        return True
 
     def _update(self, tallies: Iterable[Tally], st: Tensor, last: bool, channel_axis: int) -> None:
         block: STBlock = self._block  # type: ignore[assignment]
@@ -300,21 +211,7 @@ class Registry:
                 continue
             sums = self.sums(layer, key, second_pass=False)
             if sums.n_samples and measure.needs_second_pass(sums):
-                self._begin(layer, accumulators, measure.second_pass(sums), device)
-
-    def _begin(self, layer: Layer, accumulators: Sequence[Accumulator], begun: States, device: torch.device) -> None:
-        """Begin a second pass with some states."""
-        for accumulator in accumulators:
-            check_states(accumulator, {**accumulator.empty(), **begun}, "second_pass")
-            own = {name: begun[name] for name in accumulator.empty() if name in begun}
-            known = layer.tally_of(accumulator)
-            if known is None:
-                layer.second.append(Tally(accumulator, {**started(accumulator, device), **own}))
-            elif not all(torch.allclose(v, known.states[name], 0, 0, equal_nan=True) for name, v in own.items()):
-                raise ValueError(
-                    f"Expected second passes of equal accumulators to begin with equal states, but those of"
-                    f" {accumulator!r} differ: give it a field for each argument that `second_pass` uses."
-                )
+                layer.begin_second_pass(accumulators, measure.second_pass(sums), device)
 
     def _add_unseen(
         self, told: Sequence[tuple[dict[str, tuple[tuple[int, ...], int]], int, Any, Any]], device: torch.device
@@ -339,13 +236,3 @@ class Registry:
         for tally, states in zip(tallies, found, strict=True):
             tally.n_samples = int(states.pop(N_SAMPLES))
             tally.states = states
-
-
-def distinct(accumulators: Sequence[Accumulator]) -> list[Accumulator]:
-    """The accumulators without those that another one includes."""
-    kept: list[Accumulator] = []
-    for accumulator in accumulators:
-        if not any(other.includes(accumulator) for other in kept):
-            kept = [other for other in kept if not accumulator.includes(other)]
-            kept.append(accumulator)
-    return kept

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
+from lightning_invariance.catching import Catcher, catch_activations, transformed_input
 from lightning_invariance.distributed import gather_or_raise, rank_and_world_size
+from lightning_invariance.evaluation.intake import Intake
 from lightning_invariance.evaluation.isolation import device_of, evaluation_mode, isolated_random_state, on_device
 from lightning_invariance.evaluation.options import Options
 from lightning_invariance.evaluation.probe import Finding, Outputs, probe
 from lightning_invariance.evaluation.registry import Registry
-from lightning_invariance.layers import Catcher, catch_activations, select_layers, transformed_input
+from lightning_invariance.layers import select_layers
 from lightning_invariance.loader import STBlock, STLoader
 from lightning_invariance.transforms import TransformationSet
 
@@ -96,11 +98,10 @@ class Session:
             about: text beside the progress bar.
         """
         expected = None if milestones else loader.n_samples  # a choice of the first samples must not know of the others
-        registry = Registry(measures, loader.transformations, expected, self.options.channel_axis)
+        registry = Registry(measures, loader.transformations, expected)
+        intake = Intake(registry, self.options.channel_axis, within=self._transformed_module is not None)
         waiting = list(milestones)
-        entrance = _Entrance(registry) if self._transformed_module is not None else None
-        consume = entrance.consume if entrance else registry.consume
-        with self._prepared(entrance), catch_activations(self.selection, consume) as catcher:
+        with self._prepared(intake), catch_activations(self.selection, intake.consume) as catcher:
             while not registry.finished:
                 error: BaseException | None = None
                 try:
@@ -109,25 +110,24 @@ class Session:
                             if waiting and registry.n_samples >= waiting[0] and at_milestone is not None:
                                 waiting = [n for n in waiting if n > registry.n_samples]
                                 at_milestone(registry)
-                            if self._findings is None:
-                                self._findings = self._probed(block, catcher)
-                            registry.findings = self._findings
-                            catcher.start_forward()
-                            registry.start_block(block)
-                            if entrance is None:
-                                registry.start_input(block.inputs)
-                            else:
-                                entrance.start_block(block)
-                            self._call(block.inputs.flatten(0, 1))
-                            if registry.unknown:
-                                if entrance is not None:
-                                    entrance.end_block()
-                                registry.consume_unknown(self._probed(block, catcher))
+                            self._measure(block, intake, catcher)
                         waiting = []
                 except Exception as raised:  # the other processes must be told, or they would wait for ever
                     error = raised
                 registry.end_pass(self.device, error)
         return registry
+
+    def _measure(self, block: STBlock, intake: Intake, catcher: Catcher) -> None:
+        """Run the model on a block, after a probe if there was none or the block reaches other layers."""
+        if self._findings is None:
+            self._findings = self._probed(block, catcher)
+        intake.findings = self._findings
+        catcher.start_forward()
+        intake.start_block(block)
+        self._call(block.inputs.flatten(0, 1))
+        if intake.unknown:
+            intake.consume_unknown(self._probed(block, catcher))
+        intake.end_block()
 
     def _probed(self, block: STBlock, catcher: Catcher) -> dict[str, Finding]:
         """Where the inputs of a batch stand in the output of each layer, by two forward passes of a few inputs."""
@@ -176,7 +176,7 @@ class Session:
     def _call(self, x: Tensor) -> Any:
         return self.model(x) if self.options.forward is None else self.options.forward(self.model, x)
 
-    def _prepared(self, entrance: _Entrance | None) -> ExitStack:
+    def _prepared(self, intake: Intake | None) -> ExitStack:
         """The model in eval mode on its device, without gradients; everything is put back afterwards."""
         if self.device.type == "cpu":
             torch.empty(KEPT_MEMORY, dtype=torch.uint8)
@@ -186,8 +186,8 @@ class Session:
             stack.enter_context(torch.no_grad())
             # A compiled graph silently skips hooks that were added later.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            if entrance is not None and self._transformed_module is not None:
-                stack.enter_context(transformed_input(self._transformed_module, entrance.enter))
+            if intake is not None and self._transformed_module is not None:
+                stack.enter_context(transformed_input(self._transformed_module, intake.enter))
             return stack.pop_all()
 
     def _with_progress(self, loader: STLoader, about: str) -> Iterator[STBlock]:
@@ -203,39 +203,3 @@ def _how_called(inputs: Tensor) -> str:
         " `forward=lambda model, x: ...`; if x is another part of a batch, `input_fn=`; if it needs other samples,"
         " `data=`."
     )
-
-
-class _Entrance:
-    """The module whose input is transformed: what runs before it in a forward pass is not measured."""
-
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
-        self._block: STBlock | None = None
-        self._entered = False
-
-    def start_block(self, block: STBlock) -> None:
-        self._block, self._entered = block, False
-
-    def end_block(self) -> None:
-        self._block, self._entered = None, False
-
-    def consume(self, layer: str, output: Tensor, axis: int | None) -> None:
-        if self._entered:
-            self._registry.consume(layer, output, axis)
-
-    def enter(self, x: Tensor) -> Tensor:
-        """Transform what reaches the module: ``(rows · columns, ...)``, each row so many times the same."""
-        block = self._block
-        if self._entered or block is None:  # the module runs a second time
-            return x
-        rows, columns = block.inputs.shape[:2]
-        if len(x) != rows * columns:
-            raise RuntimeError(
-                f"Expected the module of argument `transform_at` to take a batch of {rows * columns}, but it got an"
-                f" input of shape {tuple(x.shape)}."
-            )
-        samples = x.reshape(rows, columns, *x.shape[1:])[:, 0]
-        inputs = self._registry.transformations[block.columns](samples)
-        self._entered = True
-        self._registry.start_input(inputs)
-        return inputs.flatten(0, 1)

@@ -177,7 +177,6 @@ class MeasureTester(ABC):
 
     def test_what_a_class_says_of_itself_is_fixed(self) -> None:
         metric = self.make()
-        assert isinstance(hash(metric), int)
         for attribute in ("is_differentiable", "higher_is_better"):
             assert_raises(RuntimeError, partial(setattr, metric, attribute, not getattr(metric, attribute)))
 
@@ -201,8 +200,7 @@ class MeasureTester(ABC):
             metric.reset()
 
     def test_no_gradient_is_kept(self) -> None:
-        value = feed([self.make()], self.cube().requires_grad_(), [[slice(0, 7), slice(7, SAMPLES)]])
-        assert not value.requires_grad
+        assert not feed([self.make()], self.cube().requires_grad_(), [[ALL]]).requires_grad
 
     def test_inference_mode_and_back(self) -> None:
         metric = self.make()

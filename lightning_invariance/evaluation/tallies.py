@@ -1,0 +1,82 @@
+"""The sums of one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torchmetrics import Metric
+
+from lightning_invariance.accumulators.base import N_SAMPLES, Accumulator, States, check_states, started
+
+
+@dataclass
+class Tally:
+    """An accumulator with its states for one layer.
+
+    Attributes:
+        accumulator: what is summed.
+        states: the sums.
+        n_samples: how many rows they hold.
+    """
+
+    accumulator: Accumulator
+    states: States
+    n_samples: int = 0
+
+    def counted(self) -> States:
+        """The states with the number of rows."""
+        return {**self.states, N_SAMPLES: torch.tensor(self.n_samples)}
+
+
+@dataclass
+class Layer:
+    """One layer: its accumulators with their states.
+
+    Attributes:
+        shape: of its activation.
+        channel_axis: which axis of the activation holds the channels.
+        first: the accumulators of the first pass, each once.
+        second: those of a second pass.
+        metrics: metrics that are no :class:`Measure`, by name.
+    """
+
+    shape: tuple[int, ...]
+    channel_axis: int = 0
+    first: list[Tally] = field(default_factory=list)
+    second: list[Tally] = field(default_factory=list)
+    metrics: dict[str, Metric] = field(default_factory=dict)
+
+    def tally_of(self, accumulator: Accumulator) -> Tally | None:
+        """The tally whose states hold those of an accumulator; None where there is none."""
+        tallies = (*self.first, *self.second)
+        return next((tally for tally in tallies if tally.accumulator.includes(accumulator)), None)
+
+    def begin_second_pass(self, accumulators: Sequence[Accumulator], begun: States, device: torch.device) -> None:
+        """Begin a second pass of some accumulators, each of which exists once, with some states.
+
+        Raises:
+            ValueError: If an equal accumulator has begun with other states.
+        """
+        for accumulator in accumulators:
+            check_states(accumulator, {**accumulator.empty(), **begun}, "second_pass")
+            own = {name: begun[name] for name in accumulator.empty() if name in begun}
+            known = self.tally_of(accumulator)
+            if known is None:
+                self.second.append(Tally(accumulator, {**started(accumulator, device), **own}))
+            elif not all(torch.allclose(v, known.states[name], 0, 0, equal_nan=True) for name, v in own.items()):
+                raise ValueError(
+                    f"Expected second passes of equal accumulators to begin with equal states, but those of"
+                    f" {accumulator!r} differ: give it a field for each argument that `second_pass` uses."
+                )
+
+
+def distinct(accumulators: Sequence[Accumulator]) -> list[Accumulator]:
+    """The accumulators without those that another one includes."""
+    kept: list[Accumulator] = []
+    for accumulator in accumulators:
+        if not any(other.includes(accumulator) for other in kept):
+            kept = [other for other in kept if not accumulator.includes(other)]
+            kept.append(accumulator)
+    return kept
