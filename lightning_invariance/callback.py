@@ -80,6 +80,7 @@ class InvarianceMonitor(pl.Callback):
         name: added to the names of the measures; needed where one trainer has several monitors.
         histograms: whether TensorBoard gets the distribution over channels.
         channel_axis: where the units stand in the activations of some layers; see :func:`evaluate`.
+        operations: whether to measure what functions and operators compute in forward, too.
 
     Attributes:
         history: the results so far, the untrained network first, each with ``epoch`` (−1 for the untrained network),
@@ -109,6 +110,7 @@ class InvarianceMonitor(pl.Callback):
         name: str | None = None,
         histograms: bool = False,
         channel_axis: Mapping[str, int] | None = None,
+        operations: bool = False,
     ) -> None:
         super().__init__()
         check_transformations(transformations)
@@ -116,7 +118,8 @@ class InvarianceMonitor(pl.Callback):
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(f"Expected argument `{argument}` to be an int of at least {least}, but got {value}.")
         options = Options(layers, batch_size, max_samples, forward=forward, input_fn=input_fn, seed=seed)
-        self.options, self.transformations = replace(options, channel_axis=channel_axis), transformations
+        self.options = replace(options, channel_axis=channel_axis, operations=operations)
+        self.transformations = transformations
         self.measures = named_measures([NormalizedVariance(response=True)] if measures is None else measures)
         self.data, self.every_n_epochs, self.name, self.histograms = data, every_n_epochs, name, histograms
         self.history: list[InvarianceResult] = []

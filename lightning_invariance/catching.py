@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import is_dataclass
+from fnmatch import fnmatchcase
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_invariance.layers import Selection
 from lightning_invariance.maps import channel_axis_of
+from lightning_invariance.operations import Operations
 
 #: Receives the name of a layer, an output tensor, and the axis of the channels in it, counted from the end (None where
 #: the module does not say).
@@ -28,14 +30,23 @@ class Catcher:
 
     def __init__(self, selection: Selection, consumer: Consumer) -> None:
         self.consumer = consumer
+        self.operations = Operations(self._operation) if selection.operations else None
+        self._patterns = selection.operations
         self._origins = selection.origins
         self._calls: dict[str, int] = {}
         # By identity of the tensors that modules returned in this pass; another may have it once a tensor is gone.
         self._channel_axes: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
-    def start_forward(self) -> None:
-        """A forward pass begins: forget how often each module ran."""
+    @contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """What runs in this context is one forward pass."""
         self._calls, self._channel_axes = {}, {}
+        if self.operations is None:
+            yield
+            return
+        self.operations.start_forward()
+        with self.operations:
+            yield
 
     def hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         """The forward hook of one module."""
@@ -44,15 +55,30 @@ class Catcher:
             call = self._calls.get(name, 0)
             self._calls[name] = call + 1
             layer = name if call == 0 else f"{name}#{call}"
-            for place, tensor in tensors_of(output):
-                if layer + place not in self._origins:
-                    self._origins[layer + place] = name
-                axis = self._channel_axis(module, args, tensor)
-                self.consumer(layer + place, tensor.detach() if tensor.requires_grad else tensor, axis)
+            self._give(layer, name, module, args, output)
 
         return caught
 
-    def _channel_axis(self, module: nn.Module, args: Any, output: Tensor) -> int | None:
+    def _operation(self, operation: str, args: tuple[Any, ...], output: Any) -> None:
+        pattern = next((p for p in self._patterns if p == operation or fnmatchcase(operation, p)), None)
+        if pattern is not None:
+            self._give(operation, pattern, None, args, output)
+
+    def _give(self, layer: str, origin: str, module: nn.Module | None, args: Any, output: Any) -> None:
+        """Give every tensor of an output to the consumer, whose own operations are not those of the model."""
+        if self.operations is not None:
+            self.operations.paused = True
+        try:
+            for place, tensor in tensors_of(output):
+                if layer + place not in self._origins:
+                    self._origins[layer + place] = origin
+                axis = self._channel_axis(module, args, tensor)
+                self.consumer(layer + place, tensor.detach() if tensor.requires_grad else tensor, axis)
+        finally:
+            if self.operations is not None:
+                self.operations.paused = False
+
+    def _channel_axis(self, module: nn.Module | None, args: Any, output: Tensor) -> int | None:
         """The axis of the channels; of a module that keeps the shape of its input it is that of the input."""
         of_input = None
         if args and isinstance(args[0], Tensor) and args[0].shape == output.shape:
@@ -65,7 +91,7 @@ class Catcher:
 
 
 @contextmanager
-def catch_activations(selection: Selection, consumer: Consumer) -> Iterator[Catcher]:
+def catch_activations(model: nn.Module, selection: Selection, consumer: Consumer) -> Iterator[Catcher]:
     """Call ``consumer(layer, output, channel_axis)`` for every output of the selected modules while the context lasts.
 
     The hooks are gone afterwards, also when forward or the consumer raises.
@@ -75,7 +101,12 @@ def catch_activations(selection: Selection, consumer: Consumer) -> Iterator[Catc
     try:
         for name, module in selection.modules.items():
             handles.append(module.register_forward_hook(catcher.hook(name)))
-        yield catcher
+        with (
+            nullcontext()
+            if catcher.operations is None
+            else catcher.operations.following(model, [*selection.modules.values()])
+        ):
+            yield catcher
     finally:
         for handle in handles:
             handle.remove()

@@ -42,6 +42,7 @@ def evaluate(
     forward: Callable[[nn.Module, Tensor], Any] | None = None,
     input_fn: Callable[..., Tensor] | None = None,
     transform_at: str | None = None,
+    operations: bool = False,
     convergence: bool = False,
     state_budget: int | None = None,
     channel_axis: Mapping[str, int] | None = None,
@@ -72,6 +73,9 @@ def evaluate(
         input_fn: picks x from a collated batch, where :class:`STLoader` does not find it.
         transform_at: name of a module whose input is transformed instead of the network's (paper, figure 1 b and d):
             its first argument, a tensor with the batch first. Only what runs from there on is measured.
+        operations: also measure what functions and operators compute in forward: ``layer1.0/add`` is the sum in the
+            forward of ``layer1.0``, ``features/relu#1`` the second ``relu`` in that of ``features``. Views, and what
+            a measured module returns, are left out. Some of them are chosen with patterns in ``layers``.
         convergence: also report the value of each layer after 1/8, 1/4 and 1/2 of the samples, as
             ``result.convergence``; of measures of this package that need one pass, in a single process.
         state_budget: bytes that the states of all layers may take. Where the means of the columns of a large set do not
@@ -115,6 +119,7 @@ def evaluate(
         forward=forward,
         input_fn=input_fn,
         transform_at=transform_at,
+        operations=operations,
         convergence=convergence,
         state_budget=state_budget,
         channel_axis=channel_axis,

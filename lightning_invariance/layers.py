@@ -32,17 +32,25 @@ class Selection:
     Args:
         modules: layer name (renamed where a dict asked for it) → module, in the order of the model.
         requests: what the user wrote → the layer names it selected. Empty where all leaf modules were meant.
+        operations: patterns of the names of operations, such as ``"layer*/add"``; empty for none.
 
     Attributes:
-        modules: see Args.
-        requests: see Args.
+        modules: see Args. So are ``requests`` and ``operations``.
         origins: layer → the selected name it comes from, for the layers that ran; filled while the model runs.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], requests: dict[str, list[str]]) -> None:
+    def __init__(
+        self, modules: dict[str, nn.Module], requests: dict[str, list[str]], operations: Sequence[str] = ()
+    ) -> None:
         self.modules = modules
         self.requests = requests
+        self.operations = tuple(operations)
         self.origins: dict[str, str] = {}
+
+    def origin_of(self, layer: str) -> str:
+        """The selected name that a layer comes from; by its form where only other processes saw it run."""
+        form = layer.partition("[")[0]
+        return self.origins.get(layer) or (form.rpartition("#")[0] if "#" in form else form)
 
     def check_measured(self, measured: Iterable[str], left_out: Mapping[str, str]) -> None:
         """Raise if something that was asked for was not measured.
@@ -56,15 +64,15 @@ class Selection:
                 for by name cannot be measured.
         """
         ran = list(measured)
-        origins = {self.origins.get(layer, layer) for layer in (*ran, *left_out)}
+        origins = {self.origin_of(layer) for layer in (*ran, *left_out)}
         for request, names in self.requests.items():
             if not origins.intersection(names):
                 raise RuntimeError(
                     f"Expected layer {request!r} to run in the model's forward pass, but it never did (or returned no"
                     f" floating-point tensor). The layers that ran are {_some([*map(repr, ran)])}."
                 )
-            reasons = [why for layer, why in left_out.items() if self.origins.get(layer, layer) == request]
-            if reasons and not any(self.origins.get(layer, layer) == request for layer in ran):
+            reasons = [why for layer, why in left_out.items() if self.origin_of(layer) == request]
+            if reasons and not any(self.origin_of(layer) == request for layer in ran):
                 raise RuntimeError(
                     f"Expected layer {request!r} to have values for every sample, but it is {reasons[0]}."
                 )
@@ -89,6 +97,8 @@ def layer_names(model: nn.Module, layers: Layers = None) -> list[str]:
             - module types, such as ``nn.Conv2d`` or your own block class.
             - a predicate ``(name, module) -> bool``, asked for every module but the model itself.
             - a dict from module name to the name for results, curves and pictures.
+            - patterns of operations, ``"layer1.0/add"`` or ``"layer*/add"``: what functions and operators compute in
+              the forward of a module, see ``operations`` of :func:`evaluate`. They have names only when the model runs.
 
     Returns:
         The names. A module that runs k times in one forward pass gives the layers ``name``, ``name#1``, …,
@@ -100,8 +110,7 @@ def layer_names(model: nn.Module, layers: Layers = None) -> list[str]:
         TypeError: If ``layers`` is of another kind.
 
     .. note::
-        Only modules can be seen: what ``forward`` computes with functions (``torch.relu``, ``+``) has no name. Wrap it
-        in a module to measure it. A module that runs inside an operation, like the ``out_proj`` of
+        A module that runs inside an operation, like the ``out_proj`` of
         ``nn.MultiheadAttention``, never runs itself: it is left out where all leaf modules are meant and an error
         where it was asked for by name.
 
@@ -120,8 +129,32 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def select_layers(model: nn.Module, layers: Layers = None) -> Selection:
-    """Resolve a request for layers; see :func:`layer_names`."""
+def select_layers(model: nn.Module, layers: Layers = None, operations: bool = False) -> Selection:
+    """Resolve a request for layers; see :func:`layer_names`.
+
+    Args:
+        model: any module.
+        layers: what to select.
+        operations: whether all operations are selected, too.
+    """
+    if isinstance(layers, str):
+        layers = [layers]
+    patterns = ["*"] if operations else []
+    if isinstance(layers, Iterable) and not isinstance(layers, Mapping):
+        items = list(layers)
+        asked = [item for item in items if isinstance(item, str) and "/" in item]
+        if asked:
+            rest = [item for item in items if item not in asked]
+            selection = _select_modules(model, rest) if rest else Selection({}, {})
+            requests = {**selection.requests, **{pattern: [pattern] for pattern in asked}}
+            return Selection(selection.modules, requests, [*asked, *patterns])
+        layers = items
+    selection = _select_modules(model, layers)
+    return Selection(selection.modules, selection.requests, patterns)
+
+
+def _select_modules(model: nn.Module, layers: Layers) -> Selection:
+    """Resolve a request for modules."""
     model = unwrapped(model)
     everything = {name: module for name, module in model.named_modules() if name and not _is_parametrization(name)}
     leaves = {name: module for name, module in everything.items() if _is_leaf(module)}

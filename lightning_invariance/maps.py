@@ -33,11 +33,11 @@ def aggregate_maps(values: Tensor, aggregate: str | None, channel_axis: int = 0)
     return maps.mean(1) if aggregate == "mean" else maps.sum(1)
 
 
-def channel_axis_of(module: nn.Module, output: Tensor, of_input: int | None) -> int | None:
+def channel_axis_of(module: nn.Module | None, output: Tensor, of_input: int | None) -> int | None:
     """The axis of the channels in the output of a module, counted from the end; None where the module does not say.
 
     Args:
-        module: what ran.
+        module: what ran; None for an operation.
         output: what it returned, or a part of it.
         of_input: the axis in its input, if that is known and has the shape of the output.
     """

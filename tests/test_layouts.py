@@ -90,18 +90,21 @@ def in_process(rank, world_size, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     found = measured(64)["NormalizedVariance"]
-    torch.save({**found, **left_out_by()}, f"{folder}/{rank}.pt")
+    lstm = nn.Sequential(nn.Flatten(2), nn.LSTM(36, 5, batch_first=True)).double()
+    few = evaluate(lstm, IMAGES, TURNS, layers="1", max_samples=2, progress=False)  # the third process has no sample
+    torch.save({**found, **left_out_by(), "few": few.layers}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_processes_agree(tmp_path):
-    mp.start_processes(in_process, (2, str(tmp_path)), 2, start_method="spawn")
-    for rank in range(2):
+def test_three_processes_agree(tmp_path):
+    mp.start_processes(in_process, (3, str(tmp_path)), 3, start_method="spawn")
+    for rank in range(3):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for name, cube in expected().items():
             value = found[f"seen.{name}"]
             torch.testing.assert_close(value, functional.normalized_variance(cube), rtol=1e-9, atol=1e-12)
         assert {layer: found[layer] for layer in left_out_by()} == left_out_by()
+        assert found["few"] == ["1[0]", "1[1][0]", "1[1][1]"]
 
 
 def test_an_axis_as_long_as_the_batch_is_not_taken_for_the_samples():

@@ -25,6 +25,7 @@ class Options:
         input_fn: picks x from a batch.
         transform_at: the module whose input is transformed; None for the network's.
         channel_axis: layer or glob pattern → axis of the activation that holds the channels.
+        operations: also measure what functions and operators compute in forward.
         convergence: also report values of the first samples.
         state_budget: bytes that the states of all layers may take.
         seed: of all random choices.
@@ -42,6 +43,7 @@ class Options:
     input_fn: Callable[..., Tensor] | None = None
     transform_at: str | None = None
     channel_axis: Mapping[str, int] | None = None
+    operations: bool = False
     convergence: bool = False
     state_budget: int | None = None
     seed: int = 0

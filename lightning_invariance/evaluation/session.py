@@ -17,7 +17,7 @@ from lightning_invariance.distributed import gather_or_raise, rank_and_world_siz
 from lightning_invariance.evaluation.intake import Intake
 from lightning_invariance.evaluation.isolation import device_of, evaluation_mode, isolated_random_state, on_device
 from lightning_invariance.evaluation.options import Options
-from lightning_invariance.evaluation.probe import Finding, Outputs, probe
+from lightning_invariance.evaluation.probe import CONSTANT, Finding, Outputs, probe
 from lightning_invariance.evaluation.registry import Registry
 from lightning_invariance.layers import select_layers
 from lightning_invariance.loader import STBlock, STLoader
@@ -55,7 +55,7 @@ class Session:
         largest = AUTO_BATCH_SIZE.get(self.device.type, AUTO_BATCH_SIZE_OF_ACCELERATORS)
         self.batch_size = largest if options.batch_size == "auto" else options.batch_size
         self.options = options
-        self.selection = select_layers(model, options.layers)
+        self.selection = select_layers(model, options.layers, options.operations)
         inner = [] if options.transform_at is None else [*select_layers(model, [options.transform_at]).modules.values()]
         self._transformed_module = inner[0] if inner else None
         self._findings: dict[str, Finding] | None = None  # of the first block
@@ -101,7 +101,7 @@ class Session:
         registry = Registry(measures, loader.transformations, expected)
         intake = Intake(registry, self.options.channel_axis, within=self._transformed_module is not None)
         waiting = list(milestones)
-        with self._prepared(intake), catch_activations(self.selection, intake.consume) as catcher:
+        with self._prepared(intake), catch_activations(self.model, self.selection, intake.consume) as catcher:
             while not registry.finished:
                 error: BaseException | None = None
                 try:
@@ -122,9 +122,9 @@ class Session:
         if self._findings is None:
             self._findings = self._probed(block, catcher)
         intake.findings = self._findings
-        catcher.start_forward()
         intake.start_block(block)
-        self._call(block.inputs.flatten(0, 1))
+        with catcher.forward_pass():
+            self._call(block.inputs.flatten(0, 1))
         if intake.unknown:
             intake.consume_unknown(self._probed(block, catcher))
         intake.end_block()
@@ -136,8 +136,7 @@ class Session:
             outputs: Outputs = {}
             # Cloned, since later modules may change them in place.
             catcher.consumer = lambda layer, output, axis: outputs.update({layer: output.clone()})
-            catcher.start_forward()
-            with isolated_random_state(self.options.seed):
+            with isolated_random_state(self.options.seed), catcher.forward_pass():
                 try:
                     self._call(inputs)
                 except (TypeError, NotImplementedError, RuntimeError) as error:
@@ -148,9 +147,15 @@ class Session:
 
         consumer = catcher.consumer
         try:
-            return probe(block.inputs.flatten(0, 1), outputs_of)
+            found = probe(block.inputs.flatten(0, 1), outputs_of)
         finally:
             catcher.consumer = consumer
+        if catcher.operations is not None:
+            # What does not depend on the input, such as masks and positions, is nobody's layer.
+            constant = {name for name, finding in found.items() if finding == CONSTANT and "/" in name}
+            catcher.operations.returned |= constant
+            found = {name: finding for name, finding in found.items() if name not in catcher.operations.returned}
+        return found
 
     def sizes(self, loader: STLoader) -> tuple[int, int]:
         """Number of activations of all layers together, and the size in bytes of the largest type of one."""
@@ -162,11 +167,11 @@ class Session:
 
         error: BaseException | None = None
         try:
-            caught = catch_activations(self.selection, measured)
+            caught = catch_activations(self.model, self.selection, measured)
             with isolated_random_state(self.options.seed), self._prepared(None), caught as catcher:
-                catcher.start_forward()
                 for block in loader:
-                    self._call(block.inputs[0, :1])
+                    with catcher.forward_pass():
+                        self._call(block.inputs[0, :1])
                     break
         except Exception as raised:
             error = raised

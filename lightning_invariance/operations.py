@@ -1,0 +1,134 @@
+"""What functions and operators compute in a forward pass, beside what modules return."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+#: Receives the name of an operation, its arguments and its output.
+OperationConsumer: TypeAlias = Callable[[str, tuple[Any, ...], Any], None]
+
+#: Operators whose names begin with a letter for "reflected" or "in place", as in ``__radd__`` and ``__iadd__``.
+OPERATORS = frozenset(["add", "sub", "mul", "truediv", "div", "matmul", "pow", "mod", "floordiv"])
+
+#: Attributes of tensors.
+ATTRIBUTES = frozenset(["__get__", "__set__"])
+
+
+class Operations(TorchFunctionMode):
+    """Sees every function of tensors that runs while it is active, and names it by the innermost running module.
+
+    ``x + y`` in the forward of ``layer1.0`` is ``layer1.0/add``, the second one of a forward pass ``layer1.0/add#1``. A
+    function that calls others is one operation, such as multi-head attention. Views are left out, and so are results
+    that a measured module returns, as soon as one forward pass has shown which these are.
+
+    Args:
+        consumer: gets name, arguments and output of each operation as soon as it has run, before anything changes it.
+
+    Attributes:
+        returned: names of operations whose results a measured module returned.
+        paused: while true, nothing is seen.
+    """
+
+    def __init__(self, consumer: OperationConsumer) -> None:
+        super().__init__()
+        self.returned: set[str] = set()
+        self.paused = False
+        self._consumer = consumer
+        self._running: list[str] = []
+        self._calls: dict[str, int] = {}
+        # By identity of the result: a reference, its version, the operation.
+        self._results: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
+
+    def start_forward(self) -> None:
+        """A forward pass begins."""
+        self._running, self._calls, self._results = [], {}, {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a function, and give its result to the consumer."""
+        output = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if self.paused or not self._running or name in ATTRIBUTES:
+            return output
+        in_place = name.endswith("_") and (not name.endswith("__") or name.startswith("__i"))
+        if found := [each for each in _tensors(output) if in_place or not _is_view(each, args)]:
+            key = f"{self._running[-1]}/{_plain(name)}"
+            call = self._calls.get(key, 0)
+            self._calls[key] = call + 1
+            operation = key if call == 0 else f"{key}#{call}"
+            if operation not in self.returned:
+                for tensor in found:
+                    self._results[id(tensor)] = weakref.ref(tensor), _version(tensor), operation
+                self._consumer(operation, args, output)
+        return output
+
+    @contextmanager
+    def following(self, model: nn.Module, measured: Collection[nn.Module]) -> Iterator[None]:
+        """Know which module of a model runs, while the context lasts.
+
+        Args:
+            model: the model.
+            measured: the modules whose outputs are measured anyway.
+        """
+        handles, leaving = [], {True: self._leaving_measured, False: self._leaving}
+        identities = {id(module) for module in measured}
+        try:
+            for name, module in model.named_modules():
+                label = name or type(model).__name__
+                handles.append(module.register_forward_pre_hook(self._entering(label), prepend=True))
+                handles.append(module.register_forward_hook(leaving[id(module) in identities], always_call=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _entering(self, name: str) -> Callable[[nn.Module, Any], None]:
+        return lambda module, args: self._running.append(name)
+
+    def _leaving(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._running:
+            self._running.pop()
+
+    def _leaving_measured(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._leaving(module, args, output)
+        for tensor in _tensors(output):
+            known = self._results.get(id(tensor))
+            if known is not None and known[0]() is tensor and known[1] == _version(tensor):
+                self.returned.add(known[2])
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors that a function or a module returned."""
+    outputs = output.values() if isinstance(output, dict) else output if isinstance(output, list | tuple) else [output]
+    return [each for each in outputs if isinstance(each, Tensor)]
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _plain(name: str) -> str:
+    """The name of a function without signs of operators and of work in place."""
+    plain = name.strip("_")
+    return plain[1:] if plain[:1] in ("r", "i") and plain[1:] in OPERATORS else plain
+
+
+def _is_view(output: Tensor, args: tuple[Any, ...]) -> bool:
+    """Whether an output is an argument, or shares its memory with one."""
+    given = [arg for arg in args if isinstance(arg, Tensor)]
+    if output.layout != torch.strided or any(arg.layout != torch.strided for arg in given):
+        return False
+    try:
+        memory = output.untyped_storage().data_ptr()
+        return any(arg is output or arg.untyped_storage().data_ptr() == memory for arg in given)
+    except (NotImplementedError, RuntimeError):  # tensors without memory of their own
+        return False

@@ -1,0 +1,125 @@
+"""What functions and operators compute in forward, beside what modules return."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_invariance import InvarianceMonitor, evaluate, functional, rotations
+from lightning_invariance.measures import NormalizedVariance
+
+IMAGES = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+TURNS = rotations(4)
+
+
+class Block(nn.Module):
+    """A residual block with functions, operators and work in place."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        self.conv, self.act, self.inplace = nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(inplace=inplace), inplace
+
+    def forward(self, x):
+        y = nn.functional.relu(self.conv(x))
+        y = torch.relu(y - 0.2)
+        if self.inplace:
+            y += x
+        else:
+            y = y + x
+        y = self.act(y)
+        return y.flatten(2).transpose(1, 2).transpose(1, 2).view(x.shape)
+
+
+class Net(nn.Module):
+    def __init__(self, inplace=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.blocks = nn.Sequential(Block(inplace), Block(inplace))
+
+    def forward(self, x):
+        x = self.blocks(self.stem(x))
+        attention = nn.functional.softmax(x.flatten(2) @ x.flatten(2).transpose(1, 2), -1)
+        scale = torch.arange(4, dtype=x.dtype).exp()  # does not depend on the input
+        return attention.mean(1) * scale
+
+
+NAMES = [f"blocks.{i}/{name}" for i in (0, 1) for name in ("relu", "sub", "relu#1", "add")]
+NAMES += ["Net/matmul", "Net/softmax", "Net/mean", "Net/mul"]
+MODULES = ["stem", "blocks.0.conv", "blocks.0.act", "blocks.1.conv", "blocks.1.act"]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_they_are_named_by_the_running_module_and_a_count(inplace):
+    result = evaluate(Net(inplace).double(), IMAGES, TURNS, operations=True, progress=False)
+    assert set(result.layers) == {*NAMES, *MODULES}
+    assert result.left_out == {}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("batch_size", [2, 7, 64])
+def test_their_values_are_the_definition(inplace, batch_size):
+    result = evaluate(Net(inplace).double(), IMAGES, TURNS, operations=True, batch_size=batch_size, progress=False)
+    net, x = Net().double(), TURNS(IMAGES).flatten(0, 1)
+    with torch.no_grad():
+        y = net.stem(x)
+        first = nn.functional.relu(net.blocks[0].conv(y))
+        expected = {"relu": first, "sub": first - 0.2, "relu#1": (first - 0.2).relu(), "add": (first - 0.2).relu() + y}
+    for name, value in expected.items():
+        found = result["NormalizedVariance"][f"blocks.0/{name}"]
+        expected_value = functional.normalized_variance(value.unflatten(0, (12, 4)))
+        torch.testing.assert_close(found, expected_value, rtol=1e-9, atol=1e-12)
+    assert result.channel_axis["blocks.0/add"] == 0
+
+
+def test_patterns_choose_them_without_the_flag():
+    result = evaluate(Net(), IMAGES.float(), TURNS, layers=["blocks.*/add", "stem"], progress=False)
+    assert result.layers == ["stem", "blocks.0/add", "blocks.1/add"]
+    assert evaluate(Net(), IMAGES.float(), TURNS, layers="blocks.1/relu#1", progress=False).layers == [
+        "blocks.1/relu#1"
+    ]
+    with pytest.raises(RuntimeError, match=r"'blocks.0/div' to run .*ran are 'stem'"):
+        evaluate(Net(), IMAGES.float(), TURNS, layers=["blocks.0/div", "stem"], progress=False)
+
+
+def test_nothing_of_it_stays_and_modules_have_the_values_they_have_without():
+    model = Net().double()
+    without = evaluate(model, IMAGES, TURNS, progress=False)
+    result = evaluate(model, IMAGES, TURNS, [NormalizedVariance(response=True)], operations=True, progress=False)
+    for layer in MODULES:
+        assert torch.equal(result["NormalizedVariance"][layer], without["NormalizedVariance"][layer])
+    assert set(without.layers) == set(MODULES)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert torch.overrides._get_current_function_mode_stack() == []
+
+
+def test_a_module_that_raises_leaves_nothing_behind():
+    class Bad(nn.Module):
+        def forward(self, x):
+            raise ArithmeticError("bad")
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Bad())
+    with pytest.raises(ArithmeticError):
+        evaluate(model, IMAGES.float(), TURNS, operations=True, progress=False)
+    assert torch.overrides._get_current_function_mode_stack() == []
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_attention_is_one_operation_unless_its_module_is_measured():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            y = x.flatten(1, 2)
+            return y + self.attention(y, y, y)[0]
+
+    attention = {f"attention/multi_head_attention_forward[{place}]" for place in (0, 1)}  # values and weights
+    result = evaluate(Attention().double(), IMAGES, TURNS, operations=True, progress=False)
+    assert set(result.layers) == {*attention, "Attention/add"}
+    result = evaluate(Attention().double(), IMAGES, TURNS, layers=nn.Module, operations=True, progress=False)
+    assert set(result.layers) == {"attention[0]", "attention[1]", "Attention/add"}
+
+
+def test_the_monitor_takes_it():
+    assert InvarianceMonitor(TURNS, operations=True).options.operations
