@@ -39,8 +39,7 @@ class InvarianceMonitor(pl.Callback):
 
     It evaluates the untrained network before the first epoch, and then at the end of validation every
     ``every_n_epochs`` epochs (when ``(epoch + 1) % every_n_epochs == 0``), and always at the first validation of a run.
-    A trainer without validation evaluates at the end of the training epoch. The sanity check is left out. Training is
-    bit for bit what it would be.
+    Without validation it does so at the end of the training epoch. Training is bit for bit what it would be.
 
     **Logged metrics**, to every logger of the trainer, at the step of Lightning's validation metrics:
 
@@ -54,8 +53,7 @@ class InvarianceMonitor(pl.Callback):
     **Logged images**, where the logger takes images:
 
     - ``{Measure}/heatmap``: layers × channels (the paper's figure 8).
-    - ``{Measure}/evolution``: layers × evaluations so far, under the accuracy or loss that the model logs; the last
-      image tells the whole training.
+    - ``{Measure}/evolution``: layers × evaluations so far, under the accuracy or loss that the model logs.
     - ``{Measure}/response``: what each transformation does to each layer, for measures with ``response=True``.
 
     **In TensorBoard** also, once, a chart of all layers of each measure under Custom Scalars (a layout of your own is
@@ -119,9 +117,9 @@ class InvarianceMonitor(pl.Callback):
                 raise ValueError(f"Expected argument `{argument}` to be an int of at least {least}, but got {value}.")
         options = Options(layers, batch_size, max_samples, forward=forward, input_fn=input_fn, seed=seed)
         self.options = replace(options, channel_axis=channel_axis, operations=operations)
-        self.transformations = transformations
+        self.data, self.transformations = data, transformations
         self.measures = named_measures([NormalizedVariance(response=True)] if measures is None else measures)
-        self.data, self.every_n_epochs, self.name, self.histograms = data, every_n_epochs, name, histograms
+        self.every_n_epochs, self.name, self.histograms = every_n_epochs, name, histograms
         self.history: list[InvarianceResult] = []
         self._validated = self._undrawn = self._explained = False
 
@@ -131,7 +129,7 @@ class InvarianceMonitor(pl.Callback):
         return self._generate_state_key(name=self.name)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what cannot work."""
+        """Refuse strategies that split the model."""
         refuse_split_models(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -94,6 +94,8 @@ def finding_of(one: Tensor, other: Tensor, first: Sequence[int], second: Sequenc
             return layout
         copies = [place for place, which in enumerate(second) if second.count(which) > 1]
         random |= len(copies) > 1 and not _close(b[copies[0]], b[copies[-1]]) and layout == Layout(axis, 1, slices)
+    if one.ndim == 1 and slices > 1:  # a list whose lengths happen to be multiples of those of the batches
+        return RAGGED
     return RANDOM if random else MIXED
 
 

@@ -190,7 +190,7 @@ class Registry:
         """
         shapes = {name: (layer.shape, layer.channel_axis) for name, layer in self.layers.items()}
         told = gather_or_raise((shapes, self.n_samples, self.input_shape, self.left_out), error)
-        for _, _, _, left_out in told:
+        for *_, left_out in reversed(told):  # the reason that the first process found
             self.left_out.update(left_out)
         if len(told) > 1:
             self._add_unseen(told, device)

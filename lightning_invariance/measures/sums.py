@@ -55,17 +55,6 @@ class Sums(Mapping[str, Tensor]):
         return values.view(self.activation_shape)
 
 
-def quotient(transformation: Tensor, sample: Tensor) -> Tensor:
-    """What a normalised measure divides, with the paper's special cases: 0/0 is 1 (a dead activation), x/0 is inf.
-
-    Args:
-        transformation: how much an activation varies with the transformation.
-        sample: how much it varies with the sample, of the same shape.
-    """
-    dead = (transformation == 0) & (sample == 0)
-    return torch.where(dead, 1.0, transformation / sample)
-
-
 def dead_of(accumulators: Sequence[Accumulator], sums: Sums) -> Tensor | None:
     """Which activations never changed, bool of the activation's shape; None where no accumulator tells."""
     for accumulator in accumulators if sums.n_samples else ():
