@@ -24,8 +24,8 @@ from lightning_invariance.loader import STBlock, STLoader
 from lightning_invariance.transforms import TransformationSet
 
 #: glibc's allocator returns a freed block of some hundred kilobytes to the system, which zeroes it again, page by page,
-#: when the next activation needs it. After a block of this size was freed once, it keeps up to twice as much for the whole
-#: process. Without it an evaluation of ResNet-20 took 1.7 times its forward passes on 2 cores, with it 1.5 times.
+#: when the next activation needs it. After a block of this size was freed once, it keeps up to twice as much for the
+#: whole process. Without it an evaluation of ResNet-20 took 1.7 times its forward passes on 2 cores, with it 1.5 times.
 KEPT_MEMORY = 2**25 - 2**14
 
 #: A progress bar appears when a walk takes longer than this, in seconds.
