@@ -60,8 +60,6 @@ class InvarianceMonitor(pl.Callback):
     kept), and under Text what the tags mean; with ``histograms=True`` the distribution over the channels of each layer,
     ``{Measure}/channels/{layer}``.
 
-    With ``name="rotation"``, ``{Measure}`` becomes ``{Measure}_rotation``.
-
     Args:
         transformations: the set, such as ``rotations(16)``; at least two transformations.
         measures: metrics of ``lightning_invariance.measures``, or a dict that names them; see :func:`evaluate`. By
@@ -75,7 +73,7 @@ class InvarianceMonitor(pl.Callback):
         forward: ``forward(model, x)`` runs the model where ``model(x)`` does not.
         input_fn: picks x from a collated batch where :class:`STLoader` does not find it.
         seed: of the choice of samples.
-        name: added to the names of the measures; needed where one trainer has several monitors.
+        name: added to the names of the measures, ``{Measure}_rotation``; needed where a trainer has several monitors.
         histograms: whether TensorBoard gets the distribution over channels.
         channel_axis: where the units stand in the activations of some layers; see :func:`evaluate`.
         operations: whether to measure what functions and operators compute in forward, too.
