@@ -180,6 +180,16 @@ def test_what_is_done_on_another_device_gives_the_definition(tester, monkeypatch
     assert_close(value, tester.definition(CUBE.float().double()), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("tester", TESTERS, ids=lambda tester: type(tester).__name__)
+def test_plots_go_into_axes_of_their_own_or_given_ones(tester):
+    metric = tester.make()
+    feed([metric], CUBE, [[slice(0, 13)]])
+    figure, axes = metric.plot()
+    assert axes.figure is figure
+    assert metric.plot(ax=axes) == (figure, axes)
+    assert isinstance(hash(metric), int)
+
+
 def test_a_collection_of_all_measures_of_one_pass():
     metrics = MetricCollection({type(tester).__name__: tester.make() for tester in ONE_PASS})
     for rows in (slice(0, 6), slice(6, 13)):

@@ -114,10 +114,12 @@ class Convergence:
     def of(self, result: InvarianceResult) -> dict[str, dict[str, dict[int, float]]]:
         """Measure → layer → number of samples → mean of the layer, the whole result the last."""
         means = {**self._means, result.n_samples: {key: result.per_layer(key) for key in self._measures}}
-        first = next(iter(means.values()))
-        return {
-            key: {name: {n: means[n][key][name] for n in means} for name in layers} for key, layers in first.items()
+        # Layers that every milestone has seen: some are reached, or left out, only later.
+        known = {
+            key: [name for name in result[key] if all(name in of[key] for of in means.values())]
+            for key in self._measures
         }
+        return {key: {name: {n: means[n][key][name] for n in means} for name in names} for key, names in known.items()}
 
 
 def _value(registry: Registry, measure: str, layer: Layer) -> Tensor:
