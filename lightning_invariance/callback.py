@@ -70,7 +70,8 @@ class InvarianceMonitor(pl.Callback):
         every_n_epochs: how often.
         max_samples: how many samples: a random choice, the same every time. None takes all.
         batch_size: largest number of transformed inputs in one forward pass, or ``"auto"``; see :func:`evaluate`.
-        forward: ``forward(model, x)`` runs the model where ``model(x)`` does not.
+        forward: ``forward(model, x)``, or ``forward(model, x, batch)``, runs the model where ``model(x)`` does not; see
+            :func:`evaluate`.
         input_fn: picks x from a collated batch where :class:`STLoader` does not find it.
         seed: of the choice of samples.
         name: added to the names of the measures, ``{Measure}_rotation``; needed where a trainer has several monitors.

@@ -39,7 +39,7 @@ def evaluate(
     batch_size: int | Literal["auto"] = 64,
     max_samples: int | None = None,
     device: torch.device | str | None = None,
-    forward: Callable[[nn.Module, Tensor], Any] | None = None,
+    forward: Callable[..., Any] | None = None,
     input_fn: Callable[..., Tensor] | None = None,
     transform_at: str | None = None,
     operations: bool = False,
@@ -69,7 +69,10 @@ def evaluate(
             accelerator with 1024, and halves where the memory does not suffice; values do not depend on it.
         max_samples: how many samples to use, a random choice that is the same every time; by default all.
         device: where to run; by default where the model's parameters are. The model is moved there and back.
-        forward: ``forward(model, x)`` runs the model where it is not simply called as ``model(x)``.
+        forward: ``forward(model, x)`` runs the model where it is not simply called as ``model(x)``. One that takes three
+            arguments is called as ``forward(model, x, batch)``: every entry of the batch for the same samples, repeated
+            for each transformation, so that ``lambda model, x, batch: model(**{**batch, "pixel_values": x})`` works.
+            Dicts, lists, tuples and dataclasses may be nested; x itself is in the batch as it was before.
         input_fn: picks x from a collated batch, where :class:`STLoader` does not find it.
         transform_at: name of a module whose input is transformed instead of the network's (paper, figure 1 b and d):
             its first argument, a tensor with the batch first. Only what runs from there on is measured.

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
+from lightning_invariance.batches import Samples, input_of, label_of
 from lightning_invariance.transforms import TransformationSet
-
-#: Keys under which a dict sample may hold its input, and its label.
-INPUT_KEYS = ("image", "images", "img", "x", "input", "inputs", "pixel_values", "data")
-LABEL_KEYS = ("label", "labels", "y", "target", "targets", "class")
 
 NEEDS_MAX_SAMPLES = "Expected argument `max_samples` with an iterable dataset that has no length."
 
@@ -27,12 +24,14 @@ class STBlock(NamedTuple):
         columns: which transformations these are. Blocks of one row longer than a batch come one after the other;
             the row is complete when ``columns.stop`` is the number of transformations.
         indices: ``(rows,)``, on the CPU: which of the chosen samples these are, counted over all processes.
+        batch: all entries of the batch for these rows, where they were asked for.
     """
 
     inputs: Tensor
     labels: Tensor | None
     columns: slice
     indices: Tensor
+    batch: Any = None
 
 
 class STLoader:
@@ -57,6 +56,7 @@ class STLoader:
         rank: this process takes its share of the samples, one of ``world_size``.
         world_size: number of processes.
         transform: if false, a block holds each sample as it is, as often as there are transformations.
+        with_batch: whether blocks carry all entries of the batch.
 
     Raises:
         ValueError: If ``batch_size`` or ``max_samples`` is too small, there are no samples, an iterable dataset comes
@@ -82,6 +82,7 @@ class STLoader:
         rank: int = 0,
         world_size: int = 1,
         transform: bool = True,
+        with_batch: bool = False,
     ) -> None:
         if not isinstance(transformations, TransformationSet):
             raise TypeError(
@@ -96,6 +97,7 @@ class STLoader:
         self.batch_size = batch_size
         self.input_fn = input_fn
         self.transform = transform
+        self.with_batch = with_batch
         self.device = torch.device(device) if device is not None else None
         self.rows = max(1, batch_size // len(transformations))
         self._rank, self._world_size = rank, world_size
@@ -147,48 +149,44 @@ class STLoader:
         if len(parts) == 1:
             parts = [(parts[0][0], self.transformations)]
         first = 0
-        for samples, labels in self._rows():
-            indices = torch.arange(first, first + len(samples))
+        for samples in self._rows():
+            indices = self._rank + self._world_size * torch.arange(first, first + len(samples))
             first += len(samples)
             for columns, transformations in parts:
                 if self.transform:
-                    inputs = transformations(samples)
+                    inputs = transformations(samples.inputs)
                 else:
-                    inputs = torch.stack([samples] * len(transformations), dim=1)
-                yield STBlock(inputs, labels, columns, self._rank + self._world_size * indices)
+                    inputs = torch.stack([samples.inputs] * len(transformations), dim=1)
+                yield STBlock(inputs, samples.labels, columns, indices, samples.batch)
 
-    def _rows(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _rows(self) -> Iterator[Samples]:
         """The samples, :attr:`rows` at a time however they were batched, on the device."""
-        waiting: tuple[Tensor, Tensor | None] | None = None
-        for samples, labels in self._batches():
+        waiting: Samples | None = None
+        for samples in self._batches():
             if waiting is not None:
-                samples = torch.cat([waiting[0], samples])
-                labels = torch.cat([waiting[1], labels]) if waiting[1] is not None and labels is not None else None
+                samples = waiting.joined(samples)
             whole = len(samples) // self.rows * self.rows
             for start in range(0, whole, self.rows):
-                rows = slice(start, start + self.rows)
-                yield samples[rows], None if labels is None else labels[rows]
-            rest = slice(whole, None)
-            waiting = (samples[rest], None if labels is None else labels[rest]) if whole < len(samples) else None
+                yield samples.taken(slice(start, start + self.rows))
+            waiting = samples.taken(slice(whole, None)) if whole < len(samples) else None
         if waiting is not None:
             yield waiting
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _batches(self) -> Iterator[Samples]:
         seen = 0
         for batch in self._fetched():
-            samples = self._input_of(batch)
-            labels = _label_of(batch, len(samples))
-            if self._limit is not None:
-                samples = samples[: self._limit - seen]
-                labels = None if labels is None else labels[: self._limit - seen]
+            inputs = input_of(batch, self.input_fn)
+            samples = Samples(inputs, label_of(batch, len(inputs)), batch if self.with_batch else None)
+            if self._limit is not None and len(samples) > self._limit - seen:
+                samples = samples.taken(slice(self._limit - seen))
             seen += len(samples)
-            if self.n_samples is None:
-                share = slice((self._rank - seen + len(samples)) % self._world_size, None, self._world_size)
-                samples, labels = samples[share], None if labels is None else labels[share]
+            if self.n_samples is None and self._world_size > 1:
+                first = (self._rank - seen + len(samples)) % self._world_size
+                samples = samples.taken(slice(first, None, self._world_size))
             if self.device is not None:
-                samples = samples.to(self.device, non_blocking=True)
+                samples = samples.to(self.device)
             if len(samples):
-                yield samples, labels
+                yield samples
             if self._limit is not None and seen >= self._limit:
                 return
 
@@ -207,42 +205,3 @@ class STLoader:
                     f" torchvision.transforms.v2.ToImage. ({str(error).splitlines()[-1]})"
                 ) from error
             raise
-
-    def _input_of(self, batch: Any) -> Tensor:
-        found: Any = batch
-        if self.input_fn is not None:
-            found = self.input_fn(batch)
-        elif isinstance(batch, Mapping):
-            tensors = [value for value in batch.values() if isinstance(value, Tensor)]
-            named = [batch[key] for key in INPUT_KEYS if key in batch]
-            found = named[0] if named else tensors[0] if len(tensors) == 1 else None
-        elif isinstance(batch, list | tuple):
-            found = batch[0] if batch else None
-        if not isinstance(found, Tensor) or found.ndim < 2:
-            raise ValueError(
-                "Expected each sample to be a tensor, a pair (x, y), or a dict with the input under one of"
-                f" {INPUT_KEYS}, but a batch of the data is {_describe(batch)}. Pick the input with `input_fn`."
-            )
-        return found
-
-
-def _label_of(batch: Any, n: int) -> Tensor | None:
-    """The labels of a batch, if it has one whole number for each sample."""
-    found: Any = None
-    if isinstance(batch, Mapping):
-        found = next((batch[key] for key in LABEL_KEYS if key in batch), None)
-    elif isinstance(batch, list | tuple) and len(batch) > 1:
-        found = batch[1]
-    if isinstance(found, Tensor) and found.shape == (n,) and not found.is_floating_point():
-        return found
-    return None
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    if isinstance(value, Mapping):
-        return "a dict with " + ", ".join(f"{key!r}: {_describe(v)}" for key, v in value.items())
-    if isinstance(value, list | tuple):
-        return f"a {type(value).__name__} of ({', '.join(_describe(v) for v in value[:4])})"
-    return f"of type {type(value).__name__}"

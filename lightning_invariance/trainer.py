@@ -13,6 +13,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_invariance.batches import takes_batch
+
 #: Strategies under which no process holds the whole model.
 SHARDED: tuple[type[Strategy], ...] = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
@@ -49,16 +51,20 @@ def validation_data(trainer: pl.Trainer) -> Any:
     return loaders
 
 
-def with_precision(trainer: pl.Trainer, forward: Callable[..., Any] | None) -> Callable[[nn.Module, Tensor], Any]:
+def with_precision(trainer: pl.Trainer, forward: Callable[..., Any] | None) -> Callable[..., Any]:
     """How to run a model as the trainer's validation does: in its precision."""
-    precision = trainer.precision_plugin
+    precision, own = trainer.precision_plugin, forward or _called
 
-    def run(model: nn.Module, x: Tensor) -> Any:
+    def run(model: nn.Module, *data: Any) -> Any:
         with precision.val_step_context():
-            x = precision.convert_input(x)
-            return model(x) if forward is None else forward(model, x)
+            return own(model, *(precision.convert_input(each) for each in data))
 
-    return run
+    # `evaluate` gives the batch to functions of three arguments only.
+    return (lambda model, x, batch: run(model, x, batch)) if takes_batch(forward) else lambda model, x: run(model, x)
+
+
+def _called(model: nn.Module, x: Tensor) -> Any:
+    return model(x)
 
 
 def scores(trainer: pl.Trainer, own: Sequence[str]) -> dict[str, float]:

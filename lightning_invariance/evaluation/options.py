@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_invariance.layers import Layers
 
@@ -39,7 +39,7 @@ class Options:
     batch_size: int | Literal["auto"] = 64
     max_samples: int | None = None
     device: torch.device | str | None = None
-    forward: Callable[[nn.Module, Tensor], Any] | None = None
+    forward: Callable[..., Any] | None = None
     input_fn: Callable[..., Tensor] | None = None
     transform_at: str | None = None
     channel_axis: Mapping[str, int] | None = None

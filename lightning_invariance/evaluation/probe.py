@@ -58,16 +58,16 @@ RANDOM = "random: equal inputs give different values"
 Outputs: TypeAlias = dict[str, Tensor]
 
 
-def probe(inputs: Tensor, outputs_of: Callable[[Tensor], Outputs]) -> dict[str, Finding]:
+def probe(batch: int, outputs_of: Callable[[Tensor], Outputs]) -> dict[str, Finding]:
     """Find the layout of every layer that two forward passes reach.
 
     Args:
-        inputs: a batch; a few of them are used, the first among them.
-        outputs_of: runs the model and gives the outputs of its layers.
+        batch: how many inputs there are; a few of them are used, the first among them.
+        outputs_of: runs the model on the inputs at some positions, and gives the outputs of its layers.
     """
-    chosen = torch.linspace(0, len(inputs) - 1, len(PASSES[0])).round().long()
+    chosen = torch.linspace(0, batch - 1, len(PASSES[0])).round().long()
     first, second = (chosen[list(positions)] for positions in PASSES)
-    one, other = outputs_of(inputs[first.to(inputs.device)]), outputs_of(inputs[second.to(inputs.device)])
+    one, other = outputs_of(first), outputs_of(second)
     found: dict[str, Finding] = dict.fromkeys([*one, *other], RAGGED)  # where only one pass reaches the layer
     for layer in one.keys() & other.keys():
         found[layer] = finding_of(one.pop(layer), other.pop(layer), first.tolist(), second.tolist())

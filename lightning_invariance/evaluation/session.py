@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
+from lightning_invariance.batches import taken, takes_batch
 from lightning_invariance.catching import Catcher, catch_activations, transformed_input
 from lightning_invariance.distributed import gather_or_raise, rank_and_world_size
 from lightning_invariance.evaluation.intake import Intake
@@ -78,6 +79,7 @@ class Session:
             rank=rank,
             world_size=world_size,
             transform=self._transformed_module is None,
+            with_batch=takes_batch(self.options.forward),
         )
 
     def walk(
@@ -124,7 +126,7 @@ class Session:
         intake.findings = self._findings
         intake.start_block(block)
         with catcher.forward_pass():
-            self._call(block.inputs.flatten(0, 1))
+            self._call(block)
         if intake.unknown:
             intake.consume_unknown(self._probed(block, catcher))
         intake.end_block()
@@ -132,22 +134,22 @@ class Session:
     def _probed(self, block: STBlock, catcher: Catcher) -> dict[str, Finding]:
         """Where the inputs of a batch stand in the output of each layer, by two forward passes of a few inputs."""
 
-        def outputs_of(inputs: Tensor) -> Outputs:
+        def outputs_of(chosen: Tensor) -> Outputs:
             outputs: Outputs = {}
             # Cloned, since later modules may change them in place.
             catcher.consumer = lambda layer, output, axis: outputs.update({layer: output.clone()})
             with isolated_random_state(self.options.seed), catcher.forward_pass():
                 try:
-                    self._call(inputs)
+                    self._call(block, chosen)
                 except (TypeError, NotImplementedError, RuntimeError) as error:
                     if type(error) in (TypeError, NotImplementedError, RuntimeError):
-                        raise type(error)(f"{error}\n{_how_called(inputs)}") from error
+                        raise type(error)(f"{error}\n{_how_called((len(chosen), *block.inputs.shape[2:]))}") from error
                     raise
             return outputs
 
         consumer = catcher.consumer
         try:
-            found = probe(block.inputs.flatten(0, 1), outputs_of)
+            found = probe(block.inputs.shape[:2].numel(), outputs_of)
         finally:
             catcher.consumer = consumer
         if catcher.operations is not None:
@@ -171,15 +173,25 @@ class Session:
             with isolated_random_state(self.options.seed), self._prepared(None), caught as catcher:
                 for block in loader:
                     with catcher.forward_pass():
-                        self._call(block.inputs[0, :1])
+                        self._call(block, torch.zeros(1, dtype=torch.long))
                     break
         except Exception as raised:
             error = raised
         told = gather_or_raise((sum(numbers), max(sizes)), error)
         return max(number for number, _ in told), max(size for _, size in told)
 
-    def _call(self, x: Tensor) -> Any:
-        return self.model(x) if self.options.forward is None else self.options.forward(self.model, x)
+    def _call(self, block: STBlock, chosen: Tensor | None = None) -> Any:
+        """Run the model on the inputs of a block, or on those at some positions among all its rows and columns."""
+        x = block.inputs.flatten(0, 1)
+        x = x if chosen is None else x[chosen.to(x.device)]
+        forward: Callable[..., Any] | None = self.options.forward
+        if forward is None:
+            return self.model(x)
+        if block.batch is None:
+            return forward(self.model, x)
+        rows, columns = block.inputs.shape[:2]
+        of_row = torch.arange(rows).repeat_interleave(columns)
+        return forward(self.model, x, taken(block.batch, rows, of_row if chosen is None else of_row[chosen]))
 
     def _prepared(self, intake: Intake | None) -> ExitStack:
         """The model in eval mode on its device, without gradients; everything is put back afterwards."""
@@ -201,10 +213,10 @@ class Session:
         yield from tqdm(loader, about, total, leave=False, delay=PROGRESS_DELAY, unit="batch", disable=not show)
 
 
-def _how_called(inputs: Tensor) -> str:
+def _how_called(shape: tuple[int, ...]) -> str:
     """What to look at where a model's forward fails."""
     return (
-        f"The model was called with x of shape {tuple(inputs.shape)}. If it is not called as `model(x)`, give"
-        " `forward=lambda model, x: ...`; if x is another part of a batch, `input_fn=`; if it needs other samples,"
-        " `data=`."
+        f"The model was called with x of shape {shape}. If it is not called as `model(x)`, give `forward=lambda model,"
+        " x: ...`, or `forward=lambda model, x, batch: ...` where it needs more of the batch; if x is another part of a"
+        " batch, `input_fn=`; if it needs other samples, `data=`."
     )
