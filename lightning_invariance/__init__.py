@@ -2,8 +2,8 @@
 
 from lightning_invariance.callback import InvarianceMonitor
 from lightning_invariance.evaluate import evaluate
-from lightning_invariance.layers import layer_names
 from lightning_invariance.loader import STLoader
+from lightning_invariance.naming import layer_names
 from lightning_invariance.result import InvarianceResult
 from lightning_invariance.transforms import (
     TransformationSet,

@@ -158,7 +158,7 @@ def _is_by_sample(values: Any, n: int) -> bool:
     """Whether a list or tuple holds something for each sample, such as texts or boxes, instead of whole tensors."""
     if len(values) != n or hasattr(values, "_fields"):
         return False
-    return not any(isinstance(value, Tensor) and value.shape[:1] == (n,) or _holds(value, n) for value in values)
+    return not any((isinstance(value, Tensor) and value.shape[:1] == (n,)) or _holds(value, n) for value in values)
 
 
 def _holds(value: Any, n: int) -> bool:

@@ -34,13 +34,15 @@ class Catcher:
         self._patterns = selection.operations
         self._origins = selection.origins
         self._calls: dict[str, int] = {}
+        self._runs = 0  # of modules, in this pass
+        self._entered: list[int] = []  # how many there were when each running container began
         # By identity of the tensors that modules returned in this pass; another may have it once a tensor is gone.
         self._channel_axes: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     @contextmanager
     def forward_pass(self) -> Iterator[None]:
         """What runs in this context is one forward pass."""
-        self._calls, self._channel_axes = {}, {}
+        self._calls, self._channel_axes, self._runs, self._entered = {}, {}, 0, []
         if self.operations is None:
             yield
             return
@@ -52,12 +54,33 @@ class Catcher:
         """The forward hook of one module."""
 
         def caught(module: nn.Module, args: Any, output: Any) -> None:
+            self._runs += 1
             call = self._calls.get(name, 0)
             self._calls[name] = call + 1
             layer = name if call == 0 else f"{name}#{call}"
             self._give(layer, name, module, args, output)
+            if self.operations is not None:
+                self.operations.module_returned(output)
 
         return caught
+
+    def count(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The forward hook of modules that are not selected: a container within which one runs is no leaf."""
+        self._runs += 1
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """The forward pre-hook of a container."""
+        self._entered.append(self._runs)
+
+    def hook_of_container(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        """The forward hook of a module that is measured where no other module has run within it."""
+        caught = self.hook(name)
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            if self._entered and self._entered.pop() == self._runs:
+                caught(module, args, output)
+
+        return leave
 
     def _operation(self, operation: str, args: tuple[Any, ...], output: Any) -> None:
         pattern = next((p for p in self._patterns if p == operation or fnmatchcase(operation, p)), None)
@@ -101,11 +124,14 @@ def catch_activations(model: nn.Module, selection: Selection, consumer: Consumer
     try:
         for name, module in selection.modules.items():
             handles.append(module.register_forward_hook(catcher.hook(name)))
-        with (
-            nullcontext()
-            if catcher.operations is None
-            else catcher.operations.following(model, [*selection.modules.values()])
-        ):
+        for name, module in selection.containers.items():
+            handles.append(module.register_forward_pre_hook(catcher.enter))
+            handles.append(module.register_forward_hook(catcher.hook_of_container(name)))
+        known = {id(module) for module in (*selection.modules.values(), *selection.containers.values())}
+        within = {id(m): m for container in selection.containers.values() for m in container.modules()}
+        for module in (module for identity, module in within.items() if identity not in known):
+            handles.append(module.register_forward_hook(catcher.count))
+        with nullcontext() if catcher.operations is None else catcher.operations.following(model):
             yield catcher
     finally:
         for handle in handles:

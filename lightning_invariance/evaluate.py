@@ -69,10 +69,10 @@ def evaluate(
             accelerator with 1024, and halves where the memory does not suffice; values do not depend on it.
         max_samples: how many samples to use, a random choice that is the same every time; by default all.
         device: where to run; by default where the model's parameters are. The model is moved there and back.
-        forward: ``forward(model, x)`` runs the model where it is not simply called as ``model(x)``. One that takes three
+        forward: ``forward(model, x)`` runs the model where it is not simply called as ``model(x)``. One of three
             arguments is called as ``forward(model, x, batch)``: every entry of the batch for the same samples, repeated
             for each transformation, so that ``lambda model, x, batch: model(**{**batch, "pixel_values": x})`` works.
-            Dicts, lists, tuples and dataclasses may be nested; x itself is in the batch as it was before.
+            Dicts, lists, tuples and dataclasses may be nested; the batch holds the input as it was before.
         input_fn: picks x from a collated batch, where :class:`STLoader` does not find it.
         transform_at: name of a module whose input is transformed instead of the network's (paper, figure 1 b and d):
             its first argument, a tensor with the batch first. Only what runs from there on is measured.

@@ -1,9 +1,9 @@
-"""Which layers a model has, and catching what they compute."""
+"""Which modules of a model are its layers."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
@@ -33,17 +33,24 @@ class Selection:
         modules: layer name (renamed where a dict asked for it) → module, in the order of the model.
         requests: what the user wrote → the layer names it selected. Empty where all leaf modules were meant.
         operations: patterns of the names of operations, such as ``"layer*/add"``; empty for none.
+        containers: further modules, which are layers where none of the modules in them runs, such as an
+            ``nn.MultiheadAttention``, whose ``out_proj`` holds weights only.
 
     Attributes:
-        modules: see Args. So are ``requests`` and ``operations``.
+        modules: see Args. So are ``requests``, ``operations`` and ``containers``.
         origins: layer → the selected name it comes from, for the layers that ran; filled while the model runs.
     """
 
     def __init__(
-        self, modules: dict[str, nn.Module], requests: dict[str, list[str]], operations: Sequence[str] = ()
+        self,
+        modules: dict[str, nn.Module],
+        requests: dict[str, list[str]],
+        operations: Sequence[str] = (),
+        containers: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.modules = modules
         self.requests = requests
+        self.containers = dict(containers or {})
         self.operations = tuple(operations)
         self.origins: dict[str, str] = {}
 
@@ -83,45 +90,6 @@ class Selection:
             )
 
 
-def layer_names(model: nn.Module, layers: Layers = None) -> list[str]:
-    """Names of a model's layers, in the order in which the model holds them.
-
-    Args:
-        model: any module.
-        layers: what to select, as in :func:`evaluate`:
-
-            - ``None``: every leaf module (a module without children).
-            - names of modules, leaf or not, such as ``["conv1", "layer1"]``; the output of ``"layer1"`` is what the
-              whole block returns.
-            - glob patterns over the leaf modules, such as ``"layer1.*"`` or ``"*conv?"``; ``*`` also matches dots.
-            - module types, such as ``nn.Conv2d`` or your own block class.
-            - a predicate ``(name, module) -> bool``, asked for every module but the model itself.
-            - a dict from module name to the name for results, curves and pictures.
-            - patterns of operations, ``"layer1.0/add"`` or ``"layer*/add"``: what functions and operators compute in
-              the forward of a module, see ``operations`` of :func:`evaluate`. They have names only when the model runs.
-
-    Returns:
-        The names. A module that runs k times in one forward pass gives the layers ``name``, ``name#1``, …,
-        ``name#{k-1}``, and one that returns a tuple, list or dict gives ``name[0]``, ``name[key]``, …: these are known
-        only when the model runs.
-
-    Raises:
-        ValueError: If a name or pattern is not in the model (the message lists near names), or nothing is selected.
-        TypeError: If ``layers`` is of another kind.
-
-    .. note::
-        A module that runs inside an operation, like the ``out_proj`` of
-        ``nn.MultiheadAttention``, never runs itself: it is left out where all leaf modules are meant and an error
-        where it was asked for by name.
-
-    Example:
-        >>> from torch import nn
-        >>> layer_names(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten()))
-        ['0', '1', '2']
-    """
-    return list(select_layers(model, layers).modules)
-
-
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside the wrappers that ``torch.compile`` and distributed training put around it."""
     while "_orig_mod" in model._modules or isinstance(model, DataParallel | DistributedDataParallel):
@@ -137,7 +105,7 @@ def select_layers(model: nn.Module, layers: Layers = None, operations: bool = Fa
         layers: what to select.
         operations: whether all operations are selected, too.
     """
-    if isinstance(layers, str):
+    if isinstance(layers, str | type):
         layers = [layers]
     patterns = ["*"] if operations else []
     if isinstance(layers, Iterable) and not isinstance(layers, Mapping):
@@ -147,10 +115,10 @@ def select_layers(model: nn.Module, layers: Layers = None, operations: bool = Fa
             rest = [item for item in items if item not in asked]
             selection = _select_modules(model, rest) if rest else Selection({}, {})
             requests = {**selection.requests, **{pattern: [pattern] for pattern in asked}}
-            return Selection(selection.modules, requests, [*asked, *patterns])
+            return Selection(selection.modules, requests, [*asked, *patterns], selection.containers)
         layers = items
     selection = _select_modules(model, layers)
-    return Selection(selection.modules, selection.requests, patterns)
+    return Selection(selection.modules, selection.requests, patterns, selection.containers)
 
 
 def _select_modules(model: nn.Module, layers: Layers) -> Selection:
@@ -161,15 +129,13 @@ def _select_modules(model: nn.Module, layers: Layers) -> Selection:
     if not everything:  # the model itself is the only layer
         everything = leaves = {type(model).__name__: model}
     if layers is None:
-        return Selection(leaves, {})
+        return Selection(leaves, {}, containers={n: m for n, m in everything.items() if n not in leaves})
     if isinstance(layers, Mapping):
         requests = {name: [_known(name, everything)] for name in layers}
         renamed = {str(layers[name]): everything[name] for name in requests}
         if len(renamed) != len(layers):
             raise ValueError(f"Expected argument `layers` to give different names, but got {list(layers.values())}.")
         return Selection(renamed, {name: [str(layers[name])] for name in requests})
-    if isinstance(layers, str | type):
-        layers = [layers]
     if callable(layers):
         names = [name for name, module in everything.items() if layers(name, module)]
         requests = {getattr(layers, "__name__", repr(layers)): names}
@@ -183,7 +149,28 @@ def _select_modules(model: nn.Module, layers: Layers) -> Selection:
     chosen = {name for names in requests.values() for name in names}
     if not chosen:
         raise ValueError(f"Expected argument `layers` to select at least one layer, but {layers!r} selects none.")
-    return Selection({name: module for name, module in everything.items() if name in chosen}, requests)
+    modules = {name: module for name, module in everything.items() if name in chosen}
+    containers = _containers_of(requests, everything, chosen)
+    return Selection(modules, requests, containers=containers)
+
+
+def _containers_of(
+    requests: dict[str, list[str]], everything: Mapping[str, nn.Module], chosen: Collection[str]
+) -> dict[str, nn.Module]:
+    """The modules with children that a glob pattern fits; each is added to what the pattern stands for."""
+    found: dict[str, nn.Module] = {}
+    for request, names in requests.items():
+        if _is_pattern(request) and request not in everything:
+            fitting = [
+                n for n, m in everything.items() if fnmatchcase(n, request) and n not in chosen and not _is_leaf(m)
+            ]
+            names += fitting
+            found |= {name: everything[name] for name in fitting}
+    return found
+
+
+def _is_pattern(item: str) -> bool:
+    return any(sign in item for sign in "*?[")
 
 
 def _is_parametrization(name: str) -> bool:
@@ -209,7 +196,7 @@ def _resolve(item: Any, everything: Mapping[str, nn.Module], leaves: Mapping[str
         return names
     if not isinstance(item, str):
         raise TypeError(f"Expected argument `layers` to hold names, patterns or module types, but got {item!r}.")
-    if any(sign in item for sign in "*?[") and item not in everything:
+    if _is_pattern(item) and item not in everything:
         names = [name for name in leaves if fnmatchcase(name, item)]
         return names or [_known(item, everything)]
     return [_known(item, everything)]

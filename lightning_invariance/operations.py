@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -71,20 +71,14 @@ class Operations(TorchFunctionMode):
         return output
 
     @contextmanager
-    def following(self, model: nn.Module, measured: Collection[nn.Module]) -> Iterator[None]:
-        """Know which module of a model runs, while the context lasts.
-
-        Args:
-            model: the model.
-            measured: the modules whose outputs are measured anyway.
-        """
-        handles, leaving = [], {True: self._leaving_measured, False: self._leaving}
-        identities = {id(module) for module in measured}
+    def following(self, model: nn.Module) -> Iterator[None]:
+        """Know which module of a model runs, while the context lasts."""
+        handles = []
         try:
             for name, module in model.named_modules():
-                label = name or type(model).__name__
-                handles.append(module.register_forward_pre_hook(self._entering(label), prepend=True))
-                handles.append(module.register_forward_hook(leaving[id(module) in identities], always_call=True))
+                entering = self._entering(name or type(model).__name__)
+                handles.append(module.register_forward_pre_hook(entering, prepend=True))
+                handles.append(module.register_forward_hook(self._leaving, always_call=True))
             yield
         finally:
             for handle in handles:
@@ -97,8 +91,8 @@ class Operations(TorchFunctionMode):
         if self._running:
             self._running.pop()
 
-    def _leaving_measured(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._leaving(module, args, output)
+    def module_returned(self, output: Any) -> None:
+        """A measured module has returned this: no operation is measured for it."""
         for tensor in _tensors(output):
             known = self._results.get(id(tensor))
             if known is not None and known[0]() is tensor and known[1] == _version(tensor):

@@ -16,7 +16,7 @@ N = 11
 X = torch.randn(N, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 SCALE = torch.rand(N, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 NAMES = ["a" * (i % 4) for i in range(N)]
-SETS = TransformationSet.from_callables({str(k): (lambda k: lambda x: x * (1 + k / 3) - k)(k) for k in range(4)})
+SETS = TransformationSet.from_callables({str(k): partial(lambda x, k: x * (1 + k / 3) - k, k=k) for k in range(4)})
 
 
 class TwoInputs(nn.Module):

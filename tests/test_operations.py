@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_invariance import InvarianceMonitor, evaluate, functional, rotations
+from lightning_invariance import InvarianceMonitor, evaluate, functional, layer_names, rotations
 from lightning_invariance.measures import NormalizedVariance
 
 IMAGES = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -104,7 +104,7 @@ def test_a_module_that_raises_leaves_nothing_behind():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_attention_is_one_operation_unless_its_module_is_measured():
+def test_a_module_within_which_none_runs_is_a_leaf():
     class Attention(nn.Module):
         def __init__(self):
             super().__init__()
@@ -114,11 +114,34 @@ def test_attention_is_one_operation_unless_its_module_is_measured():
             y = x.flatten(1, 2)
             return y + self.attention(y, y, y)[0]
 
-    attention = {f"attention/multi_head_attention_forward[{place}]" for place in (0, 1)}  # values and weights
-    result = evaluate(Attention().double(), IMAGES, TURNS, operations=True, progress=False)
+    leaves = {"attention[0]", "attention[1]"}  # values and weights
+    for layers in (None, "att*", nn.Module):
+        result = evaluate(Attention().double(), IMAGES, TURNS, layers=layers, progress=False)
+        assert set(result.layers) == leaves
+        result = evaluate(Attention().double(), IMAGES, TURNS, layers=layers, operations=True, progress=False)
+        assert set(result.layers) == {*leaves, "Attention/add"}
+    result = evaluate(Attention().double(), IMAGES, TURNS, layers="*/*", progress=False)
+    attention = {f"attention/multi_head_attention_forward[{place}]" for place in (0, 1)}
     assert set(result.layers) == {*attention, "Attention/add"}
-    result = evaluate(Attention().double(), IMAGES, TURNS, layers=nn.Module, operations=True, progress=False)
-    assert set(result.layers) == {"attention[0]", "attention[1]", "Attention/add"}
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in Attention().modules())
+
+
+def test_a_module_within_which_others_run_is_none():
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Sequential(nn.Flatten()))
+    assert evaluate(model, IMAGES.float(), TURNS, progress=False).layers == ["0.0", "0.1", "1.0"]
+    assert evaluate(model, IMAGES.float(), TURNS, layers=["0*"], progress=False).layers == ["0.0", "0.1"]
+
+
+def test_names_are_known_beforehand_with_an_example():
+    net = Net().double()
+    names = layer_names(net, example=IMAGES[:2], operations=True)
+    assert names == evaluate(net, IMAGES, TURNS, operations=True, progress=False).layers
+    assert layer_names(net, ["blocks.*/add"], IMAGES[:5]) == ["blocks.0/add", "blocks.1/add"]
+    assert layer_names(net, example=IMAGES[:3], forward=lambda model, x: model.stem(x)) == ["stem"]
+    with pytest.raises(ValueError, match="`example` with `operations=True`"):
+        layer_names(net, operations=True)
+    with pytest.raises(ValueError, match=r"at least two inputs, but got \(1, 3, 8, 8\)"):
+        layer_names(net, example=IMAGES[:1])
 
 
 def test_the_monitor_takes_it():

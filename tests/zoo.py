@@ -68,9 +68,9 @@ class Computed(TorchDispatchMode):
                 in_place = any(each is arg for arg in given)
                 if kernel in COPIES and in_place and (known := self.found.pop((_memory(each), each._version - 1), "")):
                     self.found[_memory(each), each._version] = known
-                elif kernel not in COPIES and each.is_floating_point() and each.numel():
-                    if in_place or _memory(each) not in memory:
-                        self.found[_memory(each), each._version] = kernel
+                new = kernel not in COPIES and (in_place or _memory(each) not in memory)
+                if new and each.is_floating_point() and each.numel():
+                    self.found[_memory(each), each._version] = kernel
         return output
 
 

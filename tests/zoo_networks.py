@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lightning_invariance import TransformationSet, rotations
 
-
 TURNS = rotations(3)
 
 
@@ -84,8 +83,17 @@ CLASSIFIERS = """alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_
 mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18 resnet50 resnext50_32x4d shufflenet_v2_x0_5 squeezenet1_0
 swin_t swin_v2_t vgg11 vgg11_bn wide_resnet50_2""".split()  # noqa: SIM905 - a list would take a line for each
 SEGMENTATION = ("deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50", "fcn_resnet50", "lraspp_mobilenet_v3_large")
-DETECTION = """fasterrcnn_mobilenet_v3_large_320_fpn fcos_resnet50_fpn retinanet_resnet50_fpn ssd300_vgg16
-ssdlite320_mobilenet_v3_large maskrcnn_resnet50_fpn keypointrcnn_resnet50_fpn""".split()  # noqa: SIM905 - a list would take a line for each
+SMALL = {"min_size": 128, "max_size": 128}
+DETECTION: dict[str, dict[str, Any]] = {
+    "fasterrcnn_mobilenet_v3_large_320_fpn": SMALL,
+    "fasterrcnn_resnet50_fpn": SMALL,
+    "fcos_resnet50_fpn": SMALL,
+    "keypointrcnn_resnet50_fpn": SMALL,
+    "maskrcnn_resnet50_fpn": SMALL,
+    "retinanet_resnet50_fpn": SMALL,
+    "ssd300_vgg16": {},
+    "ssdlite320_mobilenet_v3_large": {},
+}
 VIDEO = {"r3d_18": 56, "mc3_18": 56, "r2plus1d_18": 56, "s3d": 64, "swin3d_t": 64, "mvit_v2_s": 224}
 
 
@@ -110,8 +118,8 @@ NETWORKS |= {
 }
 NETWORKS |= {f"torchvision/{n}": partial(_torchvision, n, images, backbone=None) for n in SEGMENTATION}
 NETWORKS |= {
-    f"torchvision/{n}": partial(_torchvision, n, partial(images, 64, count=4), backbone=None, forward=_as_list)
-    for n in DETECTION
+    f"torchvision/{n}": partial(_torchvision, n, partial(images, 64, count=4), backbone=None, forward=_as_list, **o)
+    for n, o in DETECTION.items()
 }
 NETWORKS |= {
     f"torchvision/{n}": partial(_torchvision, n, partial(images, 128, count=4), forward=_two_frames)

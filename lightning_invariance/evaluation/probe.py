@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 #: Inputs of the two passes, as positions in a batch. The first is the same in both, for models that look at it. The
-#: second pass is shorter, so that axes that are as long as the batch show; one input comes twice, so that randomness
-#: shows; the others come in another order, so that the order of slices shows.
+#: second pass is shorter, so that axes that are as long as the batch show; one input comes twice, so that what differs
+#: between equal inputs of a batch shows; the others come in another order, so that the order of slices shows.
 PASSES = ((0, 1, 2, 3, 4), (0, 3, 1, 3))
 
 #: Kernels for batches of different sizes may round differently.
@@ -58,19 +58,28 @@ RANDOM = "random: equal inputs give different values"
 Outputs: TypeAlias = dict[str, Tensor]
 
 
-def probe(batch: int, outputs_of: Callable[[Tensor], Outputs]) -> dict[str, Finding]:
+def probe(batch: int, outputs_of: Callable[[Tensor, int], Outputs]) -> dict[str, Finding]:
     """Find the layout of every layer that two forward passes reach.
+
+    Where values of a layer do not agree, a third pass over the inputs of the second tells whether it is random.
 
     Args:
         batch: how many inputs there are; a few of them are used, the first among them.
-        outputs_of: runs the model on the inputs at some positions, and gives the outputs of its layers.
+        outputs_of: runs the model on the inputs at some positions, with a number for the seed of all randomness, and
+            gives the outputs of its layers.
     """
     chosen = torch.linspace(0, batch - 1, len(PASSES[0])).round().long()
     first, second = (chosen[list(positions)] for positions in PASSES)
-    one, other = outputs_of(first), outputs_of(second)
+    one, other = outputs_of(first, 0), outputs_of(second, 1)
     found: dict[str, Finding] = dict.fromkeys([*one, *other], RAGGED)  # where only one pass reaches the layer
+    doubtful: Outputs = {}
     for layer in one.keys() & other.keys():
-        found[layer] = finding_of(one.pop(layer), other.pop(layer), first.tolist(), second.tolist())
+        found[layer] = finding_of(one.pop(layer), other[layer], first.tolist(), second.tolist())
+        if found[layer] == MIXED:
+            doubtful[layer] = other[layer]
+    if doubtful:
+        again = outputs_of(second, 2)
+        found |= {layer: RANDOM for layer, output in doubtful.items() if not _equal(output, again.get(layer))}
     return found
 
 
@@ -85,18 +94,15 @@ def finding_of(one: Tensor, other: Tensor, first: Sequence[int], second: Sequenc
     slices, rest = divmod(one.shape[axis], len(first))
     if len(differing) > 1 or rest or other.shape[axis] != slices * len(second):
         return RAGGED
-    random = False
     for layout in _layouts(axis, slices):
         a, b = layout.batch_first(one, len(first)), layout.batch_first(other, len(second))
         if a is None or b is None:
             continue
         if all(_close(a[first.index(which)], b[place]) for place, which in enumerate(second) if which in first):
             return layout
-        copies = [place for place, which in enumerate(second) if second.count(which) > 1]
-        random |= len(copies) > 1 and not _close(b[copies[0]], b[copies[-1]]) and layout == Layout(axis, 1, slices)
     if one.ndim == 1 and slices > 1:  # a list whose lengths happen to be multiples of those of the batches
         return RAGGED
-    return RANDOM if random else MIXED
+    return MIXED
 
 
 def _layouts(axis: int, slices: int) -> Iterator[Layout]:
@@ -104,6 +110,10 @@ def _layouts(axis: int, slices: int) -> Iterator[Layout]:
     outers = [outer for outer in range(1, slices + 1) if slices % outer == 0]
     for outer in sorted(outers, key=lambda outer: outer not in (1, slices)):
         yield Layout(axis, outer, slices // outer)
+
+
+def _equal(a: Tensor, b: Tensor | None) -> bool:
+    return b is not None and a.shape == b.shape and _close(a, b)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

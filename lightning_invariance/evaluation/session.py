@@ -18,7 +18,7 @@ from lightning_invariance.distributed import gather_or_raise, rank_and_world_siz
 from lightning_invariance.evaluation.intake import Intake
 from lightning_invariance.evaluation.isolation import device_of, evaluation_mode, isolated_random_state, on_device
 from lightning_invariance.evaluation.options import Options
-from lightning_invariance.evaluation.probe import CONSTANT, Finding, Outputs, probe
+from lightning_invariance.evaluation.probe import CONSTANT, Finding, Layout, Outputs, probe
 from lightning_invariance.evaluation.registry import Registry
 from lightning_invariance.layers import select_layers
 from lightning_invariance.loader import STBlock, STLoader
@@ -134,11 +134,11 @@ class Session:
     def _probed(self, block: STBlock, catcher: Catcher) -> dict[str, Finding]:
         """Where the inputs of a batch stand in the output of each layer, by two forward passes of a few inputs."""
 
-        def outputs_of(chosen: Tensor) -> Outputs:
+        def outputs_of(chosen: Tensor, seed: int) -> Outputs:
             outputs: Outputs = {}
             # Cloned, since later modules may change them in place.
             catcher.consumer = lambda layer, output, axis: outputs.update({layer: output.clone()})
-            with isolated_random_state(self.options.seed), catcher.forward_pass():
+            with isolated_random_state(self.options.seed + seed), catcher.forward_pass():
                 try:
                     self._call(block, chosen)
                 except (TypeError, NotImplementedError, RuntimeError) as error:
@@ -158,6 +158,17 @@ class Session:
             catcher.operations.returned |= constant
             found = {name: finding for name, finding in found.items() if name not in catcher.operations.returned}
         return found
+
+    def names(self, example: Tensor) -> list[str]:
+        """The layers that can be measured on some inputs, in the order in which they run."""
+        order: dict[str, None] = {}
+        caught = catch_activations(self.model, self.selection, lambda layer, output, axis: order.update({layer: None}))
+        block = STBlock(example.to(self.device)[:, None], None, slice(0, 1), torch.arange(len(example)))
+        with isolated_random_state(self.options.seed), self._prepared(None), caught as catcher:
+            found = self._probed(block, catcher)
+            with catcher.forward_pass():
+                self._call(block)
+        return [layer for layer in order if isinstance(found.get(layer, CONSTANT), Layout)]
 
     def sizes(self, loader: STLoader) -> tuple[int, int]:
         """Number of activations of all layers together, and the size in bytes of the largest type of one."""
