@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -30,11 +30,20 @@ from lightning_invariance.trainer import (
 )
 from lightning_invariance.transforms import TransformationSet
 
+if TYPE_CHECKING or find_spec("pytorch_lightning") is None:
+    Callback = pl.Callback
+else:
+    from pytorch_lightning import Callback as OtherCallback
+
+    class Callback(pl.Callback, OtherCallback):
+        """The callback of both distributions of Lightning: the LightningCLI of each asks for an instance of its own."""
+
+
 #: Memory for the values of every single activation in the history; older results then keep one value a channel.
 HISTORY_BYTES = 256 * 2**20
 
 
-class InvarianceMonitor(pl.Callback):
+class InvarianceMonitor(Callback):
     """Shows, while a model trains, how invariant every layer is to a set of transformations of its input.
 
     It evaluates the untrained network before the first epoch, and then at the end of validation every
@@ -161,7 +170,7 @@ class InvarianceMonitor(pl.Callback):
         """Evaluate at the end of validation."""
         if trainer.sanity_checking:
             return
-        fitting = trainer.state.fn == TrainerFn.FITTING
+        fitting = trainer.state.fn == "fit"
         if self._is_due(trainer) or not self._validated or not fitting:
             self._validated = self._validated or fitting
             self._evaluate_and_log(trainer, pl_module)

@@ -12,7 +12,6 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import numpy.typing as npt
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -37,11 +36,16 @@ def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float], step: int) ->
 def log_image(trainer: pl.Trainer, tag: str, image: npt.NDArray[np.uint8], step: int) -> None:
     """Log a picture ``(height, width, 3)`` to every logger that can take one; warn once of one that cannot."""
     for logger in trainer.loggers:
-        if isinstance(logger, DummyLogger) or _log_image(logger, tag, image, step):
+        if _is_dummy(logger) or _log_image(logger, tag, image, step):
             continue
         if type(logger) not in _warned:
             _warned.add(type(logger))
             rank_zero_warn(f"InvarianceMonitor cannot log pictures to {type(logger).__name__}: it gets numbers only.")
+
+
+def _is_dummy(logger: Any) -> bool:
+    """Whether it is the one of `fast_dev_run`, which takes everything and keeps nothing."""
+    return type(logger).__name__ == "DummyLogger"
 
 
 def _log_image(logger: Any, tag: str, image: npt.NDArray[np.uint8], step: int) -> bool:
@@ -63,7 +67,7 @@ def _log_image(logger: Any, tag: str, image: npt.NDArray[np.uint8], step: int) -
 
 def _experiments(trainer: pl.Trainer) -> list[Any]:
     """What the loggers write with."""
-    return [getattr(logger, "experiment", None) for logger in trainer.loggers if not isinstance(logger, DummyLogger)]
+    return [getattr(logger, "experiment", None) for logger in trainer.loggers if not _is_dummy(logger)]
 
 
 def scalars(result: InvarianceResult, tags: Mapping[str, str]) -> dict[str, float]:

@@ -8,15 +8,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_invariance.batches import takes_batch
 
-#: Strategies under which no process holds the whole model.
-SHARDED: tuple[type[Strategy], ...] = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+#: Strategies under which no process holds the whole model. By name: `lightning.pytorch` and `pytorch_lightning` have
+#: classes of their own.
+SHARDED = frozenset(["DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"])
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
@@ -32,7 +31,7 @@ def logger_step(trainer: pl.Trainer) -> int:
 
 def refuse_split_models(trainer: pl.Trainer) -> None:
     """Raise for strategies under which no process holds the whole model."""
-    if isinstance(trainer.strategy, SHARDED):
+    if SHARDED.intersection(cls.__name__ for cls in type(trainer.strategy).__mro__):
         raise MisconfigurationException(
             f"InvarianceMonitor needs the whole model on each process, but {type(trainer.strategy).__name__} splits it:"
             " use a single device or one of the `ddp` strategies, or call `evaluate()` on a checkpoint after training."
@@ -92,9 +91,10 @@ def spare_patience(trainer: pl.Trainer, tags: Mapping[str, str]) -> None:
 def warn_of_old_values(trainer: pl.Trainer, tags: Mapping[str, str], every_n_epochs: int) -> None:
     """Warn where ``ModelCheckpoint`` would take an old value for that of a later model."""
     for callback in callbacks_of(trainer):
-        if isinstance(callback, ModelCheckpoint) and _is_own(callback.monitor, tags):
+        monitored = getattr(callback, "monitor", None)
+        if hasattr(callback, "save_top_k") and _is_own(monitored, tags):
             rank_zero_warn(
-                f"ModelCheckpoint monitors {callback.monitor!r}, which is new every {every_n_epochs} epochs:"
+                f"ModelCheckpoint monitors {monitored!r}, which is new every {every_n_epochs} epochs:"
                 f" give it `every_n_epochs={every_n_epochs}`, or it takes a value for that of a later model."
             )
 

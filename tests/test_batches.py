@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightnings import pl
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -156,7 +156,7 @@ def test_rows_longer_than_a_batch_and_large_sets(state_budget):
 
 
 def test_the_monitor_passes_it_on_in_the_precision_of_the_trainer(tmp_path):
-    class Module(LightningModule):
+    class Module(pl.LightningModule):
         def __init__(self):
             super().__init__()
             self.net = TwoInputs()
@@ -175,7 +175,7 @@ def test_the_monitor_passes_it_on_in_the_precision_of_the_trainer(tmp_path):
             return torch.optim.SGD(self.parameters(), 0.01)
 
     monitor = InvarianceMonitor(SETS, forward=FORWARDS["tuple"])
-    trainer = Trainer(
+    trainer = pl.Trainer(
         max_epochs=1, callbacks=[monitor], default_root_dir=tmp_path, accelerator="cpu", logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, precision="32-true",
     )  # fmt: skip

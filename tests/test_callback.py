@@ -1,11 +1,9 @@
 """InvarianceMonitor in a Trainer."""
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightnings import CSVLogger, EarlyStopping, ModelCheckpoint, TensorBoardLogger, pl
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn

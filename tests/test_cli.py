@@ -5,19 +5,27 @@ import sys
 from pathlib import Path
 
 import pytest
+from lightnings import NAME
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 pytest.importorskip("jsonargparse")
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cli.py"
 
 
+def example(folder, suffix):
+    """The example as it stands, for the Lightning of the tests."""
+    copy = folder / f"example{suffix}"
+    copy.write_text(EXAMPLE.with_suffix(suffix).read_text().replace("lightning.pytorch", NAME))
+    return copy
+
+
 def run(folder, *arguments):
-    command = [sys.executable, str(EXAMPLE), "fit", *arguments]
+    command = [sys.executable, str(example(folder, ".py")), "fit", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=folder)
 
 
 def test_monitor_transformations_and_measures_from_yaml(tmp_path):
-    done = run(tmp_path, "--config", str(EXAMPLE.with_suffix(".yaml")), "--trainer.max_epochs", "1")
+    done = run(tmp_path, "--config", str(example(tmp_path, ".yaml")), "--trainer.max_epochs", "1")
     assert done.returncode == 0, done.stderr[-3000:]
     (log,) = tmp_path.glob("runs/cli/lightning_logs/version_0/events*")
     logged = EventAccumulator(str(log))
@@ -44,7 +52,7 @@ def test_help_lists_the_arguments(tmp_path):
 
 def test_a_bad_argument_is_named(tmp_path):
     config = tmp_path / "bad.yaml"
-    config.write_text(EXAMPLE.with_suffix(".yaml").read_text().replace("max_samples: 128", "max_samples: many"))
+    config.write_text(example(tmp_path, ".yaml").read_text().replace("max_samples: 128", "max_samples: many"))
     done = run(tmp_path, "--config", str(config))
     assert done.returncode != 0
     assert "max_samples" in done.stderr

@@ -1,7 +1,7 @@
 """Curves and pictures in whatever loggers a trainer has."""
 
 import pytest
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightnings import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 from test_callback import events, fit
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightnings import TensorBoardLogger
 from matplotlib.figure import Figure
 from torch import nn
 

@@ -3,7 +3,7 @@
 import re
 
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightnings import TensorBoardLogger
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from test_callback import LAYERS, events, fit
 

@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 import torchvision
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightnings import SHARDED, CSVLogger, EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, pl
 from test_callback import DATA, IMAGES, Net, Recorder, fit
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -214,7 +211,7 @@ def test_a_checkpoint_of_another_pace_is_warned_of(tmp_path):
         fit(tmp_path, monitor(every_n_epochs=2), ModelCheckpoint(tmp_path, monitor="NormalizedVariance_mean"), epochs=1)
 
 
-@pytest.mark.parametrize("strategy", [DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy])
+@pytest.mark.parametrize("strategy", SHARDED)
 def test_split_models_are_refused(strategy):
     trainer = SimpleNamespace(strategy=object.__new__(strategy))
     with pytest.raises(MisconfigurationException, match=f"{strategy.__name__} splits it: use a single device or one"):

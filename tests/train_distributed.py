@@ -3,10 +3,8 @@
 import sys
 from pathlib import Path
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightnings import EarlyStopping, ModelCheckpoint, TensorBoardLogger, pl
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
