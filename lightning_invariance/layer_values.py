@@ -19,6 +19,7 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]]):
         values: measure → {layer: tensor of ``activation_shape``}.
         dead: layer → bool tensor, true for activations that never changed.
         channel_axis: layer → which axis of its activation holds the channels; by default the first.
+        samples: layer → how many samples reached it, where that is known.
     """
 
     def __init__(
@@ -26,12 +27,16 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]]):
         values: Mapping[str, Mapping[str, Tensor]],
         dead: Mapping[str, Tensor] | None = None,
         channel_axis: Mapping[str, int] | None = None,
+        samples: Mapping[str, int] | None = None,
     ) -> None:
         self.channel_axis = dict(channel_axis or {})
         self._values = {measure: dict(layers) for measure, layers in values.items()}
         self.dead = dict(dead or {})
+        reached = samples or {}
         self._tables = {
-            measure: Table(LayerStatistics.of(layer, v, self.dead.get(layer)) for layer, v in layers.items())
+            measure: Table(
+                LayerStatistics.of(layer, v, self.dead.get(layer), reached.get(layer, 0)) for layer, v in layers.items()
+            )
             for measure, layers in self._values.items()
         }
 

@@ -101,7 +101,9 @@ class InvarianceResult(LayerValues):
         response: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
         scores: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(values, dead, channel_axis)
+        layers = dict.fromkeys(layer for of_layers in values.values() for layer in of_layers)
+        samples = {layer: (reached or {}).get(layer, n_samples) for layer in layers}
+        super().__init__(values, dead, channel_axis, samples)
         self.n_samples = n_samples
         self.transformations = list(transformations)
         self.parameters = {name: list(numbers) for name, numbers in (parameters or {}).items()}

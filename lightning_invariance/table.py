@@ -23,6 +23,7 @@ class LayerStatistics:
         dead: how many activations never changed (0/0).
         infinite: how many values are infinite (x/0).
         nan: how many values are NaN: the activation was NaN or infinite itself, or the measure is undefined.
+        samples: how many samples reached the layer; 0 where that is not known. Tables show it where layers differ.
     """
 
     layer: str
@@ -34,9 +35,10 @@ class LayerStatistics:
     dead: int
     infinite: int
     nan: int
+    samples: int = 0
 
     @classmethod
-    def of(cls, layer: str, values: Tensor, dead: Tensor | None) -> LayerStatistics:
+    def of(cls, layer: str, values: Tensor, dead: Tensor | None, samples: int = 0) -> LayerStatistics:
         """Summarise the values of a layer."""
         is_finite = values.isfinite()
         every = bool(is_finite.all())
@@ -53,6 +55,7 @@ class LayerStatistics:
             dead=0 if dead is None else int(dead.sum()),
             infinite=0 if every else int(values.isinf().sum()),
             nan=0 if every else int(values.isnan().sum()),
+            samples=samples,
         )
 
 
@@ -62,6 +65,8 @@ class Table(list[LayerStatistics]):
     def cells(self) -> list[list[str]]:
         """The table as text, the heading first."""
         names = [field.name for field in fields(LayerStatistics)]
+        if len({row.samples for row in self}) < 2:
+            names.remove("samples")
         rows = [[_cell(getattr(row, name)) for name in names] for row in self]
         return [names, *rows]
 

@@ -26,14 +26,18 @@ def texts(labels):
 def test_heatmap_draws_the_channels_of_every_layer():
     figure = heatmap(result())
     axes = figure.axes[0]
-    conv, fc, infinite, dead = axes.images
-    assert conv.get_array().squeeze().tolist() == pytest.approx([0.2, 3.0])
-    shown = fc.get_array().squeeze()
-    assert shown[:2].tolist() == [0.5, 0.01]  # 0 is the darkest colour, not a hole in a logarithmic scale
-    assert not math.isfinite(shown.filled(math.nan)[2])
-    assert not math.isfinite(shown.filled(math.nan)[3])
+    values, infinite, dead = axes.images
+    shown = values.get_array()
+    assert len(shown) % 10 == 0  # the two channels of one layer and the five of the other, each of equal height
+    conv, fc = shown[:: len(shown) // 2, 0], shown[:: len(shown) // 5, 1]
+    assert conv.tolist() == pytest.approx([0.2, 3.0])
+    assert fc[:2].tolist() == [0.5, 0.01]  # 0 is the darkest colour, not a hole in a logarithmic scale
+    assert fc.filled(math.nan)[4] == 1.0
+    assert [math.isfinite(value) for value in fc.filled(math.nan)] == [True, True, False, False, True]
     for image, colour, position in ((infinite, INFINITE, 2), (dead, DEAD, 4)):
-        assert (~image.get_array().mask.squeeze()).nonzero()[0].tolist() == [position]
+        drawn = ~image.get_array().mask
+        assert not drawn[:, 0].any()
+        assert drawn[:: len(drawn) // 5, 1].nonzero()[0].tolist() == [position]
         assert image.get_cmap()(0) == to_rgba(colour)
     assert texts(axes.get_xticklabels()) == ["conv", "fc"]
     assert texts(figure.legends[0].get_texts()) == ["1 infinite", "1 dead", "1 NaN"]

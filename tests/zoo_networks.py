@@ -84,12 +84,13 @@ mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18 resnet50 resnext50_32x
 swin_t swin_v2_t vgg11 vgg11_bn wide_resnet50_2""".split()  # noqa: SIM905 - a list would take a line for each
 SEGMENTATION = ("deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50", "fcn_resnet50", "lraspp_mobilenet_v3_large")
 SMALL = {"min_size": 128, "max_size": 128}
+FEW = {**SMALL, "box_detections_per_img": 4}
 DETECTION: dict[str, dict[str, Any]] = {
     "fasterrcnn_mobilenet_v3_large_320_fpn": SMALL,
-    "fasterrcnn_resnet50_fpn": SMALL,
+    "fasterrcnn_resnet50_fpn": FEW,
     "fcos_resnet50_fpn": SMALL,
-    "keypointrcnn_resnet50_fpn": SMALL,
-    "maskrcnn_resnet50_fpn": SMALL,
+    "keypointrcnn_resnet50_fpn": FEW,
+    "maskrcnn_resnet50_fpn": FEW,
     "retinanet_resnet50_fpn": SMALL,
     "ssd300_vgg16": {},
     "ssdlite320_mobilenet_v3_large": {},

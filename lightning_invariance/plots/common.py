@@ -15,6 +15,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 
+from lightning_invariance.plots.labels import shorten, without_prefix
 from lightning_invariance.result import InvarianceResult
 from lightning_invariance.style import NAN
 
@@ -36,7 +37,10 @@ LINES = (
 RANGE_OF_RATIOS = (0.01, 10.0)
 
 #: The largest width and height of a figure, in inches of 100 pixels.
-LARGEST = 24.0
+LARGEST = 15.0
+
+#: The longest colour bar, in inches.
+LONGEST_BAR = 4.5
 
 #: More layers than this are not listed in a legend.
 MOST_IN_LEGEND = 12
@@ -110,27 +114,25 @@ def within(scale: Normalize, values: npt.NDArray[np.float64]) -> npt.NDArray[np.
 
 
 def add_colourbar(figure: Figure, axes: Axes | list[Axes], scale: Normalize, label: str) -> None:
-    """A colour bar of a measure for some axes of the figure."""
-    figure.colorbar(ScalarMappable(scale, colours()), ax=axes, label=label, extend="both", pad=0.01)
-
-
-def shorten(name: str, longest: int = 24) -> str:
-    """A label that fits, its end kept (layers differ there)."""
-    return name if len(name) <= longest else "…" + name[-longest + 1 :]
-
-
-def label_layers(axes: Axes, names: Sequence[str]) -> None:
-    """Write the names of layers below an axis; where there are very many, some of them."""
-    width = width_of(len(names)) - 2.5
-    size = min(9.0, 72 * 0.75 * width / max(len(names), 1))
-    every = max(1, math.ceil(6.5 / size))
-    ticks = range(0, len(names), every)
-    axes.set_xticks(ticks, [shorten(names[i]) for i in ticks], rotation=90, fontsize=max(size, 6.5))
+    """A colour bar of a measure for some axes of the figure, at their upper end."""
+    width, height = figure.get_size_inches()
+    length = min(1.0, LONGEST_BAR / height)
+    figure.colorbar(
+        ScalarMappable(scale, colours()),
+        ax=axes,
+        label=label,
+        extend="both",
+        pad=0.1 / width,
+        fraction=0.9 / width,
+        shrink=length,
+        anchor=(0.0, 1.0),
+        aspect=25 * length * height / LONGEST_BAR,
+    )
 
 
 def width_of(count: int) -> float:
-    """A width that has room for so many layers, as far as figures go."""
-    return min(LARGEST, max(6, 2.5 + 0.4 * min(count, 15) + 0.2 * max(count - 15, 0)))
+    """A width that has room for so many layers, as far as figures go; an inch and a half is for what stands beside."""
+    return min(LARGEST, max(6, 2.5 + 0.4 * min(count, 15) + 0.18 * max(count - 15, 0)))
 
 
 def layers_of(results: Iterable[InvarianceResult], measure: str) -> list[str]:
@@ -143,10 +145,18 @@ def depths(count: int) -> npt.NDArray[np.float64]:
     return np.linspace(0, 100, count) if count > 1 else np.array([100.0])
 
 
+def marked_of(results: Iterable[InvarianceResult]) -> set[str]:
+    """The layers that only some samples reached."""
+    return {layer for result in results for layer in result.reached}
+
+
 def key_of_layers(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
     """Tell which line is which layer: a legend, or for many layers a colour bar from the first to the last."""
+    _, names = without_prefix(names)
     if len(names) <= MOST_IN_LEGEND:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small", frameon=False)
+        handles, _ = axes.get_legend_handles_labels()
+        labels = [shorten(name) for name in names]
+        figure.legend(handles, labels, loc="outside right upper", fontsize="small", frameon=False)
         return
     shades = ScalarMappable(Normalize(0, len(names) - 1), ListedColormap(depth_colours(256)))
     bar = figure.colorbar(shades, ax=figure.axes, label="layer", pad=0.01)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from lightning_invariance.plots.common import depth_colours, first_measure, key_of_layers, new_figure, shorten
+from lightning_invariance.plots.common import depth_colours, first_measure, key_of_layers, new_figure
 from lightning_invariance.result import InvarianceResult
 
 
@@ -47,7 +47,7 @@ def convergence(results: InvarianceResult | Sequence[InvarianceResult], measure:
     figure = new_figure(10, 4.2)
     left, right = figure.subplots(1, 2)
     for row, error, colour, layer in zip(values, errors, depth_colours(len(lines)), lines, strict=True):
-        left.plot(x, row, "o-", color=colour, ms=3, linewidth=1.2, label=shorten(layer))
+        left.plot(x, row, "o-", color=colour, ms=3, linewidth=1.2, label=layer)
         right.plot(x[:-1], error, "o-", color=colour, ms=3, linewidth=1.2)
     known = np.isfinite(errors).all(1)
     if known.any():

@@ -14,14 +14,18 @@ from lightning_invariance.plots.common import (
     first_measure,
     is_ratio,
     layers_of,
+    marked_of,
     new_figure,
     scale_of,
-    shorten,
     within,
 )
+from lightning_invariance.plots.labels import label_layers, shorten
 from lightning_invariance.result import InvarianceResult
 
 MOST_TICKS = 20
+
+#: The largest height of all rows together, in inches.
+HIGHEST = 11.0
 
 
 def evolution(
@@ -50,8 +54,7 @@ def evolution(
     values = np.array([[per_layer.get(layer, np.nan) for per_layer in means] for layer in layers])
     scale = scale_of(is_ratio(history, measure), values.ravel().tolist(), limits)
     score = score or _score(history)
-    rows = 0.25 if len(layers) <= 80 else 0.15
-    height = max(2.0, rows * len(layers))
+    height = min(HIGHEST, max(2.0, 0.25 * len(layers)))
     figure = new_figure(width=7.5, height=1.5 + height + (1.4 if score else 0))
     if score:
         above, axes = figure.subplots(2, 1, sharex=True, height_ratios=[1.2, height])
@@ -61,7 +64,10 @@ def evolution(
     else:
         axes = figure.add_subplot()
     axes.imshow(within(scale, values), aspect="auto", norm=scale, cmap=colours(), interpolation="nearest")
-    axes.set_yticks(range(len(layers)), [shorten(layer) for layer in layers], fontsize=9 if rows == 0.25 else 7)
+    blocks = label_layers(axes, layers, height, along="y", marked=marked_of(history))
+    if len(blocks) < len(layers):
+        for block in blocks[1:]:
+            axes.axhline(block.start - 0.5, color="white", linewidth=0.5)
     every = -(-len(history) // MOST_TICKS)
     axes.set_xticks(range(0, len(history), every), [_label(result, i) for i, result in enumerate(history)][::every])
     axes.set_xlabel("epoch")

@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_invariance.plots.common import new_figure, shorten
+from lightning_invariance.plots.common import new_figure
+from lightning_invariance.plots.labels import shorten
 from lightning_invariance.result import InvarianceResult
 
 #: Columns that fit into one figure.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, Normalize
@@ -11,14 +14,20 @@ from lightning_invariance.plots.common import (
     add_colourbar,
     colours,
     is_ratio,
-    label_layers,
     new_figure,
     scale_of,
     width_of,
     within,
 )
+from lightning_invariance.plots.labels import label_layers
 from lightning_invariance.result import InvarianceResult
 from lightning_invariance.style import DEAD, INFINITE, special_patches
+
+#: The height of the image of all cells.
+PIXELS = 1000
+
+#: Layers between which a line can be seen.
+MOST_APART = 60
 
 
 def heatmap(
@@ -50,41 +59,40 @@ def heatmap(
         orders = {layer: np.lexsort((values, dead[layer])) for layer, values in columns.items()}
         columns = {layer: values[orders[layer]] for layer, values in columns.items()}
         dead = {layer: values[orders[layer]] for layer, values in dead.items()}
-    scale = scale_of(
-        is_ratio([result], measure), [value for values in columns.values() for value in values.tolist()], limits, log
-    )
-    figure = new_figure(width_of(len(layers)), 5.5)
+    values = np.concatenate([*columns.values(), np.zeros(0)])
+    scale = scale_of(is_ratio([result], measure), values.tolist(), limits, log)
+    width = width_of(len(layers))
+    figure = new_figure(width, 5.5)
     axes = figure.add_subplot()
-    counts = np.zeros(3, dtype=int)
-    for x, (layer, values) in enumerate(columns.items()):
-        counts += _draw_column(axes, x, values, dead[layer], scale)
-    axes.set_xlim(-0.5, max(len(layers), 1) - 0.5)
-    axes.set_ylim(1, 0)
-    label_layers(axes, layers)
+    _draw_cells(axes, columns, dead, scale)
+    blocks = label_layers(axes, layers, width - 1.5, marked=result.reached)
+    for place in [block.start - 0.5 for block in blocks[1:]]:
+        axes.axvline(place, color="white", linewidth=1 if len(layers) <= MOST_APART else 0.5)
     axes.set_yticks([])
     axes.set_ylabel("channels, lowest value on top" if sort else "channels, first on top")
     axes.set_title(_title(result, measure))
-    if len(layers) <= 60:
-        for x in range(1, len(layers)):
-            axes.axvline(x - 0.5, color="white", linewidth=1)
     add_colourbar(figure, axes, scale, measure)
-    patches = special_patches(*map(int, counts))
+    never = np.concatenate([*dead.values(), np.zeros(0, dtype=bool)])
+    patches = special_patches(int(np.isinf(values).sum()), int(never.sum()), int(np.isnan(values).sum()))
     if patches:
         figure.legend(handles=patches, loc="outside lower right", ncols=len(patches), frameon=False)
     return figure
 
 
-def _draw_column(axes: Axes, x: float, values: np.ndarray, dead: np.ndarray, scale: Normalize) -> tuple[int, int, int]:
-    """Draw the channels of a layer, and count those that are infinite, dead and NaN."""
-    place = (x - 0.5, x + 0.5, 1, 0)
-    shown = within(scale, values)[:, None]
-    axes.imshow(shown, aspect="auto", extent=place, norm=scale, cmap=colours(), interpolation="nearest")
-    infinite = np.isinf(values)
-    for mask, colour in ((infinite, INFINITE), (dead, DEAD)):
+def _draw_cells(
+    axes: Axes, columns: Mapping[str, np.ndarray], dead: Mapping[str, np.ndarray], scale: Normalize
+) -> None:
+    """Draw the channels of all layers as one image, in which a cell is as many pixels high as its layer needs."""
+    height = min(PIXELS, math.lcm(*map(len, columns.values()))) if columns else 1
+    pixels = {layer: (np.arange(height) + 0.5) * len(values) // height for layer, values in columns.items()}
+    shown = np.stack([columns[layer][at.astype(int)] for layer, at in pixels.items()], 1)
+    never = np.stack([dead[layer][at.astype(int)] for layer, at in pixels.items()], 1)
+    place = (-0.5, len(columns) - 0.5, 1, 0)
+    axes.imshow(within(scale, shown), aspect="auto", extent=place, norm=scale, cmap=colours(), interpolation="nearest")
+    for mask, colour in ((np.isinf(shown), INFINITE), (never, DEAD)):
         if mask.any():
-            over = np.ma.masked_where(~mask, np.ones(len(values)))[:, None]
+            over = np.ma.masked_where(~mask, np.ones(mask.shape))
             axes.imshow(over, aspect="auto", extent=place, cmap=ListedColormap([colour]), interpolation="nearest")
-    return int(infinite.sum()), int(dead.sum()), int(np.isnan(values).sum())
 
 
 def _title(result: InvarianceResult, measure: str) -> str:

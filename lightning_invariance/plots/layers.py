@@ -17,13 +17,17 @@ from lightning_invariance.plots.common import (
     direction,
     first_measure,
     is_ratio,
-    label_layers,
     layers_of,
+    marked_of,
     named,
     new_figure,
     width_of,
 )
+from lightning_invariance.plots.labels import label_layers
 from lightning_invariance.result import InvarianceResult
+
+#: Layers whose markers do not overlap.
+MOST_MARKERS = 60
 
 
 def layers(
@@ -48,7 +52,8 @@ def layers(
         rows, x = result.table(measure), places(result)
         mean, std = np.array([row.mean for row in rows]), np.array([row.std for row in rows])
         style = "--" if label in dashed else "-"
-        axes.plot(x, mean, style, color=colour, marker=marker, ms=4, label=label or None)
+        size = 4 if len(x) <= MOST_MARKERS else 0
+        axes.plot(x, mean, style, color=colour, marker=marker, ms=size, label=label or None)
         low = np.maximum(mean - std, 0) if (mean[np.isfinite(mean)] >= 0).all() else mean - std
         axes.fill_between(x, low, mean + std, color=colour, alpha=0.12, linewidth=0)
     axes.set_ylabel(f"{measure}, mean of the layer")
@@ -123,7 +128,7 @@ def compare(
         chosen = difference * sign > 0
         axes.bar(np.flatnonzero(chosen), difference[chosen], color=colour, hatch=hatch, edgecolor="white", linewidth=0)
     axes.axhline(0, color="black", linewidth=0.8)
-    label_layers(axes, common)
+    label_layers(axes, common, width_of(len(common)) - 1.0, marked=marked_of([one, other]))
     axes.set_xlim(-0.6, len(common) - 0.4)
     axes.set_ylabel(f"{measure}:\n{names[1]} − {names[0]}")
     axes.grid(alpha=0.3, axis="y")
@@ -155,7 +160,8 @@ def _axes_of_layers(results: Sequence[InvarianceResult], measure: str, depth: bo
     if depth:
         axes.set_xlabel("depth of the layer in %")
     else:
-        label_layers(axes, names)
+        label_layers(axes, names, width_of(len(names)) - 1.0, marked=marked_of(results))
+        axes.set_xlim(-0.6, len(names) - 0.4)
     return axes, _Places(names, measure, depth)
 
 

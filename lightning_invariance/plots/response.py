@@ -16,13 +16,21 @@ from lightning_invariance.plots.common import (
     key_of_layers,
     new_figure,
     scale_of,
-    shorten,
     within,
 )
+from lightning_invariance.plots.labels import label_layers, shorten, without_prefix
 from lightning_invariance.result import InvarianceResult
 
 #: Labels that fit below an axis.
 MOST_LABELS = 32
+
+#: Lines that can be told apart.
+MOST_LINES = 24
+
+#: The largest height of all rows together, in inches.
+HIGHEST = 11.0
+
+AXIS_OF_ANGLES = "angle in degrees, counter-clockwise"
 
 #: Maps that fit into one figure.
 MOST_MAPS = 12
@@ -37,15 +45,15 @@ def response(
 ) -> Figure:
     """Which angles break it? What each transformation does to each layer, against its parameter.
 
-    A line for each layer, dark for the first and light for the last; for two parameters, such as the shifts of
-    translations, a map for each layer. See :meth:`NormalizedVariance.response
-    <lightning_invariance.measures.NormalizedVariance.response>` for what is drawn.
+    A line for each layer, dark for the first and light for the last; for more than two dozen layers a row of colours
+    for each. For two parameters, such as the shifts of translations, a map for each layer. What is drawn is said at
+    :meth:`NormalizedVariance.response <lightning_invariance.measures.NormalizedVariance.response>`.
 
     Args:
         result: an evaluation with ``NormalizedVariance(response=True)`` or ``TransformationVariance(response=True)``.
         measure: its name; by default the first that has a response.
         layers: which layers; by default all, and of maps a dozen evenly spread over the depth.
-        limits: the ends of the colour scale of maps; see :func:`heatmap`.
+        limits: the ends of the colour scale of rows and maps; see :func:`heatmap`.
 
     Raises:
         ValueError: If the result has no response, or not of these layers.
@@ -66,6 +74,8 @@ def response(
     varying = {name: np.array(values) for name, values in result.parameters.items() if len(set(values)) > 1}
     if len(varying) == 2:
         return _maps(result, lines, varying, measure, limits)
+    if len(lines) > MOST_LINES:
+        return _rows(result, lines, varying, measure, limits)
     return _lines(result, lines, varying, measure)
 
 
@@ -75,17 +85,16 @@ def _lines(
     figure = new_figure(8, 4.5)
     axes = figure.add_subplot()
     count = len(result.transformations)
-    name, x = next(iter(varying.items())) if len(varying) == 1 else ("transformation", np.arange(count))
-    order = np.argsort(x, kind="stable")
+    name, x, order = _ordered(result, varying)
     for (layer, values), colour in zip(lines.items(), depth_colours(len(lines)), strict=True):
         style = "o-" if count <= MOST_LABELS else "-"
-        axes.plot(x[order], values[order], style, color=colour, ms=3, linewidth=1.2, label=shorten(layer))
+        axes.plot(x[order], values[order], style, color=colour, ms=3, linewidth=1.2, label=layer)
     if name == "transformation":
         ticks = range(0, count, -(-count // MOST_LABELS))
         axes.set_xticks(ticks, [shorten(result.transformations[j], 16) for j in ticks], rotation=90)
     elif name == "angle":
         axes.set_xticks(_angles(x))
-    axes.set_xlabel("angle in degrees, counter-clockwise" if name == "angle" else name)
+    axes.set_xlabel(AXIS_OF_ANGLES if name == "angle" else name)
     axes.set_ylabel(f"{measure}\nof one transformation")
     if is_ratio([result], measure):
         axes.set_title("0: the layer does not notice; 1: as large a change as to another sample", fontsize="medium")
@@ -93,6 +102,41 @@ def _lines(
     axes.grid(alpha=0.3)
     key_of_layers(figure, axes, [*lines])
     return figure
+
+
+def _rows(
+    result: InvarianceResult,
+    lines: dict[str, np.ndarray],
+    varying: dict[str, np.ndarray],
+    measure: str,
+    limits: tuple[float, float] | None,
+) -> Figure:
+    """A row for each layer, a column for each transformation, in the order of the parameter."""
+    names, values = [*lines], np.stack([*lines.values()])
+    scale = scale_of(is_ratio([result], measure), values.ravel().tolist(), limits)
+    height = min(HIGHEST, 0.16 * len(names))
+    figure = new_figure(7.5, height + 1.5)
+    axes = figure.add_subplot()
+    name, _, order = _ordered(result, varying)
+    shown = within(scale, values[:, order])
+    axes.imshow(shown, aspect="auto", norm=scale, cmap=colours(), interpolation="nearest")
+    blocks = label_layers(axes, names, height, along="y", marked=result.reached)
+    if len(blocks) < len(names):
+        for block in blocks[1:]:
+            axes.axhline(block.start - 0.5, color="white", linewidth=0.5)
+    ticks = range(0, len(order), -(-len(order) // MOST_LABELS))
+    axes.set_xticks(ticks, [shorten(result.transformations[order[j]], 16) for j in ticks], rotation=90)
+    axes.set_xlabel(AXIS_OF_ANGLES if name == "angle" else name)
+    figure.suptitle(f"{measure} of one transformation")
+    add_colourbar(figure, axes, scale, measure)
+    return figure
+
+
+def _ordered(result: InvarianceResult, varying: dict[str, np.ndarray]) -> tuple[str, np.ndarray, np.ndarray]:
+    """The parameter that varies, its values, and the order of the transformations along it."""
+    places = np.arange(len(result.transformations))
+    name, x = next(iter(varying.items())) if len(varying) == 1 else ("transformation", places)
+    return name, x, np.argsort(x, kind="stable")
 
 
 def _angles(x: np.ndarray) -> np.ndarray:
@@ -121,10 +165,11 @@ def _maps(
     places = np.stack([x / np.ptp(x), y / np.ptp(y)], 1)
     apart = np.linalg.norm(places[:, None] - places[None], axis=-1)
     size = min(16.0, 0.85 * 72 * 1.6 * float(apart[apart > 0].min()) / 1.15)
-    for axes, layer in zip(grid.flat, chosen, strict=False):
+    _, titles = without_prefix(chosen)
+    for axes, layer, title in zip(grid.flat, chosen, titles, strict=False):
         shown = within(scale, lines[layer])
-        axes.scatter(x, y, size**2, shown, "s", norm=scale, cmap=colours(), plotnonfinite=True, linewidths=0)
-        axes.set_title(shorten(layer), fontsize="medium")
+        axes.scatter(x, y, size**2, shown, marker="s", norm=scale, cmap=colours(), plotnonfinite=True, linewidths=0)
+        axes.set_title(shorten(title), fontsize="medium")
         axes.margins(0.15)
         if name_y == "y":  # of images: down
             axes.yaxis.set_inverted(True)
