@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import is_dataclass
 from fnmatch import fnmatchcase
-from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from lightning_invariance.layers import Selection
 from lightning_invariance.maps import channel_axis_of
 from lightning_invariance.operations import Operations
+from lightning_invariance.outputs import tensors_of
 
 #: Receives the name of a layer, an output tensor, and the axis of the channels in it, counted from the end (None where
 #: the module does not say).
@@ -152,36 +151,3 @@ def transformed_input(module: nn.Module, transform: Callable[[Tensor], Tensor]) 
         yield
     finally:
         handle.remove()
-
-
-def tensors_of(output: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every floating-point tensor in an output that is not empty, with its place: ``""``, ``"[0]"``, ``"[1][key]"``, ….
-
-    Looks into mappings, sequences, dataclasses, namespaces, and objects that carry a ``tensor``. Quantised tensors are
-    dequantised; of complex ones the real and the imaginary part are given.
-    """
-    if isinstance(output, Tensor):
-        yield from _real_parts(output, place)
-    elif isinstance(output, Mapping):
-        for key, value in output.items():
-            yield from tensors_of(value, f"{place}[{key}]")
-    elif isinstance(output, list | tuple):
-        for position, value in enumerate(output):
-            yield from tensors_of(value, f"{place}[{position}]")
-    elif isinstance(getattr(output, "tensor", None), Tensor):
-        yield from tensors_of(output.tensor, place)
-    elif isinstance(output, SimpleNamespace) or (is_dataclass(output) and not isinstance(output, type)):
-        for key, value in vars(output).items():
-            yield from tensors_of(value, f"{place}[{key}]")
-
-
-def _real_parts(tensor: Tensor, place: str) -> Iterator[tuple[str, Tensor]]:
-    if not tensor.numel():
-        return
-    if tensor.is_quantized:
-        yield place, tensor.dequantize()
-    elif tensor.is_complex():
-        yield f"{place}[real]", tensor.real
-        yield f"{place}[imag]", tensor.imag
-    elif tensor.is_floating_point():
-        yield place, tensor

@@ -15,6 +15,7 @@ from lightning_invariance.evaluation.collect import Convergence, collect
 from lightning_invariance.evaluation.options import Options
 from lightning_invariance.evaluation.session import Session
 from lightning_invariance.evaluation.two_walks import in_two_walks, state_bytes
+from lightning_invariance.hints import FEW, some
 from lightning_invariance.layers import Layers, summary_of, unwrapped
 from lightning_invariance.loader import STLoader
 from lightning_invariance.measures import NormalizedVariance
@@ -264,10 +265,9 @@ def _warn_of_left_out(result: InvarianceResult) -> None:
             stacklevel=CALLER,
         )
     if result.reached:
-        some = [f"{layer} ({n} of {result.n_samples})" for layer, n in result.reached.items()]
-        more = ", …" if len(some) > 6 else ""
+        counts = [f"{layer} ({n} of {result.n_samples})" for layer, n in result.reached.items()]
         warnings.warn(
-            f"{_layers(len(some))} reached by some of the samples only: {', '.join(some[:6])}{more}.",
+            f"{_layers(len(counts))} reached by some of the samples only: {some(counts)}.",
             UserWarning,
             stacklevel=CALLER,
         )
@@ -282,8 +282,8 @@ def _warn_of_nan(result: InvarianceResult) -> None:
     for measure in result:
         numbers = {layer: int(values.isnan().sum()) for layer, values in result[measure].items()}
         layers = [f"{layer} ({number})" for layer, number in numbers.items() if number]
-        more = f" and {len(layers) - 6} more layers" if len(layers) > 6 else ""
-        found += [f"{measure} of {', '.join(layers[:6])}{more}"] if layers else []
+        more = f" and {len(layers) - FEW} more layers" if len(layers) > FEW else ""
+        found += [f"{measure} of {', '.join(layers[:FEW])}{more}"] if layers else []
     if found:
         warnings.warn(
             "NaN, and left out of all means, because activations are NaN or infinite or the measure is undefined there:"

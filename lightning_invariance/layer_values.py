@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from lightning_invariance.hints import instead_of
 from lightning_invariance.maps import aggregate_maps
 from lightning_invariance.table import LayerStatistics, Table
 
@@ -93,7 +94,8 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]]):
             aggregate: ``"mean"``, ``"max"`` or ``"sum"`` over the spatial axes.
         """
         if layer not in self[measure]:
-            raise KeyError(f"No layer {layer!r} of {measure} in this result; it has {', '.join(self[measure])}.")
+            hint = instead_of(layer, self[measure], "It has")
+            raise KeyError(f"No layer {layer!r} of {measure} in this result. {hint}")
         if aggregate not in ("mean", "max", "sum"):
             raise ValueError(f'Expected argument `aggregate` to be "mean", "max" or "sum", but got {aggregate!r}.')
         return aggregate_maps(self[measure][layer], aggregate, self.channel_axis.get(layer, 0))

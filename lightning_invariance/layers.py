@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from lightning_invariance.hints import instead_of, some
 
 #: What selects layers: see :func:`layer_names`.
 Layers: TypeAlias = (
@@ -76,7 +77,7 @@ class Selection:
             if not origins.intersection(names):
                 raise RuntimeError(
                     f"Expected layer {request!r} to run in the model's forward pass, but it never did (or returned no"
-                    f" floating-point tensor). The layers that ran are {_some([*map(repr, ran)])}."
+                    f" floating-point tensor). The layers that ran are {some(map(repr, ran))}."
                 )
             reasons = [why for layer, why in left_out.items() if self.origin_of(layer) == request]
             if reasons and not any(self.origin_of(layer) == request for layer in ran):
@@ -191,7 +192,7 @@ def _resolve(item: Any, everything: Mapping[str, nn.Module], leaves: Mapping[str
             present = sorted({type(module).__name__ for module in everything.values()})
             raise ValueError(
                 f"Expected argument `layers` to name types in the model, but it has no {item.__name__};"
-                f" it has {', '.join(present)}."
+                f" it has {some(present)}."
             )
         return names
     if not isinstance(item, str):
@@ -205,8 +206,7 @@ def _resolve(item: Any, everything: Mapping[str, nn.Module], leaves: Mapping[str
 def _known(name: str, modules: Mapping[str, nn.Module]) -> str:
     if name in modules:
         return name
-    near = difflib.get_close_matches(name, modules, n=3, cutoff=0.5)
-    hint = f"Did you mean {', '.join(map(repr, near))}?" if near else f"The model has {', '.join(list(modules)[:20])}."
+    hint = instead_of(name, modules, "The model has")
     raise ValueError(f"Expected argument `layers` to name layers of the model, but it has no layer {name!r}. {hint}")
 
 
@@ -215,9 +215,4 @@ def summary_of(left_out: Mapping[str, str]) -> str:
     by_reason: dict[str, list[str]] = {}
     for layer, reason in left_out.items():
         by_reason.setdefault(reason.partition(":")[0], []).append(layer)
-    return ", ".join(f"{len(layers)} {reason} ({_some(layers)})" for reason, layers in by_reason.items())
-
-
-def _some(layers: Sequence[str], most: int = 6) -> str:
-    """A few names of layers."""
-    return ", ".join(layers[:most]) + (", …" if len(layers) > most else "")
+    return ", ".join(f"{len(layers)} {reason} ({some(layers)})" for reason, layers in by_reason.items())

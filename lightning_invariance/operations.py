@@ -11,22 +11,31 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_invariance.outputs import all_tensors_of
+
 #: Receives the name of an operation, its arguments and its output.
 OperationConsumer: TypeAlias = Callable[[str, tuple[Any, ...], Any], None]
 
 #: Operators whose names begin with a letter for "reflected" or "in place", as in ``__radd__`` and ``__iadd__``.
 OPERATORS = frozenset(["add", "sub", "mul", "truediv", "div", "matmul", "pow", "mod", "floordiv"])
 
-#: Attributes of tensors.
-ATTRIBUTES = frozenset(["__get__", "__set__"])
+#: Functions without new values: attributes, copies in another shape, type or place, and what takes only a shape.
+LEFT_OUT = frozenset(
+    [
+        *("__get__", "__set__", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "contiguous", "clone"),
+        *("to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda"),
+        *("zeros_like", "ones_like", "full_like", "empty_like"),
+        *("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
+    ]
+)
 
 
 class Operations(TorchFunctionMode):
     """Sees every function of tensors that runs while it is active, and names it by the innermost running module.
 
     ``x + y`` in the forward of ``layer1.0`` is ``layer1.0/add``, the second one of a forward pass ``layer1.0/add#1``. A
-    function that calls others is one operation, such as multi-head attention. Views are left out, and so are results
-    that a measured module returns, as soon as one forward pass has shown which these are.
+    function that calls others is one operation, such as multi-head attention. Views and copies are left out, and so are
+    results that a measured module returns, as soon as one forward pass has shown which these are.
 
     Args:
         consumer: gets name, arguments and output of each operation as soon as it has run, before anything changes it.
@@ -56,10 +65,12 @@ class Operations(TorchFunctionMode):
         """Run a function, and give its result to the consumer."""
         output = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        if self.paused or not self._running or name in ATTRIBUTES:
+        if self.paused or not self._running or name in LEFT_OUT:
             return output
         in_place = name.endswith("_") and (not name.endswith("__") or name.startswith("__i"))
-        if found := [each for each in _tensors(output) if in_place or not _is_view(each, args)]:
+        given = [tensor for _, tensor in all_tensors_of((args, kwargs))]
+        found = [tensor for _, tensor in all_tensors_of(output) if in_place or not _is_view(tensor, given)]
+        if given and found:
             key = f"{self._running[-1]}/{_plain(name)}"
             call = self._calls.get(key, 0)
             self._calls[key] = call + 1
@@ -93,16 +104,10 @@ class Operations(TorchFunctionMode):
 
     def module_returned(self, output: Any) -> None:
         """A measured module has returned this: no operation is measured for it."""
-        for tensor in _tensors(output):
+        for _, tensor in all_tensors_of(output):
             known = self._results.get(id(tensor))
             if known is not None and known[0]() is tensor and known[1] == _version(tensor):
                 self.returned.add(known[2])
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """The tensors that a function or a module returned."""
-    outputs = output.values() if isinstance(output, dict) else output if isinstance(output, list | tuple) else [output]
-    return [each for each in outputs if isinstance(each, Tensor)]
 
 
 def _version(tensor: Tensor) -> int:
@@ -116,13 +121,12 @@ def _plain(name: str) -> str:
     return plain[1:] if plain[:1] in ("r", "i") and plain[1:] in OPERATORS else plain
 
 
-def _is_view(output: Tensor, args: tuple[Any, ...]) -> bool:
+def _is_view(output: Tensor, given: list[Tensor]) -> bool:
     """Whether an output is an argument, or shares its memory with one."""
-    given = [arg for arg in args if isinstance(arg, Tensor)]
-    if output.layout != torch.strided or any(arg.layout != torch.strided for arg in given):
+    if output.layout != torch.strided or any(each.layout != torch.strided for each in given):
         return False
     try:
         memory = output.untyped_storage().data_ptr()
-        return any(arg is output or arg.untyped_storage().data_ptr() == memory for arg in given)
+        return any(each is output or each.untyped_storage().data_ptr() == memory for each in given)
     except (NotImplementedError, RuntimeError):  # tensors without memory of their own
         return False

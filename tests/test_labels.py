@@ -110,3 +110,26 @@ def test_tables_say_how_many_samples_reached_a_layer_where_layers_differ():
     same = InvarianceResult({"NormalizedVariance": {"a": torch.ones(2).double()}}, n_samples=20)
     assert "samples" not in str(same.table())
     assert result(["a", "b", "c"]).to_pandas()["samples"].tolist() == [20, 20, 7]
+
+
+def test_messages_name_a_few_of_hundreds_of_layers():
+    names = NAMES["efficientnet_v2_s"]
+    one = result(names)
+    model = torch.nn.Sequential(*(torch.nn.Identity() for _ in range(300)))
+
+    def raised(call):
+        with pytest.raises((KeyError, ValueError, RuntimeError)) as error:
+            call()
+        return str(error.value)
+
+    messages = [
+        raised(lambda: one.per_channel("NormalizedVariance", "feature")),
+        raised(lambda: one.per_channel("NormalizedVariance", "zzz")),
+        raised(lambda: plots.response(one, layers=["zzz"])),
+        raised(lambda: layer_names(model, "zzz")),
+        raised(lambda: layer_names(torchvision.models.efficientnet_v2_s(weights=None), "features.6.14.blok")),
+    ]
+    assert all(len(message) < 300 for message in messages), messages
+    assert "Did you mean 'features.6.14.block'" in messages[-1]
+    assert "It has features.0.0, " in messages[1]
+    assert messages[1].rstrip("\"'").endswith(", ….")

@@ -1,5 +1,7 @@
 """Mistakes of a new user: each has a message that says what to write instead."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -116,3 +118,16 @@ def test_a_warning_of_nan_names_a_handful_of_layers():
 
     with pytest.warns(UserWarning, match=r"NaN.*0 \(192\).* and 14 more layers"):
         evaluate(nn.Sequential(*(Bad() for _ in range(20))), IMAGES, rotations(4), progress=False)
+
+
+@pytest.mark.parametrize("shape", [(4, 28, 28, 1), (4, 8, 12, 3)])
+def test_images_with_channels_last_are_noticed(shape):
+    with pytest.warns(UserWarning, match=r"looks like channels last: give `x.permute\(0, 3, 1, 2\)`"):
+        rotations(2)(torch.rand(shape))
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 28, 28), (4, 64, 3, 3), (4, 3, 5, 4)])
+def test_images_with_channels_first_are_not(shape):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rotations(2)(torch.rand(shape))

@@ -59,7 +59,7 @@ def test_channels(result):
     assert result.per_channel("NV", "fc").tolist() == [0.5, 0.25]
     assert result.dead_channels("conv").tolist() == [False, False, False]
     assert result.dead_channels("fc").tolist() == [True, False]
-    with pytest.raises(KeyError, match="it has conv, fc"):
+    with pytest.raises(KeyError, match="It has conv, fc"):
         result.per_channel("NV", "nope")
 
 

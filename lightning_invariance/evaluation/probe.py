@@ -58,23 +58,35 @@ RANDOM = "random: equal inputs give different values"
 Outputs: TypeAlias = dict[str, Tensor]
 
 
-def probe(batch: int, outputs_of: Callable[[Tensor, int], Outputs]) -> dict[str, Finding]:
+def few_of(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """A few inputs of a batch for the passes, the first among them, and at which positions they stand.
+
+    Where the batch has not as many, further ones are made: the values of an input in another order.
+    """
+    number = len(PASSES[0])
+    if len(inputs) >= number:
+        chosen = torch.linspace(0, len(inputs) - 1, number).round().long()
+        return inputs[chosen.to(inputs.device)], chosen
+    chosen = torch.arange(number) % len(inputs)
+    made = [inputs[i].flatten().roll(k // len(inputs)).view_as(inputs[i]) for k, i in enumerate(chosen.tolist())]
+    return torch.stack(made), chosen
+
+
+def probe(outputs_of: Callable[[Sequence[int], int], Outputs]) -> dict[str, Finding]:
     """Find the layout of every layer that two forward passes reach.
 
     Where values of a layer do not agree, a third pass over the inputs of the second tells whether it is random.
 
     Args:
-        batch: how many inputs there are; a few of them are used, the first among them.
-        outputs_of: runs the model on the inputs at some positions, with a number for the seed of all randomness, and
-            gives the outputs of its layers.
+        outputs_of: runs the model on some of a few inputs, given their numbers, with a number for the seed of all
+            randomness, and gives the outputs of its layers.
     """
-    chosen = torch.linspace(0, batch - 1, len(PASSES[0])).round().long()
-    first, second = (chosen[list(positions)] for positions in PASSES)
+    first, second = PASSES
     one, other = outputs_of(first, 0), outputs_of(second, 1)
     found: dict[str, Finding] = dict.fromkeys([*one, *other], RAGGED)  # where only one pass reaches the layer
     doubtful: Outputs = {}
     for layer in one.keys() & other.keys():
-        found[layer] = finding_of(one.pop(layer), other[layer], first.tolist(), second.tolist())
+        found[layer] = finding_of(one.pop(layer), other[layer], first, second)
         if found[layer] == MIXED:
             doubtful[layer] = other[layer]
     if doubtful:

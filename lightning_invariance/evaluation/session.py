@@ -18,7 +18,7 @@ from lightning_invariance.distributed import gather_or_raise, rank_and_world_siz
 from lightning_invariance.evaluation.intake import Intake
 from lightning_invariance.evaluation.isolation import device_of, evaluation_mode, isolated_random_state, on_device
 from lightning_invariance.evaluation.options import Options
-from lightning_invariance.evaluation.probe import CONSTANT, Finding, Layout, Outputs, probe
+from lightning_invariance.evaluation.probe import CONSTANT, Finding, Layout, Outputs, few_of, probe
 from lightning_invariance.evaluation.registry import Registry
 from lightning_invariance.layers import select_layers
 from lightning_invariance.loader import STBlock, STLoader
@@ -126,21 +126,23 @@ class Session:
         intake.findings = self._findings
         intake.start_block(block)
         with catcher.forward_pass():
-            self._call(block)
+            self._call(block, block.inputs.flatten(0, 1))
         if intake.unknown:
             intake.consume_unknown(self._probed(block, catcher))
         intake.end_block()
 
     def _probed(self, block: STBlock, catcher: Catcher) -> dict[str, Finding]:
         """Where the inputs of a batch stand in the output of each layer, by two forward passes of a few inputs."""
+        inputs, positions = few_of(block.inputs.flatten(0, 1))
 
-        def outputs_of(chosen: Tensor, seed: int) -> Outputs:
+        def outputs_of(numbers: Sequence[int], seed: int) -> Outputs:
             outputs: Outputs = {}
+            chosen = list(numbers)
             # Cloned, since later modules may change them in place.
             catcher.consumer = lambda layer, output, axis: outputs.update({layer: output.clone()})
             with isolated_random_state(self.options.seed + seed), catcher.forward_pass():
                 try:
-                    self._call(block, chosen)
+                    self._call(block, inputs[chosen], positions[chosen])
                 except (TypeError, NotImplementedError, RuntimeError) as error:
                     if type(error) in (TypeError, NotImplementedError, RuntimeError):
                         raise type(error)(f"{error}\n{_how_called((len(chosen), *block.inputs.shape[2:]))}") from error
@@ -149,7 +151,7 @@ class Session:
 
         consumer = catcher.consumer
         try:
-            found = probe(block.inputs.shape[:2].numel(), outputs_of)
+            found = probe(outputs_of)
         finally:
             catcher.consumer = consumer
         if catcher.operations is not None:
@@ -167,7 +169,7 @@ class Session:
         with isolated_random_state(self.options.seed), self._prepared(None), caught as catcher:
             found = self._probed(block, catcher)
             with catcher.forward_pass():
-                self._call(block)
+                self._call(block, block.inputs.flatten(0, 1))
         return [layer for layer in order if isinstance(found.get(layer, CONSTANT), Layout)]
 
     def sizes(self, loader: STLoader) -> tuple[int, int]:
@@ -184,17 +186,15 @@ class Session:
             with isolated_random_state(self.options.seed), self._prepared(None), caught as catcher:
                 for block in loader:
                     with catcher.forward_pass():
-                        self._call(block, torch.zeros(1, dtype=torch.long))
+                        self._call(block, block.inputs[0, :1], torch.zeros(1, dtype=torch.long))
                     break
         except Exception as raised:
             error = raised
         told = gather_or_raise((sum(numbers), max(sizes)), error)
         return max(number for number, _ in told), max(size for _, size in told)
 
-    def _call(self, block: STBlock, chosen: Tensor | None = None) -> Any:
-        """Run the model on the inputs of a block, or on those at some positions among all its rows and columns."""
-        x = block.inputs.flatten(0, 1)
-        x = x if chosen is None else x[chosen.to(x.device)]
+    def _call(self, block: STBlock, x: Tensor, positions: Tensor | None = None) -> Any:
+        """Run the model on x: the inputs of a block, or some that stand at these positions among them."""
         forward: Callable[..., Any] | None = self.options.forward
         if forward is None:
             return self.model(x)
@@ -202,7 +202,7 @@ class Session:
             return forward(self.model, x)
         rows, columns = block.inputs.shape[:2]
         of_row = torch.arange(rows).repeat_interleave(columns)
-        return forward(self.model, x, taken(block.batch, rows, of_row if chosen is None else of_row[chosen]))
+        return forward(self.model, x, taken(block.batch, rows, of_row if positions is None else of_row[positions]))
 
     def _prepared(self, intake: Intake | None) -> ExitStack:
         """The model in eval mode on its device, without gradients; everything is put back afterwards."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from lightning_invariance.hints import instead_of
 from lightning_invariance.plots.common import (
     add_colourbar,
     colours,
@@ -69,7 +70,7 @@ def response(
     found = result.response[measure]
     for layer in layers or ():
         if layer not in found:
-            raise ValueError(f"Expected layers of the result, {list(found)}, but got {layer!r}.")
+            raise ValueError(f"Expected layers of the result, but got {layer!r}. {instead_of(layer, found, 'It has')}")
     lines = {layer: np.array(found[layer]) for layer in layers or found}
     varying = {name: np.array(values) for name, values in result.parameters.items() if len(set(values)) > 1}
     if len(varying) == 2:
