@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
@@ -75,3 +76,14 @@ def channel_axis_in(layer: str, shape: tuple[int, ...], from_end: int | None, as
     if found is None or not -len(shape) <= found < len(shape):
         found = usual_channel_axis(shape)
     return found % len(shape) if shape else 0
+
+
+def warn_of_channels_last(images: Tensor) -> None:
+    """Warn where images look like ``(batch, height, width, channels)``."""
+    if images.ndim == 4 and images.shape[-1] in (1, 3, 4) and min(images.shape[1:3]) > 4:
+        warnings.warn(
+            f"Expected images (batch, channels, height, width), but got {tuple(images.shape)}, which looks like"
+            " channels last: give `x.permute(0, 3, 1, 2)`.",
+            UserWarning,
+            stacklevel=4,
+        )

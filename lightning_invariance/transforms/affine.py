@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import product
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
+from lightning_invariance.maps import warn_of_channels_last
 from lightning_invariance.transforms.base import TransformationSet
 
 #: The factors of the paper's scale set (section 3.1.2).
@@ -63,13 +63,8 @@ class AffineSet(TransformationSet):
     def _apply(self, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
         if x.ndim < 3:
             raise ValueError(f"Expected a batch of images (batch, channels, height, width), but got {tuple(x.shape)}.")
-        if input_size is None and x.ndim == 4 and x.shape[-1] in (1, 3, 4) and min(x.shape[1:3]) > 4:
-            warnings.warn(
-                f"Expected images (batch, channels, height, width), but got {tuple(x.shape)}, which looks like channels"
-                " last: give `x.permute(0, 3, 1, 2)`.",
-                UserWarning,
-                stacklevel=3,
-            )
+        if input_size is None:
+            warn_of_channels_last(x)
         self._check_square(x)
         # Every column reads the same images: they are not copied.
         columns = x.reshape(1, 1, -1, *x.shape[-2:]).expand(-1, len(self), -1, -1, -1)
