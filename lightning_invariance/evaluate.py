@@ -12,6 +12,7 @@ from torchmetrics import Metric
 
 from lightning_invariance.distributed import rank_and_world_size
 from lightning_invariance.evaluation.collect import Convergence, collect
+from lightning_invariance.evaluation.isolation import ONE_AT_A_TIME
 from lightning_invariance.evaluation.options import Options
 from lightning_invariance.evaluation.session import Session
 from lightning_invariance.evaluation.two_walks import in_two_walks, state_bytes
@@ -145,7 +146,9 @@ def evaluate_with(
     session = Session(unwrapped(model), data, options)
     while True:
         try:
-            return _measured(session, transformations, measures)
+            # Results are plain tensors, also where the caller is in inference mode.
+            with ONE_AT_A_TIME, torch.inference_mode(False):
+                return _measured(session, transformations, measures)
         except torch.OutOfMemoryError:
             if options.batch_size != "auto" or session.batch_size == 1:
                 raise

@@ -21,6 +21,9 @@ Layers: TypeAlias = (
     | None
 )
 
+#: Where the wrappers of ``torch.compile`` and of Fabric keep the model.
+WRAPPED = ("_orig_mod", "_forward_module")
+
 NOTHING_RAN = (
     "The hooks of the selected modules never fired: scripted, traced or exported models have none, and neither has"
     " `module.forward(x)`, which must be `module(x)`."
@@ -92,10 +95,14 @@ class Selection:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers that ``torch.compile`` and distributed training put around it."""
-    while "_orig_mod" in model._modules or isinstance(model, DataParallel | DistributedDataParallel):
-        model = model.get_submodule("_orig_mod" if "_orig_mod" in model._modules else "module")
-    return model
+    """The model inside the wrappers that ``torch.compile``, distributed training and Fabric put around it."""
+    while True:
+        inner = next((name for name in WRAPPED if name in model._modules), None)
+        if inner is None and isinstance(model, DataParallel | DistributedDataParallel):
+            inner = "module"
+        if inner is None:
+            return model
+        model = model.get_submodule(inner)
 
 
 def select_layers(model: nn.Module, layers: Layers = None, operations: bool = False) -> Selection:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from lightning_invariance.batches import Samples, input_of, label_of
+from lightning_invariance.samplers import indices_of
 from lightning_invariance.transforms import TransformationSet
 
 NEEDS_MAX_SAMPLES = "Expected argument `max_samples` with an iterable dataset that has no length."
@@ -44,8 +45,9 @@ class STLoader:
     Args:
         data: a map-style or iterable ``Dataset``, a ``DataLoader``, or a tensor of inputs. Samples are a tensor ``x``,
             a pair ``(x, y)``, or a dict with the input under ``image``, ``x``, ``input`` or ``pixel_values`` (or as its
-            only tensor). Of a loader of a map-style dataset the dataset, ``collate_fn`` and workers are used; its
-            sampler is replaced.
+            only tensor). Of a loader of a map-style dataset the samples of its sampler or batch sampler are taken, with
+            its ``collate_fn`` and workers, but in other batches; what Lightning adds to a sampler for several processes
+            is taken off.
         transformations: the columns.
         batch_size: largest number of transformed inputs in a block.
         max_samples: how many samples to take: a random choice without regard to classes, the same at every call and
@@ -107,32 +109,41 @@ class STLoader:
         """A loader of the chosen samples, and how many all processes take together (None: not known yet)."""
         options: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed)}  # the global one stays untouched
         options["pin_memory"] = self.device is not None and self.device.type == "cuda"  # to copy while the GPU computes
-        if isinstance(data, DataLoader) and (isinstance(data.dataset, IterableDataset) or data.batch_sampler is None):
-            if max_samples is None and not isinstance(data.dataset, Sized):
-                raise ValueError(NEEDS_MAX_SAMPLES)
-            self._limit = max_samples
-            return data, None
+        self._limit: int | None = None
+        self._seed = seed
+        indices: Sequence[Any] | None = None
+        data = getattr(data, "_dataloader", data)  # what Fabric wraps
         if isinstance(data, DataLoader):
             options.update(num_workers=data.num_workers, collate_fn=data.collate_fn, timeout=data.timeout)
             options.update(worker_init_fn=data.worker_init_fn, multiprocessing_context=data.multiprocessing_context)
+            if isinstance(data.dataset, IterableDataset):
+                return self._limited(data, data.dataset, max_samples), None
+            indices = indices_of(data, seed)
+            if data.batch_sampler is None:  # items are not collated
+                found = DataLoader(data.dataset, batch_size=None, sampler=indices, **options)
+                return self._limited(found, data.dataset, max_samples), None
             data = data.dataset
         if isinstance(data, Tensor):
             data = TensorDataset(data)
-        fetched = self.rows * max(1, self.batch_size // self.rows)
+        options["batch_size"] = self.rows * max(1, self.batch_size // self.rows)
         if isinstance(data, IterableDataset):
-            if max_samples is None and not isinstance(data, Sized):
-                raise ValueError(NEEDS_MAX_SAMPLES)
-            self._limit = max_samples
-            return DataLoader(data, batch_size=fetched, **options), None
+            return self._limited(DataLoader(data, **options), data, max_samples), None
         if not (hasattr(data, "__getitem__") and isinstance(data, Sized)):
             raise TypeError(f"Expected argument `data` to be a Dataset, a DataLoader or a tensor, but got {data!r}.")
-        if len(data) == 0:
+        indices = range(len(data)) if indices is None else indices
+        if len(indices) == 0:
             raise ValueError("Expected argument `data` to hold samples, but it is empty.")
-        self._limit = None
-        chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:max_samples]
+        order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))[:max_samples].tolist()
         indexable: Any = data
-        share: Subset[Any] = Subset(indexable, chosen[self._rank :: self._world_size].tolist())
-        return DataLoader(share, batch_size=fetched, **options), len(chosen)
+        share: Subset[Any] = Subset(indexable, [indices[i] for i in order[self._rank :: self._world_size]])
+        return DataLoader(share, **options), len(order)
+
+    def _limited(self, loader: DataLoader[Any], data: Any, max_samples: int | None) -> DataLoader[Any]:
+        """A loader whose first samples are taken."""
+        if max_samples is None and not isinstance(data, Sized):
+            raise ValueError(NEEDS_MAX_SAMPLES)
+        self._limit = max_samples
+        return loader
 
     def __len__(self) -> int:
         """Number of blocks; a TypeError where the data have no length."""
@@ -191,6 +202,8 @@ class STLoader:
                 return
 
     def _fetched(self) -> Iterator[Any]:
+        if self._loader.generator is not None and self.n_samples is not None:
+            self._loader.generator.manual_seed(self._seed)  # workers draw the same random numbers in every pass
         try:
             yield from self._loader
         except (RuntimeError, TypeError) as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_invariance.evaluation.isolation import ONE_AT_A_TIME
 from lightning_invariance.evaluation.options import Options
 from lightning_invariance.evaluation.session import Session
 from lightning_invariance.layers import Layers, select_layers, unwrapped
@@ -70,4 +71,5 @@ def layer_names(
         shape = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
         raise ValueError(f"Expected argument `example` to be a tensor of at least two inputs, but got {shape}.")
     session = Session(unwrapped(model), example, Options(layers, forward=forward, operations=operations))
-    return session.names(example)
+    with ONE_AT_A_TIME:
+        return session.names(example)

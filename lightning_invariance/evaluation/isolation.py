@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_invariance.hints import some
+
+#: One evaluation runs at a time: the eager stance and the random generators are those of the whole process, and hooks
+#: on a model see every forward pass of it.
+ONE_AT_A_TIME = threading.RLock()
+
+#: Parameters of at most so many bytes are copied before an evaluation. Those of larger models are only watched.
+LARGEST_COPY = 2**29
 
 
 @contextmanager
@@ -41,6 +52,49 @@ def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         model.to(before)
+
+
+@contextmanager
+def unchanged_tensors(model: nn.Module) -> Iterator[None]:
+    """Give buffers and parameters back the values that forward may change, as a counter does.
+
+    Raises:
+        RuntimeError: If forward changed a parameter of a model that is too large to be copied.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if not is_lazy(p)}
+    buffers = {name: b for name, b in model.named_buffers() if not is_lazy(b)}
+    size = sum(parameter.nbytes for parameter in parameters.values())
+    tensors = {**buffers, **(parameters if size <= LARGEST_COPY else {})}
+    copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    versions = {name: _version(tensor) for name, tensor in parameters.items()}
+    try:
+        yield
+    finally:
+        for name, copy in copies.items():
+            _restore(model, name, tensors[name], copy)
+    changed = [name for name in parameters if name not in copies and _version(parameters[name]) != versions[name]]
+    if changed:
+        raise RuntimeError(
+            f"Expected forward to leave parameters as they are, but it changed {some(changed)}: measure a copy of the"
+            " model."
+        )
+
+
+def _restore(model: nn.Module, name: str, tensor: Tensor, copy: Tensor) -> None:
+    """Put a tensor back where it was, with the values it had; untouched ones stay untouched."""
+    place, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(place)
+    own = owner._buffers if attribute in owner._buffers else owner._parameters
+    if own.get(attribute) is not tensor:  # assigned anew
+        own[attribute] = tensor  # type: ignore[assignment]
+    if not torch.equal(tensor, copy):
+        with torch.no_grad():
+            tensor.copy_(copy)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager

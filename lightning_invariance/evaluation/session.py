@@ -16,7 +16,13 @@ from lightning_invariance.batches import taken, takes_batch
 from lightning_invariance.catching import Catcher, catch_activations, transformed_input
 from lightning_invariance.distributed import gather_or_raise, rank_and_world_size
 from lightning_invariance.evaluation.intake import Intake
-from lightning_invariance.evaluation.isolation import device_of, evaluation_mode, isolated_random_state, on_device
+from lightning_invariance.evaluation.isolation import (
+    device_of,
+    evaluation_mode,
+    isolated_random_state,
+    on_device,
+    unchanged_tensors,
+)
 from lightning_invariance.evaluation.options import Options
 from lightning_invariance.evaluation.probe import CONSTANT, Finding, Layout, Outputs, few_of, probe
 from lightning_invariance.evaluation.registry import Registry
@@ -210,6 +216,7 @@ class Session:
             torch.empty(KEPT_MEMORY, dtype=torch.uint8)
         with ExitStack() as stack:
             stack.enter_context(on_device(self.model, self.device))
+            stack.enter_context(unchanged_tensors(self.model))
             stack.enter_context(evaluation_mode(self.model))
             stack.enter_context(torch.no_grad())
             # A compiled graph silently skips hooks that were added later.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,12 +50,19 @@ class CallableSet(TransformationSet):
         return CallableSet(functions, inverses, self._selected_parameters(columns))
 
     def _stack(self, results: list[Tensor], x: Tensor) -> Tensor:
+        first = results[0]
         for label, result in zip(self.labels, results, strict=True):
-            if not isinstance(result, Tensor) or result.shape != results[0].shape or len(result) != len(x):
-                got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            if not isinstance(result, Tensor) or result.shape != first.shape or len(result) != len(x):
                 raise ValueError(
                     f"Expected every transformation to return a batch of one shape, but of an input batch"
-                    f" {tuple(x.shape)} {self.labels[0]!r} made {tuple(results[0].shape)} and {label!r} made {got}."
+                    f" {tuple(x.shape)} {self.labels[0]!r} made {_shape_of(first)} and {label!r} made"
+                    f" {_shape_of(result)}."
+                )
+            if result.dtype != first.dtype or result.device != x.device:
+                raise ValueError(
+                    f"Expected every transformation to return batches of one type on the device of the input, but of"
+                    f" {x.dtype} on {x.device} {self.labels[0]!r} made {first.dtype} on {first.device}, and {label!r}"
+                    f" made {result.dtype} on {result.device}."
                 )
         return torch.stack(results, dim=1)
 
@@ -70,6 +78,10 @@ class Chain:
         for function in self.functions:
             x = function(x)
         return x
+
+
+def _shape_of(result: Any) -> Any:
+    return tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
 
 
 def _named(functions: Functions, argument: str) -> dict[str, BatchFunction]:
