@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from lightning_invariance.batches import Samples, input_of, label_of
+from lightning_invariance.evaluation.isolation import isolated_random_state
 from lightning_invariance.samplers import indices_of
 from lightning_invariance.transforms import TransformationSet
 
@@ -33,6 +35,18 @@ class STBlock(NamedTuple):
     columns: slice
     indices: Tensor
     batch: Any = None
+
+
+class Fingerprint(NamedTuple):
+    """What processes with the same data agree on.
+
+    Attributes:
+        n_samples: how many samples there are, where that is known.
+        first: a digest of the first sample; None where a dataset gives another one every time.
+    """
+
+    n_samples: int | None
+    first: str | None
 
 
 class STLoader:
@@ -102,6 +116,7 @@ class STLoader:
         self.with_batch = with_batch
         self.device = torch.device(device) if device is not None else None
         self.rows = max(1, batch_size // len(transformations))
+        self.is_split = False
         self._rank, self._world_size = rank, world_size
         self._loader, self.n_samples = self._batches_of(data, max_samples, seed)
 
@@ -111,6 +126,7 @@ class STLoader:
         options["pin_memory"] = self.device is not None and self.device.type == "cuda"  # to copy while the GPU computes
         self._limit: int | None = None
         self._seed = seed
+        self._first_item: Callable[[], Any] = lambda: next(iter(self._loader))
         indices: Sequence[Any] | None = None
         data = getattr(data, "_dataloader", data)  # what Fabric wraps
         if isinstance(data, DataLoader):
@@ -135,6 +151,7 @@ class STLoader:
             raise ValueError("Expected argument `data` to hold samples, but it is empty.")
         order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))[:max_samples].tolist()
         indexable: Any = data
+        self._first_item = lambda: (options.get("collate_fn") or default_collate)([indexable[indices[order[0]]]])
         share: Subset[Any] = Subset(indexable, [indices[i] for i in order[self._rank :: self._world_size]])
         return DataLoader(share, **options), len(order)
 
@@ -144,6 +161,42 @@ class STLoader:
             raise ValueError(NEEDS_MAX_SAMPLES)
         self._limit = max_samples
         return loader
+
+    def fingerprint(self) -> Fingerprint:
+        """What processes with the same data agree on."""
+        digests = set()
+        for _ in range(2):
+            with isolated_random_state(self._seed):
+                first = input_of(self._first_item(), self.input_fn)[0]
+            digests.add(hashlib.sha256(first.detach().cpu().contiguous().numpy().tobytes()).hexdigest())
+        return Fingerprint(self.n_samples, digests.pop() if len(digests) == 1 else None)
+
+    def compare(self, told: Sequence[Fingerprint]) -> None:
+        """Compare the data of all processes. Of a stream that is split among them each takes all of its own.
+
+        Args:
+            told: the fingerprint of each process.
+
+        Raises:
+            ValueError: If they hold different data.
+        """
+        numbers = [each.n_samples for each in told]
+        digests = [each.first for each in told if each.first is not None]
+        if len(set(numbers)) > 1:
+            raise ValueError(
+                f"Expected argument `data` to be the same on every process, but they have {numbers} samples: give each"
+                " of them the whole data, which `evaluate` divides."
+            )
+        if len(set(digests)) > 1:
+            if numbers[0] is None and len(set(digests)) == len(told):
+                self.is_split = True
+                if self._limit is not None:
+                    self._limit = len(range(self._rank, self._limit, self._world_size))
+                return
+            raise ValueError(
+                "Expected argument `data` to be the same on every process, but their first samples differ: give each of"
+                " them the whole data, which `evaluate` divides."
+            )
 
     def __len__(self) -> int:
         """Number of blocks; a TypeError where the data have no length."""
@@ -191,7 +244,7 @@ class STLoader:
             if self._limit is not None and len(samples) > self._limit - seen:
                 samples = samples.taken(slice(self._limit - seen))
             seen += len(samples)
-            if self.n_samples is None and self._world_size > 1:
+            if self.n_samples is None and self._world_size > 1 and not self.is_split:
                 first = (self._rank - seen + len(samples)) % self._world_size
                 samples = samples.taken(slice(first, None, self._world_size))
             if self.device is not None:

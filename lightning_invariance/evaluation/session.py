@@ -27,7 +27,7 @@ from lightning_invariance.evaluation.options import Options
 from lightning_invariance.evaluation.probe import CONSTANT, Finding, Layout, Outputs, few_of, probe
 from lightning_invariance.evaluation.registry import Registry
 from lightning_invariance.layers import select_layers
-from lightning_invariance.loader import STBlock, STLoader
+from lightning_invariance.loader import Fingerprint, STBlock, STLoader
 from lightning_invariance.transforms import TransformationSet
 
 #: glibc's allocator returns a freed block of some hundred kilobytes to the system, which zeroes it again, page by page,
@@ -72,21 +72,34 @@ class Session:
         return Session(self.model, self.data, replace(self.options, batch_size=self.batch_size // 2))
 
     def loader(self, transformations: TransformationSet) -> STLoader:
-        """The blocks that this process takes."""
+        """The blocks that this process takes.
+
+        Raises:
+            ValueError: If the processes hold different data.
+        """
         rank, world_size = rank_and_world_size()
-        return STLoader(
-            self.data,
-            transformations,
-            self.batch_size,
-            max_samples=self.options.max_samples,
-            input_fn=self.options.input_fn,
-            device=self.device,
-            seed=self.options.seed,
-            rank=rank,
-            world_size=world_size,
-            transform=self._transformed_module is None,
-            with_batch=takes_batch(self.options.forward),
-        )
+        error: BaseException | None = None
+        found: tuple[STLoader, Fingerprint] | None = None
+        try:
+            loader = STLoader(
+                self.data,
+                transformations,
+                self.batch_size,
+                max_samples=self.options.max_samples,
+                input_fn=self.options.input_fn,
+                device=self.device,
+                seed=self.options.seed,
+                rank=rank,
+                world_size=world_size,
+                transform=self._transformed_module is None,
+                with_batch=takes_batch(self.options.forward),
+            )
+            found = loader, loader.fingerprint() if world_size > 1 else Fingerprint(None, None)
+        except Exception as raised:  # the other processes must be told, or they would wait for ever
+            error = raised
+        told = gather_or_raise(found and found[1], error)
+        loader.compare(told)
+        return loader
 
     def walk(
         self,
