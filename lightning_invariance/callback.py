@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,19 +15,29 @@ from torchmetrics import Metric
 
 from lightning_invariance.evaluate import check_transformations, evaluate_with, named_measures
 from lightning_invariance.evaluation.options import Options
+from lightning_invariance.history import History
 from lightning_invariance.layers import Layers, select_layers
-from lightning_invariance.logging import explain, log_histograms, log_pictures, log_scalars, scalars
+from lightning_invariance.logging import (
+    check_tags,
+    explain,
+    forgiving,
+    log_histograms,
+    log_pictures,
+    log_scalars,
+    scalars,
+)
 from lightning_invariance.measures import NormalizedVariance
-from lightning_invariance.result import InvarianceResult, within_budget
+from lightning_invariance.result import InvarianceResult
 from lightning_invariance.trainer import (
     callbacks_of,
+    is_due,
     logger_step,
+    options_in,
     refuse_split_models,
     scores,
     spare_patience,
     validation_data,
     warn_of_old_values,
-    with_precision,
 )
 from lightning_invariance.transforms import TransformationSet
 
@@ -50,24 +61,18 @@ class InvarianceMonitor(Callback):
     ``every_n_epochs`` epochs (when ``(epoch + 1) % every_n_epochs == 0``), and always at the first validation of a run.
     Without validation it does so at the end of the training epoch. Training is bit for bit what it would be.
 
-    **Logged metrics**, to every logger of the trainer, at the step of Lightning's validation metrics:
-
-    - ``{Measure}/{layer}``: the mean over the finite values of the layer, such as ``NormalizedVariance/conv1``.
-    - ``{Measure}_mean``: the mean over the layers.
-
+    **Logged metrics**, to every logger of the trainer, at the step of Lightning's validation metrics: the mean over the
+    finite values of each layer, ``{Measure}/{layer}``, and their mean over the layers, ``{Measure}_mean``.
     ``EarlyStopping`` and ``ModelCheckpoint`` can monitor all of these. With ``every_n_epochs`` above 1 a validation
     without a new value does not count against the patience of ``EarlyStopping``; give ``ModelCheckpoint`` the same
     ``every_n_epochs``, since it would take the last value for that of a later model.
 
-    **Logged images**, where the logger takes images:
-
-    - ``{Measure}/heatmap``: layers × channels (the paper's figure 8).
-    - ``{Measure}/evolution``: layers × evaluations so far, under the accuracy or loss that the model logs.
-    - ``{Measure}/response``: what each transformation does to each layer, for measures with ``response=True``.
-
-    **In TensorBoard** also, once, a chart of all layers of each measure under Custom Scalars (a layout of your own is
-    kept), and under Text what the tags mean; with ``histograms=True`` the distribution over the channels of each layer,
-    ``{Measure}/channels/{layer}``.
+    **Logged images**, where the logger takes images: ``{Measure}/heatmap``, layers × channels (the paper's figure 8);
+    ``{Measure}/evolution``, layers × evaluations so far, under the accuracy or loss that the model logs; and
+    ``{Measure}/response``, what each transformation does to each layer, for measures with ``response=True``. Whatever
+    cannot be written is warned of once. **In TensorBoard** also, once, a chart of all layers of each measure under Custom
+    Scalars (your own layout is kept), and under Text what the tags mean; with ``histograms=True`` the distribution over
+    channels, ``{Measure}/channels/{layer}``.
 
     Args:
         transformations: the set, such as ``rotations(16)``; at least two transformations.
@@ -75,12 +80,11 @@ class InvarianceMonitor(Callback):
             default :class:`~lightning_invariance.measures.NormalizedVariance` with ``response=True``.
         data: samples to measure with: dataset, loader or tensor. By default the trainer's validation data (the first
             loader, if there are several).
-        layers: which layers; by default every leaf module. See :func:`layer_names`.
+        layers: which layers; by default every leaf. See :func:`layer_names`.
         every_n_epochs: how often.
         max_samples: how many samples: a random choice, the same every time. None takes all.
         batch_size: largest number of transformed inputs in one forward pass, or ``"auto"``; see :func:`evaluate`.
-        forward: ``forward(model, x)``, or ``forward(model, x, batch)``, runs the model where ``model(x)`` does not; see
-            :func:`evaluate`.
+        forward: ``forward(model, x)``, or ``forward(model, x, batch)``, see :func:`evaluate`.
         input_fn: picks x from a collated batch where :class:`STLoader` does not find it.
         seed: of the choice of samples.
         name: added to the names of the measures, ``{Measure}_rotation``; needed where a trainer has several monitors.
@@ -91,11 +95,12 @@ class InvarianceMonitor(Callback):
     Attributes:
         history: the results so far, the untrained network first, each with ``epoch`` (−1 for the untrained network),
             ``step`` and ``scores``, the metrics that the model logged in the same validation. It is part of the
-            checkpoint, there with one value for each channel; so it is in memory for older results when the whole of it
-            exceeds 256 MB.
+            checkpoint, there with a value for each channel of the first and the newest results (4 MB) and the mean of
+            each layer of the others; in memory older results keep one value a channel when it exceeds 256 MB.
 
     Raises:
-        ValueError: If ``every_n_epochs`` is below 1, or (when training starts) a layer is unknown.
+        ValueError: If ``every_n_epochs`` is below 1, the name of a measure holds signs that loggers do not take, or
+            (when training starts) a layer is unknown.
         MisconfigurationException: When training starts, if there are neither ``data`` nor validation data, another
             monitor of the same name, or a strategy that splits the model (FSDP, DeepSpeed, tensor parallel).
     """
@@ -127,8 +132,9 @@ class InvarianceMonitor(Callback):
         self.options = replace(options, channel_axis=channel_axis, operations=operations)
         self.data, self.transformations = data, transformations
         self.measures = named_measures([NormalizedVariance(response=True)] if measures is None else measures)
+        check_tags([*self.measures, *([] if name is None else [name])])
         self.every_n_epochs, self.name, self.histograms = every_n_epochs, name, histograms
-        self.history: list[InvarianceResult] = []
+        self._kept = History(self.options, self.measures, transformations)
         self._validated = self._undrawn = self._explained = False
 
     @property
@@ -163,7 +169,8 @@ class InvarianceMonitor(Callback):
             return
         result = self._evaluate(trainer, pl_module, epoch=trainer.current_epoch - 1)
         # `self.log` here would wait for the end of the epoch.
-        log_scalars(trainer, scalars(result, self._tags), logger_step(trainer))
+        with forgiving():
+            log_scalars(trainer, scalars(result, self._tags), logger_step(trainer))
         self._draw(trainer)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -171,7 +178,7 @@ class InvarianceMonitor(Callback):
         if trainer.sanity_checking:
             return
         fitting = trainer.state.fn == "fit"
-        if self._is_due(trainer) or not self._validated or not fitting:
+        if is_due(trainer, self.every_n_epochs) or not self._validated or not fitting:
             self._validated = self._validated or fitting
             self._evaluate_and_log(trainer, pl_module)
         else:
@@ -186,25 +193,32 @@ class InvarianceMonitor(Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep an old value from counting once more where this epoch has no validation and no evaluation is due."""
-        if not trainer.enable_validation and not self._is_due(trainer):
+        if not trainer.enable_validation and not is_due(trainer, self.every_n_epochs):
             spare_patience(trainer, self._tags)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate at the end of an epoch that has no validation."""
-        if not trainer.enable_validation and self._is_due(trainer):
+        if not trainer.enable_validation and is_due(trainer, self.every_n_epochs):
             self._evaluate_and_log(trainer, pl_module)
             self._draw(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The history, with one value for each channel."""
-        return {"history": [result.reduced().state_dict() for result in self.history]}
+        """The history, as plain data of bounded size."""
+        return self._kept.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the history of a checkpoint."""
-        self.history = [InvarianceResult.from_state_dict(state) for state in state_dict["history"]]
+        """Continue the history of a checkpoint, or begin a new one where it was measured with other arguments."""
+        self._kept.load_state_dict(state_dict)
 
-    def _is_due(self, trainer: pl.Trainer) -> bool:
-        return (trainer.current_epoch + 1) % self.every_n_epochs == 0
+    @property
+    def history(self) -> list[InvarianceResult]:
+        """The results so far."""
+        return self._kept.results
+
+    @property
+    def earlier_histories(self) -> list[list[InvarianceResult]]:
+        """Those of before a resume with other measures, layers, transformations or samples, the oldest first."""
+        return self._kept.earlier()
 
     def _evaluate_and_log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         result = self._evaluate(trainer, pl_module, epoch=trainer.current_epoch)
@@ -214,16 +228,11 @@ class InvarianceMonitor(Callback):
         )
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> InvarianceResult:
-        options = replace(
-            self.options,
-            device=pl_module.device,
-            forward=with_precision(trainer, self.options.forward),
-            progress=getattr(trainer.progress_bar_callback, "is_enabled", False),
-        )
+        options = options_in(trainer, pl_module, self.options)
         data = self.data if self.data is not None else validation_data(trainer)
         result = evaluate_with(options, pl_module, data, self.transformations, self.measures)
         result.epoch, result.step = epoch, logger_step(trainer)
-        self.history = within_budget([*self.history, result], HISTORY_BYTES)
+        self._kept.add(result, HISTORY_BYTES)
         self._undrawn = True
         return result
 
@@ -237,9 +246,12 @@ class InvarianceMonitor(Callback):
         self._undrawn = False
         if not trainer.is_global_zero or not trainer.loggers:
             return
+        drawn: list[Callable[[], None]] = [partial(log_pictures, trainer, self.history, self._tags)]
         if not self._explained:
-            explain(trainer, self.history[-1], self._tags, self.measures, self.name)
             self._explained = True
-        log_pictures(trainer, self.history, self._tags)
+            drawn.insert(0, partial(explain, trainer, self.history[-1], self._tags, self.measures, self.name))
         if self.histograms:
-            log_histograms(trainer, self.history[-1], self._tags)
+            drawn.append(partial(log_histograms, trainer, self.history[-1], self._tags))
+        for draw in drawn:
+            with forgiving():
+                draw()

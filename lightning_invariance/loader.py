@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
+from lightning_invariance.agreement import Fingerprint, digest_of
 from lightning_invariance.batches import Samples, input_of, label_of
 from lightning_invariance.evaluation.isolation import isolated_random_state
 from lightning_invariance.samplers import indices_of
@@ -37,18 +37,6 @@ class STBlock(NamedTuple):
     batch: Any = None
 
 
-class Fingerprint(NamedTuple):
-    """What processes with the same data agree on.
-
-    Attributes:
-        n_samples: how many samples there are, where that is known.
-        first: a digest of the first sample; None where a dataset gives another one every time.
-    """
-
-    n_samples: int | None
-    first: str | None
-
-
 class STLoader:
     """Loads samples, transforms them on the target device, and gives them out as blocks of the ST matrix.
 
@@ -60,8 +48,7 @@ class STLoader:
         data: a map-style or iterable ``Dataset``, a ``DataLoader``, or a tensor of inputs. Samples are a tensor ``x``,
             a pair ``(x, y)``, or a dict with the input under ``image``, ``x``, ``input`` or ``pixel_values`` (or as its
             only tensor). Of a loader of a map-style dataset the samples of its sampler or batch sampler are taken, with
-            its ``collate_fn`` and workers, but in other batches; what Lightning adds to a sampler for several processes
-            is taken off.
+            its ``collate_fn`` and workers, but in other batches; Lightning's distribution of a sampler is taken off.
         transformations: the columns.
         batch_size: largest number of transformed inputs in a block.
         max_samples: how many samples to take: a random choice without regard to classes, the same at every call and
@@ -168,35 +155,14 @@ class STLoader:
         for _ in range(2):
             with isolated_random_state(self._seed):
                 first = input_of(self._first_item(), self.input_fn)[0]
-            digests.add(hashlib.sha256(first.detach().cpu().contiguous().numpy().tobytes()).hexdigest())
+            digests.add(digest_of(first))
         return Fingerprint(self.n_samples, digests.pop() if len(digests) == 1 else None)
 
-    def compare(self, told: Sequence[Fingerprint]) -> None:
-        """Compare the data of all processes. Of a stream that is split among them each takes all of its own.
-
-        Args:
-            told: the fingerprint of each process.
-
-        Raises:
-            ValueError: If they hold different data.
-        """
-        numbers = [each.n_samples for each in told]
-        digests = [each.first for each in told if each.first is not None]
-        if len(set(numbers)) > 1:
-            raise ValueError(
-                f"Expected argument `data` to be the same on every process, but they have {numbers} samples: give each"
-                " of them the whole data, which `evaluate` divides."
-            )
-        if len(set(digests)) > 1:
-            if numbers[0] is None and len(set(digests)) == len(told):
-                self.is_split = True
-                if self._limit is not None:
-                    self._limit = len(range(self._rank, self._limit, self._world_size))
-                return
-            raise ValueError(
-                "Expected argument `data` to be the same on every process, but their first samples differ: give each of"
-                " them the whole data, which `evaluate` divides."
-            )
+    def take_own_stream(self) -> None:
+        """Take all samples of this process, whose stream holds others than those of the other processes."""
+        self.is_split = True
+        if self._limit is not None:
+            self._limit = len(range(self._rank, self._limit, self._world_size))
 
     def __len__(self) -> int:
         """Number of blocks; a TypeError where the data have no length."""

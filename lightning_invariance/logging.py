@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,50 @@ from lightning_invariance.plots.common import limits_of, render
 from lightning_invariance.result import InvarianceResult
 from lightning_invariance.trainer import logger_step
 
-#: Classes of loggers that were warned of.
+#: What was warned of: classes of loggers, and of errors.
 _warned: set[type] = set()
+
+#: Signs that some logger drops from the name of a curve, as MLflow's does with the # of ``relu#1``.
+DROPPED = re.compile(r"[^\w./ -]")
+
+
+def check_tags(names: Sequence[str]) -> None:
+    """Raise for names of measures and monitors that some logger, or a file system, would not take.
+
+    Raises:
+        ValueError: If one has other signs than letters, numbers, spaces and ``. _ - /``, or begins or ends with a
+            slash, or leads out of a folder.
+    """
+    for name in names:
+        if not name or DROPPED.search(name) or not all(part.strip(". ") for part in name.split("/")):
+            raise ValueError(
+                "Expected names of measures and monitors to consist of letters, numbers, spaces and the signs . _ - /,"
+                f" but got {name!r}: give it another name with a dict, {{'name': measure}}."
+            )
+
+
+@contextmanager
+def forgiving() -> Iterator[None]:
+    """What fails here ends no training that would live without it: a full disk, a logger that refuses. Warns once."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) not in _warned:
+            _warned.add(type(error))
+            rank_zero_warn(f"InvarianceMonitor could not log: {type(error).__name__}: {error}. Training goes on.")
+
+
+def curves(layers: Iterable[str]) -> dict[str, str]:
+    """Layer → the name of its curve: its own, or another where a logger would take it for that of another layer."""
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for layer in layers:
+        name, number = layer, 2
+        while DROPPED.sub("", name) in taken:
+            name, number = f"{layer}_{number}", number + 1
+        taken.add(DROPPED.sub("", name))
+        names[layer] = name
+    return names
 
 
 def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float], step: int) -> None:
@@ -79,7 +122,8 @@ def scalars(result: InvarianceResult, tags: Mapping[str, str]) -> dict[str, floa
     """
     found: dict[str, float] = {}
     for measure, tag in tags.items():
-        found.update({f"{tag}/{layer}": value for layer, value in result.per_layer(measure).items()})
+        means = result.per_layer(measure)
+        found.update({f"{tag}/{name}": means[layer] for layer, name in curves(means).items()})
         found[f"{tag}_mean"] = result.mean(measure)
     return found
 
@@ -149,7 +193,10 @@ def explain(
             # The tags of a chart are regular expressions that need not match to the end.
             layout: dict[str, dict[str, list[Any]]] = {
                 tag: {
-                    "all layers": ["Multiline", [f"{re.escape(f'{tag}/{layer}')}$" for layer in result[measure]]],
+                    "all layers": [
+                        "Multiline",
+                        [f"{re.escape(f'{tag}/{name}')}$" for name in curves(result[measure]).values()],
+                    ],
                     "mean over the layers": ["Multiline", [f"{re.escape(tag)}_mean$"]],
                 }
                 for measure, tag in tags.items()

@@ -78,9 +78,9 @@ def channel_axis_in(layer: str, shape: tuple[int, ...], from_end: int | None, as
     return found % len(shape) if shape else 0
 
 
-def warn_of_channels_last(images: Tensor) -> None:
-    """Warn where images look like ``(batch, height, width, channels)``."""
-    if images.ndim == 4 and images.shape[-1] in (1, 3, 4) and min(images.shape[1:3]) > 4:
+def warn_of_channels_last(images: Tensor, input_size: tuple[int, int] | None) -> None:
+    """Warn where images look like ``(batch, height, width, channels)``; feature maps of some input do not."""
+    if input_size is None and images.ndim == 4 and images.shape[-1] in (1, 3, 4) and min(images.shape[1:3]) > 4:
         warnings.warn(
             f"Expected images (batch, channels, height, width), but got {tuple(images.shape)}, which looks like"
             " channels last: give `x.permute(0, 3, 1, 2)`.",

@@ -169,10 +169,10 @@ class InvarianceResult(LayerValues):
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> InvarianceResult:
         """The result that :meth:`state_dict` described."""
-        rest = {name: value for name, value in state.items() if name not in ("values", "statistics")}
+        rest = {name: value for name, value in state.items() if name in ("dead", *PLAIN)}  # not those of later versions
         result = cls(state["values"], **rest)
         for measure, rows in state["statistics"].items():
-            result._tables[measure] = Table(LayerStatistics(**{**row, "shape": tuple(row["shape"])}) for row in rows)
+            result._tables[measure] = Table(LayerStatistics.from_plain(row) for row in rows)
         return result
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -181,8 +181,20 @@ class InvarianceResult(LayerValues):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> InvarianceResult:
-        """Read what :meth:`save` wrote."""
-        return cls.from_state_dict(read(Path(path)))
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: If the file is broken, or something else.
+        """
+        try:
+            return cls.from_state_dict(read(Path(path)))
+        except OSError:
+            raise
+        except Exception as error:  # whatever numpy, zlib, zipfile and json raise of broken files
+            raise ValueError(
+                f"Expected {os.fspath(path)!r} to be a file that `InvarianceResult.save` wrote, but it is broken or"
+                f" another: {type(error).__name__}: {error}."
+            ) from error
 
     def _heading(self) -> str:
         when = "" if self.epoch is None else f", epoch {self.epoch}, step {self.step}"
@@ -197,12 +209,3 @@ class InvarianceResult(LayerValues):
     def _repr_html_(self) -> str:
         tables = "".join(f"<h4>{html.escape(m)}</h4>{table._repr_html_()}" for m, table in self._tables.items())
         return f"<p>{html.escape(self._heading())}</p>{tables}"
-
-
-def within_budget(history: Sequence[InvarianceResult], budget: int) -> list[InvarianceResult]:
-    """The history with older results reduced to channels once the whole of it takes more bytes than the budget."""
-    kept: list[InvarianceResult] = []
-    for result in reversed(history):
-        budget -= sum(values.nbytes for layers in result.values() for values in layers.values())
-        kept.insert(0, result if budget >= 0 or result is history[-1] else result.reduced())
-    return kept

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
@@ -57,6 +59,12 @@ class LayerStatistics:
             nan=0 if every else int(values.isnan().sum()),
             samples=samples,
         )
+
+    @classmethod
+    def from_plain(cls, row: Mapping[str, Any]) -> LayerStatistics:
+        """The row that a file holds, whose names may be those of a later version."""
+        known: dict[str, Any] = {field.name: row[field.name] for field in fields(cls) if field.name in row}
+        return cls(**{**known, "shape": tuple(known["shape"])})
 
 
 class Table(list[LayerStatistics]):

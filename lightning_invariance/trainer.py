@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_invariance.batches import takes_batch
+from lightning_invariance.evaluation.options import Options
 
 #: Strategies under which no process holds the whole model. By name: `lightning.pytorch` and `pytorch_lightning` have
 #: classes of their own.
@@ -50,6 +53,21 @@ def validation_data(trainer: pl.Trainer) -> Any:
     return loaders
 
 
+def is_due(trainer: pl.Trainer, every_n_epochs: int) -> bool:
+    """Whether this epoch is one of every so many."""
+    return (trainer.current_epoch + 1) % every_n_epochs == 0
+
+
+def options_in(trainer: pl.Trainer, model: pl.LightningModule, options: Options) -> Options:
+    """How to evaluate within a training: on its device, in its precision, with a progress bar if it has one."""
+    return replace(
+        options,
+        device=model.device,
+        forward=with_precision(trainer, options.forward),
+        progress=getattr(trainer.progress_bar_callback, "is_enabled", False),
+    )
+
+
 def with_precision(trainer: pl.Trainer, forward: Callable[..., Any] | None) -> Callable[..., Any]:
     """How to run a model as the trainer's validation does: in its precision."""
     precision, own = trainer.precision_plugin, forward or _called
@@ -67,9 +85,19 @@ def _called(model: nn.Module, x: Tensor) -> Any:
 
 
 def scores(trainer: pl.Trainer, own: Sequence[str]) -> dict[str, float]:
-    """The metrics that the trainer has at this moment, without those whose names begin with ``own``."""
-    found = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
-    return {name: value for name, value in found.items() if not name.startswith(tuple(own)) and math.isfinite(value)}
+    """The metrics of the validation that has just ended, the same on every process: those of the first.
+
+    Args:
+        trainer: in ``on_validation_end``.
+        own: what the names of metrics that are left out begin with.
+    """
+    # `callback_metrics` also holds the metrics of the last training epoch, which are older.
+    results = getattr(trainer, "_results", None)
+    known = trainer.callback_metrics if results is None else results.metrics(on_step=False)["callback"]
+    found = {name: float(value) for name, value in known.items() if torch.as_tensor(value).numel() == 1}
+    found = {name: value for name, value in found.items() if not name.startswith(tuple(own)) and math.isfinite(value)}
+    told: dict[str, float] = trainer.strategy.broadcast(found)
+    return told
 
 
 def spare_patience(trainer: pl.Trainer, tags: Mapping[str, str]) -> None:

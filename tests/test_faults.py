@@ -1,14 +1,16 @@
 """What goes wrong around an evaluation: threads, models that change themselves, broken files, wrappers of others."""
 
+import json
 import threading
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric import Fabric
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_invariance import TransformationSet, evaluate, rotations
+from lightning_invariance import InvarianceResult, TransformationSet, evaluate, rotations
 
 IMAGES = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 TURNS = rotations(4)
@@ -122,3 +124,36 @@ def test_a_transformation_that_gives_no_numbers_is_named():
     turns = TransformationSet.from_callables({"same": lambda x: x, "wide": lambda x: x.double()})
     with pytest.raises(ValueError, match="'wide' made torch.float64 on cpu"):
         evaluate(network(), IMAGES, turns, progress=False)
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "text", "other arrays", "no statistics"])
+def test_a_broken_file_is_one_clear_error_that_names_it(damage, tmp_path):
+    path = tmp_path / "some.result"
+    evaluate(network(), IMAGES, TURNS, progress=False).save(path)
+    if damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "half":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif damage == "text":
+        path.write_text("not a result")
+    elif damage == "other arrays":
+        with path.open("wb") as file:
+            np.savez(file, x=np.ones(3))
+    else:
+        with np.load(path) as arrays:
+            kept = {**arrays, "about": np.array(json.dumps({"n_samples": 3}))}
+        with path.open("wb") as file:
+            np.savez(file, **kept)
+    with pytest.raises(ValueError, match=r"some\.result' to be a file that `InvarianceResult\.save` wrote"):
+        InvarianceResult.load(path)
+    with pytest.raises(FileNotFoundError):
+        InvarianceResult.load(tmp_path / "none.result")
+
+
+def test_what_a_later_version_adds_to_a_result_is_ignored(tmp_path):
+    result = evaluate(network(), IMAGES, TURNS, progress=False)
+    state = result.state_dict()
+    state["new"] = 1
+    for row in state["statistics"]["NormalizedVariance"]:
+        row["new"] = 2.0
+    assert InvarianceResult.from_state_dict(state).per_layer() == result.per_layer()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightning_invariance import InvarianceMonitor, InvarianceResult, plots, rotations
+from lightning_invariance.measures import NormalizedVariance, VarianceSameEquivariance
 
 
 @pytest.fixture
@@ -135,7 +136,8 @@ def test_what_an_earlier_version_wrote_still_loads(kind):
         found = InvarianceResult.load(folder / "result_of_0.1.npz")
         assert found["NormalizedVariance"]["0"].shape == (2, 4, 4)
     else:
-        monitor = InvarianceMonitor(rotations(4))
+        measures = {"NormalizedVariance": NormalizedVariance(response=True), "SE": VarianceSameEquivariance()}
+        monitor = InvarianceMonitor(rotations(4), measures)
         monitor.load_state_dict(torch.load(folder / "history_of_0.1.pt", weights_only=True))
         (found,) = monitor.history
     means = {"0": 0.952316, "1": 1.001951, "2": 1.001951, "3": 1.009003}  # as that version printed them

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
+from lightning_invariance.agreement import Fingerprint, is_split
 from lightning_invariance.batches import taken, takes_batch
 from lightning_invariance.catching import Catcher, catch_activations, transformed_input
 from lightning_invariance.distributed import gather_or_raise, rank_and_world_size
@@ -27,7 +28,7 @@ from lightning_invariance.evaluation.options import Options
 from lightning_invariance.evaluation.probe import CONSTANT, Finding, Layout, Outputs, few_of, probe
 from lightning_invariance.evaluation.registry import Registry
 from lightning_invariance.layers import select_layers
-from lightning_invariance.loader import Fingerprint, STBlock, STLoader
+from lightning_invariance.loader import STBlock, STLoader
 from lightning_invariance.transforms import TransformationSet
 
 #: glibc's allocator returns a freed block of some hundred kilobytes to the system, which zeroes it again, page by page,
@@ -79,7 +80,7 @@ class Session:
         """
         rank, world_size = rank_and_world_size()
         error: BaseException | None = None
-        found: tuple[STLoader, Fingerprint] | None = None
+        fingerprint = Fingerprint(None, None)
         try:
             loader = STLoader(
                 self.data,
@@ -94,11 +95,11 @@ class Session:
                 transform=self._transformed_module is None,
                 with_batch=takes_batch(self.options.forward),
             )
-            found = loader, loader.fingerprint() if world_size > 1 else Fingerprint(None, None)
+            fingerprint = loader.fingerprint() if world_size > 1 else fingerprint
         except Exception as raised:  # the other processes must be told, or they would wait for ever
             error = raised
-        told = gather_or_raise(found and found[1], error)
-        loader.compare(told)
+        if is_split(gather_or_raise(fingerprint, error)):
+            loader.take_own_stream()
         return loader
 
     def walk(

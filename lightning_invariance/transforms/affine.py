@@ -63,8 +63,7 @@ class AffineSet(TransformationSet):
     def _apply(self, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
         if x.ndim < 3:
             raise ValueError(f"Expected a batch of images (batch, channels, height, width), but got {tuple(x.shape)}.")
-        if input_size is None:
-            warn_of_channels_last(x)
+        warn_of_channels_last(x, input_size)
         self._check_square(x)
         # Every column reads the same images: they are not copied.
         columns = x.reshape(1, 1, -1, *x.shape[-2:]).expand(-1, len(self), -1, -1, -1)
@@ -290,9 +289,7 @@ def combine_affine(sets: Sequence[AffineSet]) -> AffineSet:
     )
 
 
-def combined_parameters(
-    sets: Sequence[TransformationSet], columns: Sequence[tuple[int, ...]]
-) -> dict[str, list[float]]:
+def combined_parameters(sets: Sequence[TransformationSet], columns: Sequence[Sequence[int]]) -> dict[str, list[float]]:
     """The parameters of all products; of two sets that use one name, the later is numbered."""
     parameters: dict[str, list[float]] = {}
     for position, transformations in enumerate(sets):
