@@ -150,7 +150,13 @@ skresnet18 starnet_s1 swiftformer_xs swin_tiny_patch4_window7_224 swinv2_cr_tiny
 tiny_vit_5m_224 tnt_s_patch16_224 tresnet_m twins_pcpvt_small vgg11 visformer_tiny vit_tiny_patch16_224
 vit_relpos_small_patch16_224 volo_d1_224 vovnet39a xception41 xcit_nano_12_p16_224""".split()  # noqa: SIM905 - a list would take a line for each
 #: Those without a fixed input size run at 64×64; a few need a little more.
-SIZES = {"inception_v4": 96, "nasnetalarge": 96, "coat_tiny": 224, "samvit_base_patch16_224": 224}
+SIZES = {
+    "convmixer_768_32": 64,
+    "inception_v4": 96,
+    "nasnetalarge": 96,
+    "coat_tiny": 224,
+    "samvit_base_patch16_224": 224,
+}
 
 
 def _timm(name: str) -> Network:
