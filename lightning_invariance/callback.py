@@ -70,9 +70,9 @@ class InvarianceMonitor(Callback):
     **Logged images**, where the logger takes images: ``{Measure}/heatmap``, layers × channels (the paper's figure 8);
     ``{Measure}/evolution``, layers × evaluations so far, under the accuracy or loss that the model logs; and
     ``{Measure}/response``, what each transformation does to each layer, for measures with ``response=True``. What
-    cannot be written is warned of once. **In TensorBoard** also, once, a chart of all layers of each measure (Custom Scalars;
-    your own layout is kept) and what the tags mean (Text); with ``histograms=True`` the distribution over channels,
-    ``{Measure}/channels/{layer}``.
+    cannot be written is warned of once. **In TensorBoard** also, once, a chart of all layers of each measure (Custom
+    Scalars; your own layout is kept) and what the tags mean (Text); with ``histograms=True`` the distribution over
+    channels, ``{Measure}/channels/{layer}``.
 
     Args:
         transformations: the set, such as ``rotations(16)``; at least two transformations.
