@@ -1,5 +1,7 @@
 """The ANOVA measure against scipy and statsmodels."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,8 +9,9 @@ import scipy.stats
 import torch
 from statsmodels.stats.anova import AnovaRM
 from statsmodels.stats.multitest import multipletests
+from torch import nn
 
-from lightning_invariance import functional
+from lightning_invariance import TransformationSet, evaluate, functional
 from lightning_invariance.measures import Anova
 from lightning_invariance.measures.f_distribution import f_survival, rejected
 
@@ -33,8 +36,18 @@ def test_one_way_is_that_of_scipy():
     np.testing.assert_allclose(measured(cube(), statistic="p").numpy(), expected.pvalue, rtol=1e-9)
 
 
+def epsilon_of(st):
+    """Greenhouse and Geisser's ε of the covariances of all units together, from numpy's covariance."""
+    _, m, k = st.shape
+    centring = np.eye(m) - 1 / m
+    pooled = sum(centring @ np.cov(st[:, :, u].numpy().T) @ centring for u in range(k))
+    return np.trace(pooled) ** 2 / ((m - 1) * np.trace(pooled @ pooled))
+
+
 def test_paired_is_that_of_statsmodels():
     st = cube(k=3)
+    epsilon = measured(st, statistic="epsilon", paired=True)
+    assert epsilon.tolist() == pytest.approx([epsilon_of(st)] * 3, rel=1e-9)
     f, p, effect = (measured(st, statistic=statistic, paired=True) for statistic in ("f", "p", "effect"))
     for unit in range(3):
         rows = [(i, j, float(st[i, j, unit])) for i in range(9) for j in range(4)]
@@ -42,13 +55,14 @@ def test_paired_is_that_of_statsmodels():
             AnovaRM(pd.DataFrame(rows, columns=["sample", "t", "value"]), "value", "sample", ["t"]).fit().anova_table
         )
         assert f[unit].item() == pytest.approx(table["F Value"].item(), rel=1e-9)
-        assert p[unit].item() == pytest.approx(table["Pr > F"].item(), rel=1e-9)
+        corrected = scipy.stats.f.sf(table["F Value"].item(), 3 * epsilon[0].item(), 24 * epsilon[0].item())
+        assert p[unit].item() == pytest.approx(corrected, rel=1e-9)
         ratio = table["F Value"].item() * table["Num DF"].item() / table["Den DF"].item()
         assert effect[unit].item() == pytest.approx(ratio / (1 + ratio), rel=1e-9)
 
 
-@pytest.mark.parametrize("d1", [1, 2, 15, 4223])
-@pytest.mark.parametrize("d2", [1, 7, 240, 159984])
+@pytest.mark.parametrize("d1", [1, 2, 3.7, 15, 4223])
+@pytest.mark.parametrize("d2", [1, 7, 240, 55.3, 159984])
 def test_the_f_distribution_is_that_of_scipy(d1, d2):
     f = torch.cat([torch.zeros(1), torch.logspace(-6, 4, 300, dtype=torch.float64)])
     expected = scipy.stats.f.sf(f.numpy(), d1, d2)
@@ -122,3 +136,110 @@ def test_bad_arguments(arguments, message):
 def test_the_direction_depends_on_the_statistic():
     assert not Anova("f").higher_is_better
     assert Anova("p").higher_is_better
+
+
+def exact_f(st):
+    """The paired F in float64 by a two-way decomposition that shares nothing with the measure."""
+    x = st.double().numpy()
+    n, m = x.shape[:2]
+    rows, columns, mean = x.mean(1, keepdims=True), x.mean(0, keepdims=True), x.mean((0, 1), keepdims=True)
+    between = n * ((columns - mean) ** 2).sum((0, 1))
+    error = ((x - rows - (x - rows).mean(0, keepdims=True)) ** 2).sum((0, 1))
+    return between / (m - 1) / (error / ((m - 1) * (n - 1)))
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("outlier", [False, True])
+@pytest.mark.parametrize(("n", "dtype"), [(100, torch.float32), (10_000, torch.float64), (10_000, torch.float32)])
+def test_paired_f_of_nearly_invariant_units(scale, outlier, n, dtype):
+    generator = torch.Generator().manual_seed(3)
+    samples = torch.randn(n, 1, 40, generator=generator, dtype=torch.float64)
+    st = samples + scale * torch.randn(n, 16, 40, generator=generator, dtype=torch.float64)
+    if outlier:
+        st[0] *= 1e6
+    st = st.to(dtype)
+    metric = Anova("f", paired=True)
+    for rows in st.split(37):
+        metric.update(rows)
+    np.testing.assert_allclose(metric.compute().numpy(), exact_f(st), rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("m", [3, 7, 24])
+@pytest.mark.parametrize("paired", [False, True])
+def test_what_does_not_vary_is_exactly_invariant(dtype, m, paired):
+    generator = torch.Generator().manual_seed(4)
+    rows = torch.randn(50, 1, 100, generator=generator, dtype=dtype).expand(50, m, 100).contiguous()
+    constants = (torch.rand(100, generator=generator, dtype=dtype) - 0.5).expand(50, m, 100).contiguous()
+    for st in (rows, constants):
+        for statistic in ("f", "reject", "effect"):
+            metric = Anova(statistic, paired=paired)
+            for block in st.split(7):
+                metric.update(block)
+            assert metric.compute().tolist() == [0] * 100
+        f, p, effect = functional.anova(st, paired=paired)
+        assert f.tolist() == [0] * 100
+        assert p.tolist() == [1] * 100
+        assert effect.tolist() == [0] * 100
+
+
+def nulls(kind, n=100, m=16, k=4000):
+    """Units whose columns have the same mean, but do not vary alike."""
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn(n, m, k, generator=generator, dtype=torch.float64)
+    samples = torch.randn(n, 1, k, generator=generator, dtype=torch.float64)
+    angle = torch.arange(m) * 2 * torch.pi / m
+    if kind == "smooth":  # neighbouring angles vary together
+        waves = torch.stack([f(h * angle) / h for h in (1, 2, 3) for f in (torch.cos, torch.sin)])
+        parts = torch.randn(n, len(waves), k, generator=generator, dtype=torch.float64)
+        return samples + torch.einsum("iwu,wj->iju", parts, waves.double()) + 0.05 * noise
+    if kind == "one noisy column":
+        return samples + noise * torch.where(torch.arange(m) == 3, 5.0, 1.0)[:, None]
+    slope = torch.randn(n, 1, k, generator=generator, dtype=torch.float64)
+    return samples + slope * (torch.arange(m)[:, None] - (m - 1) / 2) / m + 0.2 * noise
+
+
+@pytest.mark.parametrize("kind", ["smooth", "one noisy column", "random slope"])
+def test_the_paired_test_keeps_its_level_where_columns_do_not_vary_alike(kind):
+    p = measured(nulls(kind), statistic="p", paired=True)
+    assert 0.03 <= (p < 0.05).double().mean() <= 0.07
+    assert (p < 0.001).double().mean() <= 0.003
+    uncorrected = scipy.stats.f.sf(measured(nulls(kind), statistic="f", paired=True).numpy(), 15, 15 * 99)
+    assert (uncorrected < 0.05).mean() > 0.09  # what the correction is for
+
+
+@pytest.mark.parametrize("correction", ["bonferroni", "holm", "fdr_bh", None])
+def test_a_family_of_all_activations_of_the_network(correction):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 30), nn.Tanh(), nn.Linear(30, 50)).double()
+    x = torch.randn(40, 6, dtype=torch.float64)
+    moved = TransformationSet.from_callables({str(k): partial(lambda x, k: x + 0.02 * k, k=k) for k in range(3)})
+    measures = {"p": Anova("p", paired=True), "r": Anova(correction=correction, paired=True, family="network")}
+    result = evaluate(model, x, moved, measures, progress=False)
+    p = np.concatenate([values.numpy() for values in result["p"].values()])
+    expected = p <= 0.05 if correction is None else multipletests(p, 0.05, correction)[0]
+    found = np.concatenate([values.numpy() for values in result["r"].values()])
+    assert found.tolist() == expected.astype(float).tolist()
+    assert 0 < expected.sum() < len(expected)
+    with pytest.raises(ValueError, match="`family` to be .layer. or .network., but got .all."):
+        Anova(family="all")
+
+
+def test_epsilon_does_not_depend_on_splits_and_merges():
+    st = nulls("smooth", n=30, k=20)
+    whole, left, right = (Anova("epsilon", paired=True) for _ in range(3))
+    whole.update(st)
+    for rows in st[:11].split(4):
+        left.update(rows)
+    right.update(st[11:])
+    left.merge_state(right)
+    torch.testing.assert_close(left.compute(), whole.compute(), rtol=1e-9, atol=0)
+    assert whole.compute()[0].item() == pytest.approx(epsilon_of(st), rel=1e-9)
+
+
+@pytest.mark.parametrize("d1", [1, 1.3, 2.7, 15])
+def test_the_p_value_of_the_definition_is_that_of_scipy(d1):
+    for f in (0, 1e-6, 0.02, 0.9, 1.4, 30):
+        for d2 in (3.1, 40, 1584.5):
+            expected = scipy.stats.f.sf(f, d1, d2)
+            assert functional.anova.__globals__["p_value"](f, d1, d2) == pytest.approx(expected, rel=1e-9, abs=1e-290)

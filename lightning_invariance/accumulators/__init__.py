@@ -11,6 +11,7 @@ from lightning_invariance.accumulators.distances import RowDistances
 from lightning_invariance.accumulators.long_rows import LongRows
 from lightning_invariance.accumulators.mapped_back import DirectDistances, MappedBack
 from lightning_invariance.accumulators.matrix import Matrix
+from lightning_invariance.accumulators.paired import PairedDeviations
 from lightning_invariance.accumulators.peaks import Extremes, Firing, Peaks
 from lightning_invariance.accumulators.subsample import Subsample
 
@@ -26,6 +27,7 @@ __all__ = [
     "LongRows",
     "MappedBack",
     "Matrix",
+    "PairedDeviations",
     "Peaks",
     "RowDistances",
     "Rows",

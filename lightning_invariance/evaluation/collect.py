@@ -48,6 +48,7 @@ def collect(registry: Registry) -> InvarianceResult:
                 if name not in dead and (found := dead_of(metric.needs, sums)) is not None:
                     dead[name] = found.cpu()
         layer.first, layer.second, layer.metrics = [], [], {}
+    values = {key: _over_layers(registry, key, of_layers) for key, of_layers in values.items()}
     return make_result(
         registry.measures,
         registry.transformations,
@@ -102,14 +103,13 @@ class Convergence:
     def note(self, registry: Registry) -> None:
         """Compute what there is so far; the sums stay as they are."""
         layers = {name: layer for name, layer in registry.layers.items() if name != INPUT}
-        self._means[registry.n_samples] = {
-            key: {
-                name: LayerStatistics.of(name, _value(registry, key, layer), None).mean
-                for name, layer in layers.items()
-                if registry.applies(key, name, layer.shape)
+        self._means[registry.n_samples] = {}
+        for key in self._measures:
+            measured = [name for name, layer in layers.items() if registry.applies(key, name, layer.shape)]
+            values = _over_layers(registry, key, {name: _value(registry, key, layers[name]) for name in measured})
+            self._means[registry.n_samples][key] = {
+                name: LayerStatistics.of(name, value, None).mean for name, value in values.items()
             }
-            for key in self._measures
-        }
 
     def of(self, result: InvarianceResult) -> dict[str, dict[str, dict[int, float]]]:
         """Measure → layer → number of samples → mean of the layer, the whole result the last."""
@@ -126,10 +126,17 @@ def _value(registry: Registry, measure: str, layer: Layer) -> Tensor:
     """What a measure is of a layer, given the sums so far: float64, on the CPU."""
     metric = registry.measures[measure]
     if names_accumulators(metric):
-        return metric.evaluated(registry.sums(layer, measure)).detach().to("cpu", torch.float64)
+        value = metric.evaluated(registry.sums(layer, measure), metric.of_layer)
+        return value.detach().to("cpu", torch.float64)
     # torchmetrics keeps a computed value, and turns one of shape (1,) into a scalar.
     own = deepcopy(layer.metrics[measure])
     value = torch.as_tensor(own.compute()).detach().to("cpu", torch.float64)
     if value.numel() == torch.Size(layer.shape).numel():
         return value.reshape(layer.shape)
     return value
+
+
+def _over_layers(registry: Registry, measure: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The values of all layers, where a measure looks at them together."""
+    metric = registry.measures[measure]
+    return dict(metric.of_network(values)) if names_accumulators(metric) else values

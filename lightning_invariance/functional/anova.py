@@ -28,37 +28,49 @@ def anova(st: Tensor, paired: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         paired: the repeated-measures F, for the same samples under every transformation; the paper's is one-way.
 
     Returns:
-        F in ``[0, inf]``, its p-value, and the effect size :math:`\eta_p^2 = SS_B / (SS_B + SS_{W \text{ or } E})` in
-        ``[0, 1]``: tensors of ``activation_shape``. A constant activation has F = 0, p = 1 and no effect.
+        F in ``[0, inf]``, its p-value, and the effect size
+        :math:`\eta_p^2 = SS_B / (SS_B + SS_{W \text{ or } E})` in ``[0, 1]``: tensors of ``activation_shape``. For
+        ``paired=True`` the degrees of freedom of the p-value are corrected for sphericity by Greenhouse and Geisser's
+        ε, pooled over the activations. A constant activation has F = 0, p = 1 and no effect.
     """
     n, m = st.shape[:2]
-    st = st - st[:1, :1]  # a shift changes nothing, and the mean of a constant would round
-    columns, rows, mean = st.mean(0), st.mean(1), st.mean((0, 1))
-    between = n * (columns - mean).square().sum(0)
-    within = (st - columns).square().sum((0, 1))
-    if paired:
-        within = (st - columns - rows[:, None] + mean).square().sum((0, 1))
-    d1, d2 = m - 1, (m - 1) * (n - 1) if paired else m * (n - 1)
+    # Shifts that change nothing, and without which the mean of a constant would round.
+    st = st - (st[:, :1] if paired else st[:1, :1])
+    columns, rows = st.mean(0), st.mean(1)
+    # The same values in every column may be summed in another order.
+    columns = torch.where((st == st[:, :1]).all(0).all(0), 0.0, columns)
+    between = n * (columns - columns.mean(0)).square().sum(0)
+    deviations = st - rows[:, None] if paired else st
+    deviations = deviations - deviations[:1]
+    deviations = deviations - deviations.mean(0)
+    within = deviations.square().sum((0, 1))
+    d1, d2, epsilon = m - 1, (m - 1) * (n - 1) if paired else m * (n - 1), 1.0
+    if paired and within.nansum() > 0:
+        columns_of_units = deviations.reshape(n, m, -1).nan_to_num(0, 0, 0)
+        s = torch.einsum("iju,ilu->jl", columns_of_units, columns_of_units)
+        epsilon = max(1 / d1, float(s.trace() ** 2 / (d1 * (s @ s).trace())))
     constant = (between == 0) & (within == 0)
     f = torch.where(constant, 0.0, (between / d1) / (within / d2))
-    p = [p_value(value, d1, d2) for value in f.flatten().tolist()]
+    p = [p_value(value, epsilon * d1, epsilon * d2) for value in f.flatten().tolist()]
     effect = torch.where(constant, 0.0, between / (between + within))
     return f, torch.tensor(p, dtype=torch.float64).view(f.shape), effect
 
 
-def p_value(f: float, d1: int, d2: int) -> float:
+def p_value(f: float, d1: float, d2: float) -> float:
     r"""The probability that an F statistic with d1 and d2 degrees of freedom exceeds ``f``, by numerical integration.
 
     With :math:`x = d_2 / (d_2 + d_1 f)` it is :math:`\frac{1}{B} \int_0^x t^{d_2/2 - 1} (1 - t)^{d_1/2 - 1} dt`, and
     with :math:`t = \sin^2 \theta` the integrand is smooth: :math:`2 \sin^{d_2 - 1} \theta \cos^{d_1 - 1} \theta`.
     """
-    if math.isnan(f) or math.isinf(f):
-        return math.nan if math.isnan(f) else 0.0
+    if math.isnan(f) or math.isinf(f) or f == 0:
+        return math.nan if math.isnan(f) else float(f == 0)
     end = math.atan2(math.sqrt(d2), math.sqrt(d1 * f))
     # The integrand is negligible more than 40 of its widths below the end, or below its highest point before that.
     highest = min(end, math.atan2(math.sqrt(d2), math.sqrt(d1)))
     start = max(0.0, highest - 40 / math.sqrt(d1 + d2))
-    theta = start + (end - start) * (NODES + 1) / 2
+    # In w, with π/2 − θ = w⁴, it is smooth up to θ = π/2 for degrees of freedom that are no integers, too.
+    first, last = ((math.pi / 2 - theta) ** 0.25 for theta in (end, start))
+    w = first + (last - first) * (NODES + 1) / 2
     log_b = math.lgamma(d1 / 2) + math.lgamma(d2 / 2) - math.lgamma((d1 + d2) / 2)
-    logs = (d2 - 1) * np.log(np.sin(theta)) + (d1 - 1) * np.log(np.cos(theta)) + math.log(2) - log_b
-    return min(1.0, float(np.sum(WEIGHTS * np.exp(logs)) * (end - start) / 2))
+    logs = (d2 - 1) * np.log(np.cos(w**4)) + (d1 - 1) * np.log(np.sin(w**4)) + math.log(2) - log_b
+    return min(1.0, float(np.sum(WEIGHTS * np.exp(logs) * 4 * w**3) * (last - first) / 2))

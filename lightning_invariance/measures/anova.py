@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators import Deviations, means_of
+from lightning_invariance.accumulators import Deviations, PairedDeviations, means_of
 from lightning_invariance.measures.base import Measure
-from lightning_invariance.measures.f_distribution import CORRECTIONS, f_survival, rejected_f
+from lightning_invariance.measures.f_distribution import CORRECTIONS, f_survival, rejected, rejected_f
 from lightning_invariance.measures.sums import Sums
+
+STATISTICS = ("f", "p", "reject", "effect", "epsilon")
 
 
 class Anova(Measure):
@@ -27,6 +30,11 @@ class Anova(Measure):
     unit that varies with the transformation, but for each sample in another way, is not rejected; with many samples the
     smallest difference of means is.
 
+    The paired test would hold its level only where all differences of two columns have one variance (sphericity), which
+    those of neighbouring angles do not. So both of its degrees of freedom are multiplied by Greenhouse and Geisser's
+    :math:`\epsilon = (\operatorname{tr} S)^2 / ((m - 1) \operatorname{tr} S^2)` in :math:`[1 / (m - 1), 1]`, with the
+    covariance S of the columns of centred rows, summed over the units of the layer: a unit counts by its variance.
+
     As output of ``forward`` and ``compute`` the metric returns
 
     - ``anova`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``. NaN, with a warning, for fewer than
@@ -36,10 +44,13 @@ class Anova(Measure):
         statistic: ``"reject"``: 1 where invariance is rejected, else 0 (the paper's measure; lower is more invariant).
             ``"f"``: F in ``[0, inf]``, lower is more invariant. ``"p"``: its p-value in ``[0, 1]``, not corrected;
             higher is more invariant. ``"effect"``: partial η², the share of the squares that the transformations
-            explain, in ``[0, 1]``; lower is more invariant.
+            explain, in ``[0, 1]``; lower is more invariant. ``"epsilon"``: ε of the layer, for each of its
+            activations; 1 for the one-way test.
         alpha: error rate of the rejection, in (0, 1).
-        correction: for the many activations of a layer, with ``statistic="reject"``: ``"bonferroni"`` (the paper's),
-            ``"holm"``, ``"fdr_bh"``, or None.
+        correction: for many activations, with ``statistic="reject"``: ``"bonferroni"`` (the paper's), ``"holm"``,
+            ``"fdr_bh"``, or None.
+        family: which activations these are: those of the ``"layer"``, by default, or in an evaluation those of all
+            layers of the ``"network"``, as in the paper.
         paired: the repeated-measures F, for which the same sample under every transformation is one subject. The
             paper's test is one-way, as if each transformation had samples of its own; it rejects less.
 
@@ -61,43 +72,78 @@ class Anova(Measure):
         alpha: float = 0.05,
         correction: str | None = "bonferroni",
         paired: bool = False,
+        family: str = "layer",
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        if statistic not in ("f", "p", "reject", "effect"):
-            raise ValueError(
-                f'Expected argument `statistic` to be "f", "p", "reject" or "effect", but got {statistic!r}.'
-            )
+        super().__init__([PairedDeviations() if paired else Deviations()], **kwargs)
+        if statistic not in STATISTICS:
+            raise ValueError(f"Expected argument `statistic` to be one of {STATISTICS}, but got {statistic!r}.")
         if not 0 < alpha < 1:
             raise ValueError(f"Expected argument `alpha` to be in (0, 1), but got {alpha}.")
         if correction is not None and correction not in CORRECTIONS:
             raise ValueError(
                 f"Expected argument `correction` to be one of {CORRECTIONS} or None, but got {correction!r}."
             )
+        if family not in ("layer", "network"):
+            raise ValueError(f'Expected argument `family` to be "layer" or "network", but got {family!r}.')
         self.statistic, self.alpha, self.correction, self.paired = statistic, alpha, correction, paired
+        self.family = family
 
     @property
-    def higher_is_better(self) -> bool:  # type: ignore[override]
+    def higher_is_better(self) -> bool | None:  # type: ignore[override]
         """Whether higher values are more invariant."""
-        return self.statistic == "p"
+        return None if self.statistic == "epsilon" else self.statistic == "p"
 
     def value(self, sums: Sums) -> Tensor:
         """The statistic of every activation."""
+        return self._statistic(sums, self.statistic)
+
+    def _statistic(self, sums: Sums, statistic: str) -> Tensor:
         n, m = sums.n_samples, sums.n_transformations
-        means = means_of(sums)
+        means = sums["paired_means"].to(sums["paired_error"].dtype) if self.paired else means_of(sums)
+        means = means - means[0]  # exactly 0 where columns are alike; so is `between` then
         between = n * (means - means.mean(0)).square_().sum(0)
-        within = sums["column_spread"][0].clamp_min(0)
-        if self.paired:
-            # No more than the whole, so that it is exactly 0 where columns are constant.
-            within = torch.minimum((sums["row_spread"] - between).clamp_min(0), within)
+        if not self.paired:  # the same values in every column may have been summed in another order
+            between = torch.where(sums["row_spread"] == 0, 0.0, between)
+        within = sums["paired_error"] if self.paired else sums["column_spread"][0].clamp_min(0)
+        epsilon = _sphericity(sums["paired_products"]) if self.paired else 1.0
         d1, d2 = m - 1, (m - 1) * (n - 1) if self.paired else m * (n - 1)
         constant = (between == 0) & (within == 0)
-        if self.statistic == "effect":
+        if statistic == "epsilon":
+            return torch.full_like(between, epsilon)
+        if statistic == "effect":
             return torch.where(constant, 0.0, between / (between + within))
         f = torch.where(constant, 0.0, (between / d1) / (within / d2))
-        if self.statistic == "f":
+        if statistic == "f":
             return f
-        if self.statistic == "p":
-            return f_survival(f, d1, d2)
-        rejected = rejected_f(f, d1, d2, self.alpha, self.correction)
+        if statistic == "p":
+            return f_survival(f, epsilon * d1, epsilon * d2)
+        rejected = rejected_f(f, epsilon * d1, epsilon * d2, self.alpha, self.correction)
         return torch.where(f.isnan(), torch.nan, rejected.to(f.dtype))
+
+    @property
+    def _rejects_in_network(self) -> bool:
+        return self.statistic == "reject" and self.family == "network"
+
+    def of_layer(self, sums: Sums) -> Tensor:
+        """The value, or for rejections within a network the p-values."""
+        return self._statistic(sums, "p" if self._rejects_in_network else self.statistic)
+
+    def of_network(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The rejections of all activations of a network."""
+        if not self._rejects_in_network or not values:
+            return values
+        p = torch.cat([value.flatten() for value in values.values()])
+        found = torch.where(p.isnan(), torch.nan, rejected(p, self.alpha, self.correction).double())
+        parts = torch.split(found, [value.numel() for value in values.values()])
+        return {name: part.view(values[name].shape) for name, part in zip(values, parts, strict=True)}
+
+
+def _sphericity(products: Tensor) -> float:
+    """Greenhouse and Geisser's ε of sums of products of centred columns, (m, m); 1 where nothing varies."""
+    total = float(products.trace())
+    if not total > 0:
+        return 1.0
+    scaled = products / total
+    least = 1 / (len(products) - 1)
+    return min(1.0, max(least, least / float(scaled.square().sum())))

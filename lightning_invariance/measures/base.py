@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, TypeGuard
 
 import torch
@@ -105,12 +105,25 @@ class Measure(AccumulatingMetric):
         """The part of each transformation in the value of the layer, ``(m,)``; None where it is not measured."""
         return None
 
-    def evaluated(self, sums: Sums) -> Tensor:
-        """:meth:`value` in its shape; NaN, with a warning, for too few samples or transformations."""
+    def of_layer(self, sums: Sums) -> Tensor:
+        """What :meth:`of_network` gets of a layer: by default the value."""
+        return self.value(sums)
+
+    def of_network(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The values of all layers of a network, given what :meth:`of_layer` found: by default these."""
+        return values
+
+    def evaluated(self, sums: Sums, value_of: Callable[[Sums], Tensor] | None = None) -> Tensor:
+        """:meth:`value` in its shape; NaN, with a warning, for too few samples or transformations.
+
+        Args:
+            sums: the states.
+            value_of: what to take instead of :meth:`value`.
+        """
         shape = self.value_shape(sums)
         n, m = sums.n_samples, sums.n_transformations
         if n >= self.least_samples and m >= self.least_transformations:
-            value = self.value(sums)
+            value = (value_of or self.value)(sums)
             if not isinstance(value, Tensor) or value.numel() != math.prod(shape):
                 got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
                 raise ValueError(

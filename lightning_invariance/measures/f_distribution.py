@@ -11,7 +11,7 @@ from torch import Tensor
 CORRECTIONS = ("bonferroni", "holm", "fdr_bh")
 
 
-def rejected_f(f: Tensor, d1: int, d2: int, alpha: float, correction: str | None) -> Tensor:
+def rejected_f(f: Tensor, d1: float, d2: float, alpha: float, correction: str | None) -> Tensor:
     """Which F statistics are rejected at level ``alpha``; NaN are not.
 
     Without a correction, and for Bonferroni's, F is compared with a critical value, which needs no p-values.
@@ -22,7 +22,7 @@ def rejected_f(f: Tensor, d1: int, d2: int, alpha: float, correction: str | None
 
 
 @lru_cache(maxsize=1024)
-def _critical(d1: int, d2: int, level: float) -> float:
+def _critical(d1: float, d2: float, level: float) -> float:
     """The smallest F whose p-value does not exceed ``level``."""
     low, high = 0.0, 1.0
     while float(f_survival(torch.tensor([high]), d1, d2)) > level:
@@ -57,7 +57,7 @@ def rejected(p: Tensor, alpha: float, correction: str | None) -> Tensor:
     return torch.zeros_like(passes).scatter(0, order, passes & ordered.isfinite()).view(p.shape)
 
 
-def f_survival(f: Tensor, d1: int, d2: int) -> Tensor:
+def f_survival(f: Tensor, d1: float, d2: float) -> Tensor:
     """The probability of an F statistic with d1 and d2 degrees of freedom above ``f``, in float64."""
     f = f.double()
     whole = d2 + d1 * f
@@ -74,7 +74,8 @@ def regularized_beta(x: Tensor, complement: Tensor, a: float, b: float) -> Tenso
         b: above 0.
     """
     mirrored = x > (a + 1) / (a + b + 2)  # where the fraction of 1 − I_{1 − x}(b, a) converges faster
-    first, second = torch.where(mirrored, b, a).to(x.dtype), torch.where(mirrored, a, b).to(x.dtype)
+    a_and_b = x.new_tensor([a, b])  # of Python's numbers `where` would make float32
+    first, second = torch.where(mirrored, a_and_b[1], a_and_b[0]), torch.where(mirrored, a_and_b[0], a_and_b[1])
     x_or_complement, other = torch.where(mirrored, complement, x), torch.where(mirrored, x, complement)
     log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)  # the same for both
     found = _beta_fraction(x_or_complement, other, first, second, log_beta)
