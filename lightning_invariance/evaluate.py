@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from lightning_invariance.layers import Layers, summary_of, unwrapped
 from lightning_invariance.loader import STLoader
 from lightning_invariance.measures import NormalizedVariance
 from lightning_invariance.result import InvarianceResult
+from lightning_invariance.table import NOTABLE
 from lightning_invariance.transforms import TransformationSet
 
 #: The states of rows longer than a batch may take so many bytes where the user does not say.
@@ -185,6 +187,7 @@ def _measured(session: Session, transformations: TransformationSet, measures: Ma
     if rank_and_world_size()[0] == 0:
         _warn_of_left_out(result)
         _warn_of_nan(result)
+        _warn_of_infinite(result)
     return result
 
 
@@ -278,6 +281,20 @@ def _warn_of_left_out(result: InvarianceResult) -> None:
 
 def _layers(count: int) -> str:
     return "1 layer is" if count == 1 else f"{count} layers are"
+
+
+def _warn_of_infinite(result: InvarianceResult) -> None:
+    """Tell where a mean leaves out so much that a layer may look more invariant than it is."""
+    for measure in result:
+        rows = [row for row in result.table(measure) if row.share_infinite > NOTABLE]
+        if rows:
+            counts = some(f"{row.layer} ({row.infinite} of {math.prod(row.shape)})" for row in rows)
+            warnings.warn(
+                f"{measure} is infinite, and left out of the mean of the layer, for many units of {counts}: they change"
+                " with the transformation, but not with the sample.",
+                UserWarning,
+                stacklevel=CALLER,
+            )
 
 
 def _warn_of_nan(result: InvarianceResult) -> None:

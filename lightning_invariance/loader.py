@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, NamedTuple
 
@@ -103,7 +104,7 @@ class STLoader:
         self.with_batch = with_batch
         self.device = torch.device(device) if device is not None else None
         self.rows = max(1, batch_size // len(transformations))
-        self.is_split = False
+        self.is_split = self._checked = False
         self._rank, self._world_size = rank, world_size
         self._loader, self.n_samples = self._batches_of(data, max_samples, seed)
 
@@ -180,6 +181,8 @@ class STLoader:
             parts = [(parts[0][0], self.transformations)]
         first = 0
         for samples in self._rows():
+            if first == 0 and self.transform:
+                self._warn_of_randomness(samples.inputs[:1])
             indices = self._rank + self._world_size * torch.arange(first, first + len(samples))
             first += len(samples)
             for columns, transformations in parts:
@@ -188,6 +191,18 @@ class STLoader:
                 else:
                     inputs = torch.stack([samples.inputs] * len(transformations), dim=1)
                 yield STBlock(inputs, samples.labels, columns, indices, samples.batch)
+
+    def _warn_of_randomness(self, sample: Tensor) -> None:
+        with isolated_random_state(self._seed):
+            is_random = not self._checked and self.transformations.is_random(sample)
+        self._checked = True
+        if is_random:
+            warnings.warn(
+                f"{self.transformations!r} transforms at random: the values depend on the batch size and on the number"
+                " of processes. Make functions of fixed parameters instead.",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _rows(self) -> Iterator[Samples]:
         """The samples, :attr:`rows` at a time however they were batched, on the device."""

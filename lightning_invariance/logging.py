@@ -22,6 +22,7 @@ from torchmetrics import Metric
 from lightning_invariance.plots import evolution, heatmap, response
 from lightning_invariance.plots.common import limits_of, render
 from lightning_invariance.result import InvarianceResult
+from lightning_invariance.table import NOTABLE
 from lightning_invariance.trainer import logger_step
 
 #: What was warned of: classes of loggers, and of errors.
@@ -114,7 +115,7 @@ def _experiments(trainer: pl.Trainer) -> list[Any]:
 
 
 def scalars(result: InvarianceResult, tags: Mapping[str, str]) -> dict[str, float]:
-    """Tag → the mean of each layer, and that over the layers.
+    """Tag → the mean of each layer and that over the layers, and the shares of infinite and dead units above 1 %.
 
     Args:
         result: an evaluation.
@@ -122,6 +123,11 @@ def scalars(result: InvarianceResult, tags: Mapping[str, str]) -> dict[str, floa
     """
     found: dict[str, float] = {}
     for measure, tag in tags.items():
+        names = curves(result[measure])
+        for row in result.table(measure):
+            for kind, share in (("infinite", row.share_infinite), ("dead", row.share_dead)):
+                if share > NOTABLE:
+                    found[f"{tag}_{kind}/{names[row.layer]}"] = share
         means = result.per_layer(measure)
         found.update({f"{tag}/{name}": means[layer] for layer, name in curves(means).items()})
         found[f"{tag}_mean"] = result.mean(measure)
@@ -246,6 +252,8 @@ def _text(result: InvarianceResult, tags: Mapping[str, str], measures: Mapping[s
         lines += [
             f"| `{tag}/LAYER` | {about}{better} The mean over the finite values of the layer's activations. |",
             f"| `{tag}_mean` | The mean of these over the layers. |",
+            f"| `{tag}_infinite/LAYER`, `{tag}_dead/LAYER` | Which share of its units is infinite, and so not in the"
+            " mean; or never changes. Only above 1 %. |",
             f"| `{tag}/heatmap` | A column for each layer, a cell for each channel. |",
             f"| `{tag}/evolution` | A row for each layer, a column for each evaluation so far. |",
         ]

@@ -10,6 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+#: A mean that leaves out more than this share of a layer is marked.
+NOTABLE = 0.01
+
 
 @dataclass(frozen=True)
 class LayerStatistics:
@@ -38,6 +41,16 @@ class LayerStatistics:
     infinite: int
     nan: int
     samples: int = 0
+
+    @property
+    def share_infinite(self) -> float:
+        """Which share of the values is infinite, and so not in the mean."""
+        return self.infinite / max(1, math.prod(self.shape))
+
+    @property
+    def share_dead(self) -> float:
+        """Which share of the activations never changed."""
+        return self.dead / max(1, math.prod(self.shape))
 
     @classmethod
     def of(cls, layer: str, values: Tensor, dead: Tensor | None, samples: int = 0) -> LayerStatistics:
@@ -76,6 +89,10 @@ class Table(list[LayerStatistics]):
         if len({row.samples for row in self}) < 2:
             names.remove("samples")
         rows = [[_cell(getattr(row, name)) for name in names] for row in self]
+        for row, cells in zip(self, rows, strict=True):
+            for name, share in (("infinite", row.share_infinite), ("dead", row.share_dead)):
+                if share > NOTABLE:
+                    cells[names.index(name)] += f" ({share:.0%})"
         return [names, *rows]
 
     def __str__(self) -> str:

@@ -13,6 +13,7 @@ from lightning_invariance.accumulators.mapped_back import DirectDistances, Mappe
 from lightning_invariance.accumulators.matrix import Matrix
 from lightning_invariance.accumulators.paired import PairedDeviations
 from lightning_invariance.accumulators.peaks import Extremes, Firing, Peaks
+from lightning_invariance.accumulators.still import Still
 from lightning_invariance.accumulators.subsample import Subsample
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "RowDistances",
     "Rows",
     "States",
+    "Still",
     "Subsample",
     "means_of",
 ]

@@ -18,6 +18,9 @@ from lightning_invariance.accumulators.pairs import absolute_differences, euclid
 #: A distance by name, or a function of two broadcast tensors; see :func:`distance_between`.
 Distance: TypeAlias = str | Callable[[Tensor, Tensor], Tensor]
 
+#: Norms of float32 maps between this and its inverse have squares that have not lost digits.
+LARGEST_NORM = 1e15
+
 
 @dataclass(frozen=True)
 class RowDistances(Accumulator):
@@ -63,6 +66,8 @@ def row_distances(values: Tensor, distance: Distance, over: str) -> Tensor:
     maps = as_maps(values)
     if distance == "euclidean":
         return 2 * euclidean_distances(maps).sum(0)
+    if distance == "cosine":  # the angle does not depend on the norm, whose square float32 may not hold
+        maps = unit_maps(maps)[0]
     m = maps.shape[1]
     total = torch.zeros_like(distance_between(maps[:, 0], maps[:, 0], distance, over), dtype=maps.dtype).sum(0).double()
     for shift in range(1, m):  # every unordered pair once: j and j + shift
@@ -97,6 +102,32 @@ def distance_between(x: Tensor, y: Tensor, distance: Distance, over: str) -> Ten
         norm: Tensor = difference.norm(dim=-1)
         return norm
     return difference.abs_() if over == "activation" else difference.abs_().sum(-1)
+
+
+def unit_maps(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Feature maps divided by their norms, and which are zero everywhere, (samples, transformations, channels).
+
+    A map of zeros stays one. Maps with infinite or NaN values are NaN.
+    """
+    flat = maps.flatten(3)
+    norm = flat.norm(dim=3)
+    doubtful = ~((norm > 1 / LARGEST_NORM) & (norm < LARGEST_NORM))
+    if not maps.is_cpu:  # reading whether there are any would synchronise
+        unit, zero = _unit_vectors(flat)
+        return unit.view(maps.shape), zero
+    unit = flat / torch.where(doubtful, 1, norm)[..., None]
+    if bool(doubtful.any()):
+        unit[doubtful], zero = _unit_vectors(flat[doubtful])
+        doubtful = doubtful.masked_scatter(doubtful, zero)
+    return unit.view(maps.shape), doubtful
+
+
+def _unit_vectors(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors divided by their norms, taken of parts of the largest value, and which are zero."""
+    largest = flat.abs().amax(-1, keepdim=True)
+    zero = largest == 0
+    parts = flat / torch.where(zero, 1, largest)
+    return parts / torch.where(zero, 1, parts.norm(dim=-1, keepdim=True)), zero[..., 0]
 
 
 def _cosine_distance(x: Tensor, y: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from lightning_invariance.accumulators.base import Accumulator, Context, Rows, States, states_of
-from lightning_invariance.accumulators.distances import Distance, distance_between
+from lightning_invariance.accumulators.distances import Distance, distance_between, unit_maps
 from lightning_invariance.transforms import TransformationSet
 
 #: A pixel is seen where at least this part of it comes from inside the frame.
@@ -210,22 +210,6 @@ def check_inverses(transformations: TransformationSet) -> None:
             "Expected argument `transformations` to have inverses for a measure of same-equivariance,"
             f" but {transformations!r} has none."
         )
-
-
-def unit_maps(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Feature maps divided by their norms, and which are zero everywhere, (samples, transformations, channels).
-
-    A map of zeros stays one; so does a map so small that its norm is 0.
-    """
-    flat = maps.flatten(3)
-    norm = flat.norm(dim=3)
-    zero = norm == 0
-    unit = flat / (norm + zero)[..., None]  # NaN stays NaN
-    if not maps.is_cpu:  # reading whether there are any would synchronise
-        zero = zero & ~flat.any(3)
-    elif bool(zero.any()):
-        zero = zero.masked_scatter(zero, (flat[zero] == 0).all(1))
-    return unit.view(maps.shape), zero
 
 
 def direct_distances(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators import kernels
-from lightning_invariance.accumulators.changes import SMALLEST_FLOAT32_SQUARE
+from lightning_invariance.accumulators.changes import LARGEST_FLOAT32_SQUARE, SMALLEST_FLOAT32_SQUARE
 from lightning_invariance.accumulators.memory import CHUNK, scratch
 
 #: ‖x‖² + ‖y‖² − 2 x·y cancels where it is below this fraction of ‖x‖² + ‖y‖²: x − y is then taken itself.
@@ -64,10 +64,10 @@ def euclidean_distances(maps: Tensor) -> Tensor:
         sample, channel, one, other = some.unbind(1)
         difference = maps[sample, one, channel] - maps[sample, other, channel]
         total.index_put_((sample, channel), difference.norm(dim=-1).double(), accumulate=True)
-    small = (squares < SMALLEST_FLOAT32_SQUARE).any(-1)
-    if maps.dtype == torch.float32 and bool(small.any()):  # their products may have lost digits, or be 0
-        few = maps.transpose(1, 2)[small]
-        total[small] = euclidean_distances(few[:, :, None].double())[:, 0]
+    lost = ((squares < SMALLEST_FLOAT32_SQUARE) | ~(squares <= LARGEST_FLOAT32_SQUARE)).any(-1)
+    if maps.dtype == torch.float32 and bool(lost.any()):  # their products may have lost digits, be 0 or infinite
+        few = maps.transpose(1, 2)[lost]
+        total[lost] = euclidean_distances(few[:, :, None].double())[:, 0]
     return total
 
 

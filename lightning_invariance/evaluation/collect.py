@@ -14,7 +14,7 @@ from lightning_invariance.evaluation.registry import INPUT, Registry
 from lightning_invariance.evaluation.tallies import Layer
 from lightning_invariance.measures import Measure
 from lightning_invariance.measures.base import names_accumulators
-from lightning_invariance.measures.sums import dead_of
+from lightning_invariance.measures.sums import Sums, dead_of
 from lightning_invariance.result import InvarianceResult
 from lightning_invariance.table import LayerStatistics
 from lightning_invariance.transforms import TransformationSet
@@ -45,8 +45,12 @@ def collect(registry: Registry) -> InvarianceResult:
                 sums = registry.sums(layer, key)
                 if (parts := metric.response_of(sums)) is not None:
                     response.setdefault(key, {})[name] = parts.tolist()
-                if name not in dead and (found := dead_of(metric.needs, sums)) is not None:
-                    dead[name] = found.cpu()
+        for tally in layer.first if name != INPUT else ():
+            counted = Sums(
+                tally.states, tally.n_samples, len(registry.transformations), layer.shape, layer.channel_axis
+            )
+            if name not in dead and (found := dead_of([tally.accumulator], counted)) is not None:
+                dead[name] = found.cpu()
         layer.first, layer.second, layer.metrics = [], [], {}
     values = {key: _over_layers(registry, key, of_layers) for key, of_layers in values.items()}
     return make_result(

@@ -21,6 +21,7 @@ from lightning_invariance.accumulators.base import (
     merged,
     started,
 )
+from lightning_invariance.accumulators.still import Still
 from lightning_invariance.distributed import gather_or_raise, merge_over_ranks
 from lightning_invariance.evaluation.assembly import Assembly
 from lightning_invariance.evaluation.tallies import Layer, Tally, distinct
@@ -162,8 +163,10 @@ class Registry:
     def _new_layer(self, name: str, shape: tuple[int, ...], channel_axis: int, device: torch.device) -> Layer:
         layer = Layer(shape, channel_axis)
         applicable = [measure for measure in self.measures if self.applies(measure, name, shape)]
-        for accumulator in distinct([a for measure in applicable for a in self._needs.get(measure, ())]):
-            layer.first.append(Tally(accumulator, started(accumulator, device)))
+        accumulators = distinct([a for measure in applicable for a in self._needs.get(measure, ())])
+        if name != INPUT and accumulators and not any(type(a).dead is not Accumulator.dead for a in accumulators):
+            accumulators.append(Still())
+        layer.first = [Tally(accumulator, started(accumulator, device)) for accumulator in accumulators]
         for measure in applicable:
             if measure not in self._needs:
                 metric = deepcopy(self.measures[measure])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_invariance.accumulators import LongRows
+from lightning_invariance.accumulators import Deviations, LongRows
 from lightning_invariance.evaluation.collect import collect, make_result
 from lightning_invariance.evaluation.session import Session
 from lightning_invariance.loader import STLoader
@@ -17,6 +18,9 @@ from lightning_invariance.measures import Measure, SampleVariance, Sums
 from lightning_invariance.measures.base import names_accumulators
 from lightning_invariance.measures.variance import MeasureOfVariances
 from lightning_invariance.result import InvarianceResult
+
+#: Frames between a warning and whoever called `evaluate`.
+CALLER = 5
 
 #: Bytes for each activation beside the means of columns.
 VECTORS = 64
@@ -69,6 +73,9 @@ def in_two_walks(
                 " SampleVariance and NormalizedVariance can do with less."
             )
         of_variances[name] = measure
+    needs = [accumulator for measure in of_variances.values() for accumulator in measure.needs]
+    if any(isinstance(accumulator, Deviations) and accumulator.response for accumulator in needs):
+        warnings.warn("Responses are left out within `state_budget`.", UserWarning, stacklevel=CALLER)
     kinds = {_key(measure): measure.squared for measure in of_variances.values()}
     by_rows = {kind: VarianceOfLongRows(squared) for kind, squared in kinds.items()}
     tv = collect(session.walk(by_rows, loader, about="Measuring invariance: samples"))

@@ -110,6 +110,10 @@ class AccumulatingMetric(Metric):
         self.needs = tuple(accumulator.prepared(context) for accumulator in self.needs)
         self.needs_again = tuple(accumulator.prepared(context) for accumulator in self.needs_again)
 
+    def set_dtype(self, dst_type: str | torch.dtype) -> AccumulatingMetric:
+        """The metric as it is: each state has the type that its exactness needs, and values are float64."""
+        return self
+
     def update(self, st_block: Tensor, indices: Tensor | None = None, labels: Tensor | None = None) -> None:
         """Add complete rows of the ST matrix.
 

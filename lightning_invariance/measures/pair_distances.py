@@ -37,8 +37,9 @@ class PairDistances:
         return (*of_rows, Subsample(self.samples)) if columns else of_rows
 
     def within_rows(self, sums: Sums) -> Tensor:
-        """TD (paper, eqs. 5 and 6)."""
-        return sums["row_distances"] / (sums.n_samples * sums.n_transformations**2)
+        """TD (paper, eqs. 5 and 6); NaN where an activation was infinite, whose distance to itself is none."""
+        found = sums["row_distances"] / (sums.n_samples * sums.n_transformations**2)
+        return torch.where(found.isinf(), torch.nan, found)
 
     def within_columns(self, sums: Sums) -> Tensor:
         """SD (paper, eqs. 5 and 6): the mean over pairs of kept samples.

@@ -15,9 +15,10 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from lightning_invariance.plots.labels import shorten, without_prefix
+from lightning_invariance.plots.labels import INFINITE, REACHED, shorten, without_prefix
 from lightning_invariance.result import InvarianceResult
 from lightning_invariance.style import NAN
+from lightning_invariance.table import NOTABLE
 
 #: One result, or several: by the text of the legend, or just one after the other.
 Results = InvarianceResult | Mapping[str, InvarianceResult] | Sequence[InvarianceResult]
@@ -145,9 +146,14 @@ def depths(count: int) -> npt.NDArray[np.float64]:
     return np.linspace(0, 100, count) if count > 1 else np.array([100.0])
 
 
-def marked_of(results: Iterable[InvarianceResult]) -> set[str]:
-    """The layers that only some samples reached."""
-    return {layer for result in results for layer in result.reached}
+def marks_of(results: Iterable[InvarianceResult], measure: str) -> dict[str, str]:
+    """Layer → what is to be said of it beside its name."""
+    marks: dict[str, str] = {}
+    for result in results:
+        for row in result.table(measure) if measure in result else ():
+            signs = REACHED * (row.layer in result.reached) + INFINITE * (row.share_infinite > NOTABLE)
+            marks[row.layer] = marks.get(row.layer, "") + signs
+    return marks
 
 
 def key_of_layers(figure: Figure, axes: Axes, names: Sequence[str]) -> None:

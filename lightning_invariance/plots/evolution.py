@@ -14,7 +14,7 @@ from lightning_invariance.plots.common import (
     first_measure,
     is_ratio,
     layers_of,
-    marked_of,
+    marks_of,
     new_figure,
     scale_of,
     within,
@@ -64,7 +64,7 @@ def evolution(
     else:
         axes = figure.add_subplot()
     axes.imshow(within(scale, values), aspect="auto", norm=scale, cmap=colours(), interpolation="nearest")
-    blocks = label_layers(axes, layers, height, along="y", marked=marked_of(history))
+    blocks = label_layers(axes, layers, height, along="y", marks=marks_of(history, measure))
     if len(blocks) < len(layers):
         for block in blocks[1:]:
             axes.axhline(block.start - 0.5, color="white", linewidth=0.5)

@@ -14,6 +14,7 @@ from lightning_invariance.plots.common import (
     add_colourbar,
     colours,
     is_ratio,
+    marks_of,
     new_figure,
     scale_of,
     width_of,
@@ -65,7 +66,7 @@ def heatmap(
     figure = new_figure(width, 5.5)
     axes = figure.add_subplot()
     _draw_cells(axes, columns, dead, scale)
-    blocks = label_layers(axes, layers, width - 1.5, marked=result.reached)
+    blocks = label_layers(axes, layers, width - 1.5, marks=marks_of([result], measure))
     for place in [block.start - 0.5 for block in blocks[1:]]:
         axes.axvline(place, color="white", linewidth=1 if len(layers) <= MOST_APART else 0.5)
     axes.set_yticks([])

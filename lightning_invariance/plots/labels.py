@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Literal, NamedTuple
 
@@ -20,8 +20,9 @@ MOSTLY = 0.85
 #: What separates the parts of a name: modules from each other, and an operation from its module.
 PART = re.compile(r"[^./]+[./]?")
 
-#: A mark for layers that only some samples reached.
-MARK = " *"
+#: Marks of layers: only some samples reached them; more than 1 % of their units are infinite, and not in the mean.
+REACHED, INFINITE = "*", "∞"
+MEANINGS = {REACHED: "*: reached by some samples only", INFINITE: "∞: more than 1 % of its units are infinite"}
 
 
 class Block(NamedTuple):
@@ -92,7 +93,11 @@ def _divided(names: Sequence[str], parts: Sequence[Sequence[str]], depth: int) -
 
 
 def label_layers(
-    axes: Axes, names: Sequence[str], inches: float, along: Literal["x", "y"] = "x", marked: Collection[str] = ()
+    axes: Axes,
+    names: Sequence[str],
+    inches: float,
+    along: Literal["x", "y"] = "x",
+    marks: Mapping[str, str] | None = None,
 ) -> list[Block]:
     """Write the names of layers along an axis on which they stand at 0, 1, 2, ….
 
@@ -101,17 +106,21 @@ def label_layers(
         names: of the layers, in their order.
         inches: how long the axis is.
         along: which axis.
-        marked: layers with a mark beside their name.
+        marks: layer → marks beside its name, of :data:`MEANINGS`.
 
     Returns:
         The blocks that were labelled.
     """
     prefix, short = without_prefix(names)
-    places = {i for i, name in enumerate(names) if name in marked}
+    signs = [(marks or {}).get(name, "") for name in names]
     found = blocks(short, len(names) / (inches * LABELS_PER_INCH))
     size = min(LARGEST, max(SMALLEST, 72 * inches / 1.3 / max(len(names), 1)))
     axis = axes.xaxis if along == "x" else axes.yaxis
-    texts = [shorten(b.label) + (MARK if places.intersection(range(b.start, b.stop)) else "") for b in found]
+    used = {sign: [i for i, own in enumerate(signs) if sign in own] for sign in MEANINGS}
+    texts = [
+        shorten(b.label) + "".join(f" {s}" for s, at in used.items() if any(b.start <= i < b.stop for i in at))
+        for b in found
+    ]
     axis.set_ticks([b.centre for b in found], texts, fontsize=size)
     if along == "x":
         axis.set_tick_params(rotation=90)
@@ -119,6 +128,6 @@ def label_layers(
         axis.set_tick_params(length=0)
         axis.set_ticks([b.start - 0.5 for b in found], minor=True)
         axis.set_tick_params(which="minor", length=5)
-    notes = [f"layers of {prefix.rstrip('./')}"] * bool(prefix) + ["*: reached by some samples only"] * bool(places)
+    notes = [f"layers of {prefix.rstrip('./')}"] * bool(prefix) + [MEANINGS[sign] for sign, at in used.items() if at]
     axis.set_label_text("   ".join(notes), fontsize="small")
     return found

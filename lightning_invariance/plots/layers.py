@@ -18,7 +18,7 @@ from lightning_invariance.plots.common import (
     first_measure,
     is_ratio,
     layers_of,
-    marked_of,
+    marks_of,
     named,
     new_figure,
     width_of,
@@ -128,7 +128,7 @@ def compare(
         chosen = difference * sign > 0
         axes.bar(np.flatnonzero(chosen), difference[chosen], color=colour, hatch=hatch, edgecolor="white", linewidth=0)
     axes.axhline(0, color="black", linewidth=0.8)
-    label_layers(axes, common, width_of(len(common)) - 1.0, marked=marked_of([one, other]))
+    label_layers(axes, common, width_of(len(common)) - 1.0, marks=marks_of([one, other], measure))
     axes.set_xlim(-0.6, len(common) - 0.4)
     axes.set_ylabel(f"{measure}:\n{names[1]} − {names[0]}")
     axes.grid(alpha=0.3, axis="y")
@@ -160,7 +160,7 @@ def _axes_of_layers(results: Sequence[InvarianceResult], measure: str, depth: bo
     if depth:
         axes.set_xlabel("depth of the layer in %")
     else:
-        label_layers(axes, names, width_of(len(names)) - 1.0, marked=marked_of(results))
+        label_layers(axes, names, width_of(len(names)) - 1.0, marks=marks_of(results, measure))
         axes.set_xlim(-0.6, len(names) - 0.4)
     return axes, _Places(names, measure, depth)
 

@@ -15,6 +15,7 @@ from lightning_invariance.plots.common import (
     first_measure,
     is_ratio,
     key_of_layers,
+    marks_of,
     new_figure,
     scale_of,
     within,
@@ -121,7 +122,7 @@ def _rows(
     name, _, order = _ordered(result, varying)
     shown = within(scale, values[:, order])
     axes.imshow(shown, aspect="auto", norm=scale, cmap=colours(), interpolation="nearest")
-    blocks = label_layers(axes, names, height, along="y", marked=result.reached)
+    blocks = label_layers(axes, names, height, along="y", marks=marks_of([result], measure))
     if len(blocks) < len(names):
         for block in blocks[1:]:
             axes.axhline(block.start - 0.5, color="white", linewidth=0.5)

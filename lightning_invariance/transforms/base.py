@@ -139,6 +139,10 @@ class TransformationSet(ABC, Sequence[Transformation]):
         """Column-wise inverse of ``(batch, m, ...)``."""
         raise ValueError(f"Expected transformations with inverses, but {self!r} has none.")
 
+    def is_random(self, x: Tensor) -> bool:
+        """Whether the transformations make something else of a batch the second time."""
+        return False
+
     @property
     def signature(self) -> tuple[Hashable, ...]:
         """What tells the set from others: sets of one class and one signature are equal, and transform alike.

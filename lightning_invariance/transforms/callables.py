@@ -39,6 +39,10 @@ class CallableSet(TransformationSet):
     def _apply(self, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
         return self._stack([function(x) for function in self._functions], x)
 
+    def is_random(self, x: Tensor) -> bool:
+        """Whether the functions make something else of a batch the second time."""
+        return not torch.equal(self(x), self(x))
+
     def _invert(self, st: Tensor, input_size: tuple[int, int] | None) -> Tensor:
         inverses = self._inverses or []
         return self._stack([inverse(st[:, j]) for j, inverse in enumerate(inverses)], st)
