@@ -95,7 +95,7 @@ DETECTION: dict[str, dict[str, Any]] = {
     "ssd300_vgg16": {},
     "ssdlite320_mobilenet_v3_large": {},
 }
-VIDEO = {"r3d_18": 56, "mc3_18": 56, "r2plus1d_18": 56, "s3d": 224, "swin3d_t": 64, "mvit_v2_s": 224}
+VIDEO = {"r3d_18": 56, "mc3_18": 56, "r2plus1d_18": 56, "s3d": 224, "swin3d_t": 64}
 
 
 def _video(name: str, size: int) -> Network:
