@@ -1,12 +1,16 @@
-"""Whether the processes of a distributed run hold the same data."""
+"""Whether all processes, batches and passes see the same data."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
+
+from lightning_invariance.evaluation.isolation import isolated_random_state
+from lightning_invariance.transforms import TransformationSet
 
 
 class Fingerprint(NamedTuple):
@@ -21,9 +25,27 @@ class Fingerprint(NamedTuple):
     first: str | None
 
 
-def digest_of(sample: Tensor) -> str:
-    """A digest of the values of a sample."""
-    return hashlib.sha256(sample.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+def fingerprint_of(n_samples: int | None, first: Callable[[], Tensor], seed: int) -> Fingerprint:
+    """The fingerprint of data whose first sample is fetched by a function."""
+    digests = set()
+    for _ in range(2):
+        with isolated_random_state(seed):
+            values = first().detach().cpu().contiguous().numpy().tobytes()
+        digests.add(hashlib.sha256(values).hexdigest())
+    return Fingerprint(n_samples, digests.pop() if len(digests) == 1 else None)
+
+
+def warn_of_randomness(transformations: TransformationSet, sample: Tensor, seed: int) -> None:
+    """Warn where values will depend on batches and processes, since transformations draw random numbers."""
+    with isolated_random_state(seed):
+        is_random = transformations.is_random(sample)
+    if is_random:
+        warnings.warn(
+            f"{transformations!r} transforms at random: the values depend on the batch size and on the number of"
+            " processes. Make functions of fixed parameters instead.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def is_split(told: Sequence[Fingerprint]) -> bool:

@@ -58,7 +58,7 @@ class InvarianceMonitor(Callback):
     """Shows, while a model trains, how invariant every layer is to a set of transformations of its input.
 
     It evaluates the untrained network before the first epoch, and then at the end of validation every
-    ``every_n_epochs`` epochs (when ``(epoch + 1) % every_n_epochs == 0``), and always at the first validation of a run.
+    ``every_n_epochs`` epochs (``(epoch + 1) % every_n_epochs == 0``), and always at the first validation of a run.
     Without validation it does so at the end of the training epoch. Training is bit for bit what it would be.
 
     **Logged metrics**, to every logger of the trainer, at the step of Lightning's validation metrics: the mean over the
@@ -76,21 +76,20 @@ class InvarianceMonitor(Callback):
 
     Args:
         transformations: the set, such as ``rotations(16)``; at least two transformations.
-        measures: metrics of ``lightning_invariance.measures``, or a dict that names them; see :func:`evaluate`. By
-            default :class:`~lightning_invariance.measures.NormalizedVariance` with ``response=True``.
-        data: samples to measure with: dataset, loader or tensor. By default the trainer's validation data (the first
-            loader, if there are several).
-        layers: which layers; by default every leaf. See :func:`layer_names`.
+        measures: metrics of ``lightning_invariance.measures``, or a dict that names them; by default
+            :class:`~lightning_invariance.measures.NormalizedVariance` with ``response=True``.
+        data: dataset, loader or tensor; by default the trainer's (first) validation loader.
+        layers: which layers, by default every leaf; see :func:`layer_names`.
         every_n_epochs: how often.
         max_samples: how many samples: a random choice, the same every time. None takes all.
         batch_size: largest number of transformed inputs in one forward pass, or ``"auto"``; see :func:`evaluate`.
         forward: ``forward(model, x)``, or ``forward(model, x, batch)``, see :func:`evaluate`.
         input_fn: picks x from a collated batch where :class:`STLoader` does not find it.
         seed: of the choice of samples.
-        name: added to the names of the measures, ``{Measure}_rotation``; needed where a trainer has several monitors.
+        name: added to the names of the measures, ``{Measure}_rotation``; needed where there are several monitors.
         histograms: whether TensorBoard gets the distribution over channels.
         channel_axis: where the units stand in the activations of some layers; see :func:`evaluate`.
-        operations: whether to measure what functions and operators compute in forward, too.
+        operations: whether to measure operations, too; see there.
 
     Attributes:
         history: the results so far, the untrained network first, each with ``epoch`` (−1 for the untrained network),
@@ -101,8 +100,8 @@ class InvarianceMonitor(Callback):
     Raises:
         ValueError: If ``every_n_epochs`` is below 1, the name of a measure holds signs that loggers do not take, or
             (when training starts) a layer is unknown.
-        MisconfigurationException: When training starts, if there are neither ``data`` nor validation data, another
-            monitor of the same name, or a strategy that splits the model (FSDP, DeepSpeed, tensor parallel).
+        MisconfigurationException: When training starts, without ``data`` and validation data, with another monitor of
+            the same name, or with a strategy that splits the model (FSDP, DeepSpeed, tensor parallel).
     """
 
     def __init__(
@@ -228,8 +227,8 @@ class InvarianceMonitor(Callback):
         )
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> InvarianceResult:
-        options = options_in(trainer, pl_module, self.options)
         data = self.data if self.data is not None else validation_data(trainer)
+        options = options_in(trainer, pl_module, self.options)
         result = evaluate_with(options, pl_module, data, self.transformations, self.measures)
         result.epoch, result.step = epoch, logger_step(trainer)
         self._kept.add(result, HISTORY_BYTES)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -16,13 +14,12 @@ from lightning_invariance.evaluation.collect import Convergence, collect
 from lightning_invariance.evaluation.isolation import ONE_AT_A_TIME
 from lightning_invariance.evaluation.options import Options
 from lightning_invariance.evaluation.session import Session
+from lightning_invariance.evaluation.told import warn_of
 from lightning_invariance.evaluation.two_walks import in_two_walks, state_bytes
-from lightning_invariance.hints import FEW, some
-from lightning_invariance.layers import Layers, summary_of, unwrapped
+from lightning_invariance.layers import Layers, unwrapped
 from lightning_invariance.loader import STLoader
 from lightning_invariance.measures import NormalizedVariance
 from lightning_invariance.result import InvarianceResult
-from lightning_invariance.table import NOTABLE
 from lightning_invariance.transforms import TransformationSet
 
 #: The states of rows longer than a batch may take so many bytes where the user does not say.
@@ -185,9 +182,7 @@ def _measured(session: Session, transformations: TransformationSet, measures: Ma
     ran = [*result.layers, *(layer for layers in result.skipped.values() for layer in layers)]
     session.selection.check_measured(ran, result.left_out)
     if rank_and_world_size()[0] == 0:
-        _warn_of_left_out(result)
-        _warn_of_nan(result)
-        _warn_of_infinite(result)
+        warn_of(result, CALLER)
     return result
 
 
@@ -261,53 +256,3 @@ def check_transformations(transformations: TransformationSet) -> None:
 def _check_number(n_samples: int) -> None:
     if n_samples < 2:
         raise ValueError(f"Expected at least two samples, but got {n_samples}: a variance needs two.")
-
-
-def _warn_of_left_out(result: InvarianceResult) -> None:
-    if result.left_out:
-        warnings.warn(
-            f"{_layers(len(result.left_out))} left out: {summary_of(result.left_out)}. `result.left_out` says why.",
-            UserWarning,
-            stacklevel=CALLER,
-        )
-    if result.reached:
-        counts = [f"{layer} ({n} of {result.n_samples})" for layer, n in result.reached.items()]
-        warnings.warn(
-            f"{_layers(len(counts))} reached by some of the samples only: {some(counts)}.",
-            UserWarning,
-            stacklevel=CALLER,
-        )
-
-
-def _layers(count: int) -> str:
-    return "1 layer is" if count == 1 else f"{count} layers are"
-
-
-def _warn_of_infinite(result: InvarianceResult) -> None:
-    """Tell where a mean leaves out so much that a layer may look more invariant than it is."""
-    for measure in result:
-        rows = [row for row in result.table(measure) if row.share_infinite > NOTABLE]
-        if rows:
-            counts = some(f"{row.layer} ({row.infinite} of {math.prod(row.shape)})" for row in rows)
-            warnings.warn(
-                f"{measure} is infinite, and left out of the mean of the layer, for many units of {counts}: they change"
-                " with the transformation, but not with the sample.",
-                UserWarning,
-                stacklevel=CALLER,
-            )
-
-
-def _warn_of_nan(result: InvarianceResult) -> None:
-    found = []
-    for measure in result:
-        numbers = {layer: int(values.isnan().sum()) for layer, values in result[measure].items()}
-        layers = [f"{layer} ({number})" for layer, number in numbers.items() if number]
-        more = f" and {len(layers) - FEW} more layers" if len(layers) > FEW else ""
-        found += [f"{measure} of {', '.join(layers[:FEW])}{more}"] if layers else []
-    if found:
-        warnings.warn(
-            "NaN, and left out of all means, because activations are NaN or infinite or the measure is undefined there:"
-            f" {'; '.join(found)}.",
-            UserWarning,
-            stacklevel=CALLER,
-        )

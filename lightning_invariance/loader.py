@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, NamedTuple
 
@@ -10,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
-from lightning_invariance.agreement import Fingerprint, digest_of
+from lightning_invariance.agreement import Fingerprint, fingerprint_of, warn_of_randomness
 from lightning_invariance.batches import Samples, input_of, label_of
-from lightning_invariance.evaluation.isolation import isolated_random_state
 from lightning_invariance.samplers import indices_of
 from lightning_invariance.transforms import TransformationSet
 
@@ -152,12 +150,7 @@ class STLoader:
 
     def fingerprint(self) -> Fingerprint:
         """What processes with the same data agree on."""
-        digests = set()
-        for _ in range(2):
-            with isolated_random_state(self._seed):
-                first = input_of(self._first_item(), self.input_fn)[0]
-            digests.add(digest_of(first))
-        return Fingerprint(self.n_samples, digests.pop() if len(digests) == 1 else None)
+        return fingerprint_of(self.n_samples, lambda: input_of(self._first_item(), self.input_fn)[0], self._seed)
 
     def take_own_stream(self) -> None:
         """Take all samples of this process, whose stream holds others than those of the other processes."""
@@ -181,8 +174,9 @@ class STLoader:
             parts = [(parts[0][0], self.transformations)]
         first = 0
         for samples in self._rows():
-            if first == 0 and self.transform:
-                self._warn_of_randomness(samples.inputs[:1])
+            if not self._checked and self.transform:
+                self._checked = True
+                warn_of_randomness(self.transformations, samples.inputs[:1], self._seed)
             indices = self._rank + self._world_size * torch.arange(first, first + len(samples))
             first += len(samples)
             for columns, transformations in parts:
@@ -191,18 +185,6 @@ class STLoader:
                 else:
                     inputs = torch.stack([samples.inputs] * len(transformations), dim=1)
                 yield STBlock(inputs, samples.labels, columns, indices, samples.batch)
-
-    def _warn_of_randomness(self, sample: Tensor) -> None:
-        with isolated_random_state(self._seed):
-            is_random = not self._checked and self.transformations.is_random(sample)
-        self._checked = True
-        if is_random:
-            warnings.warn(
-                f"{self.transformations!r} transforms at random: the values depend on the batch size and on the number"
-                " of processes. Make functions of fixed parameters instead.",
-                UserWarning,
-                stacklevel=2,
-            )
 
     def _rows(self) -> Iterator[Samples]:
         """The samples, :attr:`rows` at a time however they were batched, on the device."""

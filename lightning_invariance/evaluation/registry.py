@@ -105,8 +105,7 @@ class Registry:
         Returns:
             False if its activation had another shape before; nothing is added then.
         """
-        block = self._block
-        if block is None:
+        if (block := self._block) is None:
             raise RuntimeError("Expected a block before its activations.")
         if st.dtype not in (torch.float32, torch.float64):
             st = st.float()
@@ -141,8 +140,8 @@ class Registry:
     def _arguments(self, key: str, metric: Metric, block: STBlock) -> dict[str, Any]:
         """What the update of a metric takes beside the activations."""
         if key not in self._about:
-            about = {"indices": block.indices, "labels": block.labels}
-            self._about[key] = metric._filter_kwargs(**{name: v for name, v in about.items() if v is not None})
+            known = {name: v for name in ("indices", "labels") if (v := getattr(block, name)) is not None}
+            self._about[key] = metric._filter_kwargs(**known)
         return self._about[key]
 
     def _prepared(self, input_shape: tuple[int, ...]) -> tuple[Needs, Needs]:
@@ -154,8 +153,7 @@ class Registry:
 
     def applies(self, measure: str, name: str, shape: tuple[int, ...]) -> bool:
         """Whether a measure is defined for a layer with activations of this shape."""
-        metric = self.measures[measure]
-        if not names_accumulators(metric):
+        if not names_accumulators(metric := self.measures[measure]):
             return name != INPUT
         fits = all(accumulator.applies_to(shape) for accumulator in self._needs[measure])
         return fits and (name != INPUT or metric.has_floor)
@@ -164,7 +162,7 @@ class Registry:
         layer = Layer(shape, channel_axis)
         applicable = [measure for measure in self.measures if self.applies(measure, name, shape)]
         accumulators = distinct([a for measure in applicable for a in self._needs.get(measure, ())])
-        if name != INPUT and accumulators and not any(type(a).dead is not Accumulator.dead for a in accumulators):
+        if name != INPUT and accumulators and all(type(a).dead is Accumulator.dead for a in accumulators):
             accumulators.append(Still())
         layer.first = [Tally(accumulator, started(accumulator, device)) for accumulator in accumulators]
         for measure in applicable:
