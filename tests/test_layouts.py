@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_invariance import TransformationSet, evaluate, functional, layer_names, quarter_turns, rotations
+from lightning_invariance import TransformationSet, evaluate, flips, functional, layer_names, quarter_turns, rotations
 from lightning_invariance.measures import NormalizedDistance, NormalizedVariance
 
 N, SIZE = 20, 6
@@ -302,3 +302,29 @@ def test_convergence_leaves_out_what_only_some_milestones_have_seen():
         result = evaluate(Changing(), IMAGES, TURNS, convergence=True, batch_size=8, progress=False)
     assert set(result.convergence["NormalizedVariance"]) == {"always"}
     assert set(result.convergence["NormalizedVariance"]["always"]) == {2, 6, 10, 20}
+
+
+class Towers(nn.Module):
+    """Two towers, one of which sees the same text whatever the image is."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.image, self.text, self.dead = nn.Linear(3, 4), nn.Linear(5, 4), nn.ReLU()
+
+    def forward(self, x):
+        y = self.image(x.mean((2, 3)))
+        return y @ self.text(torch.ones(len(x), 5, dtype=x.dtype)).T, self.dead(-y.square())
+
+
+def test_a_tower_that_sees_no_input_is_constant():
+    with pytest.warns(UserWarning, match=r"1 layer is left out: 1 constant \(text\)"):
+        result = evaluate(Towers().double(), IMAGES, TURNS, progress=False)
+    assert result.layers == ["image", "dead"]  # zeros for every input are those of a dead layer
+    assert result.dead["dead"].all()
+
+
+def test_equal_inputs_make_no_layer_constant():
+    result = evaluate(Towers().double(), torch.ones_like(IMAGES), flips(), layers=["image", "text"], progress=False)
+    assert result.layers == ["image", "text"]
+    assert result.dead["image"].all()

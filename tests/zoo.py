@@ -37,8 +37,10 @@ from lightning_invariance import evaluate
 from lightning_invariance.catching import catch_activations
 from lightning_invariance.layers import select_layers
 
-#: Kernels that change where values are, but not what they are.
+#: Kernels that change where values are, but not what they are, or that take only a shape.
 COPIES = frozenset(["clone", "copy_", "_to_copy", "as_strided_", "fill_", "contiguous", "resize_", "set_"])
+COPIES |= {f"{how}_{what}" for how in ("new",) for what in ("zeros", "ones", "full", "empty", "empty_strided")}
+COPIES |= {f"{what}_like" for what in ("zeros", "ones", "full", "empty")}
 
 HEADINGS = ("network", "measured", "left out", "two batch sizes", "operations seen", "seconds")
 
@@ -66,11 +68,12 @@ class Computed(TorchDispatchMode):
             self._tainted |= {_memory(each) for each in results}
             for each in results[:1]:  # the others are for the backward pass, such as the mean of a layer norm
                 in_place = any(each is arg for arg in given)
-                if kernel in COPIES and in_place and (known := self.found.pop((_memory(each), each._version - 1), "")):
-                    self.found[_memory(each), each._version] = known
+                version = each._version + in_place  # which is counted after the kernel has run
+                if kernel in COPIES and in_place and (known := self.found.pop((_memory(each), version - 1), "")):
+                    self.found[_memory(each), version] = known
                 new = kernel not in COPIES and (in_place or _memory(each) not in memory)
                 if new and each.is_floating_point() and each.numel():
-                    self.found[_memory(each), each._version] = kernel
+                    self.found[_memory(each), version] = kernel
         return output
 
 

@@ -258,7 +258,7 @@ NETWORKS |= {
 def _segmentation(kind: str, **options: Any) -> Network:
     import segmentation_models_pytorch as smp
 
-    return Network(getattr(smp, kind)("resnet18", encoder_weights=None, **options), images())
+    return Network(getattr(smp, kind)("resnet18", encoder_weights=None, **options), images(128, count=4), small_batch=3)
 
 
 NETWORKS |= {

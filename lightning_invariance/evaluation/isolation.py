@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,9 +85,9 @@ def _restore(model: nn.Module, name: str, tensor: Tensor, copy: Tensor) -> None:
     """Put a tensor back where it was, with the values it had; untouched ones stay untouched."""
     place, _, attribute = name.rpartition(".")
     owner = model.get_submodule(place)
-    own = owner._buffers if attribute in owner._buffers else owner._parameters
-    if own.get(attribute) is not tensor:  # assigned anew
-        own[attribute] = tensor  # type: ignore[assignment]
+    if not isinstance(owner, torch.jit.ScriptModule) and getattr(owner, attribute, None) is not tensor:
+        own: dict[str, Any] = owner._buffers if attribute in owner._buffers else owner._parameters
+        own[attribute] = tensor  # it was assigned anew
     if not torch.equal(tensor, copy):
         with torch.no_grad():
             tensor.copy_(copy)

@@ -17,6 +17,9 @@ PASSES = ((0, 1, 2, 3, 4), (0, 3, 1, 3))
 #: Kernels for batches of different sizes may round differently.
 RELATIVE, ABSOLUTE = 1e-3, 1e-4
 
+#: Values that differ by fewer units in the last place than this are the same.
+ROUNDING = 8
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -72,22 +75,27 @@ def few_of(inputs: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(made), chosen
 
 
-def probe(outputs_of: Callable[[Sequence[int], int], Outputs]) -> dict[str, Finding]:
+def probe(inputs: Tensor, outputs_of: Callable[[Sequence[int], int], Outputs]) -> dict[str, Finding]:
     """Find the layout of every layer that two forward passes reach.
 
     Where values of a layer do not agree, a third pass over the inputs of the second tells whether it is random.
 
     Args:
+        inputs: a few inputs, of :func:`few_of`.
         outputs_of: runs the model on some of a few inputs, given their numbers, with a number for the seed of all
             randomness, and gives the outputs of its layers.
     """
     first, second = PASSES
+    differ = any(not torch.equal(each, inputs[0]) for each in inputs[1:])
     one, other = outputs_of(first, 0), outputs_of(second, 1)
     found: dict[str, Finding] = dict.fromkeys([*one, *other], RAGGED)  # where only one pass reaches the layer
     doubtful: Outputs = {}
     for layer in one.keys() & other.keys():
-        found[layer] = finding_of(one.pop(layer), other[layer], first, second)
-        if found[layer] == MIXED:
+        output = one.pop(layer)
+        found[layer] = layout = finding_of(output, other[layer], first, second)
+        if differ and isinstance(layout, Layout) and _is_repeated(layout, output, len(first)):
+            found[layer] = CONSTANT
+        elif found[layer] == MIXED:
             doubtful[layer] = other[layer]
     if doubtful:
         again = outputs_of(second, 2)
@@ -122,6 +130,15 @@ def _layouts(axis: int, slices: int) -> Iterator[Layout]:
     outers = [outer for outer in range(1, slices + 1) if slices % outer == 0]
     for outer in sorted(outers, key=lambda outer: outer not in (1, slices)):
         yield Layout(axis, outer, slices // outer)
+
+
+def _is_repeated(layout: Layout, output: Tensor, batch: int) -> bool:
+    """Whether an output is the same for all inputs, up to rounding, and not 0 as that of a layer that is dead."""
+    values = layout.batch_first(output, batch)
+    if values is None or not values.any():
+        return False
+    apart = (values - values[:1]).abs().amax()
+    return bool(apart <= ROUNDING * torch.finfo(values.dtype).eps * values.abs().amax())
 
 
 def _equal(a: Tensor, b: Tensor | None) -> bool:

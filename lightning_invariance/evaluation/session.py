@@ -171,7 +171,7 @@ class Session:
 
         consumer = catcher.consumer
         try:
-            found = probe(outputs_of)
+            found = probe(inputs, outputs_of)
         finally:
             catcher.consumer = consumer
         if catcher.operations is not None:
