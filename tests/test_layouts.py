@@ -320,11 +320,20 @@ class Towers(nn.Module):
 def test_a_tower_that_sees_no_input_is_constant():
     with pytest.warns(UserWarning, match=r"1 layer is left out: 1 constant \(text\)"):
         result = evaluate(Towers().double(), IMAGES, TURNS, progress=False)
-    assert result.layers == ["image", "dead"]  # zeros for every input are those of a dead layer
+    assert result.layers == ["image", "dead"]  # which is the same for every input, but computed from it
     assert result.dead["dead"].all()
 
 
+def test_a_network_that_is_dead_keeps_its_layers():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(108, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    model[1].bias.data -= 1000.0
+    result = evaluate(model, IMAGES, TURNS, progress=False)
+    assert result.layers == ["0", "1", "2", "3"]
+    assert result.dead["3"].all()
+
+
 def test_equal_inputs_make_no_layer_constant():
-    result = evaluate(Towers().double(), torch.ones_like(IMAGES), flips(), layers=["image", "text"], progress=False)
-    assert result.layers == ["image", "text"]
+    with pytest.warns(UserWarning, match=r"1 constant \(text\)"):
+        result = evaluate(Towers().double(), torch.ones_like(IMAGES), flips(), progress=False)
+    assert result.layers == ["image", "dead"]
     assert result.dead["image"].all()

@@ -39,7 +39,7 @@ def test_heatmap_draws_the_channels_of_every_layer():
         assert not drawn[:, 0].any()
         assert drawn[:: len(drawn) // 5, 1].nonzero()[0].tolist() == [position]
         assert image.get_cmap()(0) == to_rgba(colour)
-    assert texts(axes.get_xticklabels()) == ["conv", "fc"]
+    assert texts(axes.get_xticklabels()) == ["conv", "fc ∞"]
     assert texts(figure.legends[0].get_texts()) == ["1 infinite", "1 dead", "1 NaN"]
     assert axes.get_title() == "NormalizedVariance, epoch 0"
 

@@ -67,7 +67,7 @@ def test_channels(result):
 def test_tables_can_be_read(result):
     lines = str(result.table("NV")).splitlines()
     assert lines[0].split() == ["layer", "shape", "mean", "std", "min", "max", "dead", "infinite", "nan"]
-    assert lines[1].split() == ["conv", "3×1×2", "2.5", "1.915", "1", "5", "1", "1", "1"]
+    assert lines[1].split() == ["conv", "3×1×2", "2.5", "1.915", "1", "5", "1", "(17%)", "1", "(17%)", "1"]
     assert repr(result).startswith(
         "InvarianceResult(NV, TV: 2 layers, 9 samples × 2 transformations, epoch 3, step 77)"
     )

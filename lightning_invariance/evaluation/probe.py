@@ -75,31 +75,37 @@ def few_of(inputs: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(made), chosen
 
 
-def probe(inputs: Tensor, outputs_of: Callable[[Sequence[int], int], Outputs]) -> dict[str, Finding]:
+def probe(
+    outputs_of: Callable[[Sequence[int], int], Outputs], independent: Callable[[], set[str]]
+) -> dict[str, Finding]:
     """Find the layout of every layer that two forward passes reach.
 
-    Where values of a layer do not agree, a third pass over the inputs of the second tells whether it is random.
+    Where values of a layer do not agree, a third pass over the inputs of the second tells whether it is random. Where
+    they are the same for all inputs, another one tells whether they are computed from the input: those of a layer that
+    is dead are.
 
     Args:
-        inputs: a few inputs, of :func:`few_of`.
         outputs_of: runs the model on some of a few inputs, given their numbers, with a number for the seed of all
             randomness, and gives the outputs of its layers.
+        independent: runs the model and gives the layers whose outputs are not computed from the input.
     """
     first, second = PASSES
-    differ = any(not torch.equal(each, inputs[0]) for each in inputs[1:])
     one, other = outputs_of(first, 0), outputs_of(second, 1)
     found: dict[str, Finding] = dict.fromkeys([*one, *other], RAGGED)  # where only one pass reaches the layer
     doubtful: Outputs = {}
+    repeated: set[str] = set()
     for layer in one.keys() & other.keys():
         output = one.pop(layer)
         found[layer] = layout = finding_of(output, other[layer], first, second)
-        if differ and isinstance(layout, Layout) and _is_repeated(layout, output, len(first)):
-            found[layer] = CONSTANT
-        elif found[layer] == MIXED:
+        if isinstance(layout, Layout) and _is_repeated(layout, output, len(first)):
+            repeated.add(layer)
+        elif layout == MIXED:
             doubtful[layer] = other[layer]
     if doubtful:
         again = outputs_of(second, 2)
         found |= {layer: RANDOM for layer, output in doubtful.items() if not _equal(output, again.get(layer))}
+    if repeated:
+        found |= dict.fromkeys(independent() & repeated, CONSTANT)
     return found
 
 
@@ -133,9 +139,9 @@ def _layouts(axis: int, slices: int) -> Iterator[Layout]:
 
 
 def _is_repeated(layout: Layout, output: Tensor, batch: int) -> bool:
-    """Whether an output is the same for all inputs, up to rounding, and not 0 as that of a layer that is dead."""
+    """Whether an output is the same for all inputs, up to rounding."""
     values = layout.batch_first(output, batch)
-    if values is None or not values.any():
+    if values is None:
         return False
     apart = (values - values[:1]).abs().amax()
     return bool(apart <= ROUNDING * torch.finfo(values.dtype).eps * values.abs().amax())

@@ -16,6 +16,7 @@ from lightning_invariance.agreement import Fingerprint, is_split
 from lightning_invariance.batches import taken, takes_batch
 from lightning_invariance.catching import Catcher, catch_activations, transformed_input
 from lightning_invariance.distributed import gather_or_raise, rank_and_world_size
+from lightning_invariance.evaluation.dependence import Dependence
 from lightning_invariance.evaluation.intake import Intake
 from lightning_invariance.evaluation.isolation import (
     device_of,
@@ -169,9 +170,22 @@ class Session:
                     raise
             return outputs
 
+        def independent() -> set[str]:
+            constant: set[str] = set()
+            dependence = Dependence(inputs)
+
+            def consumer(layer: str, output: Tensor, axis: int | None) -> None:
+                if not dependence.holds(output):
+                    constant.add(layer)
+
+            catcher.consumer = consumer
+            with isolated_random_state(self.options.seed), catcher.forward_pass(), dependence:
+                self._call(block, inputs, positions)
+            return constant
+
         consumer = catcher.consumer
         try:
-            found = probe(inputs, outputs_of)
+            found = probe(outputs_of, independent)
         finally:
             catcher.consumer = consumer
         if catcher.operations is not None:
