@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -64,13 +63,18 @@ class Operations(TorchFunctionMode):
     ) -> Any:
         """Run a function, and give its result to the consumer."""
         output = func(*args, **(kwargs or {}))
+        if self.paused or not self._running:
+            return output
         name = getattr(func, "__name__", "")
-        if self.paused or not self._running or name in LEFT_OUT:
+        if name in LEFT_OUT:
             return output
         in_place = name.endswith("_") and (not name.endswith("__") or name.startswith("__i"))
-        given = [tensor for _, tensor in all_tensors_of((args, kwargs))]
-        found = [tensor for _, tensor in all_tensors_of(output) if in_place or not _is_view(tensor, given)]
-        if given and found:
+        given = _tensors_in(args) + (_tensors_in(tuple(kwargs.values())) if kwargs else [])
+        if not given:
+            return output
+        outputs = [output] if isinstance(output, Tensor) else [tensor for _, tensor in all_tensors_of(output)]
+        found = outputs if in_place else [tensor for tensor in outputs if not _is_view(tensor, given)]
+        if found:
             key = f"{self._running[-1]}/{_plain(name)}"
             call = self._calls.get(key, 0)
             self._calls[key] = call + 1
@@ -110,6 +114,15 @@ class Operations(TorchFunctionMode):
                 self.returned.add(known[2])
 
 
+def _tensors_in(values: Sequence[Any]) -> list[Tensor]:
+    """The tensors among arguments, and in lists among them, as ``torch.cat`` takes them."""
+    found = [value for value in values if isinstance(value, Tensor)]
+    for value in values:
+        if type(value) in (list, tuple):
+            found += [each for each in value if isinstance(each, Tensor)]
+    return found
+
+
 def _version(tensor: Tensor) -> int:
     """How often a tensor was changed in place; inference tensors do not count."""
     return 0 if tensor.is_inference() else tensor._version
@@ -123,10 +136,8 @@ def _plain(name: str) -> str:
 
 def _is_view(output: Tensor, given: list[Tensor]) -> bool:
     """Whether an output is an argument, or shares its memory with one."""
-    if output.layout != torch.strided or any(each.layout != torch.strided for each in given):
-        return False
     try:
         memory = output.untyped_storage().data_ptr()
         return any(each is output or each.untyped_storage().data_ptr() == memory for each in given)
-    except (NotImplementedError, RuntimeError):  # tensors without memory of their own
+    except (NotImplementedError, RuntimeError):  # tensors without memory of their own, such as sparse ones
         return False
