@@ -62,18 +62,20 @@ class Operations(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run a function, and give its result to the consumer."""
-        output = func(*args, **(kwargs or {}))
-        if self.paused or not self._running:
-            return output
-        name = getattr(func, "__name__", "")
-        if name in LEFT_OUT:
-            return output
-        in_place = name.endswith("_") and (not name.endswith("__") or name.startswith("__i"))
+        name = "" if self.paused or not self._running else getattr(func, "__name__", "")
+        if not name or name in LEFT_OUT:
+            return func(*args, **(kwargs or {}))
         given = _tensors_in(args) + (_tensors_in(tuple(kwargs.values())) if kwargs else [])
+        versions = [_version(tensor) for tensor in given]
+        output = func(*args, **(kwargs or {}))
         if not given:
             return output
         outputs = [output] if isinstance(output, Tensor) else [tensor for _, tensor in all_tensors_of(output)]
-        found = outputs if in_place else [tensor for tensor in outputs if not _is_view(tensor, given)]
+        in_place = name.endswith("_") and (not name.endswith("__") or name.startswith("__i"))
+        if in_place or versions != [_version(tensor) for tensor in given]:  # such as F.relu(x, inplace=True)
+            found = outputs
+        else:
+            found = [tensor for tensor in outputs if not _is_view(tensor, given)]
         if found:
             key = f"{self._running[-1]}/{_plain(name)}"
             call = self._calls.get(key, 0)

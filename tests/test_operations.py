@@ -19,7 +19,7 @@ class Block(nn.Module):
         self.conv, self.act, self.inplace = nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(inplace=inplace), inplace
 
     def forward(self, x):
-        y = nn.functional.relu(self.conv(x))
+        y = nn.functional.relu(self.conv(x), inplace=self.inplace)
         y = torch.relu(y - 0.2)
         if self.inplace:
             y += x
