@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_invariance.evaluation.isolation import isolated_random_state
@@ -30,8 +31,8 @@ def fingerprint_of(n_samples: int | None, first: Callable[[], Tensor], seed: int
     digests = set()
     for _ in range(2):
         with isolated_random_state(seed):
-            values = first().detach().cpu().contiguous().numpy().tobytes()
-        digests.add(hashlib.sha256(values).hexdigest())
+            values = first().detach().cpu().contiguous().view(torch.uint8)  # numpy has no bfloat16
+        digests.add(hashlib.sha256(values.numpy().tobytes()).hexdigest())
     return Fingerprint(n_samples, digests.pop() if len(digests) == 1 else None)
 
 

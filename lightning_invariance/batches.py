@@ -35,9 +35,9 @@ class Samples:
 
     def taken(self, which: slice) -> Samples:
         """Some of them."""
-        positions = torch.arange(len(self))[which]
         labels = None if self.labels is None else self.labels[which]
-        return Samples(self.inputs[which], labels, taken(self.batch, len(self), positions))
+        batch = None if self.batch is None else taken(self.batch, len(self), torch.arange(len(self))[which])
+        return Samples(self.inputs[which], labels, batch)
 
     def joined(self, other: Samples) -> Samples:
         """These and others."""

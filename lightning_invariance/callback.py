@@ -135,6 +135,7 @@ class InvarianceMonitor(Callback):
         self.every_n_epochs, self.name, self.histograms = every_n_epochs, name, histograms
         self._kept = History(self.options, self.measures, transformations)
         self._validated = self._undrawn = self._explained = False
+        self._told: set[type] = set()
 
     @property
     def state_key(self) -> str:
@@ -168,7 +169,7 @@ class InvarianceMonitor(Callback):
             return
         result = self._evaluate(trainer, pl_module, epoch=trainer.current_epoch - 1)
         # `self.log` here would wait for the end of the epoch.
-        with forgiving():
+        with forgiving(self._told):
             log_scalars(trainer, scalars(result, self._tags), logger_step(trainer))
         self._draw(trainer)
 
@@ -252,5 +253,5 @@ class InvarianceMonitor(Callback):
         if self.histograms:
             drawn.append(partial(log_histograms, trainer, self.history[-1], self._tags))
         for draw in drawn:
-            with forgiving():
+            with forgiving(self._told):
                 draw()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -38,7 +40,7 @@ class History:
         self.results: list[InvarianceResult] = []
         self._earlier: list[dict[str, Any]] = []
         self._configuration = {
-            "measures": {name: repr(measure) for name, measure in measures.items()},
+            "measures": {name: _described(measure) for name, measure in measures.items()},
             "transformations": list(transformations.labels),
             "layers": _described(options.layers),
             "operations": options.operations,
@@ -60,7 +62,7 @@ class History:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the history of a checkpoint, or keep it apart where it was measured with other arguments."""
         self._earlier = list(state.get("earlier", []))
-        if _agree(_configuration_in(state), self._configuration):
+        if not state["history"] or _agree(_configuration_in(state), self._configuration):
             self.results = unpacked(state)
             return
         self._earlier.append({key: state[key] for key in state if key != "earlier"})
@@ -102,8 +104,8 @@ def unpacked(state: Mapping[str, Any]) -> list[InvarianceResult]:
 
 def _configuration_in(state: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration that a checkpoint tells; that of an earlier version says less."""
-    if "configuration" in state or not state["history"]:
-        return dict(state.get("configuration", {}))
+    if "configuration" in state:
+        return dict(state["configuration"])
     last = state["history"][-1]
     return {"measures": dict.fromkeys(last["values"]), "transformations": list(last["transformations"])}
 
@@ -120,15 +122,22 @@ def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return True
 
 
-def _described(layers: Any) -> str:
-    """Layers as text that is the same in every process and run."""
-    if isinstance(layers, str) or layers is None:
-        return repr(layers)
-    if isinstance(layers, Mapping):
-        return repr({str(name): str(new) for name, new in layers.items()})
-    if isinstance(layers, type) or callable(layers):
-        return str(getattr(layers, "__qualname__", type(layers).__qualname__))
-    return f"[{', '.join(_described(item) for item in layers)}]"
+def _described(argument: Any) -> str:
+    """An argument as text that is the same in every run, so that functions are told apart by their names only."""
+    if isinstance(argument, Metric):
+        names = ["needs", "needs_again", *inspect.signature(type(argument).__init__).parameters]
+        given = {name: value for name in names if not inspect.ismethod(value := getattr(argument, name, None))}
+        return f"{type(argument).__name__}({', '.join(f'{n}={_described(v)}' for n, v in given.items())})"
+    if is_dataclass(argument) and not isinstance(argument, type):
+        given = {field.name: getattr(argument, field.name) for field in fields(argument)}
+        return f"{type(argument).__name__}({', '.join(f'{n}={_described(v)}' for n, v in given.items())})"
+    if isinstance(argument, str | int | float | TransformationSet) or argument is None:
+        return repr(argument)
+    if isinstance(argument, Mapping):
+        return repr({str(name): str(new) for name, new in argument.items()})
+    if isinstance(argument, Iterable):
+        return f"[{', '.join(_described(item) for item in argument)}]"
+    return str(getattr(argument, "__qualname__", type(argument).__qualname__))
 
 
 def _means(history: Sequence[InvarianceResult]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from lightning_invariance.result import InvarianceResult
 from lightning_invariance.table import NOTABLE
 from lightning_invariance.trainer import logger_step
 
-#: What was warned of: classes of loggers, and of errors.
+#: Classes of loggers that were warned of.
 _warned: set[type] = set()
 
 #: Signs that some logger drops from the name of a curve, as MLflow's does with the # of ``relu#1``.
@@ -48,13 +48,17 @@ def check_tags(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def forgiving() -> Iterator[None]:
-    """What fails here ends no training that would live without it: a full disk, a logger that refuses. Warns once."""
+def forgiving(told: set[type]) -> Iterator[None]:
+    """What fails here ends no training that would live without it: a full disk, a logger that refuses.
+
+    Args:
+        told: the classes of errors that were warned of; each is once.
+    """
     try:
         yield
     except Exception as error:
-        if type(error) not in _warned:
-            _warned.add(type(error))
+        if type(error) not in told:
+            told.add(type(error))
             rank_zero_warn(f"InvarianceMonitor could not log: {type(error).__name__}: {error}. Training goes on.")
 
 
@@ -128,8 +132,7 @@ def scalars(result: InvarianceResult, tags: Mapping[str, str]) -> dict[str, floa
             for kind, share in (("infinite", row.share_infinite), ("dead", row.share_dead)):
                 if share > NOTABLE:
                     found[f"{tag}_{kind}/{names[row.layer]}"] = share
-        means = result.per_layer(measure)
-        found.update({f"{tag}/{name}": means[layer] for layer, name in curves(means).items()})
+            found[f"{tag}/{names[row.layer]}"] = row.mean
         found[f"{tag}_mean"] = result.mean(measure)
     return found
 

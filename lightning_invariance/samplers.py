@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ def indices_of(loader: DataLoader[Any], seed: int) -> list[Any] | None:
     """
     batches = loader.batch_sampler
     if batches is not None and type(batches) is not BatchSampler:
+        if isinstance(inner := getattr(batches, "sampler", None), DistributedSampler):
+            dataset: Any = loader.dataset
+            whole: Any = copy(batches)
+            batches, whole.sampler = whole, _undistributed(inner) or SequentialSampler(dataset)
         return [index for batch in _all_of(batches, seed) for index in batch]
     sampler = _undistributed(getattr(batches, "sampler", None) if batches is not None else loader.sampler)
     if sampler is None or type(sampler) is SequentialSampler:

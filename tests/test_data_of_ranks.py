@@ -32,6 +32,16 @@ class Noisy(Dataset):
         return IMAGES[i] + 1e-9 * torch.rand(1, generator=torch.Generator().manual_seed(torch.seed() % 1000))
 
 
+class Half(Dataset):
+    """Samples of a type that numpy does not have."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, i):
+        return IMAGES[i].bfloat16()
+
+
 def network():
     torch.manual_seed(1)
     return nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten()).double()
@@ -45,6 +55,7 @@ CASES = {
     "other numbers": (lambda rank: IMAGES[: 8 - 2 * rank], {}, "on every process, but they have [8, 6] samples"),
     "other samples": (lambda rank: IMAGES[6 * rank : 6 * rank + 6], {}, "but their first samples differ"),
     "none on one": (lambda rank: IMAGES[: 6 * rank], {}, "it is empty"),
+    "bfloat16": (lambda rank: Half(), {}, 12),
     "random": (lambda rank: Noisy(), {}, 12),
 }
 
@@ -55,7 +66,8 @@ def in_process(rank, world_size, folder):
     found = {}
     for name, (data, options, _) in CASES.items():
         try:
-            result = evaluate(network(), data(rank), rotations(4), batch_size=8, progress=False, **options)
+            model = network().bfloat16() if name == "bfloat16" else network()
+            result = evaluate(model, data(rank), rotations(4), batch_size=8, progress=False, **options)
             found[name] = (result.n_samples, result["NormalizedVariance"]["0"])
         except (ValueError, RuntimeError) as error:
             found[name] = (str(error), None)

@@ -10,7 +10,14 @@ from test_callback import Net, fit
 
 from lightning_invariance import InvarianceMonitor, InvarianceResult, rotations, scales
 from lightning_invariance.logging import curves
-from lightning_invariance.measures import NormalizedVariance, TransformationVariance
+from lightning_invariance.measures import (
+    Anova,
+    NormalizedVariance,
+    Stratified,
+    TransformationDistance,
+    TransformationVariance,
+    VarianceSameEquivariance,
+)
 
 TURNS = rotations(4)
 
@@ -73,6 +80,7 @@ OTHERS = {
     "another measure": {"measures": [TransformationVariance()]},
     "one more measure": {"measures": [NormalizedVariance(response=True), TransformationVariance()]},
     "another argument": {"measures": [NormalizedVariance()]},
+    "an argument of the value": {"measures": [NormalizedVariance(response=True, aggregate="mean")]},
     "other layers": {"layers": ["fc"]},
     "more samples": {"max_samples": 9},
     "operations": {"operations": True},
@@ -128,8 +136,6 @@ def test_scores_are_those_of_the_same_validation(tmp_path):
 
 
 def test_pictures_that_cannot_be_written_end_no_training(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_invariance.logging._warned", set())
-
     class Full(TensorBoardLogger):
         @property
         def experiment(self):
@@ -172,3 +178,29 @@ def test_no_two_layers_share_a_curve_in_a_logger_that_drops_signs():
     assert len(set(plain)) == len(plain) == 6
     assert found["relu#1"] == "relu#1"
     assert list(found) == ["relu", "relu#1", "relu1", "relu1_2", "x[0]", "x0"]
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda: TransformationDistance(lambda x, y: (x - y).abs()),
+        lambda: Stratified(NormalizedVariance(), 3),
+        lambda: Anova(alpha=0.01),
+        lambda: VarianceSameEquivariance(rotations(4)),
+    ],
+)
+def test_equal_measures_share_a_history_whatever_their_addresses(measure):
+    first, second = (InvarianceMonitor(TURNS, [measure()]) for _ in range(2))
+    first.history[:] = results(2)
+    second.load_state_dict(first.state_dict())
+    assert len(second.history) == 2
+
+
+def test_an_empty_history_is_nobodys():
+    other = InvarianceMonitor(TURNS, [Anova(alpha=0.01)])
+    other.load_state_dict(InvarianceMonitor(TURNS, [Anova()]).state_dict())  # where no warning is an error
+    assert other.earlier_histories == []
+    first = InvarianceMonitor(TURNS, [Anova()])
+    first.history[:] = results(2)
+    with pytest.warns(UserWarning, match="a new one begins"):
+        other.load_state_dict(first.state_dict())

@@ -35,10 +35,21 @@ class Pairs(Sampler):
         return 5
 
 
+class Backwards(BatchSampler):
+    """A batch sampler of the user's around a sampler, which Lightning makes anew around a distributed one."""
+
+    def __iter__(self):
+        return iter([batch[::-1] for batch in super().__iter__()])
+
+
 class Endless(Sampler):
     def __iter__(self):
         while True:
             yield 0
+
+
+def wrapped(indices):
+    return DistributedSamplerWrapper(SubsetRandomSampler(indices), num_replicas=2, rank=0)
 
 
 def samples_of(data, **options):
@@ -56,7 +67,9 @@ def samples_of(data, **options):
         ({"batch_sampler": Pairs()}, range(0, 20, 2)),
         ({"batch_sampler": BatchSampler(SubsetRandomSampler(range(5, 9)), 3, drop_last=False)}, range(5, 9)),
         ({"sampler": DistributedSampler(DATA, 2, 0)}, range(40)),
-        ({"sampler": DistributedSamplerWrapper(SubsetRandomSampler(range(7)), num_replicas=2, rank=0)}, range(7)),
+        ({"batch_sampler": Backwards(DistributedSampler(DATA, 2, 0), 3, drop_last=False)}, range(40)),
+        ({"batch_sampler": Backwards(wrapped(range(7)), 3, False)}, range(7)),
+        ({"sampler": wrapped(range(7))}, range(7)),
     ],
 )
 def test_the_samples_are_those_of_the_sampler(options, expected):

@@ -10,7 +10,12 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 #: Kernels that take only the shape of their argument.
-OF_SHAPES = frozenset(["new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like"])
+OF_SHAPES = frozenset(
+    [
+        *("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"),
+        *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
+    ]
+)
 
 
 class Dependence(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]

@@ -19,7 +19,7 @@ from lightning_invariance.plots.common import (
     scale_of,
     within,
 )
-from lightning_invariance.plots.labels import label_layers, shorten
+from lightning_invariance.plots.labels import draw_borders, label_layers, shorten
 from lightning_invariance.result import InvarianceResult
 
 MOST_TICKS = 20
@@ -66,8 +66,7 @@ def evolution(
     axes.imshow(within(scale, values), aspect="auto", norm=scale, cmap=colours(), interpolation="nearest")
     blocks = label_layers(axes, layers, height, along="y", marks=marks_of(history, measure))
     if len(blocks) < len(layers):
-        for block in blocks[1:]:
-            axes.axhline(block.start - 0.5, color="white", linewidth=0.5)
+        draw_borders(axes, blocks, "y")
     every = -(-len(history) // MOST_TICKS)
     axes.set_xticks(range(0, len(history), every), [_label(result, i) for i, result in enumerate(history)][::every])
     axes.set_xlabel("epoch")

@@ -20,7 +20,7 @@ from lightning_invariance.plots.common import (
     width_of,
     within,
 )
-from lightning_invariance.plots.labels import label_layers
+from lightning_invariance.plots.labels import draw_borders, label_layers
 from lightning_invariance.result import InvarianceResult
 from lightning_invariance.style import DEAD, INFINITE, special_patches
 
@@ -67,8 +67,7 @@ def heatmap(
     axes = figure.add_subplot()
     _draw_cells(axes, columns, dead, scale)
     blocks = label_layers(axes, layers, width - 1.5, marks=marks_of([result], measure))
-    for place in [block.start - 0.5 for block in blocks[1:]]:
-        axes.axvline(place, color="white", linewidth=1 if len(layers) <= MOST_APART else 0.5)
+    draw_borders(axes, blocks, "x", 1 if len(layers) <= MOST_APART else 0.5)
     axes.set_yticks([])
     axes.set_ylabel("channels, lowest value on top" if sort else "channels, first on top")
     axes.set_title(_title(result, measure))

@@ -131,3 +131,10 @@ def label_layers(
     notes = [f"layers of {prefix.rstrip('./')}"] * bool(prefix) + [MEANINGS[sign] for sign, at in used.items() if at]
     axis.set_label_text("   ".join(notes), fontsize="small")
     return found
+
+
+def draw_borders(axes: Axes, found: Sequence[Block], along: Literal["x", "y"], width: float = 0.5) -> None:
+    """White lines before all blocks but the first, on axes whose layers stand along x or y."""
+    draw = axes.axvline if along == "x" else axes.axhline
+    for block in found[1:]:
+        draw(block.start - 0.5, color="white", linewidth=width)

@@ -20,7 +20,7 @@ from lightning_invariance.plots.common import (
     scale_of,
     within,
 )
-from lightning_invariance.plots.labels import label_layers, shorten, without_prefix
+from lightning_invariance.plots.labels import draw_borders, label_layers, shorten, without_prefix
 from lightning_invariance.result import InvarianceResult
 
 #: Labels that fit below an axis.
@@ -124,8 +124,7 @@ def _rows(
     axes.imshow(shown, aspect="auto", norm=scale, cmap=colours(), interpolation="nearest")
     blocks = label_layers(axes, names, height, along="y", marks=marks_of([result], measure))
     if len(blocks) < len(names):
-        for block in blocks[1:]:
-            axes.axhline(block.start - 0.5, color="white", linewidth=0.5)
+        draw_borders(axes, blocks, "y")
     ticks = range(0, len(order), -(-len(order) // MOST_LABELS))
     axes.set_xticks(ticks, [shorten(result.transformations[order[j]], 16) for j in ticks], rotation=90)
     axes.set_xlabel(AXIS_OF_ANGLES if name == "angle" else name)
