@@ -165,22 +165,23 @@ def test_paired_f_of_nearly_invariant_units(scale, outlier, n, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("m", [3, 7, 24])
+@pytest.mark.parametrize("m", [3, 7, 24, 33])
+@pytest.mark.parametrize("k", [1, 100])  # columns of single activations are summed in other orders
 @pytest.mark.parametrize("paired", [False, True])
-def test_what_does_not_vary_is_exactly_invariant(dtype, m, paired):
+def test_what_does_not_vary_is_exactly_invariant(dtype, m, k, paired):
     generator = torch.Generator().manual_seed(4)
-    rows = torch.randn(50, 1, 100, generator=generator, dtype=dtype).expand(50, m, 100).contiguous()
-    constants = (torch.rand(100, generator=generator, dtype=dtype) - 0.5).expand(50, m, 100).contiguous()
+    rows = torch.randn(50, 1, k, generator=generator, dtype=dtype).expand(50, m, k).contiguous()
+    constants = (torch.rand(k, generator=generator, dtype=dtype) - 0.5).expand(50, m, k).contiguous()
     for st in (rows, constants):
         for statistic in ("f", "reject", "effect"):
             metric = Anova(statistic, paired=paired)
             for block in st.split(7):
                 metric.update(block)
-            assert metric.compute().tolist() == [0] * 100
+            assert metric.compute().tolist() == [0] * k
         f, p, effect = functional.anova(st, paired=paired)
-        assert f.tolist() == [0] * 100
-        assert p.tolist() == [1] * 100
-        assert effect.tolist() == [0] * 100
+        assert f.tolist() == [0] * k
+        assert p.tolist() == [1] * k
+        assert effect.tolist() == [0] * k
 
 
 def nulls(kind, n=100, m=16, k=4000):

@@ -33,7 +33,7 @@ from lightning_invariance.measures import (
 )
 
 MAPS = torch.randn(6, 4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
-SCALES = [1e-30, 1e-25, 1e-15, 1.0, 1e15, 1e19, 1e30]
+SCALES = [1e-30, 1e-25, 1e-21, 1e-15, 1.0, 1e15, 1e19, 1e30]
 
 
 def measured(metric, *blocks):
