@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from lightning_invariance.layers import Selection
@@ -88,17 +89,13 @@ class Catcher:
 
     def _give(self, layer: str, origin: str, module: nn.Module | None, args: Any, output: Any) -> None:
         """Give every tensor of an output to the consumer, whose own operations are not those of the model."""
-        if self.operations is not None:
-            self.operations.paused = True
-        try:
+        # Leaving a function mode unseen costs less than having it ignore every function of the consumer.
+        with nullcontext() if self.operations is None else torch._C.DisableTorchFunction():
             for place, tensor in tensors_of(output):
                 if layer + place not in self._origins:
                     self._origins[layer + place] = origin
                 axis = self._channel_axis(module, args, tensor)
                 self.consumer(layer + place, tensor.detach() if tensor.requires_grad else tensor, axis)
-        finally:
-            if self.operations is not None:
-                self.operations.paused = False
 
     def _channel_axis(self, module: nn.Module | None, args: Any, output: Tensor) -> int | None:
         """The axis of the channels; of a module that keeps the shape of its input it is that of the input."""

@@ -41,13 +41,11 @@ class Operations(TorchFunctionMode):
 
     Attributes:
         returned: names of operations whose results a measured module returned.
-        paused: while true, nothing is seen.
     """
 
     def __init__(self, consumer: OperationConsumer) -> None:
         super().__init__()
         self.returned: set[str] = set()
-        self.paused = False
         self._consumer = consumer
         self._running: list[str] = []
         self._calls: dict[str, int] = {}
@@ -62,7 +60,7 @@ class Operations(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run a function, and give its result to the consumer."""
-        name = "" if self.paused or not self._running else getattr(func, "__name__", "")
+        name = "" if not self._running else getattr(func, "__name__", "")
         if not name or name in LEFT_OUT:
             return func(*args, **(kwargs or {}))
         given = _tensors_in(args) + (_tensors_in(tuple(kwargs.values())) if kwargs else [])
