@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from models import CifarResNet
 from torch import Tensor, nn
 
-from lightning_invariance import evaluate, functional, rotations, translations
+from lightning_invariance import TransformationSet, evaluate, functional, rotations, translations
 from lightning_invariance.measures import (
     Anova,
     Goodfellow,
@@ -33,6 +34,10 @@ try:
     from tmeasures.np.activations_iterator import ActivationsIterator
 except ImportError:
     tm = None
+
+#: Transformations that pick the columns of samples that are rows of the ST matrix already, and the network for them.
+COLUMNS = TransformationSet.from_callables({f"column {j}": partial(torch.select, dim=1, index=j) for j in range(16)})
+FLAT = nn.Sequential(nn.Flatten())
 
 
 def measured(metric: Measure, st: Tensor, size: int = 12) -> Tensor:
@@ -117,7 +122,8 @@ def distances() -> None:
 
     for order, cube in (("shuffled", shuffled), ("sorted by class", st)):
         for size in (2, 4, 12):
-            ours = measured(SampleDistance(), cube, size).mean().item()
+            found = evaluate(FLAT, cube, COLUMNS, SampleDistance(), batch_size=16 * size, progress=False)
+            ours = found["SampleDistance"]["0"].mean().item()
             other = mean_of(theirs(make, cube, size))
             show(f"sample distance, {order}, batches of {size}", ours, other, f"{right:.4g}")
 
@@ -150,20 +156,22 @@ def quarter_turn() -> None:
 
 
 def error_of_the_estimate() -> None:
-    """The sample distance of normal values from few of 256 samples, over 200 repetitions."""
-    print("\n| samples kept | pairs × transformations | relative standard error | 0.7 / √(s·m) |\n|---|---|---|---|")
-    generator = torch.Generator().manual_seed(0)
-    normal = 2 / math.sqrt(math.pi) * 255 / 256
-    for samples in (2, 4, 8, 16, 32):
-        errors = []
-        for repetition in range(200):
-            metric = SampleDistance(samples=samples)
-            st = torch.randn(256, 16, 4, generator=generator, dtype=torch.float64)
-            metric.update(st, torch.arange(256) + 1000 * repetition)
-            errors.append(metric.compute() / normal - 1)
-        error = torch.stack(errors).square().mean().sqrt().item()
-        pairs = samples * (samples - 1) // 2
-        print(f"| {samples} | {pairs} × 16 | {error:.4f} | {0.7 / math.sqrt(samples * 16):.4f} |")
+    """The sample distance of normal values from pairs within groups of 256 samples, over 200 repetitions."""
+    print("\n| samples in a group | pairs of 32,640 | error against all pairs | standard error in the result |")
+    print("|---|---|---|---|")
+    sizes = (2, 4, 8, 16, 32, 64)
+    measures = {str(size): SampleDistance(samples=size) for size in (*sizes, 256)}
+    squares = {size: torch.zeros(2, dtype=torch.float64) for size in sizes}
+    for repetition in range(200):
+        values = torch.randn(256, 16, 4, generator=torch.Generator().manual_seed(repetition), dtype=torch.float64)
+        result = evaluate(FLAT, values, COLUMNS, measures, progress=False)
+        exact = result["256"]["0"]
+        for size in sizes:
+            differences = result[str(size)]["0"] - exact, result.standard_errors[str(size)]["0"]
+            squares[size] += torch.stack([(each / exact).square().mean() for each in differences]) / 200
+    for size, found in squares.items():
+        error, told = found.sqrt().tolist()
+        print(f"| {size} | {256 // size * math.comb(size, 2)} | {error:.4f} | {told:.4f} |")
 
 
 def convergence(images: Path, weights: Path) -> None:

@@ -19,6 +19,7 @@ from lightning_invariance.evaluation.two_walks import in_two_walks, state_bytes
 from lightning_invariance.layers import Layers, unwrapped
 from lightning_invariance.loader import STLoader
 from lightning_invariance.measures import NormalizedVariance
+from lightning_invariance.measures.base import names_accumulators
 from lightning_invariance.result import InvarianceResult
 from lightning_invariance.transforms import TransformationSet
 
@@ -157,7 +158,7 @@ def evaluate_with(
 def _measured(session: Session, transformations: TransformationSet, measures: Mapping[str, Metric]) -> InvarianceResult:
     """Walk over the ST matrix, in two directions where the states of one walk would be too large."""
     check_transformations(transformations)
-    loader, options = session.loader(transformations), session.options
+    loader, options = session.loader(transformations, _run_of(measures)), session.options
     if loader.n_samples is not None:
         _check_number(loader.n_samples)
     milestones = _milestones(loader) if options.convergence else []
@@ -184,6 +185,12 @@ def _measured(session: Session, transformations: TransformationSet, measures: Ma
     if rank_and_world_size()[0] == 0:
         warn_of(result, CALLER)
     return result
+
+
+def _run_of(measures: Mapping[str, Metric]) -> int:
+    """How many samples in a row the measures need from one process."""
+    needs = [a for measure in measures.values() if names_accumulators(measure) for a in measure.needs]
+    return max((accumulator.least_run for accumulator in needs), default=1)
 
 
 def _milestones(loader: STLoader) -> list[int]:

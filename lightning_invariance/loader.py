@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from lightning_invariance.agreement import Fingerprint, fingerprint_of, warn_of_randomness
 from lightning_invariance.batches import Samples, input_of, label_of
+from lightning_invariance.runs import share_of
 from lightning_invariance.samplers import indices_of
 from lightning_invariance.transforms import TransformationSet
 
@@ -59,6 +60,8 @@ class STLoader:
         world_size: number of processes.
         transform: if false, a block holds each sample as it is, as often as there are transformations.
         with_batch: whether blocks carry all entries of the batch.
+        run: how many samples a process takes at most, one after the other in the random order, before another has its
+            turn. Those of iterable datasets, whose order is their own, are always dealt one by one.
 
     Raises:
         ValueError: If ``batch_size`` or ``max_samples`` is too small, there are no samples, an iterable dataset comes
@@ -85,6 +88,7 @@ class STLoader:
         world_size: int = 1,
         transform: bool = True,
         with_batch: bool = False,
+        run: int = 1,
     ) -> None:
         if not isinstance(transformations, TransformationSet):
             raise TypeError(
@@ -104,9 +108,12 @@ class STLoader:
         self.rows = max(1, batch_size // len(transformations))
         self.is_split = self._checked = False
         self._rank, self._world_size = rank, world_size
-        self._loader, self.n_samples = self._batches_of(data, max_samples, seed)
+        self._loader, self.n_samples = self._batches_of(data, max_samples, seed, run)
+        self.run = 0 if self.n_samples is None else run
 
-    def _batches_of(self, data: Any, max_samples: int | None, seed: int) -> tuple[DataLoader[Any], int | None]:
+    def _batches_of(
+        self, data: Any, max_samples: int | None, seed: int, run: int
+    ) -> tuple[DataLoader[Any], int | None]:
         """A loader of the chosen samples, and how many all processes take together (None: not known yet)."""
         options: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed)}  # the global one stays untouched
         options["pin_memory"] = self.device is not None and self.device.type == "cuda"  # to copy while the GPU computes
@@ -138,7 +145,8 @@ class STLoader:
         order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))[:max_samples].tolist()
         indexable: Any = data
         self._first_item = lambda: (options.get("collate_fn") or default_collate)([indexable[indices[order[0]]]])
-        share: Subset[Any] = Subset(indexable, [indices[i] for i in order[self._rank :: self._world_size]])
+        self._own = share_of(len(order), run, self._rank, self._world_size)
+        share: Subset[Any] = Subset(indexable, [indices[order[i]] for i in self._own.tolist()])
         return DataLoader(share, **options), len(order)
 
     def _limited(self, loader: DataLoader[Any], data: Any, max_samples: int | None) -> DataLoader[Any]:
@@ -177,7 +185,7 @@ class STLoader:
             if not self._checked and self.transform:
                 self._checked = True
                 warn_of_randomness(self.transformations, samples.inputs[:1], self._seed)
-            indices = self._rank + self._world_size * torch.arange(first, first + len(samples))
+            indices = self._indices(torch.arange(first, first + len(samples)))
             first += len(samples)
             for columns, transformations in parts:
                 if self.transform:
@@ -185,6 +193,12 @@ class STLoader:
                 else:
                     inputs = torch.stack([samples.inputs] * len(transformations), dim=1)
                 yield STBlock(inputs, samples.labels, columns, indices, samples.batch)
+
+    def _indices(self, taken: Tensor) -> Tensor:
+        """Which of the samples of all processes those are that this process takes as its first, second, and so on."""
+        if self.n_samples is not None:
+            return self._own[taken]
+        return self._rank + self._world_size * taken
 
     def _rows(self) -> Iterator[Samples]:
         """The samples, :attr:`rows` at a time however they were batched, on the device."""

@@ -69,11 +69,13 @@ class InvarianceResult(LayerValues):
         response: measure → layer → what each transformation does to the layer, where the measure was asked for it
             (``NormalizedVariance(response=True)``).
         scores: the trainer's metrics of that moment, such as an accuracy.
+        standard_errors: measure → layer → standard error of each estimated value, for samples drawn at random; measures
+            that are exact for the samples that were measured are not in it.
 
     Attributes:
         n_samples: see Args. So are ``transformations``, ``parameters``, ``epoch``, ``step``, ``floor``, ``skipped``,
             ``left_out``, ``reached``, ``channel_axis``, ``convergence``, ``higher_is_better``, ``ratios``, ``units``,
-            ``response`` and ``scores``.
+            ``response``, ``scores`` and ``standard_errors``.
     """
 
     #: How :meth:`plot` draws; set by ``lightning_invariance.plots``, which knows results.
@@ -100,6 +102,7 @@ class InvarianceResult(LayerValues):
         units: Mapping[str, str] | None = None,
         response: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
         scores: Mapping[str, float] | None = None,
+        standard_errors: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
         layers = dict.fromkeys(layer for of_layers in values.values() for layer in of_layers)
         samples = {layer: (reached or {}).get(layer, n_samples) for layer in layers}
@@ -119,6 +122,7 @@ class InvarianceResult(LayerValues):
         self.units = dict(units or {})
         self.response = {measure: dict(layers) for measure, layers in (response or {}).items()}
         self.scores = dict(scores or {})
+        self.standard_errors = {measure: dict(layers) for measure, layers in (standard_errors or {}).items()}
         self.convergence = {
             measure: {layer: {int(n): value for n, value in found.items()} for layer, found in layers.items()}
             for measure, layers in (convergence or {}).items()
@@ -143,8 +147,9 @@ class InvarianceResult(LayerValues):
         return pandas.DataFrame(rows)
 
     def reduced(self) -> InvarianceResult:
-        """The same result with one value for each channel; tables, means and pictures stay what they are."""
+        """The same result with one value for each channel, without errors; tables, means and pictures stay the same."""
         state = self.state_dict()
+        state["standard_errors"] = {}
         state["values"] = {
             measure: {layer: self.per_channel(measure, layer) for layer in layers}
             for measure, layers in self._values.items()
@@ -162,6 +167,7 @@ class InvarianceResult(LayerValues):
         return {
             "values": self._values,
             "dead": self.dead,
+            "standard_errors": self.standard_errors,
             "statistics": statistics,
             **{name: getattr(self, name) for name in PLAIN},
         }
@@ -169,7 +175,8 @@ class InvarianceResult(LayerValues):
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> InvarianceResult:
         """The result that :meth:`state_dict` described."""
-        rest = {name: value for name, value in state.items() if name in ("dead", *PLAIN)}  # not those of later versions
+        known = ("dead", "standard_errors", *PLAIN)  # and not what later versions add
+        rest = {name: value for name, value in state.items() if name in known}
         result = cls(state["values"], **rest)
         for measure, rows in state["statistics"].items():
             result._tables[measure] = Table(LayerStatistics.from_plain(row) for row in rows)

@@ -21,6 +21,10 @@ def write(state: dict[str, Any], path: Path) -> None:
     state, arrays = dict(state), {}
     for i, layers in enumerate(state.pop("values").values()):
         arrays.update({f"values/{i}/{j}": values.numpy() for j, values in enumerate(layers.values())})
+    errors = state.pop("standard_errors")
+    for i, layers in enumerate(errors.values()):
+        arrays.update({f"standard_errors/{i}/{j}": error.numpy() for j, error in enumerate(layers.values())})
+    state["measures_with_standard_errors"] = {measure: list(layers) for measure, layers in errors.items()}
     for kind, names in (("dead", "layers_of_dead"), ("floor", "measures_with_floor")):
         tensors = state.pop(kind)
         arrays.update({f"{kind}/{j}": values.numpy() for j, values in enumerate(tensors.values())})
@@ -40,6 +44,10 @@ def read(path: Path) -> dict[str, Any]:
         state: dict[str, Any] = json.loads(str(arrays["about"]))
         for kind, names in (("dead", "layers_of_dead"), ("floor", "measures_with_floor")):
             state[kind] = {name: torch.from_numpy(arrays[f"{kind}/{j}"]) for j, name in enumerate(state.pop(names))}
+        state["standard_errors"] = {
+            measure: {name: torch.from_numpy(arrays[f"standard_errors/{i}/{j}"]) for j, name in enumerate(layers)}
+            for i, (measure, layers) in enumerate(state.pop("measures_with_standard_errors", {}).items())
+        }
         state["values"] = {
             measure: {row["layer"]: torch.from_numpy(arrays[f"values/{i}/{j}"]) for j, row in enumerate(rows)}
             for i, (measure, rows) in enumerate(state["statistics"].items())

@@ -8,7 +8,7 @@ from scipy.spatial.distance import pdist
 from torch import nn
 
 from lightning_invariance import evaluate, functional, rotations
-from lightning_invariance.accumulators import RowDistances, Subsample
+from lightning_invariance.accumulators import GroupedPairs, RowDistances
 from lightning_invariance.measures import (
     NormalizedDistance,
     SampleDistance,
@@ -85,12 +85,17 @@ def test_invariant_dead_and_infinite_units_are_exact():
 
 def test_the_estimate_depends_neither_on_order_nor_on_blocks_nor_on_merging():
     st = torch.randn(200, 3, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    expected = measured(SampleDistance(samples=4), st)
-    sorted_by_value = st[st[:, 0, 0].argsort()]
-    assert torch.equal(measured(SampleDistance(samples=4), *sorted_by_value.split(7)), expected)
+    indices = torch.arange(200)
+    whole = SampleDistance(samples=4)
+    whole.update(st, indices)
+    expected = whole.compute()
+    other = SampleDistance(samples=4)
+    for rows in st[:, 0, 0].argsort().split(7):
+        other.update(st[rows], rows)
+    torch.testing.assert_close(other.compute(), expected, rtol=1e-12, atol=0)
     parts = [SampleDistance(samples=4) for _ in range(3)]
-    for part, rows in zip(parts, st.split([1, 150, 49]), strict=True):
-        part.update(rows)
+    for part, rows in zip(parts, indices.split([1, 150, 49]), strict=True):
+        part.update(st[rows], rows)
     parts[2].merge_state(parts[0])
     parts[1].merge_state(parts[2])
     torch.testing.assert_close(parts[1].compute(), expected, rtol=1e-12, atol=0)
@@ -129,19 +134,9 @@ def test_the_error_falls_as_the_docstring_says(samples):
     assert found == pytest.approx(0.7 / math.sqrt(samples * 4), rel=0.35)
 
 
-def test_evaluate_gives_one_estimate_for_every_batch_size():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4)).double()
-    images = torch.rand(50, 2, 6, 6, dtype=torch.float64)
-    expected = evaluate(model, images, rotations(4), SampleDistance(samples=3), batch_size=64)
-    for batch_size in (3, 4, 30):
-        found = evaluate(model, images, rotations(4), SampleDistance(samples=3), batch_size=batch_size)
-        torch.testing.assert_close(found["SampleDistance"]["3"], expected["SampleDistance"]["3"], rtol=1e-9, atol=0)
-
-
 def test_the_family_shares_its_sums_in_evaluate(monkeypatch):
     calls = []
-    for accumulator in (RowDistances, Subsample):
+    for accumulator in (RowDistances, GroupedPairs):
         original = accumulator.add_
         monkeypatch.setattr(
             accumulator,
@@ -152,7 +147,7 @@ def test_the_family_shares_its_sums_in_evaluate(monkeypatch):
     measures = [TransformationDistance(), SampleDistance(), NormalizedDistance(), SampleDistance(samples=5)]
     names = {f"{position}": measure for position, measure in enumerate(measures)}
     evaluate(nn.Flatten(), images, rotations(4), names, batch_size=64)
-    assert sorted(calls) == ["RowDistances", "Subsample", "Subsample"]  # one of 16 samples, one of 5
+    assert sorted(calls) == ["GroupedPairs", "GroupedPairs", "RowDistances"]  # groups of 16 samples, groups of 5
 
 
 @pytest.mark.parametrize(
@@ -189,20 +184,6 @@ def test_nan_of_a_sample_that_is_not_kept_is_not_lost():
             parts[0].merge_state(parts[1])
             assert measured(metric, *spoiled.split(7)).isnan().tolist() == [True, False]
             assert parts[0].compute().isnan().tolist() == [True, False]
-
-
-def test_a_walk_keeps_the_samples_that_would_be_kept_without_knowing_their_number():
-    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten(), nn.Linear(48, 4)).double()
-    images = torch.rand(30, 1, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    turns = rotations(4)
-    found = evaluate(model, images, turns, SampleDistance(samples=5), progress=False)["SampleDistance"]
-    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        st = model(turns(images[order]).flatten(0, 1)).unflatten(0, (30, 4))
-    alone = SampleDistance(samples=5)
-    for rows in torch.arange(30).split(7):
-        alone.update(st[rows], rows)
-    torch.testing.assert_close(found["2"], alone.compute(), rtol=1e-9, atol=0)
 
 
 def test_fewer_samples_than_announced_are_no_zeros():

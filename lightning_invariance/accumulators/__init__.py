@@ -8,23 +8,26 @@ from lightning_invariance.accumulators.by_class import ByClass
 from lightning_invariance.accumulators.changes import Changes
 from lightning_invariance.accumulators.deviations import Deviations, means_of
 from lightning_invariance.accumulators.distances import RowDistances
+from lightning_invariance.accumulators.grouped_pairs import GroupedPairs
 from lightning_invariance.accumulators.long_rows import LongRows
 from lightning_invariance.accumulators.mapped_back import DirectDistances, MappedBack
 from lightning_invariance.accumulators.matrix import Matrix
 from lightning_invariance.accumulators.paired import PairedDeviations
 from lightning_invariance.accumulators.peaks import Extremes, Firing, Peaks
 from lightning_invariance.accumulators.still import Still
-from lightning_invariance.accumulators.subsample import Subsample
+from lightning_invariance.accumulators.subsample import ColumnPairs, Subsample
 
 __all__ = [
     "Accumulator",
     "ByClass",
     "Changes",
+    "ColumnPairs",
     "Context",
     "Deviations",
     "DirectDistances",
     "Extremes",
     "Firing",
+    "GroupedPairs",
     "LongRows",
     "MappedBack",
     "Matrix",

@@ -33,11 +33,15 @@ class Context:
         transformations: the columns.
         input_shape: of a network input; ``()`` where it is not known yet.
         n_samples: how many samples all processes together will show, named by the ``indices`` 0 to n − 1, if known.
+        run: how many samples each process shows in a row, in rising order of ``indices``, before another shows those
+            that follow: see :func:`~lightning_invariance.runs.places_of`. Their order is random, and ``n_samples`` is
+            known. 0 where samples come in any other order.
     """
 
     transformations: TransformationSet
     input_shape: tuple[int, ...] = ()
     n_samples: int | None = None
+    run: int = 0
 
 
 @dataclass(slots=True)
@@ -120,6 +124,11 @@ class Accumulator(ABC):
 
     #: Whether rows longer than a batch are added in parts, one after the other; otherwise rows are completed first.
     takes_parts: ClassVar[bool] = False
+
+    @property
+    def least_run(self) -> int:
+        """How many samples, one after the other, it needs from one process; see :attr:`Context.run`."""
+        return 1
 
     @abstractmethod
     def empty(self) -> States:

@@ -62,8 +62,8 @@ class ByClass(Accumulator):
         return states
 
     def prepared(self, context: Context) -> Accumulator:
-        """With the inner ones prepared; how many samples a class will have is not known."""
-        context = replace(context, n_samples=None)
+        """With the inner ones prepared; how many samples a class will have, and in which order, is not known."""
+        context = replace(context, n_samples=None, run=0)
         return replace(self, inner=tuple(accumulator.prepared(context) for accumulator in self.inner))
 
     def includes(self, other: Accumulator) -> bool:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators.base import Accumulator, Context, Rows, States
+from lightning_invariance.accumulators.distances import Distance
+from lightning_invariance.accumulators.grouped_pairs import GroupedPairs
 
 #: The key of an empty place.
 EMPTY = torch.iinfo(torch.int64).max
@@ -21,7 +23,8 @@ class Subsample(Accumulator):
 
     Each sample has a random key for each column, a hash of the sample's number and the column's; each column keeps the
     samples with the smallest keys. Columns keep different samples, which makes the mean over columns far more precise
-    than keeping whole rows would.
+    than keeping whole rows would. A sample without a number is named by its values and by how many came before: by its
+    values alone samples with equal ones would be kept, or not, together.
 
     - ``keys`` ``(m, samples)`` in int64, on the CPU, and ``kept`` ``(m, samples, k)``: keys and values.
     - ``flawed`` ``(k,)``: whether an activation was NaN or infinite for any sample, kept or not.
@@ -84,7 +87,8 @@ class Subsample(Accumulator):
     def _choice(self, keys: Tensor, rows: Rows) -> Choice:
         """Which rows enter; computed once for all layers that have seen the same samples."""
         if rows.indices is None:
-            return choose(keys, keys_of(indices_of_contents(rows.flat).cpu(), len(keys)))
+            arrived = torch.arange(rows.before, rows.before + len(rows.flat))
+            return choose(keys, keys_of(indices_of_contents(rows.flat).cpu() ^ _mixed(arrived), len(keys)))
         before, choice = rows.block_memo.get(self, (None, None))
         if before is None or not torch.equal(before, keys):
             candidates = keys_of(rows.indices, len(keys))
@@ -95,6 +99,32 @@ class Subsample(Accumulator):
             rows.block_memo[self] = keys.clone(), choice
         found: Choice = choice
         return found
+
+
+@dataclass(frozen=True)
+class ColumnPairs(Subsample):
+    """What distances within columns are made of: all samples where they come in runs, a choice where they do not.
+
+    Attributes:
+        samples: how many a group holds, or each column keeps.
+        expected: how many samples there will be; 0 where that is not known.
+        distance: see :func:`~lightning_invariance.accumulators.distances.distance_between`.
+        over: ``"activation"`` or ``"channel"``.
+    """
+
+    distance: Distance = "abs"
+    over: str = "activation"
+
+    @property
+    def least_run(self) -> int:
+        """A group."""
+        return self.samples
+
+    def prepared(self, context: Context) -> Accumulator:
+        """Pairs in groups where samples come in runs."""
+        if context.run < self.samples or context.n_samples is None:
+            return super().prepared(context)
+        return GroupedPairs(self.distance, self.over, self.samples, context.run, context.n_samples)
 
 
 class Choice(NamedTuple):

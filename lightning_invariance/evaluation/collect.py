@@ -26,6 +26,7 @@ def collect(registry: Registry) -> InvarianceResult:
     """Compute every measure of every layer, and free the sums of each layer as soon as it is done."""
     values: Values = {name: {} for name in registry.measures}
     response: dict[str, dict[str, list[float]]] = {}
+    errors: Values = {}
     dead: dict[str, Tensor] = {}
     skipped: dict[str, list[str]] = {name: [] for name in registry.measures}
     floor: dict[str, Tensor] = {}
@@ -45,6 +46,8 @@ def collect(registry: Registry) -> InvarianceResult:
                 sums = registry.sums(layer, key)
                 if (parts := metric.response_of(sums)) is not None:
                     response.setdefault(key, {})[name] = parts.tolist()
+                if sums.n_samples and (error := metric.standard_error(sums)) is not None:
+                    errors.setdefault(key, {})[name] = error.reshape(value.shape).to("cpu", torch.float64)
         for tally in layer.first if name != INPUT else ():
             counted = Sums(
                 tally.states, tally.n_samples, len(registry.transformations), layer.shape, layer.channel_axis
@@ -61,6 +64,7 @@ def collect(registry: Registry) -> InvarianceResult:
         n_samples=registry.n_samples,
         floor=floor,
         response=response,
+        standard_errors=errors,
         skipped=skipped,
         left_out=registry.left_out,
         channel_axis={name: axis for name, axis in channel_axis.items() if name != INPUT},

@@ -45,6 +45,7 @@ class Registry:
             gets a clone, which is updated with the block.
         transformations: the columns of the ST matrix.
         expected: how many samples there will be, if known.
+        run: how many samples in a row a process shows.
 
     Attributes:
         layers: name → layer, in the order in which they ran.
@@ -55,7 +56,11 @@ class Registry:
     """
 
     def __init__(
-        self, measures: Mapping[str, Metric], transformations: TransformationSet, expected: int | None = None
+        self,
+        measures: Mapping[str, Metric],
+        transformations: TransformationSet,
+        expected: int | None = None,
+        run: int = 0,
     ) -> None:
         self.measures = measures
         self.transformations = transformations
@@ -64,7 +69,7 @@ class Registry:
         self.finished = False
         self.input_shape: tuple[int, ...] | None = None
         self.left_out: dict[str, str] = {}
-        self._expected = expected
+        self._expected, self._run = expected, run
         self._in_first_pass = True
         # Raises where a measure cannot work with the transformations.
         self._needs, self._needs_again = self._prepared(())
@@ -146,7 +151,7 @@ class Registry:
 
     def _prepared(self, input_shape: tuple[int, ...]) -> tuple[Needs, Needs]:
         """By measure: the accumulators of each pass, for what is known now."""
-        context = Context(self.transformations, input_shape, self._expected)
+        context = Context(self.transformations, input_shape, self._expected, self._run)
         own = {name: measure for name, measure in self.measures.items() if names_accumulators(measure)}
         first = {name: tuple(a.prepared(context) for a in measure.needs) for name, measure in own.items()}
         return first, {name: tuple(a.prepared(context) for a in measure.needs_again) for name, measure in own.items()}

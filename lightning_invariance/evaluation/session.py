@@ -73,8 +73,12 @@ class Session:
         """The same with half the batch size."""
         return Session(self.model, self.data, replace(self.options, batch_size=self.batch_size // 2))
 
-    def loader(self, transformations: TransformationSet) -> STLoader:
+    def loader(self, transformations: TransformationSet, run: int = 1) -> STLoader:
         """The blocks that this process takes.
+
+        Args:
+            transformations: the columns.
+            run: how many samples in a row a process takes.
 
         Raises:
             ValueError: If the processes hold different data.
@@ -95,6 +99,7 @@ class Session:
                 world_size=world_size,
                 transform=self._transformed_module is None,
                 with_batch=takes_batch(self.options.forward),
+                run=run,
             )
             fingerprint = loader.fingerprint() if world_size > 1 else fingerprint
         except Exception as raised:  # the other processes must be told, or they would wait for ever
@@ -120,8 +125,7 @@ class Session:
             at_milestone: called with the registry between two blocks.
             about: text beside the progress bar.
         """
-        expected = None if milestones else loader.n_samples  # a choice of the first samples must not know of the others
-        registry = Registry(measures, loader.transformations, expected)
+        registry = Registry(measures, loader.transformations, loader.n_samples, loader.run)
         intake = Intake(registry, self.options.channel_axis, within=self._transformed_module is not None)
         waiting = list(milestones)
         with self._prepared(intake), catch_activations(self.model, self.selection, intake.consume) as catcher:

@@ -105,6 +105,10 @@ class Measure(AccumulatingMetric):
         """The part of each transformation in the value of the layer, ``(m,)``; None where it is not measured."""
         return None
 
+    def standard_error(self, sums: Sums) -> Tensor | None:
+        """The standard error of an estimated :meth:`value`, in the same shape; None where the value is exact."""
+        return None
+
     def of_layer(self, sums: Sums) -> Tensor:
         """What :meth:`of_network` gets of a layer: by default the value."""
         return self.value(sums)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators.distances import Distance
@@ -19,7 +20,7 @@ class MeasureOfDistances(Measure):
     Args:
         distance: see :class:`TransformationDistance`; so are the others.
         over: ``"activation"`` or ``"channel"``.
-        samples: how many samples each column keeps.
+        samples: how many samples a group holds, or each column keeps.
         aggregate: how the values of a feature map are made one; None keeps them.
         kwargs: additional arguments of ``torchmetrics.Metric``.
 
@@ -109,12 +110,17 @@ class SampleDistance(MeasureOfDistances):
 
     .. math:: SD = \frac{1}{m} \sum_{j=1}^{m} \mathrm{AverageDistance}(\mathbf{ST}[:, j])
 
-    For ``distance="squared"``, and for up to ``samples`` samples, it is exact. Otherwise it is estimated, without bias:
-    each transformation keeps the values of ``samples`` samples of its own, and their s(s − 1)/2 pairs stand for all,
-    times (n − 1)/n for the pairs of a sample with itself. The choice does not depend on order, batches or processes.
-    The relative standard error is about 0.7/√s for one transformation and a normal distribution, and falls to
-    0.7/√(s·m) as the transformations of a sample have less in common; m·s values are kept for each activation. Of a
-    unit that fires so rarely that no kept sample fires it the estimate is 0.
+    For ``distance="squared"``, and for up to ``samples`` samples, it is exact. Otherwise it is estimated without bias,
+    from m·s values for each activation, s for ``samples``, times (n − 1)/n for the pairs of a sample with itself:
+
+    - :func:`~lightning_invariance.evaluate` and the monitor take the samples in a random order, the same for every
+      batch size and number of processes. All pairs within groups of s samples, one after the other, stand for all.
+      :attr:`InvarianceResult.standard_errors` has the standard error for samples drawn at random.
+    - Where the order is not random (updates by hand, iterable datasets, :class:`Stratified`), each transformation keeps
+      the values of s samples of its own, and their s(s − 1)/2 pairs stand for all. The choice depends on the
+      ``indices`` of samples alone, or where there are none on their values and the order in which they came. The
+      relative standard error is between 0.7/√(s·m) and 0.7/√s for normal distributions, and the estimate is 0 for a
+      unit that fires so rarely that no kept sample fires it.
 
     It lies in ``[0, inf)``, in units of the activation for ``"abs"``. It says nothing of invariance by itself: it is
     the scale that :class:`NormalizedDistance` divides by.
@@ -127,7 +133,7 @@ class SampleDistance(MeasureOfDistances):
     Args:
         distance: see :class:`TransformationDistance`.
         over: ``"activation"``: every scalar by itself. ``"channel"``: a feature map is one vector.
-        samples: how many samples each transformation keeps, s.
+        samples: how many samples a group holds, or each transformation keeps, s.
         aggregate: ``"mean"``, ``"max"`` or ``"sum"`` over the feature map gives one value for each channel, before any
             quotient.
 
@@ -149,6 +155,11 @@ class SampleDistance(MeasureOfDistances):
         """SD of every activation, or of every channel."""
         return self.aggregated(self.pairs.within_columns(sums), sums)
 
+    def standard_error(self, sums: Sums) -> Tensor | None:
+        """That of SD; with ``aggregate`` no less than it, since the errors of a feature map go together."""
+        errors = self.pairs.error_within_columns(sums)
+        return None if errors is None else self.aggregated(errors, sums)
+
 
 class NormalizedDistance(MeasureOfDistances):
     r"""Normalized Distance (ND): how much transformations matter against samples, by distances.
@@ -158,7 +169,8 @@ class NormalizedDistance(MeasureOfDistances):
     .. math:: ND = \frac{TD}{SD}, \qquad \frac{0}{0} = 1, \quad \frac{x}{0} = \infty
 
     It lies in ``[0, inf]`` and has no unit. Lower is more invariant: 0 is invariant; around 1 transformations matter as
-    much as samples do. SD is estimated from ``samples`` samples, see :class:`SampleDistance`; TD is exact.
+    much as samples do. SD is estimated, see :class:`SampleDistance`; TD is exact. The standard error in a result is
+    what that of SD makes of the quotient.
 
     As output of ``forward`` and ``compute`` the metric returns
 
@@ -168,7 +180,7 @@ class NormalizedDistance(MeasureOfDistances):
     Args:
         distance: see :class:`TransformationDistance`.
         over: ``"activation"``: every scalar by itself. ``"channel"``: a feature map is one vector.
-        samples: how many samples each transformation keeps, s.
+        samples: how many samples a group holds, or each transformation keeps, s.
         aggregate: ``"mean"``, ``"max"`` or ``"sum"`` over the feature map gives one value for each channel, before any
             quotient.
 
@@ -188,3 +200,12 @@ class NormalizedDistance(MeasureOfDistances):
         """TD / SD of every activation, or of every channel."""
         rows, columns = self.pairs.within_rows(sums), self.pairs.within_columns(sums)
         return quotient(self.aggregated(rows, sums), self.aggregated(columns, sums))
+
+    def standard_error(self, sums: Sums) -> Tensor | None:
+        """What that of SD makes of TD / SD: TD · se(SD) / SD²; 0 where the activation is dead."""
+        errors = self.pairs.error_within_columns(sums)
+        if errors is None:
+            return None
+        rows = self.aggregated(self.pairs.within_rows(sums), sums)
+        columns = self.aggregated(self.pairs.within_columns(sums), sums)
+        return torch.where((rows == 0) & (columns == 0), 0.0, rows * self.aggregated(errors, sums) / columns.square())

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators import Accumulator, Deviations, RowDistances, Subsample
+from lightning_invariance.accumulators import Accumulator, ColumnPairs, Deviations, RowDistances
 from lightning_invariance.accumulators.distances import Distance, row_distances
+from lightning_invariance.accumulators.grouped_pairs import GroupedPairs, mean_and_error
 from lightning_invariance.accumulators.subsample import EMPTY
 from lightning_invariance.maps import aggregate_maps
 from lightning_invariance.measures.sums import Sums
@@ -24,7 +25,7 @@ class PairDistances:
     Attributes:
         distance: ``"abs"``, ``"euclidean"``, ``"cosine"`` or a function.
         over: ``"activation"`` or ``"channel"``.
-        samples: how many samples each column keeps.
+        samples: how many samples a group holds, or each column keeps.
     """
 
     distance: Distance
@@ -34,7 +35,8 @@ class PairDistances:
     def needs(self, rows: bool, columns: bool) -> tuple[Accumulator, ...]:
         """The accumulators for transformation distances (rows) and sample distances (columns)."""
         of_rows: tuple[Accumulator, ...] = (RowDistances(self.distance, self.over),) if rows else ()
-        return (*of_rows, Subsample(self.samples)) if columns else of_rows
+        of_columns = ColumnPairs(self.samples, distance=self.distance, over=self.over)
+        return (*of_rows, of_columns) if columns else of_rows
 
     def within_rows(self, sums: Sums) -> Tensor:
         """TD (paper, eqs. 5 and 6); NaN where an activation was infinite, whose distance to itself is none."""
@@ -42,29 +44,44 @@ class PairDistances:
         return torch.where(found.isinf(), torch.nan, found)
 
     def within_columns(self, sums: Sums) -> Tensor:
-        """SD (paper, eqs. 5 and 6): the mean over pairs of kept samples.
+        """SD (paper, eqs. 5 and 6): the mean over pairs of samples of one group, or of kept samples.
 
         Times (n − 1) / n, since eq. 6 also counts the pairs of a sample with itself.
         """
-        n, keys = sums.n_samples, sums["keys"]
+        n = sums.n_samples
+        mean = self._mean_in_groups(sums)[0] if "groups" in sums else self._mean_of_kept(sums)
+        flawed = sums["flawed"]
+        if self.over == "channel":
+            flawed = aggregate_maps(sums.shaped(flawed), "max", sums.channel_axis)
+        return torch.where(flawed.flatten(), torch.nan, mean.flatten()) * ((n - 1) / n)
+
+    def error_within_columns(self, sums: Sums) -> Tensor | None:
+        """The standard error of SD, for samples drawn at random; None where only some samples were kept."""
+        n = sums.n_samples
+        return self._mean_in_groups(sums)[1] * ((n - 1) / n) if "groups" in sums else None
+
+    def _mean_in_groups(self, sums: Sums) -> tuple[Tensor, Tensor]:
+        """The mean distance of two samples of one group, and its standard error."""
+        groups = GroupedPairs(self.distance, self.over, self.samples, self.samples, sums.n_samples)
+        return mean_and_error({**sums.states, **groups.added(sums.states)})
+
+    def _mean_of_kept(self, sums: Sums) -> Tensor:
+        """The mean distance of two kept samples."""
+        keys = sums["keys"]
         kept = sums["kept"].view(*sums["kept"].shape[:2], *(sums.activation_shape or (1,)))
         if self.over == "channel" and sums.channel_axis:
             kept = kept.movedim(2 + sums.channel_axis, 2)
         full = keys != EMPTY
         counts = full.sum(1).tolist()
         if set(counts) == {kept.shape[1]}:
-            mean = self._mean_of_pairs(kept)
-        elif len(set(counts)) == 1:
+            return self._mean_of_pairs(kept)
+        if len(set(counts)) == 1:
             some = kept[full.to(kept.device)]
-            mean = self._mean_of_pairs(some.view(len(full), counts[0], *some.shape[1:]))
-        else:  # fewer samples came than were announced, as in a layer that does not always run
-            parts = [values[places.to(values.device)] for values, places in zip(kept, full, strict=True)]
-            means = [self._mean_of_pairs(part[None]) for part in parts if len(part) > 1]
-            mean = torch.stack(means).mean(0) if means else self._mean_of_pairs(kept[:1, :2] * torch.nan)
-        flawed = sums["flawed"]
-        if self.over == "channel":
-            flawed = aggregate_maps(sums.shaped(flawed), "max", sums.channel_axis)
-        return torch.where(flawed, torch.nan, mean) * ((n - 1) / n)
+            return self._mean_of_pairs(some.view(len(full), counts[0], *some.shape[1:]))
+        # Fewer samples came than were announced, as in a layer that does not always run.
+        parts = [values[places.to(values.device)] for values, places in zip(kept, full, strict=True)]
+        means = [self._mean_of_pairs(part[None]) for part in parts if len(part) > 1]
+        return torch.stack(means).mean(0) if means else self._mean_of_pairs(kept[:1, :2] * torch.nan)
 
     def _mean_of_pairs(self, kept: Tensor) -> Tensor:
         """The mean distance of two different samples, over all columns ``(columns, samples, *activation_shape)``."""
@@ -95,6 +112,10 @@ class SquaredDistances:
         """SD."""
         n = sums.n_samples
         return self._over(2 * (n - 1) / n * sample_variance(sums), sums)
+
+    def error_within_columns(self, sums: Sums) -> Tensor | None:
+        """None: it is exact."""
+        return None
 
     def _over(self, values: Tensor, sums: Sums) -> Tensor:
         return aggregate_maps(values, "sum" if self.over == "channel" else None, sums.channel_axis).flatten()
