@@ -318,8 +318,15 @@ def test_c_refuses_sizes_that_do_not_fit_before_it_uses_a_pointer():
     with pytest.raises(ValueError, match="columns that the block does not have"):
         kernels.absolute_differences(x, network)
     about = [number for tensor in (x, network, total) for number in (tensor.data_ptr(), tensor.numel())]
-    with pytest.raises(ValueError, match="of other sizes"):
-        kernels._kernels.absolute_differences(4, 16, 128, 1, 3, *about)
+    fine = [4, 16, 128, 1, 2, 16 * 128, 128, *about]
+    for place, value, words in [
+        (4, 3, "of other sizes"),
+        (5, 16 * 128 + 1, "another number of values"),
+        (6, 2**62, "another number of values"),
+        (6, -1, "another number of values"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            kernels._kernels.absolute_differences(*fine[:place], value, *fine[place + 1 :])
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])

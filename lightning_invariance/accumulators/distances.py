@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lightning_invariance.accumulators.base import Accumulator, Rows, States
 from lightning_invariance.accumulators.deviations import MOST_VALUES
-from lightning_invariance.accumulators.memory import chunks
 from lightning_invariance.accumulators.pairs import absolute_differences, euclidean_distances
 
 #: A distance by name, or a function of two broadcast tensors; see :func:`distance_between`.
@@ -62,7 +61,7 @@ def row_distances(values: Tensor, distance: Distance, over: str) -> Tensor:
     """
     if distance == "abs" and over == "activation":
         flat = values.flatten(2) if values.ndim > 2 else values[..., None]
-        return torch.cat([absolute_differences(part) for part in chunks(flat)], -1)
+        return absolute_differences(flat)
     maps = as_maps(values)
     if distance == "euclidean":
         return 2 * euclidean_distances(maps).sum(0)

@@ -44,7 +44,7 @@ class GroupedPairs(Accumulator):
       of pairs :math:`P_g = m s_g (s_g - 1)` of groups of :math:`s_g` samples.
     - ``waiting`` ``(m, samples, channels, positions)``: the rows of the last group.
     - ``groups`` ``(5,)`` in int64, on the CPU: see above.
-    - ``flawed`` ``(k,)``: whether an activation was NaN or infinite.
+    - Values that are NaN or infinite make the sums of their activation NaN or infinite.
 
     Attributes:
         distance: see :func:`~lightning_invariance.accumulators.distances.distance_between`.
@@ -69,7 +69,6 @@ class GroupedPairs(Accumulator):
             **{name: torch.zeros(0, dtype=torch.float64) for name in sums},
             "waiting": torch.zeros(0, 0, 0, 0),
             "groups": torch.zeros(0, dtype=torch.long),
-            "flawed": torch.zeros(0, dtype=torch.bool),
         }
 
     def add(self, states: States, rows: Rows) -> States:
@@ -89,9 +88,6 @@ class GroupedPairs(Accumulator):
             states.update(column_distances=zeros, column_squares=zeros, column_products=zeros)
             states["waiting"] = x.new_zeros(m, min(self.samples, self.expected), *shape)
             states["groups"] = torch.zeros(5, dtype=torch.long)
-            states["flawed"] = torch.zeros(rows.flat.shape[2], dtype=torch.bool, device=x.device)
-        if not x.is_cpu or not x.sum().isfinite():  # reading the sum from another device would synchronise
-            states["flawed"] = states["flawed"] | ~rows.flat.isfinite().flatten(0, 1).all(0)
         row = 0
         for part in self._parts(rows.indices, rows.block_memo):
             known, waiting = states["groups"][:PAIRS].tolist()
@@ -117,7 +113,6 @@ class GroupedPairs(Accumulator):
             **{name: both[0][name] + both[1][name] for name in summed},
             "waiting": first["waiting"],
             "groups": groups,
-            "flawed": a["flawed"] | b["flawed"],
         }
 
     def _parts(self, indices: Tensor, memo: dict[Hashable, Any]) -> list[Part]:
@@ -136,12 +131,12 @@ class GroupedPairs(Accumulator):
         groups = states["groups"].clone()
         waiting = int(groups[WAITING])
         groups[WAITING] = 0
-        if waiting < 2:  # without a pair
+        if not waiting:
             return {"groups": groups}
         values = states["waiting"][:, :waiting]
         found = row_distances(values, self.distance, self.over)
-        pairs = len(values) * waiting * (waiting - 1)
-        groups += torch.tensor([0, 0, pairs, pairs**2, 1])
+        pairs = len(values) * waiting * (waiting - 1)  # none of a single sample, whose distance to itself may be NaN
+        groups += torch.tensor([0, 0, pairs, pairs**2, pairs > 0])
         return {
             "column_distances": states["column_distances"] + found,
             "column_squares": states["column_squares"] + found.square(),

@@ -123,15 +123,20 @@ def absolute_differences(x: Tensor, network: Tensor) -> Tensor | None:
     r"""\|x_j − x_l\| of all ordered pairs within rows, summed over rows: ``(k,)`` in float64; None where C cannot.
 
     Args:
-        x: rows ``(n, m, k)``.
+        x: rows ``(n, m, k)``, which may be a part of a larger tensor.
         network: ``(comparisons, 2)`` in int32: which two values to compare next, so that all come out in order.
     """
     if not takes(x) or x.shape[1] > MOST_SORTED:
         return None
     n, m, k = x.shape
-    x, network, total = x.contiguous(), network.contiguous(), torch.empty(k, dtype=torch.float64)
+    row, column, step = x.stride()
+    if step != 1 or min(row, column) < 0:
+        x = x.contiguous()
+        row, column, step = x.stride()
+    network, total = network.contiguous(), torch.empty(k, dtype=torch.float64)
+    from_x_on = x.untyped_storage().nbytes() // x.itemsize - x.storage_offset()
     _kernels.absolute_differences(  # type: ignore[union-attr]
-        *(n, m, k, torch.get_num_threads(), len(network)),
-        *(number for tensor in (x, network, total) for number in (tensor.data_ptr(), tensor.numel())),
+        *(n, m, k, torch.get_num_threads(), len(network), row, column, x.data_ptr(), from_x_on),
+        *(number for tensor in (network, total) for number in (tensor.data_ptr(), tensor.numel())),
     )
     return total

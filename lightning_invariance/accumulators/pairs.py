@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_invariance.accumulators import kernels
 from lightning_invariance.accumulators.changes import LARGEST_FLOAT32_SQUARE, SMALLEST_FLOAT32_SQUARE
-from lightning_invariance.accumulators.memory import CHUNK, scratch
+from lightning_invariance.accumulators.memory import CHUNK, chunks, scratch
 
 #: ‖x‖² + ‖y‖² − 2 x·y cancels where it is below this fraction of ‖x‖² + ‖y‖²: x − y is then taken itself.
 CANCELS = 1e-2
@@ -20,14 +20,17 @@ def absolute_differences(x: Tensor) -> Tensor:
 
     Of the values in order, the r-th smallest is larger than r − 1 others and smaller than m − r.
     """
+    found = kernels.absolute_differences(x, _network(x.shape[1])) if x.shape[1] <= kernels.MOST_SORTED else None
+    return torch.cat([_absolute_differences(part) for part in chunks(x)], -1) if found is None else found
+
+
+def _absolute_differences(x: Tensor) -> Tensor:
+    """The same by PyTorch's operations."""
     n, m, k = x.shape
     if m > kernels.MOST_SORTED:  # sorted by PyTorch, which needs the values of a row next to each other in memory
         ordered = (x - x[:, :1]).movedim(1, -1).contiguous().sort(-1).values
         weights = torch.arange(1 - m, m, 2, dtype=x.dtype, device=x.device)
         return 2 * (ordered @ weights).sum(0, dtype=torch.float64)
-    found = kernels.absolute_differences(x, _network(m))
-    if found is not None:
-        return found
     buffer = scratch(x[:, :1].expand(n, m + 1, k).transpose(0, 1))
     places = list(buffer.unbind(0))
     for j in range(m):

@@ -49,11 +49,13 @@ class PairDistances:
         Times (n − 1) / n, since eq. 6 also counts the pairs of a sample with itself.
         """
         n = sums.n_samples
-        mean = self._mean_in_groups(sums)[0] if "groups" in sums else self._mean_of_kept(sums)
+        if "groups" in sums:
+            mean = self._mean_in_groups(sums)[0]
+            return torch.where(mean.isinf(), torch.nan, mean) * ((n - 1) / n)
         flawed = sums["flawed"]
         if self.over == "channel":
             flawed = aggregate_maps(sums.shaped(flawed), "max", sums.channel_axis)
-        return torch.where(flawed.flatten(), torch.nan, mean.flatten()) * ((n - 1) / n)
+        return torch.where(flawed.flatten(), torch.nan, self._mean_of_kept(sums).flatten()) * ((n - 1) / n)
 
     def error_within_columns(self, sums: Sums) -> Tensor | None:
         """The standard error of SD, for samples drawn at random; None where only some samples were kept."""

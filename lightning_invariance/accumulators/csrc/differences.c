@@ -8,15 +8,15 @@
 /* The differences of up to WIDTH activations; `width` is a constant for all but the last ones. */
 INLINE void differences_of(const job *j, Py_ssize_t a, int width)
 {
-    const Py_ssize_t n = j->n, m = j->m, k = j->k;
+    const Py_ssize_t n = j->n, m = j->m, column = j->column;
     float values[MOST_SORTED][WIDTH];
     double differences[WIDTH] = {0};
     for (Py_ssize_t i = 0; i < n; i++) {
-        const float *first = j->x + i * m * k + a;
+        const float *first = j->x + i * j->row + a;
         float sum[WIDTH] = {0};
         for (Py_ssize_t t = 0; t < m; t++)
             for (int l = 0; l < width; l++)
-                values[t][l] = first[t * k + l] - first[l];
+                values[t][l] = first[t * column + l] - first[l];
         for (Py_ssize_t c = 0; c < j->comparisons; c++) {
             float *restrict low = values[j->network[2 * c]], *restrict high = values[j->network[2 * c + 1]];
             for (int l = 0; l < width; l++) {

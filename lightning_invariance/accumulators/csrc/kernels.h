@@ -1,6 +1,7 @@
 /* Two sums over a block of rows of the ST matrix (Quiroga, section 2.2), with every value read once.
  *
- * A block x is (n, m, k) float32: n samples, m transformations and k activations, contiguous. deviations.c and
+ * A block x is (n, m, k) float32: n samples, m transformations and k activations, contiguous; that of differences.c may
+ * be a part of a larger one, whose rows and columns lie further apart than they are long. deviations.c and
  * differences.c hold one of the sums each, with its derivation. module.c is the boundary to Python: it checks again what
  * kernels.py describes and passes, before a pointer is used. */
 
@@ -49,6 +50,7 @@ typedef struct job {
     limits limits;
     int far;
     /* of absolute_differences */
+    Py_ssize_t row, column; /* how far rows, and columns, lie apart */
     const int *network;
     Py_ssize_t comparisons;
     double *differences;

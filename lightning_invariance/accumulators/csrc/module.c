@@ -95,27 +95,39 @@ static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_
     return PyBool_FromLong(j.far);
 }
 
-/* n, m, k, threads, comparisons, x, its values, network, its values, differences, their values. */
+/* Whether the last of n rows of m columns of k values ends within `values`. */
+static int is_within(Py_ssize_t n, Py_ssize_t m, Py_ssize_t k, Py_ssize_t row, Py_ssize_t column, Py_ssize_t values)
+{
+    Py_ssize_t rows, columns, all;
+    if (n < 0 || m <= 0 || k <= 0 || row < 0 || column < 0)
+        return 0;
+    return !n
+           || (!__builtin_mul_overflow(n - 1, row, &rows) && !__builtin_mul_overflow(m - 1, column, &columns)
+               && !__builtin_add_overflow(rows, columns, &all) && !__builtin_add_overflow(all, k, &all)
+               && all <= values);
+}
+
+/* n, m, k, threads, comparisons, row, column, x, values from x on, network, its values, differences, their values. */
 static PyObject *absolute_differences(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    Py_ssize_t v[11];
-    if (!read_numbers(args, given, 11, v, 0, NULL))
+    Py_ssize_t v[13];
+    if (!read_numbers(args, given, 13, v, 0, NULL))
         return NULL;
     const Py_ssize_t n = v[0], m = v[1], k = v[2], comparisons = v[4];
-    if (!is_block(n, m, k, v[6]))
+    if (!is_within(n, m, k, v[5], v[6], v[8]))
         return refuse("the block has another number of values");
     if (m > MOST_SORTED)
         return refuse("the block has too many columns");
-    if (comparisons < 0 || comparisons > m * m || v[8] != 2 * comparisons || v[10] != k)
+    if (comparisons < 0 || comparisons > m * m || v[10] != 2 * comparisons || v[12] != k)
         return refuse("the sums or the sorting network are of other sizes");
-    if ((n && !v[5]) || (comparisons && !v[7]) || !v[9])
+    if ((n && !v[7]) || (comparisons && !v[9]) || !v[11])
         return refuse("a pointer is missing");
-    const int *const network = (const int *)v[7];
+    const int *const network = (const int *)v[9];
     for (Py_ssize_t c = 0; c < 2 * comparisons; c++)
         if (network[c] < 0 || network[c] >= m)
             return refuse("the sorting network compares columns that the block does not have");
-    job j = {.task = differences, .x = (const float *)v[5], .n = n, .m = m, .k = k, .network = network,
-             .comparisons = comparisons, .differences = (double *)v[9]};
+    job j = {.task = differences, .x = (const float *)v[7], .n = n, .m = m, .k = k, .row = v[5], .column = v[6],
+             .network = network, .comparisons = comparisons, .differences = (double *)v[11]};
     run(&j, v[3]);
     Py_RETURN_NONE;
 }
