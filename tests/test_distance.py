@@ -194,3 +194,17 @@ def test_fewer_samples_than_announced_are_no_zeros():
         metric.update(st[rows], rows)
     # E|x − y| of two standard normal values is 2 / √π.
     assert metric.compute().mean().item() == pytest.approx(0.99 * 2 / math.sqrt(math.pi), rel=0.05)
+
+
+@pytest.mark.parametrize("angle", [1e-1, 1e-2, 1e-3])
+def test_cosines_of_small_angles_keep_their_digits(angle):
+    generator = torch.Generator().manual_seed(3)
+    maps = torch.randn(5, 1, 2, 8, 8, generator=generator)
+    st = maps + angle * torch.randn(5, 4, 2, 8, 8, generator=generator)
+    value = measured(TransformationDistance("cosine", "channel"), st)
+    expected = torch.zeros(2, dtype=torch.float64)
+    for row in st.double():
+        for channel in range(2):
+            unit = torch.nn.functional.normalize(row[:, channel].flatten(1), dim=1)
+            expected[channel] += (1 - unit @ unit.T).mean() / 5
+    torch.testing.assert_close(value, expected, rtol=2e-4, atol=0)

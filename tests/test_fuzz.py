@@ -188,7 +188,7 @@ def cases(draw, family):
     drawn = draw(MEASURES[family])
     make, definition = drawn[:2]
     if len(drawn) == 3:
-        m, shape = drawn[2], draw(st.sampled_from([(1, 4, 4), (3, 5, 5)]))
+        m, shape = drawn[2], draw(st.sampled_from([(1, 4, 4), (3, 6, 6)]))
     else:
         m, shape = draw(st.integers(2, 9)), draw(st.sampled_from(SHAPES))
     return make, definition, draw(cubes(m, shape))
@@ -208,7 +208,8 @@ def merged(metrics, data):
 def by_hand(make, x, data):
     """Some metrics get blocks of rows of their own, and are merged."""
     owners = torch.tensor(data.draw(st.lists(st.integers(0, 3), min_size=len(x), max_size=len(x)), label="owners"))
-    how = data.draw(st.sampled_from(["update", "forward"]), label="how")
+    whole = getattr(make(), "capacity", 256) >= len(x)  # one block of few samples may need a second pass
+    how = data.draw(st.sampled_from(["update", "forward"] if whole else ["update"]), label="how")
     size, named = data.draw(st.integers(1, len(x)), label="size"), data.draw(st.booleans(), label="named")
 
     def feed(metric, rows):

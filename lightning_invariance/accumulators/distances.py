@@ -86,8 +86,8 @@ def distance_between(x: Tensor, y: Tensor, distance: Distance, over: str) -> Ten
     Args:
         x: one side.
         y: the other.
-        distance: ``"abs"``, ``"euclidean"``, ``"cosine"`` (1 − cosine of the angle; 0 for two zero maps, 1 for one),
-            or a function ``d(x, y)``.
+        distance: ``"abs"``, ``"euclidean"``, ``"cosine"`` (1 − cosine of the angle between unit vectors, see
+            :func:`unit_maps`; 0 for two zero maps, 1 for one), or a function ``d(x, y)``.
         over: ``"activation"``: every scalar is compared with its like. ``"channel"``: the last axis is one vector,
             which a function must reduce.
     """
@@ -130,7 +130,6 @@ def _unit_vectors(flat: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cosine_distance(x: Tensor, y: Tensor) -> Tensor:
-    size = x.norm(dim=-1) * y.norm(dim=-1)
-    both_zero = ~(x != 0).any(-1) & ~(y != 0).any(-1)
-    cosine = torch.where(size == 0, both_zero.to(size.dtype), torch.linalg.vecdot(x, y) / size)  # NaN stays NaN
-    return torch.where((x == y).all(-1), 0.0, (1 - cosine).clamp_min(0))  # equal maps are exactly 0 apart
+    """1 − cos of unit vectors as ‖x − y‖² / 2, which keeps its digits for small angles, where 1 − x·y loses them."""
+    dark_x, dark_y = ~(x != 0).any(-1), ~(y != 0).any(-1)  # NaN is not 0
+    return torch.where(dark_x ^ dark_y, 1.0, torch.sub(x, y).square_().sum(-1) / 2)

@@ -230,7 +230,7 @@ def direct_distances(
         ones = torch.ones(1, 1, *maps.shape[-2:], dtype=torch.float64, device=maps.device)
         inside = 1 - _widened(transformations(ones, mapping.input_size)[0] < SEEN, mapping.mask)
         expected, found = expected * inside, found * inside
-    if mapping.normalize:
+    if mapping.normalize or distance == "cosine":
         expected, found = unit_maps(expected)[0], unit_maps(found)[0]
     return distance_between(found.flatten(3), expected.flatten(3), distance, over)
 
