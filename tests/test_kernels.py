@@ -311,7 +311,7 @@ def test_c_refuses_sizes_that_do_not_fit_before_it_uses_a_pointer():
     ]:
         with pytest.raises(ValueError, match=words):
             kernels._kernels.add_deviations(*fine[:place], value, *fine[place + 1 :])
-    with pytest.raises(TypeError, match="Expected 21 arguments"):
+    with pytest.raises(TypeError, match="Expected 22 arguments"):
         kernels._kernels.add_deviations(*fine[1:])
     network = torch.tensor([[0, 1], [1, 200]], dtype=torch.int32)
     total = torch.zeros(128, dtype=torch.float64)

@@ -475,3 +475,15 @@ def test_values_on_another_device(metric, way, monkeypatch):
     else:
         expected = functional.normalized_variance(st, metric.squared)
     torch.testing.assert_close(metric.compute(), expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("how", ["update", "forward"])
+@pytest.mark.parametrize("size", [1, 4])
+def test_columns_a_million_standard_deviations_apart(how, size):
+    generator = torch.Generator().manual_seed(0)
+    columns = 1e6 * torch.randn(1, 16, 1, generator=generator)
+    st = columns + torch.randn(64, 16, 2048, generator=generator)  # float32 means would do, were columns close
+    metric = SampleVariance()
+    for block in st.split(size):
+        getattr(metric, how)(block)
+    torch.testing.assert_close(metric.compute(), st.double().var(0).mean(0), rtol=1e-4, atol=0)

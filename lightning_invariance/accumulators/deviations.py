@@ -27,8 +27,8 @@ MOST_VALUES = kernels.MOST_COLUMNS
 #: ``largest`` may leave float32 (3e38) where it is multiplied. Rounding float32 offsets o of N rows costs about
 #: (6e-8 o)² N of a column's squared deviations: where these are below 1e-4 N o², that would be more than 4e-11 of
 #: them, a thousandth of what the values themselves lose, and the means become float64. Fewer than 8 rows may be alike
-#: by chance.
-LIMITS = kernels.Limits(smallest=1e-24, largest=1e30, far=1e-4, rows_for_far=8)
+#: by chance, but not below 1e-9 N o², where rounding costs up to 4e-6 of them.
+LIMITS = kernels.Limits(smallest=1e-24, largest=1e30, far=1e-4, rows_for_far=8, far_of_few=1e-9)
 
 #: Layers with fewer values a row than this have float64 means, which cost nothing there.
 FEWEST_FLOAT32_VALUES = 2**14
@@ -76,23 +76,17 @@ class Deviations(Accumulator):
 
     def add_(self, states: States, rows: Rows) -> None:
         """Add rows in place, in C where it takes them."""
-        x = rows.values
+        x, step, before = rows.flat, max(1, MOST_VALUES // rows.values.shape[1]), rows.before
         if not states["centres"].numel():
-            states.update(self._first(rows.flat))
-        if x.dtype == torch.float64 != states["offsets"].dtype:
+            states.update(self._first(x))
+        if rows.before < 2:  # how far columns are apart cannot be told of fewer than two rows
+            some, x, before = x[:step], x[step:], before + len(x[:step])
             _widen(states)
-        before = rows.before
-        sums = (states["row_spread"], states["column_spread"], states["centres"], states["offsets"])
-        far = kernels.add_deviations(x, before, *sums, LIMITS) if self.squared else None
-        if far is None:
-            step = max(1, MOST_VALUES // x.shape[1])
-            for part in torch.split(rows.flat, step):
-                far = self._add_by_pytorch(states, part, before)
-                before += len(part)
-                if far:
-                    _widen(states)
-        elif far:
-            _widen(states)
+            self._add(states, some, rows.before)
+            if some.dtype == torch.float32 and some.is_cpu and states["offsets"].numel() >= FEWEST_FLOAT32_VALUES:
+                _narrow(states, before)
+        if len(x):
+            self._add(states, x, before)
         if self.response:
             added = scaled_changes(rows, self.reference)
             states["changes"] = states["changes"] + added if states["changes"].numel() else added
@@ -104,8 +98,6 @@ class Deviations(Accumulator):
         """
         n, n_other = a[N_SAMPLES], b[N_SAMPLES]
         means, others = means_of(a), means_of(b)
-        types = {states["offsets"].dtype for states in (a, b)}
-        kept = types.pop() if len(types) == 1 else means.dtype
         apart = others - means
         share = n_other / (n + n_other).to(apart.dtype)
         moved = (share * apart).view(len(apart), -1, a["offsets"].shape[2]).movedim(1, 0)
@@ -113,13 +105,16 @@ class Deviations(Accumulator):
         if self.squared:
             between = between.sum(0, keepdim=True)
         response = {"changes": a["changes"] + b["changes"]} if self.response else {}
-        return {
+        states = {
             "row_spread": a["row_spread"] + b["row_spread"],
             "column_spread": a["column_spread"] + b["column_spread"] + between,
-            "centres": a["centres"].to(kept),
-            "offsets": (a["offsets"] + moved).to(kept),
+            "centres": a["centres"].to(means.dtype),
+            "offsets": a["offsets"] + moved,
             **response,
         }
+        if a["offsets"].dtype == b["offsets"].dtype != means.dtype:
+            _narrow(states, int(n + n_other))
+        return states
 
     def prepared(self, context: Context) -> Accumulator:
         """With changes from the identity, where the set knows of one."""
@@ -135,12 +130,25 @@ class Deviations(Accumulator):
         """Which activations never changed, over all samples and transformations."""
         return (states["row_spread"] == 0) & (states["column_spread"] == 0).all(0)
 
+    def _add(self, states: States, x: Tensor, before: int) -> None:
+        """Add rows ``x`` (n, m, k) to those before."""
+        if x.dtype == torch.float64 != states["offsets"].dtype:
+            _widen(states)
+        sums = (states["row_spread"], states["column_spread"], states["centres"], states["offsets"])
+        far = kernels.add_deviations(x, before, *sums, LIMITS) if self.squared else None
+        if far is None:
+            for part in torch.split(x, max(1, MOST_VALUES // x.shape[1])):
+                if self._add_by_pytorch(states, part, before):
+                    _widen(states)
+                before += len(part)
+        elif far:
+            _widen(states)
+
     def _first(self, x: Tensor) -> States:
         """States without rows whose means are the first row of ``x``: constant columns then deviate by exactly 0."""
         _, m, k = x.shape
         wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
-        narrow = x.dtype == torch.float32 and x.is_cpu and m * k >= FEWEST_FLOAT32_VALUES
-        first = x[0].to(torch.float32 if narrow else wide)
+        first = x[0].to(wide)
         low, high = first.amin(0), first.amax(0)
         # The differences of close numbers are exact. Columns that are not close have no centre.
         centres = torch.where(high - low <= CLOSE * first[0].abs(), first[0], 0)
@@ -173,7 +181,7 @@ class Deviations(Accumulator):
         states["row_spread"] = spread + rows.flatten()
         states["column_spread"] = states["column_spread"] + squares.movedim(1, 0).flatten(1)
         states["offsets"] = moved
-        return x.is_cpu and _far_apart(states, before + len(x))
+        return x.is_cpu and offsets.dtype != spread.dtype and _far_apart(states, before + len(x))
 
     def _sums_of_piece(self, piece: _Piece, wide: torch.dtype, kept: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """What some activations add to ``row_spread`` and ``column_spread``, and their new offsets.
@@ -239,13 +247,18 @@ def _widen(states: States) -> None:
         states[name] = states[name].to(states["row_spread"].dtype)
 
 
+def _narrow(states: States, n: int) -> None:
+    """Make the means float32, where that is not too coarse for the squared deviations of n rows."""
+    if not _far_apart(states, n):
+        for name in ("centres", "offsets"):
+            states[name] = states[name].float()
+
+
 def _far_apart(states: States, n: int) -> bool:
     """Whether float32 offsets are too coarse for the squared deviations of n rows."""
-    offsets = states["offsets"]
-    if offsets.dtype == states["row_spread"].dtype or n < LIMITS.rows_for_far:
-        return False
-    spread, squares = states["column_spread"].sum(0), offsets.square().sum(1).flatten()
-    return bool(((spread > 0) & (spread < LIMITS.far * n * squares)).any())
+    far = LIMITS.far if n >= LIMITS.rows_for_far else LIMITS.far_of_few
+    spread, squares = states["column_spread"].sum(0), states["offsets"].double().square().sum(1).flatten()
+    return bool(((spread > 0) & (spread < far * n * squares)).any())
 
 
 def _lost(squares: Tensor, sums: Tensor) -> bool:

@@ -34,13 +34,15 @@ class Limits(NamedTuple):
         largest: a sum of squares above this may overflow where it is multiplied.
         far: float32 offsets are too coarse where the squared deviations of a column are below this part of its N
             squared offsets,
-        rows_for_far: and N is at least this.
+        rows_for_far: and N is at least this;
+        far_of_few: the same part for fewer rows.
     """
 
     smallest: float
     largest: float
     far: float
     rows_for_far: int
+    far_of_few: float
 
 
 def takes(x: Tensor) -> bool:

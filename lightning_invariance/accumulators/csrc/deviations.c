@@ -58,10 +58,11 @@ typedef struct tile {
 
 INLINE int far_apart(const double *column_spread, const float *offset_squares, const job *j, int width)
 {
+    const double part = j->total >= j->limits.rows_for_far ? j->limits.far : j->limits.far_of_few;
     int far = 0;
     for (int l = 0; l < width; l++)
-        far |= (column_spread[l] > 0) & (column_spread[l] < j->limits.far * j->total * offset_squares[l]);
-    return far && j->total >= j->limits.rows_for_far;
+        far |= (column_spread[l] > 0) & (column_spread[l] < part * j->total * offset_squares[l]);
+    return far;
 }
 
 /* The sums of up to WIDTH activations in double: where float32 does not hold all squares, where the means are wide, and

@@ -64,12 +64,13 @@ static PyObject *refuse(const char *what)
 
 /* Pointers come with the number of elements behind them:
  * n, m, k, threads, before, width, wide, x, its values, row_spread, its values, column_spread, its values, centres, their
- * values, offsets, their values; smallest, largest, far, rows_for_far. Returns whether columns are far apart. */
+ * values, offsets, their values; smallest, largest, far, rows_for_far, far_of_few. Returns whether columns are far
+ * apart. */
 static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     Py_ssize_t v[17];
-    double limit[4];
-    if (!read_numbers(args, given, 17, v, 4, limit))
+    double limit[5];
+    if (!read_numbers(args, given, 17, v, 5, limit))
         return NULL;
     const Py_ssize_t n = v[0], m = v[1], k = v[2], width = v[5];
     if (!is_block(n, m, k, v[8]))
@@ -85,7 +86,7 @@ static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_
     job j = {.task = deviations, .x = (const float *)v[7], .m = m, .k = k, .total = (double)v[4], .width = width,
              .wide = v[6] != 0, .row_spread = (double *)v[9], .column_spread = (double *)v[11],
              .centres = (const void *)v[13], .offsets = (void *)v[15],
-             .limits = {(float)limit[0], (float)limit[1], limit[2], limit[3]}};
+             .limits = {(float)limit[0], (float)limit[1], limit[2], limit[3], limit[4]}};
     for (Py_ssize_t left = n; left > 0; left -= j.n, j.x += j.n * m * k) {
         j.n = left <= MOST_VALUES / m ? left : MOST_VALUES / m;
         j.before = j.total;
