@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -9,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_invariance.distributed import rank_and_world_size
+from lightning_invariance.distributed import gather_or_raise, rank_and_world_size
 from lightning_invariance.evaluation.collect import Convergence, collect
 from lightning_invariance.evaluation.isolation import ONE_AT_A_TIME
+from lightning_invariance.evaluation.memory import needed_bytes
 from lightning_invariance.evaluation.options import Options
+from lightning_invariance.evaluation.registry import Registry
 from lightning_invariance.evaluation.session import Session
 from lightning_invariance.evaluation.told import warn_of
-from lightning_invariance.evaluation.two_walks import in_two_walks, state_bytes
+from lightning_invariance.evaluation.two_walks import in_two_walks
 from lightning_invariance.layers import Layers, unwrapped
 from lightning_invariance.loader import STLoader
 from lightning_invariance.measures import NormalizedVariance
@@ -85,8 +88,8 @@ def evaluate(
             ``result.convergence``; of measures of this package that need one pass, in a single process.
         state_budget: bytes that the states of all layers may take. Where the means of the columns of a large set do not
             fit, the variances are computed in two walks instead, samples first and then some transformations at a
-            time: the same values from twice as many forward passes, and more passes over the data. By default 2 GiB,
-            for rows longer than a batch.
+            time: the same values from twice as many forward passes, and more passes over the data. By default 2 GiB
+            for rows longer than a batch, and else what is free.
         channel_axis: where the units stand in the activations of some layers, ``{"blocks.*": -1}``: names or glob
             patterns → axis of the activation (without the batch). By default the first for convolutions and batch
             norms, the last for ``Linear``, ``LayerNorm`` and ``Embedding``, that of the input for modules that keep its
@@ -101,6 +104,7 @@ def evaluate(
         ValueError: Before anything runs: for fewer than two samples or transformations, unknown or no layers, two
             measures of one name, data without inputs, ``convergence`` without a known number of samples, or measures
             whose states exceed ``state_budget`` and that cannot do with less.
+        MemoryError: After a look at a few inputs, if the states take more memory than is free.
         TypeError: If a measure is no ``Metric`` or the transformations are no :class:`TransformationSet`.
         RuntimeError: If a layer that was asked for by name never runs (the message lists those that did).
 
@@ -165,10 +169,7 @@ def _measured(session: Session, transformations: TransformationSet, measures: Ma
     convergence, result = Convergence(measures), None
     if options.state_budget is not None or len(transformations) > session.batch_size:
         budget = DEFAULT_BUDGET if options.state_budget is None else options.state_budget
-        activations, itemsize = session.sizes(loader)
-        needed = state_bytes(
-            activations, itemsize, len(transformations), session.batch_size, session.device.type == "cpu"
-        )
+        needed, activations = _needed(session, loader, measures)
         if needed > budget:
             if options.convergence:
                 raise ValueError(
@@ -185,6 +186,21 @@ def _measured(session: Session, transformations: TransformationSet, measures: Ma
     if rank_and_world_size()[0] == 0:
         warn_of(result, CALLER)
     return result
+
+
+def _needed(session: Session, loader: STLoader, measures: Mapping[str, Metric]) -> tuple[int, int]:
+    """Bytes of the sums of one walk, and the number of activations of all layers: the most of any process."""
+    error: BaseException | None = None
+    own = 0, 0
+    try:
+        activations = session.activations(loader)
+        registry = Registry(measures, loader.transformations, loader.n_samples, loader.run)
+        number = sum(math.prod(shape) for shape, *_ in activations.values())
+        own = needed_bytes(registry, activations, session.batch_size)[1], number
+    except Exception as raised:  # the other processes must be told, or they would wait for ever
+        error = raised
+    bytes_of, numbers = zip(*gather_or_raise(own, error), strict=True)
+    return max(bytes_of), max(numbers)
 
 
 def _run_of(measures: Mapping[str, Metric]) -> int:

@@ -146,7 +146,7 @@ def test_two_arguments_and_defaults_get_no_batch():
     assert torch.equal(with_default["NormalizedVariance"]["seen"], as_partial["NormalizedVariance"]["seen"])
 
 
-@pytest.mark.parametrize("state_budget", [1, None])
+@pytest.mark.parametrize("state_budget", [640, None])
 def test_rows_longer_than_a_batch_and_large_sets(state_budget):
     found = evaluate(
         TwoInputs(), Data("tuple"), SETS, forward=FORWARDS["tuple"], batch_size=3, state_budget=state_budget,

@@ -72,7 +72,7 @@ def everything(n):
     data = TensorDataset(IMAGES[:n], torch.arange(n) % 2)
     result = evaluate(model(), data, rotations(4), every_measure(), batch_size=8)
     values = {f"{name}/{layer}": value for name in result for layer, value in result[name].items()}
-    values["two walks"] = evaluate(model(), data, rotations(4), state_budget=1)["NormalizedVariance"]["3"]
+    values["two walks"] = evaluate(model(), data, rotations(4), state_budget=12_000)["NormalizedVariance"]["3"]
     floor = {f"floor/{name}": value for name, value in result.floor.items()}
     response = {f"response/{layer}": torch.tensor(parts) for layer, parts in result.response["NV"].items()}
     return {**values, **floor, **response, "dead": result.dead["1"], "n": torch.tensor(result.n_samples)}

@@ -131,3 +131,8 @@ def test_images_with_channels_first_are_not(shape):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rotations(2)(torch.rand(shape))
+
+
+def test_a_channel_axis_without_names():
+    with pytest.raises(TypeError, match=r'but got 0: write \{"\*": 0\} for all layers'):
+        evaluate(nn.Conv2d(1, 2, 3), torch.rand(8, 1, 6, 6), rotations(4), channel_axis=0)

@@ -122,7 +122,7 @@ def test_random_functions_are_warned_of_once():
 def test_a_response_that_does_not_fit_is_told():
     with pytest.warns(UserWarning, match="Responses are left out within `state_budget`"):
         result = evaluate(
-            nn.Linear(4, 3), torch.randn(20, 4), shifted(0.1), NormalizedVariance(response=True), state_budget=1,
+            nn.Linear(4, 3), torch.randn(20, 4), shifted(0.1), NormalizedVariance(response=True), state_budget=240,
             progress=False,
         )  # fmt: skip
     assert result.response == {}

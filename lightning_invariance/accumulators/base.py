@@ -125,6 +125,9 @@ class Accumulator(ABC):
     #: Whether rows longer than a batch are added in parts, one after the other; otherwise rows are completed first.
     takes_parts: ClassVar[bool] = False
 
+    #: Whether states grow with the number of rows; otherwise the first row tells how much memory they take.
+    grows: ClassVar[bool] = False
+
     @property
     def least_run(self) -> int:
         """How many samples, one after the other, it needs from one process; see :attr:`Context.run`."""

@@ -79,6 +79,8 @@ class Extremes(Accumulator):
     signs: tuple[int, ...]
     capacity: int
 
+    grows = True
+
     def empty(self) -> States:
         """The states before the first row."""
         return {"extremes": torch.zeros(0, 0, 0, dtype=torch.float64)}

@@ -33,6 +33,7 @@ class Options:
 
     Raises:
         ValueError: If ``batch_size`` or ``max_samples`` is too small.
+        TypeError: If ``channel_axis`` is no mapping.
     """
 
     layers: Layers = None
@@ -57,4 +58,9 @@ class Options:
         if self.max_samples is not None and (not isinstance(self.max_samples, int) or self.max_samples < 1):
             raise ValueError(
                 f"Expected argument `max_samples` to be an int of at least 1 or None, but got {self.max_samples!r}."
+            )
+        if self.channel_axis is not None and not isinstance(self.channel_axis, Mapping):
+            raise TypeError(
+                "Expected argument `channel_axis` to be a dict of names or patterns of layers, but got"
+                f' {self.channel_axis!r}: write {{"*": {self.channel_axis!r}}} for all layers.'
             )

@@ -53,6 +53,7 @@ class Registry:
         finished: whether every row was seen as often as the measures need.
         input_shape: of the transformed input.
         left_out: layer → why it was not measured.
+        expected: how many samples there will be, if known.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Registry:
         self.finished = False
         self.input_shape: tuple[int, ...] | None = None
         self.left_out: dict[str, str] = {}
-        self._expected, self._run = expected, run
+        self.expected, self._run = expected, run
         self._in_first_pass = True
         # Raises where a measure cannot work with the transformations.
         self._needs, self._needs_again = self._prepared(())
@@ -151,7 +152,7 @@ class Registry:
 
     def _prepared(self, input_shape: tuple[int, ...]) -> tuple[Needs, Needs]:
         """By measure: the accumulators of each pass, for what is known now."""
-        context = Context(self.transformations, input_shape, self._expected, self._run)
+        context = Context(self.transformations, input_shape, self.expected, self._run)
         own = {name: measure for name, measure in self.measures.items() if names_accumulators(measure)}
         first = {name: tuple(a.prepared(context) for a in measure.needs) for name, measure in own.items()}
         return first, {name: tuple(a.prepared(context) for a in measure.needs_again) for name, measure in own.items()}
@@ -162,6 +163,10 @@ class Registry:
             return name != INPUT
         fits = all(accumulator.applies_to(shape) for accumulator in self._needs[measure])
         return fits and (name != INPUT or metric.has_floor)
+
+    def accumulators_of(self, name: str, shape: tuple[int, ...]) -> Needs:
+        """By measure: the accumulators of the first pass for a layer with activations of this shape."""
+        return {measure: needs for measure, needs in self._needs.items() if self.applies(measure, name, shape)}
 
     def _new_layer(self, name: str, shape: tuple[int, ...], channel_axis: int, device: torch.device) -> Layer:
         layer = Layer(shape, channel_axis)

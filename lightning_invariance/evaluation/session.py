@@ -25,6 +25,7 @@ from lightning_invariance.evaluation.isolation import (
     on_device,
     unchanged_tensors,
 )
+from lightning_invariance.evaluation.memory import Activation, Output, activations_of, check_memory
 from lightning_invariance.evaluation.options import Options
 from lightning_invariance.evaluation.probe import CONSTANT, Finding, Layout, Outputs, few_of, probe
 from lightning_invariance.evaluation.registry import Registry
@@ -68,6 +69,7 @@ class Session:
         inner = [] if options.transform_at is None else [*select_layers(model, [options.transform_at]).modules.values()]
         self._transformed_module = inner[0] if inner else None
         self._findings: dict[str, Finding] | None = None  # of the first block
+        self._outputs: dict[str, Output] = {}  # of the last probe
 
     def halved(self) -> Session:
         """The same with half the batch size."""
@@ -137,19 +139,23 @@ class Session:
                             if waiting and registry.n_samples >= waiting[0] and at_milestone is not None:
                                 waiting = [n for n in waiting if n > registry.n_samples]
                                 at_milestone(registry)
-                            self._measure(block, intake, catcher)
+                            self._measure(block, intake, catcher, registry)
                         waiting = []
                 except Exception as raised:  # the other processes must be told, or they would wait for ever
                     error = raised
                 registry.end_pass(self.device, error)
         return registry
 
-    def _measure(self, block: STBlock, intake: Intake, catcher: Catcher) -> None:
+    def _measure(self, block: STBlock, intake: Intake, catcher: Catcher, registry: Registry) -> None:
         """Run the model on a block, after a probe if there was none or the block reaches other layers."""
         if self._findings is None:
             self._findings = self._probed(block, catcher)
+        first_of_walk = intake.findings is None
         intake.findings = self._findings
         intake.start_block(block)
+        if first_of_walk:
+            activations = activations_of(self._outputs, self._findings, self.options.channel_axis or {})
+            check_memory(registry, activations, self.batch_size, self.device, self.options.state_budget)
         with catcher.forward_pass():
             self._call(block, block.inputs.flatten(0, 1))
         if intake.unknown:
@@ -163,8 +169,12 @@ class Session:
         def outputs_of(numbers: Sequence[int], seed: int) -> Outputs:
             outputs: Outputs = {}
             chosen = list(numbers)
-            # Cloned, since later modules may change them in place.
-            catcher.consumer = lambda layer, output, axis: outputs.update({layer: output.clone()})
+
+            def consumer(layer: str, output: Tensor, axis: int | None) -> None:
+                outputs[layer] = output.clone()  # later modules may change it in place
+                self._outputs[layer] = torch.empty_like(output, device="meta"), axis, len(chosen)
+
+            catcher.consumer = consumer
             with isolated_random_state(self.options.seed + seed), catcher.forward_pass():
                 try:
                     self._call(block, inputs[chosen], positions[chosen])
@@ -210,26 +220,12 @@ class Session:
                 self._call(block, block.inputs.flatten(0, 1))
         return [layer for layer in order if isinstance(found.get(layer, CONSTANT), Layout)]
 
-    def sizes(self, loader: STLoader) -> tuple[int, int]:
-        """Number of activations of all layers together, and the size in bytes of the largest type of one."""
-        numbers, sizes = [0], [4]
-
-        def measured(layer: str, output: Tensor, axis: int | None) -> None:
-            numbers.append(output.numel())
-            sizes.append(output.element_size())
-
-        error: BaseException | None = None
-        try:
-            caught = catch_activations(self.model, self.selection, measured)
-            with isolated_random_state(self.options.seed), self._prepared(None), caught as catcher:
-                for block in loader:
-                    with catcher.forward_pass():
-                        self._call(block, block.inputs[0, :1], torch.zeros(1, dtype=torch.long))
-                    break
-        except Exception as raised:
-            error = raised
-        told = gather_or_raise((sum(numbers), max(sizes)), error)
-        return max(number for number, _ in told), max(size for _, size in told)
+    def activations(self, loader: STLoader) -> dict[str, Activation]:
+        """What the layers return for one input, from a probe of the first block."""
+        caught = catch_activations(self.model, self.selection, lambda layer, output, axis: None)
+        with isolated_random_state(self.options.seed), self._prepared(None), caught as catcher:
+            findings = self._probed(next(iter(loader)), catcher)
+        return activations_of(self._outputs, findings, self.options.channel_axis or {})
 
     def _call(self, block: STBlock, x: Tensor, positions: Tensor | None = None) -> Any:
         """Run the model on x: the inputs of a block, or some that stand at these positions among them."""

@@ -22,8 +22,11 @@ from lightning_invariance.result import InvarianceResult
 #: Frames between a warning and whoever called `evaluate`.
 CALLER = 5
 
-#: Bytes for each activation beside the means of columns.
+#: Bytes of each activation beside the means of columns, for variances and for standard deviations.
 VECTORS = 64
+
+#: Bytes of each activation and column: a mean in float64 and the new one that takes its place; the squared deviations.
+MEAN, SPREAD = 16, 8
 
 
 class VarianceOfLongRows(Measure):
@@ -42,13 +45,6 @@ class VarianceOfLongRows(Measure):
         return sums["row_variances"] / sums.n_samples
 
 
-def state_bytes(activations: int, itemsize: int, transformations: int, batch_size: int, on_cpu: bool) -> int:
-    """Bytes that one walk would hold: means of columns, and whole rows where they are longer than a batch."""
-    means = 4 if itemsize <= 4 and on_cpu else 8
-    rows = itemsize if transformations > batch_size else 0
-    return activations * (transformations * (means + rows) + VECTORS)
-
-
 def in_two_walks(
     session: Session, measures: Mapping[str, Metric], loader: STLoader, activations: int, budget: int
 ) -> InvarianceResult:
@@ -62,7 +58,7 @@ def in_two_walks(
         budget: bytes of state.
 
     Raises:
-        ValueError: If there is another measure.
+        ValueError: If there is another measure, or the budget is too small for one transformation at a time.
     """
     of_variances: dict[str, MeasureOfVariances] = {}
     for name, measure in measures.items():
@@ -77,9 +73,16 @@ def in_two_walks(
     if any(isinstance(accumulator, Deviations) and accumulator.response for accumulator in needs):
         warnings.warn("Responses are left out within `state_budget`.", UserWarning, stacklevel=CALLER)
     kinds = {_key(measure): measure.squared for measure in of_variances.values()}
+    least = sum(VECTORS + MEAN + (0 if squared else SPREAD) for squared in kinds.values())
+    columns = 1 + (budget // max(1, activations) - least) // (least - VECTORS * len(kinds))
+    if columns < 1:
+        raise ValueError(
+            f"Expected argument `state_budget` to be larger, but got {budget} bytes: {activations} activations take at"
+            f" least {activations * least}."
+        )
     by_rows = {kind: VarianceOfLongRows(squared) for kind, squared in kinds.items()}
     tv = collect(session.walk(by_rows, loader, about="Measuring invariance: samples"))
-    sv = _sample_variances(session, kinds, loader, columns=(budget // max(1, activations) - VECTORS) // 16)
+    sv = _sample_variances(session, kinds, loader, columns)
     some = next(iter(kinds))
     layers = [*tv[some]]
     return make_result(
@@ -109,7 +112,7 @@ def _sample_variances(
     session: Session, kinds: Mapping[str, bool], loader: STLoader, columns: int
 ) -> dict[str, dict[str, Tensor]]:
     """Kind → layer → sample variance, from walks over ``columns`` transformations at a time."""
-    transformations, columns = loader.transformations, max(1, columns)
+    transformations = loader.transformations
     totals: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
     for start in range(0, len(transformations), columns):
         some = transformations[start : start + columns]
