@@ -87,11 +87,16 @@ def check(generator: random.Random) -> None:
     m = generator.choice([1, 2, 3, 16, 63, 64, 65, 255, 256, 257, 300])
     k = max(1, generator.choice([0, 64, 128, 1024, 2048]) + generator.choice([-1, 0, 1, 17]))
     torch.set_num_threads(generator.randint(1, 4))
-    accumulator, states, rows = Deviations(), Deviations().empty(), []
+    channels = generator.choice([each for each in (1, 2, 17, 64, 65, k) if k % each == 0])
+    axis = generator.choice([0, 1])
+    shape = (channels, k // channels) if axis == 0 else (k // channels, channels)
+    accumulator = Deviations(response=generator.random() < 0.5, reference=generator.randrange(m))
+    states, rows = accumulator.empty(), []
     for _ in range(3):
         x = block(generator, m, k)
         if len(x):
-            accumulator.add_(states, Rows(x, before=sum(map(len, rows))))
+            values = x.unflatten(2, shape)
+            accumulator.add_(states, Rows(values, before=sum(map(len, rows)), channel_axis=axis))
             rows.append(x)
         network = pairs._network(min(m, kernels.MOST_SORTED))
         found = kernels.absolute_differences(x[:, : kernels.MOST_SORTED], network)
@@ -101,6 +106,9 @@ def check(generator: random.Random) -> None:
         torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=rounding, equal_nan=True)
     if rows:
         x = torch.cat(rows).double()
+        if accumulator.response and not x.isnan().any():
+            apart = (x - x[:, accumulator.reference, None]).square().unflatten(2, shape).sum((0, 3 - axis))
+            torch.testing.assert_close(states["changes"], apart / 2, rtol=1e-3, atol=1e-12 * apart.max().item())
         x, means = x.nan_to_num(), means_of(states).nan_to_num()
         known = means_of(states).isfinite().all(0)
         rounding = 1e-5 * x.abs().max().item()

@@ -296,7 +296,7 @@ def test_sums_that_c_cannot_add_to_are_left_alone():
 def test_c_refuses_sizes_that_do_not_fit_before_it_uses_a_pointer():
     x, tensors = torch.rand(4, 16, 128), sums()
     pointers = [number for tensor in (x, *tensors) for number in (tensor.data_ptr(), tensor.numel())]
-    fine = [4, 16, 128, 1, 0, 64, False, *pointers, *LIMITS]
+    fine = [4, 16, 128, 1, 0, 64, False, *pointers, *[0] * 5, *LIMITS]
     assert kernels._kernels.add_deviations(*fine) is False
     for place, value, words in [
         (0, 5, "another number of values"),
@@ -311,7 +311,7 @@ def test_c_refuses_sizes_that_do_not_fit_before_it_uses_a_pointer():
     ]:
         with pytest.raises(ValueError, match=words):
             kernels._kernels.add_deviations(*fine[:place], value, *fine[place + 1 :])
-    with pytest.raises(TypeError, match="Expected 22 arguments"):
+    with pytest.raises(TypeError, match="Expected 27 arguments"):
         kernels._kernels.add_deviations(*fine[1:])
     network = torch.tensor([[0, 1], [1, 200]], dtype=torch.int32)
     total = torch.zeros(128, dtype=torch.float64)

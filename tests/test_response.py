@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lightning_invariance import TransformationSet, evaluate, functional, quarter_turns, rotations, scales, translations
+from lightning_invariance.accumulators import Deviations, Rows, kernels
 from lightning_invariance.measures import NormalizedVariance, SampleVariance, TransformationVariance
 
 IMAGES = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -94,3 +95,42 @@ def test_it_must_be_asked_for_and_makes_sense():
     for make in (lambda: NormalizedVariance(squared=False, response=True), lambda: SampleVariance(response=True)):
         with pytest.raises(ValueError, match="Expected argument `response`"):
             make()
+
+
+#: Activations and the axis of their channels: maps in tiles of one channel and of several, tokens, and single units.
+ACTIVATIONS = [((3, 16, 16), 0), ((40, 7, 7), 0), ((5, 4, 4), 0), ((100,), 0)]
+ACTIVATIONS += [((64, 128), 1), ((9, 130), 1), ((6, 5, 64), 1)]
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(("scale", "threads"), [(1.0, 1), (1.0, 2), (1.0, 3), (1e-25, 1), (1e25, 1)])
+@pytest.mark.parametrize("reference", [0, 2, None])
+@pytest.mark.parametrize(("shape", "axis"), ACTIVATIONS)
+def test_changes_of_any_activation_are_the_definition(shape, axis, reference, threads, scale, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(kernels, "_kernels", None)
+    generator = torch.Generator().manual_seed(0)
+    st = scale * (torch.randn(11, 1, *shape, generator=generator) + torch.randn(11, 5, *shape, generator=generator))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    accumulator = Deviations(response=True, reference=reference)
+    states, n = accumulator.empty(), 0
+    for block in st.split([1, 4, 6]):
+        accumulator.add_(states, Rows(block, before=n, channel_axis=axis))
+        n += len(block)
+    torch.set_num_threads(before)
+    x = st.double().movedim(2 + axis, 2).reshape(11, 5, shape[axis], -1)
+    of_rows = x - x.mean(1, keepdim=True)
+    apart = of_rows if reference is None else x - x[:, [reference]]
+    expected = apart.square().sum((0, 3)) * (5 / 4 if reference is None else 1 / 2)
+    torch.testing.assert_close(states["changes"], expected, rtol=1e-5, atol=0)
+    spread = states["row_spread"].view(shape).movedim(axis, 0).reshape(shape[axis], -1)
+    torch.testing.assert_close(spread, of_rows.square().sum((0, 1)), rtol=1e-5, atol=0)
+
+
+def test_a_nan_stays_in_its_channel_and_transformation():
+    st = torch.randn(4, 3, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    st[1, 2, 1, 3, 4] = torch.nan
+    accumulator = Deviations(response=True, reference=0)
+    states = accumulator.add(accumulator.empty(), Rows(st))
+    assert states["changes"].isnan().tolist() == [[False, False], [False, False], [False, True]]

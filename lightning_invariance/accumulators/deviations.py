@@ -76,20 +76,23 @@ class Deviations(Accumulator):
 
     def add_(self, states: States, rows: Rows) -> None:
         """Add rows in place, in C where it takes them."""
-        x, step, before = rows.flat, max(1, MOST_VALUES // rows.values.shape[1]), rows.before
+        x, most, before = rows.flat, max(1, MOST_VALUES // rows.values.shape[1]), rows.before
         if not states["centres"].numel():
             states.update(self._first(x))
+        changes = self._changes_for_c(states, rows)
         if rows.before < 2:  # how far columns are apart cannot be told of fewer than two rows
-            some, x, before = x[:step], x[step:], before + len(x[:step])
+            some, x, before = x[:most], x[most:], before + len(x[:most])
             _widen(states)
-            self._add(states, some, rows.before)
+            changes = self._add(states, some, rows.before, changes)
             if some.dtype == torch.float32 and some.is_cpu and states["offsets"].numel() >= FEWEST_FLOAT32_VALUES:
                 _narrow(states, before)
         if len(x):
-            self._add(states, x, before)
-        if self.response:
+            changes = self._add(states, x, before, changes)
+        if self.response and changes is None:
             added = scaled_changes(rows, self.reference)
             states["changes"] = states["changes"] + added if states["changes"].numel() else added
+        elif changes is not None and len(changes.parts) > 1:
+            states["changes"] += changes.parts.sum(0)
 
     def merge(self, a: States, b: States) -> States:
         r"""The states after the rows of both (Chan, Golub and LeVeque 1983, the paper's reference 20).
@@ -130,19 +133,35 @@ class Deviations(Accumulator):
         """Which activations never changed, over all samples and transformations."""
         return (states["row_spread"] == 0) & (states["column_spread"] == 0).all(0)
 
-    def _add(self, states: States, x: Tensor, before: int) -> None:
-        """Add rows ``x`` (n, m, k) to those before."""
+    def _changes_for_c(self, states: States, rows: Rows) -> _Changes | None:
+        """Where C adds what each transformation changes: the state itself, if one thread does; None where C cannot."""
+        if not self.response or not self.squared or self.reference is None or not kernels.takes(rows.values):
+            return None
+        _, m, *shape = rows.values.shape
+        if m > MOST_VALUES:
+            return None
+        channels, inner = (shape[rows.channel_axis], math.prod(shape[rows.channel_axis + 1 :])) if shape else (1, 1)
+        if not states["changes"].numel():
+            states["changes"] = torch.zeros(m, channels, dtype=torch.float64)
+        number = kernels.parts_of(math.prod(shape))
+        parts = states["changes"][None] if number == 1 else torch.zeros(number, m, channels, dtype=torch.float64)
+        return _Changes(parts, self.reference, inner)
+
+    def _add(self, states: States, x: Tensor, before: int, changes: _Changes | None) -> _Changes | None:
+        """Add rows ``x`` (n, m, k) to those before; their changes, or None where C did not add them."""
         if x.dtype == torch.float64 != states["offsets"].dtype:
             _widen(states)
         sums = (states["row_spread"], states["column_spread"], states["centres"], states["offsets"])
-        far = kernels.add_deviations(x, before, *sums, LIMITS) if self.squared else None
+        far = kernels.add_deviations(x, before, *sums, LIMITS, *(changes or ())) if self.squared else None
         if far is None:
+            changes = None
             for part in torch.split(x, max(1, MOST_VALUES // x.shape[1])):
                 if self._add_by_pytorch(states, part, before):
                     _widen(states)
                 before += len(part)
         elif far:
             _widen(states)
+        return changes
 
     def _first(self, x: Tensor) -> States:
         """States without rows whose means are the first row of ``x``: constant columns then deviate by exactly 0."""
@@ -214,6 +233,14 @@ class Deviations(Accumulator):
         change = shift.mul(total).sub_(sums, alpha=2).mul_(shift).addcmul_(rounding, rounding, value=before)
         squares = squares.to(wide) + (change.sum(1, keepdim=True) if self.squared else change)
         return rows.to(wide), squares, moved
+
+
+class _Changes(NamedTuple):
+    """What each transformation changes, as C takes it; see :func:`~lightning_invariance.accumulators.kernels`."""
+
+    parts: Tensor
+    reference: int
+    inner: int
 
 
 class _Piece(NamedTuple):

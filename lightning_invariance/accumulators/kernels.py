@@ -21,6 +21,9 @@ except ImportError:
 #: How many activations C reads together; offsets may lie in tiles of a multiple of it.
 WIDTH: int = getattr(_kernels, "WIDTH", 64)
 
+#: How many activations a thread takes at a time.
+SHARE: int = getattr(_kernels, "SHARE", 1024)
+
 #: The most columns of :func:`add_deviations` and of :func:`absolute_differences`.
 MOST_COLUMNS: int = getattr(_kernels, "MOST_VALUES", 256)
 MOST_SORTED: int = getattr(_kernels, "MOST_SORTED", 64)
@@ -45,6 +48,11 @@ class Limits(NamedTuple):
     far_of_few: float
 
 
+def parts_of(k: int) -> int:
+    """In how many parts C should take k activations where each has sums of its own."""
+    return min(torch.get_num_threads(), -(-k // SHARE))
+
+
 def takes(x: Tensor) -> bool:
     """Whether C reads rows ``x`` (n, m, ...): float32 in the CPU's memory."""
     return _kernels is not None and x.dtype == torch.float32 and x.is_cpu
@@ -58,6 +66,9 @@ def add_deviations(
     centres: Tensor,
     offsets: Tensor,
     limits: Limits,
+    changes: Tensor | None = None,
+    reference: int = 0,
+    inner: int = 1,
 ) -> bool | None:
     """Add rows to the squared deviations and column means of those before, in place.
 
@@ -69,6 +80,10 @@ def add_deviations(
         centres: ``(k,)`` in float32 or float64.
         offsets: ``(k / width, m, width)`` in the same type, where ``width`` is k or a multiple of :data:`WIDTH`.
         limits: when float32 is not good enough.
+        changes: ``(parts, m, channels)`` in float64, to which half the squared deviations from a column are added,
+            summed over the positions of each channel; each part of the activations has its own, for as many threads.
+        reference: which column.
+        inner: how many neighbouring activations belong to one channel, before the next one's follow.
 
     Returns:
         Whether columns are so far apart that float32 offsets are too coarse; None where C cannot add to these sums, and
@@ -95,6 +110,7 @@ def add_deviations(
         and column_spread.is_cpu
         and centres.is_cpu
         and offsets.is_cpu
+        and (changes is None or (changes.is_contiguous() and changes.shape[1] == m and changes.dtype == torch.float64))
     ):
         return None
     x = x.contiguous()
@@ -116,6 +132,8 @@ def add_deviations(
         centres.numel(),
         offsets.data_ptr(),
         offsets.numel(),
+        *((0, 0, 0, 0) if changes is None else (changes.data_ptr(), changes.shape[0], changes.shape[2], inner)),
+        reference,
         *limits,
     )
     return far

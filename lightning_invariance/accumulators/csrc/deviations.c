@@ -6,7 +6,7 @@
  *     C = sum over columns j of sum_i (x_ij - mu_j)^2                                  (column_spread; SV, eq. 3)
  *     mu_j = c + o_j, the mean of column j over the N0 rows so far                     (centre and offsets)
  *
- * Rows. With a_j = x_ij - x_i1, a row adds sum a_j^2 - (sum a_j)^2 / m. A constant row adds exactly 0. No row adds less
+ * Rows. With a_j = x_ij - x_i1 (or from another column), a row adds sum a_j^2 - (sum a_j)^2 / m. A constant row adds exactly 0. No row adds less
  * than 0: one of its m deviations is 0, so that (sum a_j)^2 <= (m - 1) sum a_j^2.
  *
  * Columns. float32 does not hold c + o_j exactly. Let M = fl(c + o_j) and r = (c + o_j) - M, its rounding error, which
@@ -20,6 +20,10 @@
  * o_j' = o_j + (D / N - r) is rounded to float32 first and s = (o_j' - o_j) + r computed from it, so that C is always
  * about the mean that is kept: rounding a mean costs next to nothing. Columns that never change keep o_j, and add
  * exactly 0.
+ *
+ * Changes. With a_j taken from a reference column, sum a_j^2 / 2 over rows and over the positions of a channel is what each
+ * transformation changes in it: the variance of the pair of columns. A row adds the same to R whichever column its
+ * deviations are taken from.
  *
  * WIDTH activations at a time go through all rows and columns, so that their sums stay in registers. Offsets may lie
  * WIDTH by WIDTH, (k / width, m, width), so that all that is needed at a time is close together in memory. */
@@ -46,9 +50,14 @@ INLINE int any(const bits *mask)
     return found != 0;
 }
 
+/* Whether changes are wanted, and whether WIDTH neighbours belong to one channel. */
+enum changes { NO_CHANGES, OF_ONE_CHANNEL, OF_CHANNELS };
+
 /* Where up to WIDTH neighbouring activations and their sums lie. */
 typedef struct tile {
     const float *x;
+    Py_ssize_t first; /* which activation is the first one */
+    double *changes;  /* (m, channels) of this part, or NULL */
     Py_ssize_t row_stride, column_stride;
     double *row_spread, *column_spread;
     const void *centres;
@@ -65,12 +74,56 @@ INLINE int far_apart(const double *column_spread, const float *offset_squares, c
     return far;
 }
 
+/* Adds half of what changed of up to WIDTH activations under one transformation to their channels. */
+INLINE void add_to_channels(const double *changed, double *channels, Py_ssize_t first, const job *j, int width)
+{
+    if (j->inner == 1) /* neighbours belong to different channels */
+        for (int l = 0; l < width;) {
+            const Py_ssize_t channel = (first + l) % j->channels;
+            const int end = width - l < j->channels - channel ? width : l + (int)(j->channels - channel);
+            for (double *sum = channels + channel; l < end; l++)
+                *sum++ += changed[l] / 2;
+        }
+    else
+        for (int l = 0; l < width;) {
+            const Py_ssize_t left = j->inner - (first + l) % j->inner;
+            const int end = width - l < left ? width : l + (int)left;
+            double *const sum = channels + (first + l) / j->inner % j->channels;
+            double sums[4] = {0};
+            for (; l + 4 <= end; l += 4)
+                for (int i = 0; i < 4; i++)
+                    sums[i] += changed[l + i];
+            for (; l < end; l++)
+                sums[0] += changed[l];
+            *sum += ((sums[0] + sums[1]) + (sums[2] + sums[3])) / 2;
+        }
+}
+
+/* The changes of up to WIDTH activations in double. */
+INLINE void changes_in_double(tile p, const job *j, int width)
+{
+    for (Py_ssize_t t = 0; t < j->m; t++) {
+        double changed[WIDTH] = {0};
+        for (Py_ssize_t i = 0; i < j->n; i++) {
+            const float *const value = p.x + i * p.row_stride + t * p.column_stride;
+            const float *const reference = p.x + i * p.row_stride + j->reference * p.column_stride;
+            for (int l = 0; l < width; l++) {
+                const double a = (double)value[l] - reference[l];
+                changed[l] += a * a;
+            }
+        }
+        add_to_channels(changed, p.changes + t * j->channels, p.first, j, width);
+    }
+}
+
 /* The sums of up to WIDTH activations in double: where float32 does not hold all squares, where the means are wide, and
  * for the last activations, fewer than WIDTH. In double r is 0 to working precision. */
 INLINE int deviations_in_double(tile p, const job *j, int width, int wide)
 {
     double squares[WIDTH] = {0};
     float offset_squares[WIDTH] = {0};
+    if (p.changes)
+        changes_in_double(p, j, width);
     for (Py_ssize_t i = 0; i < j->n; i++) {
         const float *row = p.x + i * p.row_stride;
         double sum[WIDTH] = {0}, sum_of_squares[WIDTH] = {0};
@@ -139,14 +192,15 @@ INLINE void move_means(tile p, const job *j, lanes means[][REGISTERS], lanes sum
 
 /* The sums of WIDTH activations in float32, or in double where it does not hold the squares.
  *
- * `means` and `sums` take 128 kB of the stack of each thread. OpenMP's have 2 MB at least on Linux; elsewhere this runs in
- * the calling thread. */
-INLINE int deviations_of(tile p, const job *j)
+ * `means`, `sums` and `changed` take 192 kB of the stack of each thread. OpenMP's have 2 MB at least on Linux; elsewhere
+ * this runs in the calling thread. `changes` is a constant. */
+INLINE int deviations_of(tile p, const job *j, enum changes changes)
 {
     const Py_ssize_t n = j->n, m = j->m;
     const float length = (float)m;
     const lanes none = {0};
     lanes means[MOST_VALUES][REGISTERS], sums[MOST_VALUES][REGISTERS];
+    lanes changed[MOST_VALUES][REGISTERS];
     lanes centre[REGISTERS], row_spread[REGISTERS], squares[REGISTERS], offset_squares[REGISTERS];
     bits rows_vary[REGISTERS], columns_vary[REGISTERS], found = (bits)none;
     for (int v = 0; v < REGISTERS; v++) {
@@ -160,6 +214,8 @@ INLINE int deviations_of(tile p, const job *j)
         for (int v = 0; v < REGISTERS; v++) {
             means[t][v] = centre[v] + *(const unaligned *)((float *)p.offsets + t * p.offset_stride + v * LANES);
             sums[t][v] = none;
+            if (changes == OF_CHANNELS || (changes == OF_ONE_CHANNEL && !v))
+                changed[t][v] = none;
             PREFETCH((float *)p.offsets, (t + m) * p.offset_stride + v * LANES, 1);
         }
     for (int l = 0; l < WIDTH; l += 8) {
@@ -170,20 +226,28 @@ INLINE int deviations_of(tile p, const job *j)
         const float *row = p.x + i * p.row_stride;
         lanes first[REGISTERS], sum[REGISTERS], sum_of_squares[REGISTERS];
         for (int v = 0; v < REGISTERS; v++) {
-            first[v] = *(const unaligned *)(row + v * LANES);
+            first[v] = *(const unaligned *)(row + (changes ? j->reference * p.column_stride : 0) + v * LANES);
             sum[v] = sum_of_squares[v] = none;
         }
-        for (Py_ssize_t t = 0; t < m; t++)
+        for (Py_ssize_t t = 0; t < m; t++) {
+            lanes of_channel = none;
             for (int v = 0; v < REGISTERS; v++) {
                 const unaligned *const value = (const unaligned *)(row + t * p.column_stride + v * LANES);
                 PREFETCH(value, 2 * REGISTERS, 0);
-                const lanes a = *value - first[v], d = *value - means[t][v];
+                const lanes a = *value - first[v], d = *value - means[t][v], square = a * a;
                 sum[v] += a;
-                sum_of_squares[v] += a * a;
+                sum_of_squares[v] += square;
+                if (changes == OF_CHANNELS)
+                    changed[t][v] += square;
+                else if (changes == OF_ONE_CHANNEL)
+                    of_channel += square;
                 sums[t][v] += d;
                 squares[v] += d * d;
                 columns_vary[v] |= (bits)d;
             }
+            if (changes == OF_ONE_CHANNEL)
+                changed[t][0] += of_channel;
+        }
         for (int v = 0; v < REGISTERS; v++) {
             row_spread[v] += sum_of_squares[v] - sum[v] * sum[v] / length;
             rows_vary[v] |= (bits)sum[v];
@@ -198,6 +262,15 @@ INLINE int deviations_of(tile p, const job *j)
     }
     if (any(&found))
         return deviations_in_double(p, j, WIDTH, 0);
+    for (Py_ssize_t t = 0; changes && t < m; t++) {
+        const int width = changes == OF_ONE_CHANNEL ? LANES : WIDTH;
+        float narrow[WIDTH];
+        double values[WIDTH];
+        memcpy(narrow, changed[t], sizeof narrow);
+        for (int l = 0; l < WIDTH; l++)
+            values[l] = narrow[l];
+        add_to_channels(values, p.changes + t * j->channels, p.first, j, width);
+    }
     if (centred)
         move_means(p, j, means, sums, centre, squares, offset_squares, 1);
     else
@@ -217,17 +290,21 @@ FOR_EACH_PROCESSOR
 void deviations(job *j, Py_ssize_t from, Py_ssize_t to)
 {
     int far = 0;
+    double *const changes = j->changes ? j->changes + from / j->share * j->m * j->channels : NULL;
     const Py_ssize_t size = j->wide ? sizeof(double) : sizeof(float);
     for (Py_ssize_t a = from; a < to; a += WIDTH) {
         const Py_ssize_t within = a % j->width, first = a - within;
-        const tile p = {j->x + a, j->m * j->k, j->k, j->row_spread + a, j->column_spread + a,
+        const tile p = {j->x + a, a, changes, j->m * j->k, j->k, j->row_spread + a, j->column_spread + a,
                         (const char *)j->centres + size * a, (char *)j->offsets + size * (j->m * first + within),
                         j->width};
         const int width = to - a < WIDTH ? (int)(to - a) : WIDTH;
         if (j->wide)
             deviations_in_double(p, j, width, 1);
         else
-            far |= width == WIDTH ? deviations_of(p, j) : deviations_in_double(p, j, width, 0);
+            far |= width < WIDTH                              ? deviations_in_double(p, j, width, 0)
+                   : !changes                                 ? deviations_of(p, j, NO_CHANGES)
+                   : a / j->inner == (a + WIDTH - 1) / j->inner ? deviations_of(p, j, OF_ONE_CHANNEL)
+                                                              : deviations_of(p, j, OF_CHANNELS);
     }
     __atomic_fetch_or(&j->far, far, __ATOMIC_RELAXED);
 }

@@ -10,10 +10,10 @@ static void take_shares(void *data)
 {
     job *j = data;
     for (;;) {
-        Py_ssize_t from = __atomic_fetch_add(&j->next, SHARE, __ATOMIC_RELAXED);
+        Py_ssize_t from = __atomic_fetch_add(&j->next, j->share, __ATOMIC_RELAXED);
         if (from >= j->k)
             return;
-        j->task(j, from, from + SHARE < j->k ? from + SHARE : j->k);
+        j->task(j, from, from + j->share < j->k ? from + j->share : j->k);
     }
 }
 
@@ -21,7 +21,7 @@ static void run(job *j, Py_ssize_t threads)
 {
     Py_BEGIN_ALLOW_THREADS
     j->next = 0;
-    if (threads > 1 && j->k > SHARE && GOMP_parallel)
+    if (threads > 1 && j->k > j->share && GOMP_parallel)
         GOMP_parallel(take_shares, j, (unsigned)threads, 0);
     else
         take_shares(j);
@@ -64,13 +64,13 @@ static PyObject *refuse(const char *what)
 
 /* Pointers come with the number of elements behind them:
  * n, m, k, threads, before, width, wide, x, its values, row_spread, its values, column_spread, its values, centres, their
- * values, offsets, their values; smallest, largest, far, rows_for_far, far_of_few. Returns whether columns are far
- * apart. */
+ * values, offsets, their values, changes (or 0), parts, channels, inner, reference; smallest, largest, far, rows_for_far,
+ * far_of_few. Returns whether columns are far apart. */
 static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    Py_ssize_t v[17];
+    Py_ssize_t v[22];
     double limit[5];
-    if (!read_numbers(args, given, 17, v, 5, limit))
+    if (!read_numbers(args, given, 22, v, 5, limit))
         return NULL;
     const Py_ssize_t n = v[0], m = v[1], k = v[2], width = v[5];
     if (!is_block(n, m, k, v[8]))
@@ -83,10 +83,18 @@ static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_
         return refuse("the offsets lie in tiles of another width");
     if (v[4] < 0 || !v[7] || !v[9] || !v[11] || !v[13] || !v[15])
         return refuse("a pointer or the number of rows is missing");
+    const Py_ssize_t parts = v[18], channels = v[19], inner = v[20], reference = v[21];
+    if (v[17] && (parts <= 0 || channels <= 0 || inner <= 0 || k % channels || k / channels % inner || reference < 0
+                  || reference >= m))
+        return refuse("the changes are of other sizes");
+    /* Each part of the activations is added to changes of its own, whichever thread takes it. */
+    const Py_ssize_t share = v[17] ? ((k - 1) / parts / WIDTH + 1) * WIDTH : SHARE;
     job j = {.task = deviations, .x = (const float *)v[7], .m = m, .k = k, .total = (double)v[4], .width = width,
              .wide = v[6] != 0, .row_spread = (double *)v[9], .column_spread = (double *)v[11],
              .centres = (const void *)v[13], .offsets = (void *)v[15],
-             .limits = {(float)limit[0], (float)limit[1], limit[2], limit[3], limit[4]}};
+             .limits = {(float)limit[0], (float)limit[1], limit[2], limit[3], limit[4]},
+             .changes = (double *)v[17], .reference = v[17] ? reference : 0, .channels = channels, .inner = inner,
+             .share = share};
     for (Py_ssize_t left = n; left > 0; left -= j.n, j.x += j.n * m * k) {
         j.n = left <= MOST_VALUES / m ? left : MOST_VALUES / m;
         j.before = j.total;
@@ -127,7 +135,7 @@ static PyObject *absolute_differences(PyObject *self, PyObject *const *args, Py_
     for (Py_ssize_t c = 0; c < 2 * comparisons; c++)
         if (network[c] < 0 || network[c] >= m)
             return refuse("the sorting network compares columns that the block does not have");
-    job j = {.task = differences, .x = (const float *)v[7], .n = n, .m = m, .k = k, .row = v[5], .column = v[6],
+    job j = {.task = differences, .x = (const float *)v[7], .n = n, .m = m, .k = k, .row = v[5], .column = v[6], .share = SHARE,
              .network = network, .comparisons = comparisons, .differences = (double *)v[11]};
     run(&j, v[3]);
     Py_RETURN_NONE;
@@ -144,7 +152,7 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", NULL, 0, 
 PyMODINIT_FUNC PyInit__kernels(void)
 {
     PyObject *made = PyModule_Create(&module);
-    if (made && (PyModule_AddIntMacro(made, WIDTH) || PyModule_AddIntMacro(made, MOST_VALUES)
+    if (made && (PyModule_AddIntMacro(made, WIDTH) || PyModule_AddIntMacro(made, SHARE) || PyModule_AddIntMacro(made, MOST_VALUES)
                  || PyModule_AddIntMacro(made, MOST_SORTED))) {
         Py_DECREF(made);
         return NULL;
