@@ -64,7 +64,15 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "SimpleConv-128": lambda: simple_conv(3, 32, 128),
     "CIFAR ResNet-18": resnet18,
     "CIFAR ResNet-20": lambda: CifarResNet(20),
+    "ResNet-18, 64×64": torchvision.models.resnet18,
+    "ViT, 4 layers of 128": lambda: torchvision.models.VisionTransformer(32, 4, 4, 4, 128, 256),
+    "MobileNetV3-small, 64×64": torchvision.models.mobilenet_v3_small,
 }
+
+
+def default() -> list[Metric]:
+    """What the monitor measures if it is not told otherwise."""
+    return [NormalizedVariance(response=True)]
 
 
 def variances() -> list[Metric]:
@@ -107,6 +115,11 @@ CASES = [
     Case("TV, SV, NV, Anova", "SimpleConv-128", variances, 1.08, 1 / 2),
     Case("TV, SV, NV, Anova", "CIFAR ResNet-18", variances, 1.2, 1 / 2),
     Case("TV, SV, NV, Anova", "CIFAR ResNet-20", variances, 1.35),
+    Case("default", "SimpleConv-32", default, 1.15),
+    Case("default", "ResNet-18, 64×64", default, 1.25),
+    Case("default", "CIFAR ResNet-20", default, 1.35),
+    Case("default", "ViT, 4 layers of 128", default, 1.3),
+    Case("default", "MobileNetV3-small, 64×64", default, 1.6),
     Case("and TD, SD, ND", "SimpleConv-32", distances, 1.8),
     Case("all measures", "SimpleConv-32", all_measures, 3.0),
 ]
@@ -115,7 +128,8 @@ CASES = [
 def model_and_images(name: str, samples: float) -> tuple[nn.Module, torch.Tensor]:
     """A model of :data:`MODELS`, and images for it."""
     torch.manual_seed(0)
-    return MODELS[name]().eval(), torch.rand(max(16, int(samples)), 3, 32, 32)
+    size = 64 if "64×64" in name else 32
+    return MODELS[name]().eval(), torch.rand(max(16, int(samples)), 3, size, size)
 
 
 def time_of_passes(model: nn.Module, batches: list[torch.Tensor]) -> float:
