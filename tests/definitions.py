@@ -6,6 +6,7 @@ All take an ST array ``(n, m, *activation_shape)``. Sections and equations are t
 from __future__ import annotations
 
 import itertools
+from fractions import Fraction
 
 import numpy as np
 from scipy import stats
@@ -124,7 +125,7 @@ def goodfellow(x, alpha, threshold, sign):
     if threshold == "normal":
         level = flat.mean(0) + LONG(stats.norm.ppf(1 - alpha)) * np.sqrt(variance(flat, 0))
     else:
-        level = np.sort(flat, 0)[::-1][int(alpha * n * m)]
+        level = np.sort(flat, 0)[::-1][int(Fraction(str(alpha)) * n * m)]
     fires = x > level
     rows = fires.any(1)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_invariance import TransformationSet, evaluate, rotations
+from lightning_invariance import TransformationSet, evaluate, functional, rotations
 from lightning_invariance.measures import Goodfellow, NormalizedVariance
 
 # Two of eight values lie above 4, both in the first row: L = 1, G = 1/4.
@@ -143,3 +143,15 @@ def test_errors():
         measured(BY_HAND, alpha=0.1, threshold="quantile")
     with pytest.raises(ValueError, match=r"`capacity` to be larger than alpha·n·m = 2, but got 2"):
         measured(BY_HAND, alpha=0.25, threshold="quantile", capacity=2)
+
+
+@pytest.mark.parametrize(("alpha", "n", "m"), [(0.29, 25, 4), (0.3, 18, 5), (0.07, 50, 2), (0.1, 10, 3)])
+def test_the_share_of_the_quantile_is_not_rounded_down_by_floating_point(alpha, n, m):
+    # 0.29 · 100 is 28.999999999999996. All values differ, and exactly alpha · n · m of them fire.
+    st = torch.arange(float(n * m), dtype=torch.float64).view(n, m, 1)
+    metric = Goodfellow(alpha, "quantile")
+    metric.update(st)
+    firing = round(alpha * n * m)
+    rows = -(-firing // m)  # the last ones
+    assert metric.compute().item() == pytest.approx(n / rows)
+    assert functional.goodfellow(st, alpha, "quantile").item() == pytest.approx(n / rows)

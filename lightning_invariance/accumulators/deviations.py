@@ -81,17 +81,18 @@ class Deviations(Accumulator):
             states.update(self._first(x))
         changes = self._changes_for_c(states, rows)
         if rows.before < 2:  # how far columns are apart cannot be told of fewer than two rows
-            some, x, before = x[:most], x[most:], before + len(x[:most])
+            some, x = x[:most], x[most:]
+            before += some.shape[0]
             _widen(states)
             changes = self._add(states, some, rows.before, changes)
             if some.dtype == torch.float32 and some.is_cpu and states["offsets"].numel() >= FEWEST_FLOAT32_VALUES:
                 _narrow(states, before)
-        if len(x):
+        if x.shape[0]:
             changes = self._add(states, x, before, changes)
         if self.response and changes is None:
             added = scaled_changes(rows, self.reference)
             states["changes"] = states["changes"] + added if states["changes"].numel() else added
-        elif changes is not None and len(changes.parts) > 1:
+        elif changes is not None and changes.parts.shape[0] > 1:
             states["changes"] += changes.parts.sum(0)
 
     def merge(self, a: States, b: States) -> States:

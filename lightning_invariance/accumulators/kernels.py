@@ -93,11 +93,11 @@ def add_deviations(
     if not takes(x):
         return None
     n, m = x.shape[:2]
-    k, dtype = len(centres), centres.dtype
+    k, dtype = centres.shape[0], centres.dtype
     tiles, columns, width = offsets.shape
     if not (
         m == columns <= MOST_COLUMNS
-        and tiles * width == k == len(row_spread)
+        and tiles * width == k == row_spread.shape[0]
         and (tiles == 1 or width % WIDTH == 0)
         and column_spread.shape == (1, k)
         and row_spread.dtype == column_spread.dtype == torch.float64

@@ -141,7 +141,7 @@ class Registry:
             if not tally.n_samples:
                 check_states(tally.accumulator, tally.states, "add")
             if last:
-                tally.n_samples += len(st)
+                tally.n_samples += st.shape[0]
 
     def _arguments(self, key: str, metric: Metric, block: STBlock) -> dict[str, Any]:
         """What the update of a metric takes beside the activations."""

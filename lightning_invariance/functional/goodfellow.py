@@ -32,7 +32,7 @@ def goodfellow(st: Tensor, alpha: float = 0.01, threshold: str = "normal", sign:
         z = torch.special.ndtri(torch.tensor(1 - alpha, dtype=torch.float64)).to(x.dtype)
         level = values.mean(0) + z * values.std(0)
     else:
-        level = values.sort(0, descending=True).values[int(alpha * n * m)]
+        level = values.sort(0, descending=True).values[int(round(alpha * (n * m), 9))]
     fires = x > level
     local = fires.to(x.dtype).mean(1).sum(0) / fires.any(1).sum(0)
     value: Tensor = local / fires.to(x.dtype).mean((0, 1))

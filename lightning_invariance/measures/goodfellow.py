@@ -140,7 +140,7 @@ class Goodfellow(Measure):
     def _by_rank(self, sums: Sums) -> Tensor:
         """The value that a share alpha of all n·m values exceeds."""
         count = sums.n_samples * sums.n_transformations
-        rank = int(self.alpha * count)
+        rank = int(round(self.alpha * count, 9))  # 0.29 · 100 is 28.999999999999996
         if rank == 0:
             raise ValueError(
                 f"Expected argument `alpha` to be at least 1 / {count}, the share of one value, but got {self.alpha}."
