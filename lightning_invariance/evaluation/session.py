@@ -221,10 +221,13 @@ class Session:
         return [layer for layer in order if isinstance(found.get(layer, CONSTANT), Layout)]
 
     def activations(self, loader: STLoader) -> dict[str, Activation]:
-        """What the layers return for one input, from a probe of the first block."""
+        """What the layers return for one input, from a probe of the first block; nothing on a process without samples."""
+        findings: dict[str, Finding] = {}
         caught = catch_activations(self.model, self.selection, lambda layer, output, axis: None)
         with isolated_random_state(self.options.seed), self._prepared(None), caught as catcher:
-            findings = self._probed(next(iter(loader)), catcher)
+            for block in loader:
+                findings = self._probed(block, catcher)
+                break
         return activations_of(self._outputs, findings, self.options.channel_axis or {})
 
     def _call(self, block: STBlock, x: Tensor, positions: Tensor | None = None) -> Any:
