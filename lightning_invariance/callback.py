@@ -112,7 +112,7 @@ class InvarianceMonitor(Callback):
         layers: Layers = None,
         every_n_epochs: int = 1,
         max_samples: int | None = 256,
-        batch_size: int | Literal["auto"] = 64,
+        batch_size: int | Literal["auto"] = "auto",
         *,
         forward: Callable[..., Any] | None = None,
         input_fn: Callable[..., Tensor] | None = None,

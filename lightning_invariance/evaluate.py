@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ from lightning_invariance.transforms import TransformationSet
 DEFAULT_BUDGET = 2**31
 
 
+#: Model → the batch size that ``"auto"`` came to, where the memory did not suffice for the first one.
+_FITTING: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
 #: Frames between a warning and whoever called :func:`evaluate`.
 CALLER = 5
 
@@ -41,7 +45,7 @@ def evaluate(
     measures: Sequence[Metric] | Mapping[str, Metric] | None = None,
     *,
     layers: Layers = None,
-    batch_size: int | Literal["auto"] = 64,
+    batch_size: int | Literal["auto"] = "auto",
     max_samples: int | None = None,
     device: torch.device | str | None = None,
     forward: Callable[..., Any] | None = None,
@@ -71,7 +75,8 @@ def evaluate(
         layers: which layers to measure; by default every leaf module. Names, glob patterns, module types, a predicate,
             or a dict that renames: see :func:`layer_names`.
         batch_size: largest number of transformed inputs in one forward pass. ``"auto"`` begins with 64, on an
-            accelerator with 1024, and halves where the memory does not suffice; values do not depend on it.
+            accelerator with 1024, and halves where the memory does not suffice, which it remembers for the next
+            evaluation of the model; values do not depend on it.
         max_samples: how many samples to use, a random choice that is the same every time; by default all.
         device: where to run; by default where the model's parameters are. The model is moved there and back.
         forward: ``forward(model, x)`` runs the model where it is not simply called as ``model(x)``. One of three
@@ -147,7 +152,10 @@ def evaluate_with(
 ) -> InvarianceResult:
     """:func:`evaluate` with its options in one object."""
     check_model(model)
-    session = Session(unwrapped(model), data, options)
+    model = unwrapped(model)
+    session = Session(model, data, options)
+    if options.batch_size == "auto" and model in _FITTING:
+        session = session.with_batch_size(_FITTING[model])
     while True:
         try:
             # Results are plain tensors, also where the caller is in inference mode.
@@ -156,7 +164,8 @@ def evaluate_with(
         except torch.OutOfMemoryError:
             if options.batch_size != "auto" or session.batch_size == 1:
                 raise
-        session = session.halved()
+        _FITTING[model] = session.batch_size // 2
+        session = session.with_batch_size(_FITTING[model])
 
 
 def _measured(session: Session, transformations: TransformationSet, measures: Mapping[str, Metric]) -> InvarianceResult:

@@ -37,7 +37,7 @@ class Options:
     """
 
     layers: Layers = None
-    batch_size: int | Literal["auto"] = 64
+    batch_size: int | Literal["auto"] = "auto"
     max_samples: int | None = None
     device: torch.device | str | None = None
     forward: Callable[..., Any] | None = None

@@ -71,9 +71,9 @@ class Session:
         self._findings: dict[str, Finding] | None = None  # of the first block
         self._outputs: dict[str, Output] = {}  # of the last probe
 
-    def halved(self) -> Session:
-        """The same with half the batch size."""
-        return Session(self.model, self.data, replace(self.options, batch_size=self.batch_size // 2))
+    def with_batch_size(self, batch_size: int) -> Session:
+        """The same with another batch size."""
+        return Session(self.model, self.data, replace(self.options, batch_size=batch_size))
 
     def loader(self, transformations: TransformationSet, run: int = 1) -> STLoader:
         """The blocks that this process takes.
@@ -221,7 +221,7 @@ class Session:
         return [layer for layer in order if isinstance(found.get(layer, CONSTANT), Layout)]
 
     def activations(self, loader: STLoader) -> dict[str, Activation]:
-        """What the layers return for one input, from a probe of the first block; nothing on a process without samples."""
+        """What the layers return for one input, from a probe of the first block; nothing where there is no sample."""
         findings: dict[str, Finding] = {}
         caught = catch_activations(self.model, self.selection, lambda layer, output, axis: None)
         with isolated_random_state(self.options.seed), self._prepared(None), caught as catcher:
