@@ -108,3 +108,19 @@ def test_a_budget_that_cannot_be_kept_is_refused():
         evaluate(model, images, TURNS, NormalizedVariance(), state_budget=1000, progress=False)
     with pytest.raises(ValueError, match="`state_budget` to be larger, but got 500000 bytes"):
         evaluate(model, images, TURNS, NormalizedDistance(), state_budget=500_000, progress=False)
+
+
+def test_what_is_free_in_a_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CONTAINER", tmp_path)
+    whole = memory.free_bytes(torch.device("cpu"))
+    if whole is None:
+        pytest.skip("no /proc/meminfo here")
+    for name, text in (
+        ("max", "1000000"),
+        ("current", "900000"),
+        ("stat", "anon 400000\nactive_file 1\ninactive_file 2"),
+    ):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert memory.free_bytes(torch.device("cpu")) == 100_003  # files that were read give way
+    (tmp_path / "memory.max").write_text("max")
+    assert memory.free_bytes(torch.device("cpu")) > 100_003

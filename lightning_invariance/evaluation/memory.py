@@ -28,6 +28,9 @@ LARGEST_ROW = 2**28
 #: States that still grow after so many rows are taken for what they are then.
 MOST_ROWS = 1024
 
+#: Where Linux tells what a container may use.
+CONTAINER = Path("/sys/fs/cgroup")
+
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
@@ -162,12 +165,13 @@ def free_bytes(device: torch.device) -> int | None:
         free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, ValueError, StopIteration):
         return None
-    groups = Path("/sys/fs/cgroup")  # of containers
-    try:
-        limit = int((groups / "memory.max").read_text(encoding="ascii"))  # else it is "max"
-        used = int((groups / "memory.current").read_text(encoding="ascii"))
-        return min(free, limit - used)
-    except (OSError, ValueError):
+    try:  # of a container
+        limit = int((CONTAINER / "memory.max").read_text(encoding="ascii"))  # else it is "max"
+        used = int((CONTAINER / "memory.current").read_text(encoding="ascii"))
+        about = dict(line.split() for line in (CONTAINER / "memory.stat").read_text(encoding="ascii").splitlines())
+        cached = int(about["active_file"]) + int(about["inactive_file"])  # of files, which give way
+        return min(free, limit - used + cached)
+    except (OSError, ValueError, KeyError):
         return free
 
 
