@@ -233,6 +233,22 @@ def profile(samples: int) -> str:
     )
 
 
+def python_cost(samples: int) -> str:
+    """What a layer and block cost in Python: calls of the package's functions, and their own time under a profiler."""
+    name = "MobileNetV3-small, 64×64"
+    model, images = model_and_images(name, samples)
+    evaluate(model, images, TRANSFORMATIONS, default(), progress=False)
+    profiler = cProfile.Profile()
+    profiler.enable()
+    evaluate(model, images, TRANSFORMATIONS, default(), progress=False)
+    profiler.disable()
+    stats: dict[tuple[str, int, str], tuple[int, int, float, float, Any]] = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
+    own = [found for (file, *_), found in stats.items() if "lightning_invariance" in file]
+    blocks = next(found[1] for (file, _, function), found in stats.items() if "registry" in file and function == "add")
+    calls, seconds = sum(found[1] for found in own), sum(found[2] for found in own)
+    return f"{name}, each layer and block: {calls / blocks:.1f} calls in Python, {seconds / blocks * 1e6:.0f} µs"
+
+
 def own_process() -> ProcessPoolExecutor:
     """A process that starts anew."""
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
@@ -291,6 +307,7 @@ def main() -> int:
         )
     print(f"\nprofile of {CASES[1].name}: {CASES[1].model}\n{'':58s}{'calls':>8s}{'time':>8s}")
     print(alone(profile, n // 2))
+    print(f"\n{alone(python_cost, n)}")
     return int(missed)
 
 
