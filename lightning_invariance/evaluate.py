@@ -205,7 +205,7 @@ def _needed(session: Session, loader: STLoader, measures: Mapping[str, Metric]) 
         activations = session.activations(loader)
         registry = Registry(measures, loader.transformations, loader.n_samples, loader.run)
         number = sum(math.prod(shape) for shape, *_ in activations.values())
-        own = needed_bytes(registry, activations, session.batch_size)[1], number
+        own = needed_bytes(registry, activations, session.batch_size, session.device)[1], number
     except Exception as raised:  # the other processes must be told, or they would wait for ever
         error = raised
     bytes_of, numbers = zip(*gather_or_raise(own, error), strict=True)

@@ -9,6 +9,7 @@ from torch import nn
 from lightning_invariance import evaluate, rotations
 from lightning_invariance.evaluation import collect as collecting
 from lightning_invariance.evaluation import memory, two_walks
+from lightning_invariance.evaluation.registry import Registry
 from lightning_invariance.measures import (
     Anova,
     DistanceSameEquivariance,
@@ -124,3 +125,18 @@ def test_what_is_free_in_a_container(tmp_path, monkeypatch):
     assert memory.free_bytes(torch.device("cpu")) == 100_003  # files that were read give way
     (tmp_path / "memory.max").write_text("max")
     assert memory.free_bytes(torch.device("cpu")) > 100_003
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_on_other_devices_sums_are_in_float64(name):
+    named = {type(measure).__name__: measure for measure in MEASURES[name]}
+    registry = Registry(named, TURNS, 20, 16)
+    activations = {"conv": ((6, 40, 40), torch.float32, 0), "head": ((3,), torch.float32, 0)}
+    on_cpu, on_another = (
+        memory.needed_bytes(registry, activations, 64, torch.device(kind))[1] for kind in ("cpu", "cuda")
+    )
+    assert on_cpu <= on_another <= 2 * on_cpu
+    if name == "NV":
+        k, m = 6 * 40 * 40, 4
+        assert on_another == 8 * (m + 3) * (k + 3)
+        assert on_cpu == (4 * (m + 1) + 8 * 2) * k + 8 * (m + 3) * 3

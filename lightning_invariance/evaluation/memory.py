@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators.base import Accumulator, Rows
+from lightning_invariance.accumulators.base import Accumulator, Rows, started
 from lightning_invariance.evaluation.probe import Finding, Layout
 from lightning_invariance.evaluation.registry import INPUT, Registry
 from lightning_invariance.maps import channel_axis_in, usual_channel_axis
@@ -57,7 +57,7 @@ def check_memory(
     free = free_bytes(device) if budget is None else budget
     if free is None:
         return
-    by_measure, total = needed_bytes(registry, activations, batch_size)
+    by_measure, total = needed_bytes(registry, activations, batch_size, device)
     if total <= free:
         return
     parts = ", ".join(f"{measure} {readable(size)}" for measure, size in by_measure.items())
@@ -97,15 +97,16 @@ def activations_of(
 
 
 def needed_bytes(
-    registry: Registry, activations: Mapping[str, Activation], batch_size: int
+    registry: Registry, activations: Mapping[str, Activation], batch_size: int, device: torch.device
 ) -> tuple[dict[str, int], int]:
-    """Bytes of the sums of all layers by measure; and together, with what measures share counted once.
+    """Bytes of the sums of all layers on a device by measure; and together, with what measures share counted once.
 
     The parts of rows longer than a batch count, too, where they wait for the others.
     """
     by_measure: dict[str, int] = {}
     total, m = 0, len(registry.transformations)
     sizes: dict[tuple[Accumulator, Activation], int] = {}
+    device = device if device.type == "cpu" else torch.device("meta")  # where tensors have a size and no values
     if registry.input_shape is not None:  # of measures that have a floor
         shape = registry.input_shape
         dtype = next((dtype for _, dtype, _ in activations.values()), torch.float32)
@@ -116,7 +117,7 @@ def needed_bytes(
             for accumulator in accumulators:
                 key = accumulator, activation
                 if key not in sizes:
-                    sizes[key] = state_bytes(accumulator, activation, m, registry.expected or MOST_ROWS)
+                    sizes[key] = state_bytes(accumulator, activation, m, registry.expected or MOST_ROWS, device)
                 shared[accumulator] = sizes[key]
                 by_measure[measure] = by_measure.get(measure, 0) + sizes[key]
         total += sum(size for each, size in shared.items() if not _is_included(each, shared))
@@ -129,25 +130,24 @@ def _is_included(accumulator: Accumulator, others: Iterable[Accumulator]) -> boo
     return any(other != accumulator and other.includes(accumulator) for other in others)
 
 
-def state_bytes(accumulator: Accumulator, activation: Activation, m: int, n: int) -> int:
+def state_bytes(accumulator: Accumulator, activation: Activation, m: int, n: int, device: torch.device) -> int:
     """Bytes of the states of an accumulator for one layer and n samples, from rows of zeros; of huge layers, about."""
     shape, dtype, axis = activation
     largest = max(1, LARGEST_ROW // (m * dtype.itemsize))
     parts = -(-math.prod(shape) // largest)
     if parts == 1 or not shape:
-        return _bytes_after(n, accumulator, shape, dtype, m, axis)
+        return _bytes_after(n, accumulator, torch.zeros((), dtype=dtype, device=device).expand(1, m, *shape), axis)
     some = *shape[:-1], -(-shape[-1] // parts)
-    return _bytes_after(n, accumulator, some, dtype, m, axis) * shape[-1] // some[-1]
+    values = torch.zeros((), dtype=dtype, device=device).expand(1, m, *some)
+    return _bytes_after(n, accumulator, values, axis) * shape[-1] // some[-1]
 
 
-def _bytes_after(
-    n: int, accumulator: Accumulator, shape: tuple[int, ...], dtype: torch.dtype, m: int, axis: int
-) -> int:
-    values = torch.zeros((), dtype=dtype).expand(1, m, *shape)
+def _bytes_after(n: int, accumulator: Accumulator, row: Tensor, axis: int) -> int:
+    """Bytes of the states after n equal rows, or after as many as they grow with."""
     one = torch.zeros(1, dtype=torch.long)
-    states, size = accumulator.empty(), -1
+    states, size = started(accumulator, row.device), -1
     for before in range(min(n, MOST_ROWS) if accumulator.grows else 1):
-        accumulator.add_(states, Rows(values, one + before, one, before, channel_axis=axis))
+        accumulator.add_(states, Rows(row, one + before, one, before, channel_axis=axis))
         if size == (size := sum(state.nbytes for state in states.values())):
             break
     return size
