@@ -168,7 +168,8 @@ class TestStratified(MeasureTester):
         return torch.stack([functional.normalized_variance(st[label == LABELS]) for label in range(3)]).mean(0)
 
 
-TESTERS = [cls() for cls in [*MeasureTester.__subclasses__(), *TestNormalizedVariance.__subclasses__()]]
+CLASSES = [*MeasureTester.__subclasses__(), *TestNormalizedVariance.__subclasses__()]
+TESTERS = [cls() for cls in CLASSES if cls.__module__ == __name__]  # and not those of other files
 ONE_PASS = [tester for tester in TESTERS if not tester.two_passes]
 CUBE = TESTERS[0].cube()
 

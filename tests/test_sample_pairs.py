@@ -11,11 +11,16 @@ from scipy.spatial.distance import pdist
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from lightning_invariance import InvarianceResult, TransformationSet, evaluate, functional, rotations
+from lightning_invariance import InvarianceResult, TransformationSet, evaluate, functional, quarter_turns, rotations
 from lightning_invariance.accumulators import GroupedPairs
 from lightning_invariance.accumulators.base import Rows
 from lightning_invariance.accumulators.grouped_pairs import mean_and_error
-from lightning_invariance.measures import NormalizedDistance, SampleDistance, TransformationDistance
+from lightning_invariance.measures import (
+    DistanceSameEquivariance,
+    NormalizedDistance,
+    SampleDistance,
+    TransformationDistance,
+)
 
 TURNS = rotations(4)
 FLAT = nn.Sequential(nn.Flatten())
@@ -89,6 +94,19 @@ def test_up_to_a_group_of_samples_it_is_exact():
     found = evaluate(model, images, TURNS, NormalizedDistance(), batch_size=12, progress=False)["NormalizedDistance"]
     expected = functional.normalized_distance(activations_of(model, images))
     torch.testing.assert_close(found["3"], expected, rtol=1e-9, atol=0)
+
+
+def test_maps_that_are_mapped_back_are_grouped_too_whatever_else_is_measured():
+    model, turns = network()[:1], quarter_turns()
+    measure = DistanceSameEquivariance(distance="abs", normalize=False, normalized_by="samples", samples=7)
+    alone = evaluate(model, IMAGES, turns, {"DSE": measure}, progress=False)["DSE"]["0"]
+    with torch.no_grad():
+        st = model(turns(in_order(IMAGES)).flatten(0, 1)).unflatten(0, (50, 4))
+    back = torch.stack([st[:, turn].rot90(-turn, (-2, -1)) for turn in range(4)], 1)
+    rows = [functional.transformation_distance(back, "abs", "channel"), defined(back.flatten(3), groups_of(50, 7))]
+    torch.testing.assert_close(alone, rows[0] / rows[1], rtol=1e-9, atol=0)
+    beside = evaluate(model, IMAGES, turns, {"DSE": measure, "SD": SampleDistance(samples=7)}, progress=False)
+    assert torch.equal(beside["DSE"]["0"], alone)
 
 
 def test_units_that_fire_for_one_sample_are_finite():

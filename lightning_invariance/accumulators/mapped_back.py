@@ -84,6 +84,11 @@ class MappedBack(Accumulator):
         """Those of the inner ones."""
         return tuple(state for accumulator in self.inner for state in accumulator.cpu_states)
 
+    @property
+    def least_run(self) -> int:
+        """That of the inner ones."""
+        return max(accumulator.least_run for accumulator in self.inner)
+
     def empty(self) -> States:
         """The states before the first row."""
         empty = {"lit": torch.zeros(0, dtype=torch.long), "inside": torch.zeros(0, 0, dtype=torch.bool)}

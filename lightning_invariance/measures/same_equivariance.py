@@ -206,7 +206,8 @@ class DistanceSameEquivariance(SameEquivariance):
         mask: see :class:`VarianceSameEquivariance`.
         normalized_by: ``"samples"`` divides by the sample distance of ST'; 0/0 is 1, x/0 is inf.
         input_size: height and width of the network's input, where the maps are of another size.
-        samples: how many samples each transformation keeps for ``normalized_by``; see :class:`SampleDistance`.
+        samples: how many samples a group holds, or each transformation keeps, for ``normalized_by``; see
+            :class:`SampleDistance`.
         formulation: ``"direct"`` is the paper's first formulation, the mean of ‖A(t(x)) − t(A(x))‖ over samples and
             transformations, of which one must be the identity. By default ``"pairs"``, eq. 8, which also sees how
             different transformations differ from each other.
