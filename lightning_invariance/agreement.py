@@ -36,6 +36,13 @@ def fingerprint_of(n_samples: int | None, first: Callable[[], Tensor], seed: int
     return Fingerprint(n_samples, digests.pop() if len(digests) == 1 else None)
 
 
+def keys_of(samples: Tensor) -> list[int]:
+    """A number of 64 bits for each sample, by what it holds."""
+    values = samples.detach().cpu().contiguous().flatten(1).view(torch.uint8).numpy()
+    digests = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in values)
+    return [int.from_bytes(digest, "big", signed=True) for digest in digests]
+
+
 def warn_of_randomness(transformations: TransformationSet, sample: Tensor, seed: int) -> None:
     """Warn where values will depend on batches and processes, since transformations draw random numbers."""
     with isolated_random_state(seed):

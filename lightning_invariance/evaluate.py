@@ -54,6 +54,7 @@ def evaluate(
     operations: bool = False,
     convergence: bool = False,
     state_budget: int | None = None,
+    confidence: float | None = None,
     channel_axis: Mapping[str, int] | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -95,6 +96,9 @@ def evaluate(
             fit, the variances are computed in two walks instead, samples first and then some transformations at a
             time: the same values from twice as many forward passes, and more passes over the data. By default 2 GiB
             for rows longer than a batch, and else what is free.
+        confidence: of intervals over samples, such as 0.95: a second pass finds the standard error of every unit, and
+            how much each sample moves the mean of each layer, of the variances, distances and same-equivariances. See
+            :meth:`InvarianceResult.interval` and :func:`compare`. By default there are none.
         channel_axis: where the units stand in the activations of some layers, ``{"blocks.*": -1}``: names or glob
             patterns → axis of the activation (without the batch). By default the first for convolutions and batch
             norms, the last for ``Linear``, ``LayerNorm`` and ``Embedding``, that of the input for modules that keep its
@@ -136,6 +140,7 @@ def evaluate(
         operations=operations,
         convergence=convergence,
         state_budget=state_budget,
+        confidence=confidence,
         channel_axis=channel_axis,
         seed=seed,
         progress=progress,
@@ -180,10 +185,12 @@ def _measured(session: Session, transformations: TransformationSet, measures: Ma
         budget = DEFAULT_BUDGET if options.state_budget is None else options.state_budget
         needed, activations = _needed(session, loader, measures)
         if needed > budget:
-            if options.convergence:
-                raise ValueError(
-                    f"Expected `convergence` with states within `state_budget`, but {budget} bytes are less."
-                )
+            for name in ("convergence", "confidence"):
+                if getattr(options, name):
+                    raise ValueError(
+                        f"Expected `{name}` with states within `state_budget`, but {budget} bytes are less than the"
+                        f" {needed} that they take."
+                    )
             result = in_two_walks(session, measures, loader, activations, budget)
     if result is None:
         result = collect(session.walk(measures, loader, milestones, convergence.note))

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from lightning_invariance.layer_values import LayerValues
-from lightning_invariance.result_file import read, write
+from lightning_invariance.layer_intervals import LayerIntervals
+from lightning_invariance.result_file import BY_LAYER, read, write
 from lightning_invariance.table import LayerStatistics, Table
 
 if TYPE_CHECKING:
@@ -38,10 +38,11 @@ PLAIN = (
     "units",
     "response",
     "scores",
+    "confidence",
 )
 
 
-class InvarianceResult(LayerValues):
+class InvarianceResult(LayerIntervals):
     """Values of the measures for every layer: ``result["NormalizedVariance"]["conv1"]`` is a float64 tensor.
 
     A mapping measure → {layer: tensor of ``activation_shape``}, layers in the order in which they ran. Made by
@@ -69,13 +70,19 @@ class InvarianceResult(LayerValues):
         response: measure → layer → what each transformation does to the layer, where the measure was asked for it
             (``NormalizedVariance(response=True)``).
         scores: the trainer's metrics of that moment, such as an accuracy.
-        standard_errors: measure → layer → standard error of each estimated value, for samples drawn at random; measures
-            that are exact for the samples that were measured are not in it.
+        standard_errors: measure → layer → standard error of each value, for samples drawn at random. Without
+            ``confidence`` only measures have it that are estimated from pairs of samples.
+        confidence: of the intervals; None where there are none.
+        freedom: measure → layer → degrees of freedom of each standard error.
+        influences: measure → layer → how much each sample (each group of samples, for sample distances) moves the mean
+            of the layer; see :mod:`lightning_invariance.intervals`. NaN for samples that did not reach it.
+        sample_keys: measure → a number of 64 bits for each of these samples or groups, by what they hold.
 
     Attributes:
         n_samples: see Args. So are ``transformations``, ``parameters``, ``epoch``, ``step``, ``floor``, ``skipped``,
             ``left_out``, ``reached``, ``channel_axis``, ``convergence``, ``higher_is_better``, ``ratios``, ``units``,
-            ``response``, ``scores`` and ``standard_errors``.
+            ``response``, ``scores``, ``standard_errors``, ``confidence``, ``freedom``, ``influences`` and
+            ``sample_keys``.
     """
 
     #: How :meth:`plot` draws; set by ``lightning_invariance.plots``, which knows results.
@@ -103,6 +110,10 @@ class InvarianceResult(LayerValues):
         response: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
         scores: Mapping[str, float] | None = None,
         standard_errors: Mapping[str, Mapping[str, Tensor]] | None = None,
+        confidence: float | None = None,
+        freedom: Mapping[str, Mapping[str, Tensor]] | None = None,
+        influences: Mapping[str, Mapping[str, Tensor]] | None = None,
+        sample_keys: Mapping[str, Tensor] | None = None,
     ) -> None:
         layers = dict.fromkeys(layer for of_layers in values.values() for layer in of_layers)
         samples = {layer: (reached or {}).get(layer, n_samples) for layer in layers}
@@ -122,11 +133,11 @@ class InvarianceResult(LayerValues):
         self.units = dict(units or {})
         self.response = {measure: dict(layers) for measure, layers in (response or {}).items()}
         self.scores = dict(scores or {})
-        self.standard_errors = {measure: dict(layers) for measure, layers in (standard_errors or {}).items()}
         self.convergence = {
             measure: {layer: {int(n): value for n, value in found.items()} for layer, found in layers.items()}
             for measure, layers in (convergence or {}).items()
         }
+        self.set_intervals(confidence, standard_errors, freedom, influences, sample_keys)
 
     def plot(self, measure: str | None = None) -> Figure:
         """The heatmap of a measure: :func:`lightning_invariance.plots.heatmap`.
@@ -147,9 +158,12 @@ class InvarianceResult(LayerValues):
         return pandas.DataFrame(rows)
 
     def reduced(self) -> InvarianceResult:
-        """The same result with one value for each channel, without errors; tables, means and pictures stay the same."""
+        """The same result with one value for each channel, without errors; tables, means and pictures stay the same.
+
+        The influences of samples on layers stay, too.
+        """
         state = self.state_dict()
-        state["standard_errors"] = {}
+        state["standard_errors"], state["freedom"] = {}, {}
         state["values"] = {
             measure: {layer: self.per_channel(measure, layer) for layer in layers}
             for measure, layers in self._values.items()
@@ -167,7 +181,8 @@ class InvarianceResult(LayerValues):
         return {
             "values": self._values,
             "dead": self.dead,
-            "standard_errors": self.standard_errors,
+            **{name: getattr(self, name) for name in BY_LAYER},
+            "sample_keys": self.sample_keys,
             "statistics": statistics,
             **{name: getattr(self, name) for name in PLAIN},
         }
@@ -175,7 +190,7 @@ class InvarianceResult(LayerValues):
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> InvarianceResult:
         """The result that :meth:`state_dict` described."""
-        known = ("dead", "standard_errors", *PLAIN)  # and not what later versions add
+        known = ("dead", "sample_keys", *BY_LAYER, *PLAIN)  # and not what later versions add
         rest = {name: value for name, value in state.items() if name in known}
         result = cls(state["values"], **rest)
         for measure, rows in state["statistics"].items():

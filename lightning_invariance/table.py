@@ -5,10 +5,12 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor
+
+from lightning_invariance.intervals import Interval
 
 #: A mean that leaves out more than this share of a layer is marked.
 NOTABLE = 0.01
@@ -29,6 +31,9 @@ class LayerStatistics:
         infinite: how many values are infinite (x/0).
         nan: how many values are NaN: the activation was NaN or infinite itself, or the measure is undefined.
         samples: how many samples reached the layer; 0 where that is not known. Tables show it where layers differ.
+        low: of the confidence interval of the mean; NaN where there is none, and then not shown. So is ``high``.
+        high: see low.
+        doubt: why the interval may be too narrow; see :class:`~lightning_invariance.intervals.Interval`.
     """
 
     layer: str
@@ -41,6 +46,9 @@ class LayerStatistics:
     infinite: int
     nan: int
     samples: int = 0
+    low: float = math.nan
+    high: float = math.nan
+    doubt: str = ""
 
     @property
     def share_infinite(self) -> float:
@@ -83,11 +91,23 @@ class LayerStatistics:
 class Table(list[LayerStatistics]):
     """Rows of statistics, one a layer, that print as a table."""
 
+    def with_intervals(self, intervals: Mapping[str, Interval]) -> Table:
+        """The same rows with the intervals of their means, by layer."""
+        known = [intervals.get(row.layer) for row in self]
+        return Table(
+            row if each is None else replace(row, low=each.low, high=each.high, doubt=each.doubt)
+            for row, each in zip(self, known, strict=True)
+        )
+
     def cells(self) -> list[list[str]]:
         """The table as text, the heading first."""
         names = [field.name for field in fields(LayerStatistics)]
         if len({row.samples for row in self}) < 2:
             names.remove("samples")
+        if all(math.isnan(row.low) for row in self):
+            names = [name for name in names if name not in ("low", "high")]
+        if not any(row.doubt for row in self):
+            names.remove("doubt")
         rows = [[_cell(getattr(row, name)) for name in names] for row in self]
         for row, cells in zip(self, rows, strict=True):
             for name, share in (("infinite", row.share_infinite), ("dead", row.share_dead)):

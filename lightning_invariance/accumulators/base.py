@@ -167,6 +167,24 @@ class Accumulator(ABC):
         """Whether the sums are defined for activations of this shape; other layers are left out."""
         return True
 
+    @property
+    def has_shares(self) -> bool:
+        """Whether :meth:`shares` is there, so that values have standard errors over samples."""
+        return type(self).shares is not Accumulator.shares
+
+    def shares(self, rows: Rows, totals: States) -> States:
+        """What each sample adds to the sums, given what they came to: what they change if it weighs a little more.
+
+        Args:
+            rows: of a second pass over the same samples.
+            totals: the states after all rows.
+
+        Returns:
+            ``(samples, *state shape)`` in float64 for each state that a value is made of, whose last axis is that of
+            activations or channels.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not tell the shares of samples.")
+
     def dead(self, states: States) -> Tensor | None:
         """Which activations never changed: bool ``(activations,)``; None where the states do not tell."""
         return None

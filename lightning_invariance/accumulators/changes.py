@@ -39,6 +39,11 @@ class Changes(Accumulator):
         """The states after the rows of both."""
         return {"changes": a["changes"] + b["changes"]}
 
+    def shares(self, rows: Rows, totals: States) -> States:
+        """The changes of each sample, ``(samples, m, channels)``."""
+        maps = torch.unbind(rows.channels_first.unsqueeze(1))
+        return {"changes": torch.stack([scaled_changes(rows.of(sample), self.reference) for sample in maps])}
+
 
 def scaled_changes(rows: Rows, reference: int | None) -> Tensor:
     r"""What each transformation contributes to the transformation variance, summed over rows: ``(m, channels)``.

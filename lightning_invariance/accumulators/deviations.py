@@ -19,6 +19,7 @@ from lightning_invariance.accumulators import kernels
 from lightning_invariance.accumulators.base import N_SAMPLES, Accumulator, Context, Rows, States
 from lightning_invariance.accumulators.changes import scaled_changes
 from lightning_invariance.accumulators.memory import chunk_length, scratch
+from lightning_invariance.accumulators.shares import deviations_of_samples
 
 #: Rows times columns of one step, which bounds the rounding of a float32 sum; longer rows are summed in float64.
 MOST_VALUES = kernels.MOST_COLUMNS
@@ -119,6 +120,10 @@ class Deviations(Accumulator):
         if a["offsets"].dtype == b["offsets"].dtype != means.dtype:
             _narrow(states, int(n + n_other))
         return states
+
+    def shares(self, rows: Rows, totals: States) -> States:
+        """The squared deviations of each sample within its row, and from the means of the columns."""
+        return deviations_of_samples(rows.flat, means_of(totals), self.squared)
 
     def prepared(self, context: Context) -> Accumulator:
         """With changes from the identity, where the set knows of one."""

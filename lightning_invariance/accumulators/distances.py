@@ -52,6 +52,11 @@ class RowDistances(Accumulator):
         """The states after the rows of both."""
         return {"row_distances": a["row_distances"] + b["row_distances"]}
 
+    def shares(self, rows: Rows, totals: States) -> States:
+        """The distances within the row of each sample."""
+        values = (rows.values if self.over == "activation" else rows.maps)[:, None]
+        return {"row_distances": torch.stack([row_distances(row, self.distance, self.over) for row in values])}
+
 
 def row_distances(values: Tensor, distance: Distance, over: str) -> Tensor:
     """The distances of all ordered pairs within rows ``(n, m, *activation_shape)``, summed over rows, in float64.

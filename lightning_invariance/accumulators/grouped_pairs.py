@@ -89,7 +89,7 @@ class GroupedPairs(Accumulator):
             states["waiting"] = x.new_zeros(m, min(self.samples, self.expected), *shape)
             states["groups"] = torch.zeros(5, dtype=torch.long)
         row = 0
-        for part in self._parts(rows.indices, rows.block_memo):
+        for part in self.parts(rows.indices, rows.block_memo):
             known, waiting = states["groups"][:PAIRS].tolist()
             if waiting and known != part.group:  # not every sample of the last group reached this layer
                 states.update(self.added(states))
@@ -115,7 +115,7 @@ class GroupedPairs(Accumulator):
             "groups": groups,
         }
 
-    def _parts(self, indices: Tensor, memo: dict[Hashable, Any]) -> list[Part]:
+    def parts(self, indices: Tensor, memo: dict[Hashable, Any]) -> list[Part]:
         """The groups of a block, one after the other; computed once for all layers that have seen the same samples."""
         known, parts = memo.get(self, (None, []))
         if known is None or not torch.equal(known, indices):

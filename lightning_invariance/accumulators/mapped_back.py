@@ -129,6 +129,19 @@ class MappedBack(Accumulator):
         """Only feature maps."""
         return self.mapping.applies_to(activation_shape)
 
+    @property
+    def has_shares(self) -> bool:
+        """Whether the inner ones tell them."""
+        return all(accumulator.has_shares for accumulator in self.inner)
+
+    def shares(self, rows: Rows, totals: States) -> States:
+        """Those of the inner ones, of maps whose channels come first."""
+        mapped = self._mapped(totals, rows)[1].rows
+        found: States = {}
+        for accumulator in self.inner:
+            found.update(accumulator.shares(mapped, states_of(accumulator, totals)))
+        return found
+
     def dead(self, states: States) -> Tensor:
         """Which channels were zero throughout."""
         return states["lit"] == 0
@@ -186,6 +199,12 @@ class DirectDistances(Accumulator):
         added = found.double().sum((0, 1)).flatten()
         before, lit = states["row_distances"], (~unit_maps(maps)[1]).sum((0, 1))
         return {"row_distances": before + added if before.numel() else added, **_lit(states, lit)}
+
+    def shares(self, rows: Rows, totals: States) -> States:
+        """The distances of each sample, summed over transformations."""
+        mapping = self.mapping
+        found = direct_distances(rows.channels_first, mapping.checked(rows), mapping, self.distance, self.over)
+        return {"row_distances": found.double().sum(1).flatten(1)}
 
     def merge(self, a: States, b: States) -> States:
         """The states after the rows of both."""

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_invariance.evaluation.influence import Influence
 from lightning_invariance.evaluation.registry import INPUT, Registry
 from lightning_invariance.evaluation.tallies import Layer
+from lightning_invariance.intervals import degrees_of_freedom
 from lightning_invariance.measures import Measure
 from lightning_invariance.measures.base import names_accumulators
 from lightning_invariance.measures.sums import Sums, dead_of
 from lightning_invariance.result import InvarianceResult
+from lightning_invariance.runs import groups_of
 from lightning_invariance.table import LayerStatistics
 from lightning_invariance.transforms import TransformationSet
 
@@ -27,6 +30,7 @@ def collect(registry: Registry) -> InvarianceResult:
     values: Values = {name: {} for name in registry.measures}
     response: dict[str, dict[str, list[float]]] = {}
     errors: Values = {}
+    found_influences = Influences(registry)
     dead: dict[str, Tensor] = {}
     skipped: dict[str, list[str]] = {name: [] for name in registry.measures}
     floor: dict[str, Tensor] = {}
@@ -48,13 +52,11 @@ def collect(registry: Registry) -> InvarianceResult:
                     response.setdefault(key, {})[name] = parts.tolist()
                 if sums.n_samples and (error := metric.standard_error(sums)) is not None:
                     errors.setdefault(key, {})[name] = error.reshape(value.shape).to("cpu", torch.float64)
-        for tally in layer.first if name != INPUT else ():
-            counted = Sums(
-                tally.states, tally.n_samples, len(registry.transformations), layer.shape, layer.channel_axis
-            )
-            if name not in dead and (found := dead_of([tally.accumulator], counted)) is not None:
-                dead[name] = found.cpu()
-        layer.first, layer.second, layer.metrics = [], [], {}
+        if name != INPUT and (found := _dead(layer, len(registry.transformations))) is not None:
+            dead[name] = found
+        for key, influence in layer.influences.items():
+            found_influences.add(key, name, influence, values[key][name])
+        layer.first, layer.second, layer.metrics, layer.influences = [], [], {}, {}
     values = {key: _over_layers(registry, key, of_layers) for key, of_layers in values.items()}
     return make_result(
         registry.measures,
@@ -64,12 +66,64 @@ def collect(registry: Registry) -> InvarianceResult:
         n_samples=registry.n_samples,
         floor=floor,
         response=response,
-        standard_errors=errors,
+        standard_errors={**errors, **found_influences.standard_errors},
+        freedom=found_influences.freedom,
+        influences=found_influences.on_means,
+        sample_keys=found_influences.sample_keys,
+        confidence=registry.confidence,
         skipped=skipped,
         left_out=registry.left_out,
         channel_axis={name: axis for name, axis in channel_axis.items() if name != INPUT},
         reached={name: n for name, n in reached.items() if 0 < n < registry.n_samples},
     )
+
+
+def _dead(layer: Layer, m: int) -> Tensor | None:
+    """Which activations of a layer never changed; None where no accumulator tells."""
+    for tally in layer.first:
+        counted = Sums(tally.states, tally.n_samples, m, layer.shape, layer.channel_axis)
+        if (found := dead_of([tally.accumulator], counted)) is not None:
+            return found.cpu()
+    return None
+
+
+class Influences:
+    """What the influences of samples come to, for a result.
+
+    Args:
+        registry: of the walk.
+
+    Attributes:
+        standard_errors: measure → layer → standard error of each unit; NaN where the value is not finite.
+        freedom: measure → layer → degrees of freedom of it.
+        on_means: measure → layer → influence of each sample, or group, on the mean; NaN where it did not reach it.
+        sample_keys: measure → digest of each sample, or group of samples.
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self.standard_errors: Values = {}
+        self.freedom: Values = {}
+        self.on_means: Values = {}
+        self.sample_keys: dict[str, Tensor] = {}
+        self._numbers = torch.tensor(sorted(registry.sample_keys), dtype=torch.long)
+        self._keys = torch.tensor([registry.sample_keys[i] for i in self._numbers.tolist()], dtype=torch.long)
+
+    def add(self, measure: str, layer: str, influence: Influence, value: Tensor) -> None:
+        """Add those on a measure of a layer with this value."""
+        own, squares, fourths = (influence.states[name].cpu() for name in ("numbers", "squares", "fourths"))
+        n = len(own)
+        numbers, keys = self._numbers, self._keys
+        if (pairs := influence.pairs) is not None:
+            of_samples, _ = groups_of(numbers, pairs.expected, pairs.run, pairs.samples)
+            numbers, group = torch.unique(of_samples, return_inverse=True)
+            keys = torch.zeros_like(numbers).index_add_(0, group, keys)
+        on_mean = torch.full((len(numbers),), torch.nan, dtype=torch.float64)
+        on_mean[torch.searchsorted(numbers, own)] = influence.states["on_mean"]
+        error = torch.where(value.flatten().isfinite(), (squares.double() / (n * (n - 1))).sqrt(), torch.nan)
+        self.standard_errors.setdefault(measure, {})[layer] = error.view(value.shape)
+        self.freedom.setdefault(measure, {})[layer] = degrees_of_freedom(n, squares, fourths).float().view(value.shape)
+        self.on_means.setdefault(measure, {})[layer] = on_mean
+        self.sample_keys[measure] = keys
 
 
 def make_result(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_invariance.intervals import check_confidence
 from lightning_invariance.layers import Layers
 
 
@@ -28,11 +29,12 @@ class Options:
         operations: also measure what functions and operators compute in forward.
         convergence: also report values of the first samples.
         state_budget: bytes that the states of all layers may take.
+        confidence: of intervals; None for none.
         seed: of all random choices.
         progress: show a bar.
 
     Raises:
-        ValueError: If ``batch_size`` or ``max_samples`` is too small.
+        ValueError: If ``batch_size`` or ``max_samples`` is too small, or ``confidence`` is not in (0, 1).
         TypeError: If ``channel_axis`` is no mapping.
     """
 
@@ -47,6 +49,7 @@ class Options:
     operations: bool = False
     convergence: bool = False
     state_budget: int | None = None
+    confidence: float | None = None
     seed: int = 0
     progress: bool = True
 
@@ -59,6 +62,8 @@ class Options:
             raise ValueError(
                 f"Expected argument `max_samples` to be an int of at least 1 or None, but got {self.max_samples!r}."
             )
+        if self.confidence is not None:
+            check_confidence(self.confidence)
         if self.channel_axis is not None and not isinstance(self.channel_axis, Mapping):
             raise TypeError(
                 "Expected argument `channel_axis` to be a dict of names or patterns of layers, but got"

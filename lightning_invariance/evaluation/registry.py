@@ -21,9 +21,13 @@ from lightning_invariance.accumulators.base import (
     merged,
     started,
 )
+from lightning_invariance.accumulators.grouped_pairs import GroupedPairs
 from lightning_invariance.accumulators.still import Still
+from lightning_invariance.agreement import keys_of
 from lightning_invariance.distributed import gather_or_raise, merge_over_ranks
 from lightning_invariance.evaluation.assembly import Assembly
+from lightning_invariance.evaluation.influence import Influence
+from lightning_invariance.evaluation.influence import merged as merged_influences
 from lightning_invariance.evaluation.tallies import Layer, Tally, distinct
 from lightning_invariance.loader import STBlock
 from lightning_invariance.maps import usual_channel_axis
@@ -46,6 +50,7 @@ class Registry:
         transformations: the columns of the ST matrix.
         expected: how many samples there will be, if known.
         run: how many samples in a row a process shows.
+        confidence: of intervals: a second pass then finds how much each sample moves each value; None for none.
 
     Attributes:
         layers: name → layer, in the order in which they ran.
@@ -53,6 +58,7 @@ class Registry:
         finished: whether every row was seen as often as the measures need.
         input_shape: of the transformed input.
         left_out: layer → why it was not measured.
+        sample_keys: number of a sample → digest of what it holds, where influences are wanted.
         expected: how many samples there will be, if known.
     """
 
@@ -62,6 +68,7 @@ class Registry:
         transformations: TransformationSet,
         expected: int | None = None,
         run: int = 0,
+        confidence: float | None = None,
     ) -> None:
         self.measures = measures
         self.transformations = transformations
@@ -70,7 +77,8 @@ class Registry:
         self.finished = False
         self.input_shape: tuple[int, ...] | None = None
         self.left_out: dict[str, str] = {}
-        self.expected, self._run = expected, run
+        self.expected, self._run, self.confidence = expected, run, confidence
+        self.sample_keys: dict[int, int] = {}
         self._in_first_pass = True
         # Raises where a measure cannot work with the transformations.
         self._needs, self._needs_again = self._prepared(())
@@ -92,6 +100,10 @@ class Registry:
         if self.input_shape is None:
             self.input_shape = tuple(inputs.shape[2:])
             self._needs, self._needs_again = self._prepared(self.input_shape)
+        if self.confidence is not None and self._in_first_pass and self._block is not None:
+            column = (self.transformations.identity or 0) - self._block.columns.start
+            if 0 <= column < inputs.shape[1] and self._block.indices is not None:
+                self.sample_keys.update(zip(self._block.indices.tolist(), keys_of(inputs[:, column]), strict=True))
         if any(names_accumulators(measure) and measure.has_floor for measure in self.measures.values()):
             self.add(INPUT, inputs, usual_channel_axis(self.input_shape))
 
@@ -125,9 +137,13 @@ class Registry:
         if self._in_parts:
             self._update([t for t in active if t.accumulator.takes_parts], st, last, channel_axis)
             active = [tally for tally in active if not tally.accumulator.takes_parts]
-        whole = self._assembly.complete(name, st, last) if active or layer.metrics else None
+        influences = () if self._in_first_pass else layer.influences.values()
+        whole = self._assembly.complete(name, st, last) if active or layer.metrics or influences else None
         if whole is not None:
             self._update(active, whole, True, channel_axis)
+            rows = Rows(whole, block.indices, block.labels, memo={}, channel_axis=channel_axis)
+            for influence in influences:
+                influence.add(rows)
             for key, metric in layer.metrics.items() if self._in_first_pass else ():
                 metric.update(whole, **self._arguments(key, metric, block))
         return True
@@ -200,9 +216,10 @@ class Registry:
             RuntimeError: If another process failed, with its error. The one that failed raises that itself.
         """
         shapes = {name: (layer.shape, layer.channel_axis) for name, layer in self.layers.items()}
-        told = gather_or_raise((shapes, self.n_samples, self.input_shape, self.left_out), error)
-        for *_, left_out in reversed(told):  # the reason that the first process found
+        told = gather_or_raise((shapes, self.n_samples, self.input_shape, self.left_out, self.sample_keys), error)
+        for *_, left_out, keys in reversed(told):  # the reason that the first process found
             self.left_out.update(left_out)
+            self.sample_keys.update(keys)
         if len(told) > 1:
             self._add_unseen(told, device)
             self._merge(device)
@@ -213,7 +230,25 @@ class Registry:
         self._in_first_pass = False
         for name, layer in self.layers.items():
             self._begin_second_pass(name, layer, device)
-        self.finished = not any(layer.second for layer in self.layers.values())
+            if self.confidence is not None and name != INPUT:
+                layer.influences = self._new_influences(name, layer)
+        self.finished = not any(layer.second or layer.influences for layer in self.layers.values())
+
+    def _new_influences(self, name: str, layer: Layer) -> dict[str, Influence]:
+        """By measure: the influences that a second pass over a layer can find."""
+        found: dict[str, Influence] = {}
+        for key, accumulators in self._needs.items():
+            measure = self.measures[key]
+            if not names_accumulators(measure) or not measure.has_intervals or not self.applies(key, name, layer.shape):
+                continue
+            sums = self.sums(layer, key)
+            if not all(a.has_shares or isinstance(a, GroupedPairs) for a in accumulators):
+                continue
+            if "groups" in sums and sums.n_samples < self.n_samples:  # not all of a group reach the layer
+                continue
+            if sums.n_samples >= max(2, measure.least_samples) and self._m >= measure.least_transformations:
+                found[key] = Influence(measure, accumulators, sums)
+        return found
 
     def _begin_second_pass(self, name: str, layer: Layer, device: torch.device) -> None:
         for key, accumulators in self._needs_again.items():
@@ -225,11 +260,11 @@ class Registry:
                 layer.begin_second_pass(accumulators, measure.second_pass(sums), device)
 
     def _add_unseen(
-        self, told: Sequence[tuple[dict[str, tuple[tuple[int, ...], int]], int, Any, Any]], device: torch.device
+        self, told: Sequence[tuple[dict[str, tuple[tuple[int, ...], int]], int, Any, Any, Any]], device: torch.device
     ) -> None:
         """Make the layers that only other processes have seen, in one order everywhere."""
         if self.input_shape is None:
-            self.input_shape = next((shape for _, _, shape, _ in told if shape is not None), None)
+            self.input_shape = next((shape for _, _, shape, *_ in told if shape is not None), None)
             self._needs, self._needs_again = self._prepared(self.input_shape or ())
         order: dict[str, tuple[tuple[int, ...], int]] = {}
         for shapes, *_ in told:
@@ -242,8 +277,12 @@ class Registry:
         """Give the accumulators of this pass the merged states of all processes."""
         layers = self.layers.values()
         tallies = [tally for layer in layers for tally in (layer.first if self._in_first_pass else layer.second)]
-        merges = [partial(merged, tally.accumulator) for tally in tallies]
-        found = merge_over_ranks([tally.counted() for tally in tallies], merges, device)
-        for tally, states in zip(tallies, found, strict=True):
+        influences = [influence for layer in layers for influence in layer.influences.values()]
+        own = [tally.counted() for tally in tallies] + [influence.states for influence in influences]
+        merges = [partial(merged, tally.accumulator) for tally in tallies] + [merged_influences] * len(influences)
+        found = merge_over_ranks(own, merges, device)
+        for influence, states in zip(influences, found[len(tallies) :], strict=True):
+            influence.states = states
+        for tally, states in zip(tallies, found, strict=False):
             tally.n_samples = int(states.pop(N_SAMPLES))
             tally.states = states

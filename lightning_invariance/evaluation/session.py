@@ -127,7 +127,7 @@ class Session:
             at_milestone: called with the registry between two blocks.
             about: text beside the progress bar.
         """
-        registry = Registry(measures, loader.transformations, loader.n_samples, loader.run)
+        registry = Registry(measures, loader.transformations, loader.n_samples, loader.run, self.options.confidence)
         intake = Intake(registry, self.options.channel_axis, within=self._transformed_module is not None)
         waiting = list(milestones)
         with self._prepared(intake), catch_activations(self.model, self.selection, intake.consume) as catcher:

@@ -9,6 +9,7 @@ import torch
 from torchmetrics import Metric
 
 from lightning_invariance.accumulators.base import N_SAMPLES, Accumulator, States, check_states, started
+from lightning_invariance.evaluation.influence import Influence
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Layer:
         first: the accumulators of the first pass, each once.
         second: those of a second pass.
         metrics: metrics that are no :class:`Measure`, by name.
+        influences: of samples on measures, by name of the measure.
     """
 
     shape: tuple[int, ...]
@@ -47,6 +49,7 @@ class Layer:
     first: list[Tally] = field(default_factory=list)
     second: list[Tally] = field(default_factory=list)
     metrics: dict[str, Metric] = field(default_factory=dict)
+    influences: dict[str, Influence] = field(default_factory=dict)
 
     def tally_of(self, accumulator: Accumulator) -> Tally | None:
         """The tally whose states hold those of an accumulator; None where there is none."""

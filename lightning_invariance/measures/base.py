@@ -73,6 +73,9 @@ class Measure(AccumulatingMetric):
     #: Whether results also hold the value for a network that returns its input, ``result.floor``.
     has_floor: ClassVar[bool] = False
 
+    #: Whether the value is a smooth function of sums over samples, so that it has standard errors and intervals.
+    has_intervals: ClassVar[bool] = False
+
     @abstractmethod
     def value(self, sums: Sums) -> Tensor:
         """What the measure is for every activation, given the states of ``needs`` (and of ``needs_again``) by name.

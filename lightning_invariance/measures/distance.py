@@ -28,6 +28,8 @@ class MeasureOfDistances(Measure):
         ValueError: If an argument is out of its range.
     """
 
+    has_intervals = True
+
     #: Which of the two distances the measure is made of.
     of_rows: ClassVar[bool] = True
     of_columns: ClassVar[bool] = True

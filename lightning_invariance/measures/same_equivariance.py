@@ -31,6 +31,7 @@ class SameEquivariance(Measure):
     """
 
     has_floor = True
+    has_intervals = True
 
     def __init__(
         self, needs: Accumulator, mapping: BackMapping, over: str, normalized_by: str | None, **kwargs: Any

@@ -30,6 +30,8 @@ class MeasureOfVariances(Measure):
         ValueError: If an argument is out of its range.
     """
 
+    has_intervals = True
+
     #: Whether the measure can tell what each transformation does.
     has_response = True
 

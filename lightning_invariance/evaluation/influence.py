@@ -1,0 +1,147 @@
+r"""How much each sample moves the value of each unit and of each layer: the infinitesimal jackknife.
+
+A value :math:`\theta = f(S)` is made of sums :math:`S = \sum_i s_i` over n samples. If sample i weighs a little more,
+the value changes by its influence :math:`\psi_i = n \frac{\partial f}{\partial S} (s_i - S / n)`, and its standard
+error over samples is :math:`\sqrt{\sum_i \psi_i^2 / (n (n - 1))}`. Autograd gives the derivative, a second pass the shares
+:math:`s_i`. Where a measure looks at samples in groups, whole groups take the place of samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_invariance.accumulators import Accumulator, DirectDistances, GroupedPairs, MappedBack, Rows, States
+from lightning_invariance.accumulators.base import started
+from lightning_invariance.accumulators.grouped_pairs import ADDED, PAIRS, WAITING, Part
+from lightning_invariance.measures import Measure
+from lightning_invariance.measures.sums import Sums
+
+
+class Influence:
+    """Collects the influences of the samples on one measure of one layer, in a second pass.
+
+    Args:
+        measure: what is measured.
+        accumulators: those that it needs.
+        sums: what they came to in the first pass.
+
+    Attributes:
+        states: ``numbers`` ``(clusters,)``: which sample, or group of samples; ``on_mean`` ``(clusters,)``: its
+            influence on the mean over the units with a finite value; ``squares`` and ``fourths`` ``(units,)``: Σ ψ² and
+            Σ ψ⁴ of each unit, 0 where its value is not finite.
+        pairs: what forms the groups; None where samples are apart.
+    """
+
+    def __init__(self, measure: Measure, accumulators: Sequence[Accumulator], sums: Sums) -> None:
+        value = _wide(measure.value(sums).flatten())
+        self._measure, self._sums = measure, sums
+        self._others = [a for a in accumulators if not isinstance(a, GroupedPairs)]
+        self.pairs = next((a for a in accumulators if isinstance(a, GroupedPairs)), None)
+        self._mapped = any(
+            isinstance(a, MappedBack | DirectDistances) for a in accumulators
+        )  # channels come first there
+        self._finite = value.isfinite()
+        self._all_finite, self._units = bool(self._finite.all()), max(1, int(self._finite.sum()))
+        self._weights: States = {}
+        self._group: States = {}  # the shares of the group that is not complete
+        self._states_of_pairs: States = {} if self.pairs is None else started(self.pairs, value.device)
+        self.states: States = {
+            "numbers": torch.zeros(0, dtype=torch.long),
+            "on_mean": torch.zeros(0, dtype=torch.float64),
+            "squares": torch.zeros_like(value),
+            "fourths": torch.zeros_like(value),
+        }
+
+    def add(self, rows: Rows) -> None:
+        """Add rows of the second pass."""
+        if rows.indices is None:
+            raise ValueError("Expected argument `indices` for influences, which belong to samples.")
+        if self.pairs is None:
+            n = self._sums.n_samples
+            self._add(rows.indices, self._shares(rows), n, 1 / n)
+            return
+        row = 0
+        for part in self.pairs.parts(rows.indices, {}):
+            some = rows.some(torch.arange(row, row + part.rows), rows.before + row)
+            row += part.rows
+            for name, share in self._shares(some).items():
+                total = share.sum(0, keepdim=True)
+                self._group[name] = self._group[name] + total if name in self._group else total
+            self.pairs.add_(self._states_of_pairs, some)
+            if not int(self._states_of_pairs["groups"][WAITING]):
+                self._add_group(part)
+
+    def _add_group(self, part: Part) -> None:
+        """Add a group that is complete."""
+        groups = self._sums["groups"].tolist()
+        distances, pairs = (self._states_of_pairs[name] for name in ("column_distances", "groups"))
+        shares = {**self._group, "column_distances": distances[None]}
+        of_pairs = int(pairs[PAIRS]) / groups[PAIRS]
+        self._group = {}
+        self._states_of_pairs["column_distances"], pairs[PAIRS] = torch.zeros_like(distances), 0
+        self._add(torch.tensor([part.group]), shares, groups[ADDED], part.size / self._sums.n_samples, of_pairs)
+
+    def _shares(self, rows: Rows) -> States:
+        found: States = {}
+        for accumulator in self._others:
+            found.update(accumulator.shares(rows, self._sums.states))
+        return found
+
+    def _add(self, numbers: Tensor, shares: States, n: int, part: float, part_of_pairs: float = 0.0) -> None:
+        """Add the influences of clusters.
+
+        Args:
+            numbers: ``(clusters,)``.
+            shares: ``(clusters, *state shape)`` by name.
+            n: how many clusters there are in all.
+            part: of the samples that a cluster holds.
+            part_of_pairs: of the pairs.
+        """
+        if not self._weights:
+            self._weights = self._derivatives(list(shares))
+        influence = torch.zeros(1, dtype=self.states["squares"].dtype, device=self.states["squares"].device)
+        for name, weight in self._weights.items():
+            expected = part_of_pairs if name == "column_distances" else part
+            moved = (shares[name] - expected * self._sums[name]).mul_(weight)
+            influence = influence + self._of_units(moved.flatten(1, -2).sum(1) if moved.ndim > 2 else moved)
+        influence = n * influence
+        if not self._all_finite:
+            influence = torch.where(self._finite, influence, 0.0)
+        squares = influence.square()
+        self.states["squares"] += squares.sum(0)
+        self.states["fourths"] += squares.square_().sum(0)
+        self.states["numbers"] = torch.cat([self.states["numbers"], numbers.cpu()])
+        self.states["on_mean"] = torch.cat([self.states["on_mean"], influence.sum(1).double().cpu() / self._units])
+
+    def _derivatives(self, names: Sequence[str]) -> States:
+        """How the value of a unit changes with each of its sums; 0 for what is constant, such as 1 for a dead unit."""
+        leaves = {name: self._sums[name].detach().clone().requires_grad_() for name in names}
+        with torch.enable_grad():
+            value = self._measure.value(replace(self._sums, states={**self._sums.states, **leaves}))
+            found = torch.autograd.grad(value.nansum(), list(leaves.values()), allow_unused=True)
+        return {name: w.nan_to_num(0, 0, 0) for name, w in zip(names, found, strict=True) if w is not None}
+
+    def _of_units(self, influence: Tensor) -> Tensor:
+        """``(clusters, activations)`` → ``(clusters, units)``: those of a feature map together, if it has one value."""
+        units, sums = len(self.states["squares"]), self._sums.channels_first() if self._mapped else self._sums
+        maps = sums.activation_shape
+        if influence.shape[1] != units:
+            return influence.view(-1, *maps).movedim(1 + sums.channel_axis, 1).flatten(2).sum(2)
+        if sums.channel_axis != self._sums.channel_axis and math.prod(maps) == units:
+            return influence.view(-1, *maps).movedim(1, 1 + self._sums.channel_axis).flatten(1)
+        return influence
+
+
+def merged(a: States, b: States) -> States:
+    """The states of two processes."""
+    added = {name: a[name] + b[name] for name in ("squares", "fourths")}
+    return {**{name: torch.cat([a[name], b[name]]) for name in ("numbers", "on_mean")}, **added}
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value if value.device.type == "mps" else value.double()  # MPS has no float64

@@ -1,0 +1,156 @@
+r"""Confidence intervals over samples, from the influence of each sample.
+
+With influences :math:`\psi_i` of n samples (or groups of samples, which are then what is independent) the standard
+error is :math:`\sqrt{\sum_i \psi_i^2 / (n (n - 1))}`. How well it is known depends on the kurtosis b of the influences:
+it has :math:`\nu = 2 n / (b - 1) - 1` degrees of freedom, n − 1 where they are normal, and few where it rests on few
+samples. The interval is that of Student's t with ν degrees of freedom.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lightning_invariance.measures.f_distribution import f_survival
+
+#: An interval of fewer samples, or groups of samples, is marked.
+FEWEST_SAMPLES = 10
+
+#: So is one whose standard error has fewer degrees of freedom: a few samples decide it, and it tends to be too narrow.
+FEWEST_DEGREES = 10.0
+
+#: And one of a mean that leaves out more than this share of the units.
+NOTABLE = 0.01
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval over samples.
+
+    Attributes:
+        value: the estimate.
+        low: lower bound. The bounds are ``value ± t · standard_error``.
+        high: upper bound.
+        standard_error: of the value.
+        freedom: degrees of freedom of the standard error.
+        doubt: why the interval may be too narrow; empty where nothing speaks against it.
+    """
+
+    value: float
+    low: float
+    high: float
+    standard_error: float
+    freedom: float
+    doubt: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]" + (f" ({self.doubt})" if self.doubt else "")
+
+
+class Intervals(dict[str, Interval]):
+    """Layer → interval of its mean.
+
+    Attributes:
+        network: the interval of the mean over layers.
+    """
+
+    network: Interval
+
+    def __str__(self) -> str:
+        width = max(map(len, (*self, "network")))
+        rows = {**self, "network": self.network}
+        return "\n".join(f"{layer:{width}s}  {interval}" for layer, interval in rows.items())
+
+
+def interval_of(value: float, influences: Tensor, confidence: float, left_out: float = 0.0) -> Interval:
+    """The interval of a value.
+
+    Args:
+        value: the estimate.
+        influences: ``(samples,)``; NaN for samples that do not count.
+        confidence: in (0, 1).
+        left_out: which share of the units the value leaves out since they are infinite or NaN.
+    """
+    psi = influences[~influences.isnan()]
+    n = len(psi)
+    if n < 2 or not math.isfinite(value):
+        return Interval(value, math.nan, math.nan, math.nan, math.nan, "undefined")
+    error = float((psi.square().sum() / (n * (n - 1))).sqrt())
+    freedom = float(degrees_of_freedom(n, psi.square().sum(), psi.pow(4).sum()))
+    half = t_quantile(confidence, freedom) * error
+    doubts = [f"{n} samples"] if n < FEWEST_SAMPLES else []
+    doubts += ["few samples decide"] if freedom < FEWEST_DEGREES and n >= FEWEST_SAMPLES else []
+    doubts += [f"{left_out:.0%} left out"] if left_out > NOTABLE else []
+    return Interval(value, value - half, value + half, error, freedom, ", ".join(doubts))
+
+
+def network_influences(by_layer: Mapping[str, Tensor], layers: Sequence[str]) -> Tensor:
+    """The influence of each sample on the mean over layers, ``(samples,)``.
+
+    A sample that does not reach a layer has none on it; those that reach it weigh as much more as they are fewer.
+    """
+    if not layers:
+        return torch.zeros(0, dtype=torch.float64)
+    influences = torch.stack([by_layer[layer] for layer in layers])
+    missing = influences.isnan()
+    reached = (~missing).sum(1, keepdim=True).clamp_min(1)
+    return (torch.where(missing, 0.0, influences) * (influences.shape[1] / reached)).mean(0)
+
+
+def degrees_of_freedom(n: int, squares: Tensor, fourths: Tensor) -> Tensor:
+    """Those of a standard error, given Σ ψ² and Σ ψ⁴ of n influences: between 1 and n − 1."""
+    kurtosis = n * fourths / squares.square()
+    found = 2 * n / (kurtosis - 1).clamp_min(1e-9) - 1
+    return torch.where(squares > 0, found.nan_to_num(nan=1.0), n - 1.0).clamp(1, max(1, n - 1))
+
+
+@lru_cache(maxsize=4096)
+def t_quantile(confidence: float, freedom: float) -> float:
+    """How many standard errors a two-sided interval reaches to each side: Student's t."""
+    low, high = 0.0, 2.0
+    while float(f_survival(torch.tensor([high**2]), 1, freedom)) > 1 - confidence:
+        high *= 2
+    for _ in range(10):  # each step takes one of 64 parts: down to the last bit
+        places = torch.linspace(low, high, 65, dtype=torch.float64)
+        above = int((f_survival(places.square(), 1, freedom) > 1 - confidence).sum())
+        low, high = float(places[max(above - 1, 0)]), float(places[min(above, 64)])
+    return high
+
+
+def t_quantiles(confidence: float, freedom: Tensor) -> Tensor:
+    """The same for many degrees of freedom, between 256 of them linear in 1 / ν: within 1e-4 of a part."""
+    if not freedom.numel():
+        return freedom
+    grid = torch.linspace(1.0, 0.0, 257, dtype=torch.float64)[:-1]  # 1 / ν
+    known = torch.tensor([t_quantile(confidence, 1 / float(x)) for x in grid])
+    place = (1 - 1 / freedom.double()) * 256
+    below = place.floor().clamp(0, 254).long()
+    share = (place - below).clamp(0, 1)
+    return known[below] * (1 - share) + known[below + 1] * share
+
+
+def p_value(difference: float, error: float, freedom: float) -> float:
+    """Two-sided, of a difference with a standard error: 1 where both are 0, 0 where only the error is."""
+    if math.isnan(difference) or math.isnan(error):
+        return math.nan
+    if error == 0:
+        return 1.0 if difference == 0 else 0.0
+    return float(f_survival(torch.tensor([(difference / error) ** 2]), 1, freedom))
+
+
+def check_confidence(confidence: float) -> float:
+    """Raise for a confidence out of (0, 1).
+
+    Raises:
+        ValueError: If it is.
+    """
+    if isinstance(confidence, bool) or not isinstance(confidence, int | float) or not 0 < confidence < 1:
+        raise ValueError(
+            f"Expected argument `confidence` to be in (0, 1), but got {confidence!r}: write 0.95 for 95 %."
+        )
+    return float(confidence)

@@ -1,0 +1,119 @@
+"""Values of measures by layer, with the confidence intervals of their means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lightning_invariance.hints import instead_of
+from lightning_invariance.intervals import Intervals, check_confidence, interval_of, network_influences, t_quantiles
+from lightning_invariance.layer_values import LayerValues
+
+ByLayer = Mapping[str, Mapping[str, Tensor]]
+
+
+class LayerIntervals(LayerValues):
+    """Values with the influences of samples on them; see :class:`~lightning_invariance.InvarianceResult`."""
+
+    n_samples: int
+    confidence: float | None
+    standard_errors: dict[str, dict[str, Tensor]]
+    freedom: dict[str, dict[str, Tensor]]
+    influences: dict[str, dict[str, Tensor]]
+    sample_keys: dict[str, Tensor]
+
+    def set_intervals(
+        self,
+        confidence: float | None,
+        standard_errors: ByLayer | None,
+        freedom: ByLayer | None,
+        influences: ByLayer | None,
+        sample_keys: Mapping[str, Tensor] | None,
+    ) -> None:
+        """Hold the influences, and write the intervals of layers into the tables."""
+        self.confidence = confidence
+        self.standard_errors = {measure: dict(layers) for measure, layers in (standard_errors or {}).items()}
+        self.freedom = {measure: dict(layers) for measure, layers in (freedom or {}).items()}
+        self.influences = {measure: dict(layers) for measure, layers in (influences or {}).items()}
+        self.sample_keys = dict(sample_keys or {})
+        for measure in self.influences if confidence is not None else ():
+            self._tables[measure] = self._tables[measure].with_intervals(self.interval(measure))
+
+    def interval(self, measure: str | None = None, confidence: float | None = None) -> Intervals:
+        """The confidence interval over samples of the mean of each layer, and of :meth:`mean`: of the network.
+
+        ``result.interval()["conv1"]`` has ``low``, ``high``, ``standard_error``, and ``doubt`` where the interval may
+        be too narrow; ``result.interval().network`` is that of the network.
+
+        Args:
+            measure: its name; by default the first.
+            confidence: by default that of the evaluation.
+
+        Raises:
+            ValueError: If the result has no influences of samples on the measure, or ``confidence`` is not in (0, 1).
+        """
+        measure = self._known(measure)
+        level = check_confidence(self.confidence or 0.95) if confidence is None else check_confidence(confidence)
+        rows = {row.layer: row for row in self._tables[measure]}
+        found = Intervals()
+        for layer, influences in self._influences_of(measure).items():
+            row = rows[layer]
+            left_out = (row.infinite + row.nan) / max(1, math.prod(row.shape))
+            found[layer] = interval_of(row.mean, influences, level, left_out)
+        finite = [layer for layer in found if math.isfinite(rows[layer].mean)]
+        found.network = interval_of(self.mean(measure), network_influences(self.influences[measure], finite), level)
+        return found
+
+    def unit_interval(
+        self, layer: str, measure: str | None = None, confidence: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The lower and upper bounds of the interval of every unit of a layer, in the shape of its values.
+
+        Args:
+            layer: its name.
+            measure: its name; by default the first.
+            confidence: by default that of the evaluation.
+
+        Raises:
+            ValueError: If the result has no influences of samples on the measure, or ``confidence`` is not in (0, 1).
+        """
+        measure = self._known(measure)
+        self._influences_of(measure)
+        if layer not in self.standard_errors[measure]:
+            raise KeyError(
+                f"No intervals of layer {layer!r}. {instead_of(layer, self.standard_errors[measure], 'Has')}"
+            )
+        level = check_confidence(self.confidence or 0.95) if confidence is None else check_confidence(confidence)
+        freedom = self.freedom[measure][layer]
+        half = t_quantiles(level, freedom.flatten()).view(freedom.shape) * self.standard_errors[measure][layer]
+        return self[measure][layer] - half, self[measure][layer] + half
+
+    def samples_for(self, half_width: float, measure: str | None = None, layer: str | None = None) -> int:
+        """How many samples would give an interval of ``± half_width``, by what these samples vary.
+
+        Args:
+            half_width: half of the wanted width, in units of the measure.
+            measure: its name; by default the first.
+            layer: its name; by default the one that needs most.
+
+        Raises:
+            ValueError: If ``half_width`` is not above 0, or the result has no influences on the measure.
+        """
+        if not half_width > 0:
+            raise ValueError(f"Expected argument `half_width` to be above 0, but got {half_width}.")
+        intervals = self.interval(measure)
+        if layer is not None and layer not in intervals:
+            raise KeyError(f"No interval of layer {layer!r}. {instead_of(layer, intervals, 'It has')}")
+        some = intervals.values() if layer is None else [intervals[layer]]
+        widths = [interval.high - interval.value for interval in some if math.isfinite(interval.high)]
+        return max(2, math.ceil(self.n_samples * (max(widths, default=0.0) / half_width) ** 2))
+
+    def _influences_of(self, measure: str) -> dict[str, Tensor]:
+        if measure not in self.influences:
+            raise ValueError(
+                f"Expected a result with influences of samples on {measure}: measure with"
+                " `evaluate(..., confidence=0.95)`. Variances, distances and same-equivariances have them."
+            )
+        return self.influences[measure]

@@ -1,0 +1,407 @@
+"""Standard errors and intervals over samples, against derivatives of the definitions by complex steps."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from lightning_invariance import InvarianceResult, evaluate, quarter_turns, rotations
+from lightning_invariance.measures import (
+    Anova,
+    DistanceSameEquivariance,
+    Goodfellow,
+    NormalizedDistance,
+    NormalizedVariance,
+    SampleDistance,
+    SampleVariance,
+    TransformationDistance,
+    TransformationVariance,
+    VarianceSameEquivariance,
+)
+
+STEP = 1e-30
+
+
+def weighted_means(w, values):
+    return np.tensordot(w / w.sum(), values, 1)
+
+
+def tv(w, x):
+    return weighted_means(w, x.var(1, ddof=1))
+
+
+def column_variances(w, x):
+    n = len(x)
+    return n / (n - 1) * weighted_means(w, (x - weighted_means(w, x)) ** 2)
+
+
+def sv(w, x):
+    return column_variances(w, x).mean(0)
+
+
+def average_distances(w, x):
+    return weighted_means(w, np.abs(x[:, :, None] - x[:, None]).mean((1, 2)))
+
+
+def of_channels(values):
+    """(C, H, W) → (C,)."""
+    return values.mean((1, 2))
+
+
+DEFINITIONS = {
+    "TV": (TransformationVariance(), tv),
+    "SV": (SampleVariance(), sv),
+    "NV": (NormalizedVariance(), lambda w, x: tv(w, x) / sv(w, x)),
+    "NV, response": (NormalizedVariance(response=True), lambda w, x: tv(w, x) / sv(w, x)),
+    "NV, mean": (
+        NormalizedVariance(aggregate="mean"),
+        lambda w, x: of_channels(tv(w, x)) / of_channels(sv(w, x)),
+    ),
+    "NV, max": (
+        NormalizedVariance(aggregate="max"),
+        lambda w, x: largest(tv(w, x)) / largest(sv(w, x)),
+    ),
+    "NV, deviations": (
+        NormalizedVariance(squared=False),
+        lambda w, x: weighted_means(w, x.std(1, ddof=1)) / np.sqrt(column_variances(w, x)).mean(0),
+    ),
+    "TD": (TransformationDistance(), average_distances),
+    "ND, squared": (
+        NormalizedDistance("squared"),
+        lambda w, x: 2 * (x.shape[1] - 1) / x.shape[1] * tv(w, x) / (2 * (len(x) - 1) / len(x) * sv(w, x)),
+    ),
+}
+
+
+def largest(values):
+    """The largest of each channel: complex numbers have no order."""
+    flat = values.reshape(len(values), -1)
+    return flat[np.arange(len(flat)), flat.real.argmax(1)]
+
+
+def influences(definition, x):
+    """ψ (n, units): n times the derivative of the value by the weight of each sample."""
+    n, found = len(x), []
+    for i in range(n):
+        w = np.full(n, 1 / n, dtype=complex)
+        w[i] += 1j * STEP
+        found.append(np.atleast_1d(definition(w, x)).imag.flatten() / STEP)
+    return np.array(found)
+
+
+def images(n, seed=0, channels=2, size=4):
+    return torch.rand(n, channels, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def network():
+    return nn.Sequential(nn.Identity())
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+@pytest.mark.parametrize("batch_size", [8, 64])
+def test_standard_errors_are_those_of_the_definition(name, batch_size):
+    measure, definition = DEFINITIONS[name]
+    x, turns = images(13), rotations(8)
+    result = evaluate(network(), x, turns, {"measure": measure}, batch_size=batch_size, confidence=0.95)
+    psi = influences(definition, turns(x).numpy())
+    n = len(x)
+    expected = np.sqrt((psi**2).sum(0) / (n * (n - 1)))
+    torch.testing.assert_close(
+        result.standard_errors["measure"]["0"].flatten(), torch.from_numpy(expected), rtol=1e-9, atol=0
+    )
+    interval = result.interval()["0"]
+    mean = psi.mean(1)
+    assert interval.standard_error == pytest.approx(math.sqrt((mean**2).sum() / (n * (n - 1))), rel=1e-9)
+    kurtosis = n * (mean**4).sum() / (mean**2).sum() ** 2
+    freedom = min(max(2 * n / (kurtosis - 1) - 1, 1), n - 1)
+    assert interval.freedom == pytest.approx(freedom, rel=1e-9)
+    t = scipy.stats.t.ppf(0.975, freedom)
+    assert interval.low == pytest.approx(interval.value - t * interval.standard_error, rel=1e-7)
+    assert interval.high == pytest.approx(interval.value + t * interval.standard_error, rel=1e-7)
+    low, high = result.unit_interval("0")
+    units = np.clip(2 * n / (n * (psi**4).sum(0) / (psi**2).sum(0) ** 2 - 1) - 1, 1, n - 1)
+    half = (high - low).flatten() / 2
+    torch.testing.assert_close(half, torch.from_numpy(scipy.stats.t.ppf(0.975, units) * expected), rtol=1e-3, atol=0)
+    torch.testing.assert_close((high + low) / 2, result["measure"]["0"])
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("over", ["channel", "activation"])
+def test_standard_errors_of_same_equivariance(normalize, over):
+    """Of whole maps and of pixels, of a network that makes maps of images that are not turned: (n, m, C, H, W)."""
+    x, turns = images(9, size=4), quarter_turns()
+
+    def mapped(values):
+        back = turns.inverse(values).numpy()
+        norms = np.sqrt((back**2).sum((3, 4), keepdims=True))
+        return back / norms if normalize else back
+
+    weights = torch.rand(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    class Weighted(nn.Module):
+        def forward(self, x):
+            return x * weights
+
+    model = nn.Sequential(Weighted())
+    maps = mapped(turns(x) * weights)
+    distance = np.abs(maps[:, :, None] - maps[:, None]) if over == "activation" else None
+    if distance is None:
+        distance = np.sqrt(((maps[:, :, None] - maps[:, None]) ** 2).sum((4, 5)))
+    of_rows = {
+        "variance": maps.var(1, ddof=1) if over == "activation" else maps.var(1, ddof=1).sum((2, 3)),
+        "distance": distance.mean((1, 2)),
+    }
+    measures = {
+        "variance": VarianceSameEquivariance(normalize=normalize, over=over),
+        "distance": DistanceSameEquivariance(normalize=normalize, over=over),
+        "normalised": VarianceSameEquivariance(normalize=normalize, over=over, normalized_by="samples"),
+        "direct": DistanceSameEquivariance(normalize=normalize, over=over, formulation="direct"),
+    }
+    result = evaluate(model, x, turns, measures, confidence=0.9, layers=["0"])
+    for name, rows in of_rows.items():
+        expected = rows.std(0, ddof=1).flatten() / math.sqrt(len(x))
+        torch.testing.assert_close(
+            result.standard_errors[name]["0"].flatten(), torch.from_numpy(expected), rtol=1e-9, atol=1e-15
+        )
+
+    def quotient(w, values):
+        parts = tv(w, values), sv(w, values)
+        return parts[0] / parts[1] if over == "activation" else parts[0].sum((1, 2)) / parts[1].sum((1, 2))
+
+    psi = influences(quotient, maps)
+    expected = np.sqrt((psi**2).sum(0) / (len(x) * (len(x) - 1)))
+    torch.testing.assert_close(
+        result.standard_errors["normalised"]["0"].flatten(), torch.from_numpy(expected), rtol=1e-9, atol=1e-15
+    )
+    assert result.standard_errors["direct"]["0"].shape == result["direct"]["0"].shape
+
+
+def test_maps_whose_channels_come_last():
+    """The error of a pixel stands where its value stands."""
+
+    class Last(nn.Module):
+        def forward(self, x):
+            return x.permute(0, 2, 3, 1)
+
+    x, turns = images(9, size=4, channels=3), quarter_turns()
+    measure = VarianceSameEquivariance(over="activation", normalize=False)
+    scale = torch.linspace(1, 2, 48, dtype=torch.float64).view(3, 4, 4)
+    last = evaluate(nn.Sequential(Last()), x * scale, turns, measure, channel_axis={"0": -1}, confidence=0.9)
+    first = evaluate(nn.Sequential(nn.Identity()), x * scale, turns, measure, confidence=0.9)
+    name = "VarianceSameEquivariance"
+    torch.testing.assert_close(
+        last.standard_errors[name]["0"], first.standard_errors[name]["0"].permute(1, 2, 0), rtol=1e-12, atol=0
+    )
+
+
+def groups_of_sixteen(n, seed=0):
+    """The groups that follow the seeded order of n samples, a multiple of 16."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).view(-1, 16)
+
+
+@pytest.mark.parametrize("measure", [SampleDistance(), NormalizedDistance()])
+def test_standard_errors_of_sample_distances_are_those_of_groups(measure):
+    x, turns = images(96), rotations(4)
+    result = evaluate(network(), x, turns, [measure], confidence=0.95)
+    groups = turns(x).numpy()[groups_of_sixteen(96)]
+    within_rows = np.abs(groups[:, :, :, None] - groups[:, :, None]).mean((2, 3)).sum(1)
+    within_columns = np.abs(groups[:, :, None] - groups[:, None]).sum((1, 2, 3))
+
+    def value(w, both):
+        rows, columns = both[:, 0] * len(both), both[:, 1] * len(both)
+        sample_distance = weighted_means(w, columns) / (6 * 16 * 15 * 4) * 95 / 96
+        if isinstance(measure, SampleDistance):
+            return sample_distance
+        return weighted_means(w, rows) / 96 / sample_distance
+
+    psi = influences(value, np.stack([within_rows, within_columns], 1))
+    name, count = type(measure).__name__, len(psi)
+    expected = np.sqrt((psi**2).sum(0) / (count * (count - 1)))
+    torch.testing.assert_close(
+        result.standard_errors[name]["0"].flatten(), torch.from_numpy(expected), rtol=1e-9, atol=0
+    )
+    assert len(result.sample_keys[name]) == count
+    assert "6 samples" in result.interval(name)["0"].doubt
+
+
+def several():
+    return {
+        "NV": NormalizedVariance(),
+        "TD": TransformationDistance(),
+        "ND": NormalizedDistance(),
+        "SE": VarianceSameEquivariance(),
+    }
+
+
+def evaluated(batch_size):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4)).double()
+    return evaluate(model, images(48), rotations(4), several(), batch_size=batch_size, confidence=0.95)
+
+
+def of_ranks(batch_size):
+    result = evaluated(batch_size)
+    return {
+        **{f"influences {m} {k}": v for m, layers in result.influences.items() for k, v in layers.items()},
+        **{f"errors {m} {k}": v for m, layers in result.standard_errors.items() for k, v in layers.items()},
+        **{f"keys {m}": v for m, v in result.sample_keys.items()},
+    }
+
+
+def test_influences_do_not_depend_on_batches():
+    alone = of_ranks(64)
+    for other in (of_ranks(4), of_ranks(20)):
+        assert other.keys() == alone.keys()
+        for name, value in alone.items():
+            torch.testing.assert_close(other[name], value, rtol=1e-9, atol=1e-13)
+
+
+def in_process(rank, world_size, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    torch.save(of_ranks(64), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_processes_find_the_influences_of_one(tmp_path, world_size):
+    mp.start_processes(in_process, (world_size, str(tmp_path)), world_size, start_method="spawn")
+    alone = of_ranks(64)
+    for rank in range(world_size):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, value in alone.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-13)
+
+
+def test_the_file_and_the_reduced_result_keep_the_intervals(tmp_path):
+    result = evaluated(64)
+    result.save(tmp_path / "result.npz")
+    loaded = InvarianceResult.load(tmp_path / "result.npz")
+    for name in several():
+        assert loaded.interval(name) == result.interval(name)
+        assert result.reduced().interval(name) == result.interval(name)
+        assert loaded.interval(name).network == result.interval(name).network
+        assert str(loaded.table(name)) == str(result.table(name)) == str(result.reduced().table(name))
+        torch.testing.assert_close(loaded.unit_interval("0", name), result.unit_interval("0", name))
+    assert loaded.confidence == 0.95
+    assert "low" in str(result.table())
+
+
+def test_the_interval_of_the_network():
+    result = evaluated(64)
+    layers = result.influences["NV"]
+    psi = torch.stack(list(layers.values())).mean(0)
+    interval = result.interval("NV").network
+    assert interval.value == result.mean("NV")
+    assert interval.standard_error == pytest.approx(float(psi.std()) / math.sqrt(48), rel=1e-6)
+
+
+def test_a_layer_that_some_samples_do_not_reach():
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.always, self.rarely = nn.Identity(), nn.Identity()
+
+        def forward(self, x):
+            bright = x.mean((1, 2, 3)) > 0.5
+            if bright.all():
+                self.rarely(x)
+            return self.always(x)
+
+    x = torch.cat([images(12) / 10, images(12) / 10 + 0.9])
+    with pytest.warns(UserWarning, match="reached by some"):
+        result = evaluate(Sometimes(), x, quarter_turns(), batch_size=4, confidence=0.95)
+    psi = result.influences["NormalizedVariance"]["rarely"]
+    assert int(psi.isnan().sum()) == 12
+    alone = evaluate(network(), x[12:], quarter_turns(), confidence=0.95)
+    assert result.interval()["rarely"].standard_error == pytest.approx(alone.interval()["0"].standard_error, rel=1e-9)
+
+
+def test_dead_and_infinite_units():
+    class Odd(nn.Module):
+        """A usual unit, one that never changes, and one that changes with the transformation alone."""
+
+        def forward(self, x):
+            usual = x.flatten(1).mul(torch.arange(16, dtype=x.dtype)).sum(1)
+            place = x.flatten(1).argmax(1).to(x.dtype)
+            return torch.stack([usual, torch.zeros_like(usual), place], 1)
+
+    x = images(12, channels=1)
+    x[:, 0, 0, 0] = 10
+
+    with pytest.warns(UserWarning, match="infinite"):
+        result = evaluate(nn.Sequential(Odd()), x, quarter_turns(), batch_size=8, confidence=0.95)
+    errors = result.standard_errors["NormalizedVariance"]["0"]
+    assert errors[0] > 0
+    assert errors[1] == 0
+    assert errors[2].isnan()
+    interval = result.interval()["0"]
+    assert interval.standard_error == pytest.approx(float(errors[0]) / 2, rel=1e-9)
+    assert "33% left out" in interval.doubt
+
+
+def test_how_many_samples_would_do():
+    result = evaluated(64)
+    interval = result.interval()["1"]
+    half = interval.high - interval.value
+    assert result.samples_for(half, layer="1") == 48
+    assert result.samples_for(half / 2, layer="1") == 4 * 48
+    widest = max(each.high - each.value for each in result.interval().values())
+    assert result.samples_for(widest / 3) == math.ceil(9 * 48 - 1e-9)
+
+
+def test_measures_without_intervals_are_left_out():
+    torch.manual_seed(0)
+    measures = [NormalizedVariance(), Goodfellow(), Anova()]
+    result = evaluate(network(), images(20), quarter_turns(), measures, confidence=0.95)
+    assert [*result.influences] == ["NormalizedVariance"]
+    for name in ("Goodfellow", "Anova"):
+        with pytest.raises(ValueError, match=f"influences of samples on {name}"):
+            result.interval(name)
+        assert "low" not in str(result.table(name))
+
+
+@pytest.mark.parametrize("confidence", [0, 1, 95, -0.5, "high", True])
+def test_a_confidence_out_of_range_is_refused(confidence):
+    with pytest.raises(ValueError, match=r"confidence.*in \(0, 1\)"):
+        evaluate(network(), images(4), quarter_turns(), confidence=confidence)
+
+
+def test_wrong_arguments():
+    result = evaluated(64)
+    with pytest.raises(ValueError, match="confidence"):
+        result.interval(confidence=2)
+    with pytest.raises(ValueError, match="half_width"):
+        result.samples_for(0)
+    with pytest.raises(KeyError, match="Did you mean"):
+        result.samples_for(1, layer="0 ")
+    with pytest.raises(KeyError, match="layer 'x'"):
+        result.unit_interval("x")
+    without = evaluate(network(), images(4), quarter_turns())
+    with pytest.raises(ValueError, match="confidence=0.95"):
+        without.interval()
+    with pytest.raises(ValueError, match="confidence"):
+        evaluate(network(), images(4), rotations(16), confidence=0.9, state_budget=3000)
+
+
+def test_samples_are_known_by_what_they_hold():
+    x = images(20)
+    result = evaluate(network(), x, quarter_turns(), confidence=0.95)
+    again = evaluate(network(), x.flip(0), quarter_turns(), confidence=0.95)
+    assert sorted(result.sample_keys["NormalizedVariance"].tolist()) == sorted(
+        again.sample_keys["NormalizedVariance"].tolist()
+    )
+    assert len(set(result.sample_keys["NormalizedVariance"].tolist())) == 20
+
+
+@pytest.mark.parametrize(("level", "freedom"), [*itertools.product([0.5, 0.9, 0.95, 0.999], [1, 2.5, 12, 250.3, 1e5])])
+def test_students_t(level, freedom):
+    from lightning_invariance.intervals import t_quantile
+
+    assert t_quantile(level, freedom) == pytest.approx(scipy.stats.t.ppf((1 + level) / 2, freedom), rel=1e-9)
