@@ -113,7 +113,7 @@ def degrees_of_freedom(n: int, squares: Tensor, fourths: Tensor) -> Tensor:
 def t_quantile(confidence: float, freedom: float) -> float:
     """How many standard errors a two-sided interval reaches to each side: Student's t."""
     low, high = 0.0, 2.0
-    while float(f_survival(torch.tensor([high**2]), 1, freedom)) > 1 - confidence:
+    while float(f_survival(torch.tensor([high**2], dtype=torch.float64), 1, freedom)) > 1 - confidence:
         high *= 2
     for _ in range(10):  # each step takes one of 64 parts: down to the last bit
         places = torch.linspace(low, high, 65, dtype=torch.float64)
@@ -127,7 +127,7 @@ def t_quantiles(confidence: float, freedom: Tensor) -> Tensor:
     if not freedom.numel():
         return freedom
     grid = torch.linspace(1.0, 0.0, 257, dtype=torch.float64)[:-1]  # 1 / ν
-    known = torch.tensor([t_quantile(confidence, 1 / float(x)) for x in grid])
+    known = torch.tensor([t_quantile(confidence, 1 / float(x)) for x in grid], dtype=torch.float64)
     place = (1 - 1 / freedom.double()) * 256
     below = place.floor().clamp(0, 254).long()
     share = (place - below).clamp(0, 1)
@@ -140,7 +140,17 @@ def p_value(difference: float, error: float, freedom: float) -> float:
         return math.nan
     if error == 0:
         return 1.0 if difference == 0 else 0.0
-    return float(f_survival(torch.tensor([(difference / error) ** 2]), 1, freedom))
+    return float(f_survival(torch.tensor([(difference / error) ** 2], dtype=torch.float64), 1, freedom))
+
+
+def one_sided(above: float, error: float, freedom: float) -> float:
+    """P-value of a quantity that is at most 0 in truth, where ``above`` was found with a standard error."""
+    if math.isnan(above) or math.isnan(error):
+        return math.nan
+    if error == 0:
+        return 0.0 if above > 0 else 1.0
+    half = p_value(above, error, freedom) / 2
+    return half if above > 0 else 1 - half
 
 
 def check_confidence(confidence: float) -> float:

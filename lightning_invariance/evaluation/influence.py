@@ -2,8 +2,8 @@ r"""How much each sample moves the value of each unit and of each layer: the inf
 
 A value :math:`\theta = f(S)` is made of sums :math:`S = \sum_i s_i` over n samples. If sample i weighs a little more,
 the value changes by its influence :math:`\psi_i = n \frac{\partial f}{\partial S} (s_i - S / n)`, and its standard
-error over samples is :math:`\sqrt{\sum_i \psi_i^2 / (n (n - 1))}`. Autograd gives the derivative, a second pass the shares
-:math:`s_i`. Where a measure looks at samples in groups, whole groups take the place of samples.
+error over samples is :math:`\sqrt{\sum_i \psi_i^2 / (n (n - 1))}`. Autograd gives the derivative, a second pass the
+shares :math:`s_i`. Where a measure looks at samples in groups, whole groups take the place of samples.
 """
 
 from __future__ import annotations

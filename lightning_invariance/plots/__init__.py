@@ -12,11 +12,12 @@
 | :func:`convergence` | How many samples and transformations are enough? |
 """
 
+from lightning_invariance.plots.comparison import compare
 from lightning_invariance.plots.convergence import convergence
 from lightning_invariance.plots.evolution import evolution
 from lightning_invariance.plots.feature_maps import feature_maps
 from lightning_invariance.plots.heatmap import heatmap
-from lightning_invariance.plots.layers import compare, layers, stability
+from lightning_invariance.plots.layers import layers, stability
 from lightning_invariance.plots.response import response
 from lightning_invariance.result import InvarianceResult
 

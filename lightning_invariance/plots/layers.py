@@ -92,52 +92,6 @@ def stability(results: Results, measure: str | None = None, *, depth: bool = Fal
     return _finished(axes, list(found.values()), measure)
 
 
-def compare(
-    one: InvarianceResult,
-    other: InvarianceResult,
-    measure: str | None = None,
-    *,
-    names: tuple[str, str] = ("one", "other"),
-    depth: bool = False,
-) -> Figure:
-    """Where do two networks, or two moments, differ? The difference of the means of each layer, a bar for each.
-
-    Args:
-        one: an evaluation.
-        other: another.
-        measure: its name; by default the first.
-        names: how the two are called; the bars are the second minus the first.
-        depth: whether layers meet by their depth in per cent instead of their names: for each layer of ``one`` the
-            value of ``other`` is interpolated between its two nearest layers.
-
-    Raises:
-        ValueError: If they have no layer in common and ``depth`` is false.
-    """
-    measure = measure or one.measures[0]
-    first, second = one.per_layer(measure), other.per_layer(measure)
-    common = list(first) if depth else [layer for layer in first if layer in second]
-    if not common:
-        raise ValueError("Expected results with layers in common, but they have none: compare them with `depth=True`.")
-    if depth:
-        found = np.interp(depths(len(first)), depths(len(second)), list(second.values()))
-        second = dict(zip(common, found.tolist(), strict=True))
-    difference = np.array([second[layer] - first[layer] for layer in common])
-    figure = new_figure(width_of(len(common)), 4.5)
-    axes = figure.add_subplot()
-    for sign, colour, hatch in ((1, "#d55e00", "//"), (-1, "#0072b2", "")):
-        chosen = difference * sign > 0
-        axes.bar(np.flatnonzero(chosen), difference[chosen], color=colour, hatch=hatch, edgecolor="white", linewidth=0)
-    axes.axhline(0, color="black", linewidth=0.8)
-    label_layers(axes, common, width_of(len(common)) - 1.0, marks=marks_of([one, other], measure))
-    axes.set_xlim(-0.6, len(common) - 0.4)
-    axes.set_ylabel(f"{measure}:\n{names[1]} − {names[0]}")
-    axes.grid(alpha=0.3, axis="y")
-    higher = one.higher_is_better.get(measure)
-    if higher is not None:
-        axes.set_title(f"{'above' if higher else 'below'} 0: {names[1]} is more invariant", fontsize="medium")
-    return figure
-
-
 class _Places:
     """Where the layers of a result lie on the axis."""
 

@@ -1,0 +1,237 @@
+"""Comparisons of two evaluations, against the same tests by scipy and statsmodels."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.weightstats import ttost_paired
+from torch import nn
+
+from lightning_invariance import InvarianceResult, compare, evaluate, quarter_turns, rotations
+from lightning_invariance.measures import NormalizedVariance, TransformationVariance
+
+TV = [TransformationVariance()]
+
+
+def images(n, seed=0):
+    return torch.rand(n, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+class Scaled(nn.Module):
+    """A pixel sum that a quarter turn changes, times a number; and its square."""
+
+    def __init__(self, scale, depth=2):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Identity() for _ in range(depth))
+        self.scale = scale
+
+    def forward(self, x):
+        weights = torch.arange(16, dtype=x.dtype)
+        x = x.flatten(1) @ weights[:, None] * self.scale
+        for layer in self.layers:
+            x = layer(x) ** 2
+        return x
+
+
+def spreads(scale, x):
+    """The transformation variance of each sample in the two layers: (n, 2)."""
+    sums = quarter_turns()(x).flatten(2) @ torch.arange(16, dtype=x.dtype) * scale
+    return torch.stack([sums.var(1), (sums**2).var(1)], 1).numpy()
+
+
+def result_of(scale, x, measures=TV, confidence=0.95, depth=2, turns=None):
+    return evaluate(Scaled(scale, depth), x, turns or quarter_turns(), measures, confidence=confidence)
+
+
+def test_paired_comparison_of_means_is_the_paired_t_test():
+    x = images(60)
+    a, b = result_of(1.0, x), result_of(1.05, x.flip(0))  # the same samples in another order
+    found = compare(a, b)
+    assert found.unit == "the same samples"
+    one, other = spreads(1.0, x), spreads(1.05, x)
+    raw = []
+    for i, row in enumerate(found.rows):
+        difference = other[:, i] - one[:, i]
+        error = difference.std(ddof=1) / math.sqrt(60)
+        assert row.difference == pytest.approx(difference.mean(), rel=1e-9)
+        # Student's t, with the degrees of freedom that the kurtosis of the differences leaves.
+        centred = difference - difference.mean()
+        kurtosis = 60 * (centred**4).sum() / (centred**2).sum() ** 2
+        freedom = min(2 * 60 / (kurtosis - 1) - 1, 59)
+        low, high = scipy.stats.t.interval(0.95, freedom, difference.mean(), error)
+        assert (row.low, row.high) == pytest.approx((low, high), rel=1e-9)
+        raw.append(2 * scipy.stats.t.sf(abs(difference.mean()) / error, freedom))
+    adjusted = multipletests(raw, method="holm")[1]
+    assert [row.p for row in found.rows] == pytest.approx(adjusted.tolist(), rel=1e-6)
+    network = (other - one).mean(1)
+    assert found.network.difference == pytest.approx(network.mean(), rel=1e-9)
+    assert (found.network.high - found.network.low) / 2 == pytest.approx(
+        network.std(ddof=1) / math.sqrt(60) * scipy.stats.t.ppf(0.975, freedom_of(network)), rel=1e-9
+    )
+    assert found.differing == ["layers.0", "layers.1"]
+    assert found["layers.1"] is found.rows[1]
+
+
+def freedom_of(values):
+    centred = values - values.mean()
+    n = len(values)
+    return min(2 * n / (n * (centred**4).sum() / (centred**2).sum() ** 2 - 1) - 1, n - 1)
+
+
+def test_other_samples_are_compared_unpaired():
+    x, y = images(50), images(70, seed=1)
+    found = compare(result_of(1.0, x), result_of(1.3, y))
+    assert found.unit == "different samples"
+    assert "unpaired" in str(found)
+    one, other = spreads(1.0, x)[:, 0], spreads(1.3, y)[:, 0]
+    squares = [v.var(ddof=1) / len(v) for v in (one, other)]
+    freedom = sum(squares) ** 2 / sum(s**2 / freedom_of(v) for s, v in zip(squares, (one, other), strict=True))
+    half = scipy.stats.t.ppf(0.975, freedom) * math.sqrt(sum(squares))
+    row = found["layers.0"]
+    assert (row.high - row.low) / 2 == pytest.approx(half, rel=1e-9)
+    assert row.difference == pytest.approx(other.mean() - one.mean(), rel=1e-9)
+
+
+@pytest.mark.parametrize("margin", [0.1, 2.0, 40.0])
+def test_equivalence_is_two_one_sided_tests(margin):
+    """Where the influences are nearly normal the degrees of freedom are n − 1, as in the textbook's test."""
+    x = images(200)
+    a, b = result_of(1.0, x, depth=1), result_of(1.01, x, depth=1)
+    row = compare(a, b, margin=margin)["layers.0"]
+    one, other = spreads(1.0, x)[:, 0], spreads(1.01, x)[:, 0]
+    freedom = freedom_of(other - one)
+    error = (other - one).std(ddof=1) / math.sqrt(200)
+    difference = (other - one).mean()
+    below = scipy.stats.t.sf((margin - difference) / error, freedom)
+    above = scipy.stats.t.sf((margin + difference) / error, freedom)
+    assert row.equivalent == pytest.approx(max(below, above), rel=1e-6, abs=1e-300)
+    assert row.not_worse == pytest.approx(above, rel=1e-6, abs=1e-300)
+    if freedom == 199:
+        assert row.equivalent == pytest.approx(ttost_paired(other, one, -margin, margin)[0], rel=1e-6)
+
+
+def test_not_worse_and_equivalent_layers():
+    x = images(100)
+    a, b = result_of(1.0, x, depth=1), result_of(1.05, x, depth=1)
+    size = a.per_layer()["layers.0"]
+    wide = compare(a, b, margin=size)
+    assert wide.equivalent == wide.not_worse == ["layers.0"]
+    narrow = compare(a, b, margin=size / 100)  # a is more invariant, by more than the margin
+    assert narrow.equivalent == []
+    assert narrow.not_worse == ["layers.0"]
+    assert compare(b, a, margin=size / 100).not_worse == []
+    assert "equivalent" in str(wide)
+
+
+def test_seeds_are_compared_by_welch():
+    x = images(20)
+    scales = [1.0, 1.1, 0.95], [1.2, 1.35, 1.15, 1.3]
+    a, b = ([result_of(s, x, depth=1, confidence=None) for s in some] for some in scales)
+    found = compare(a, b)
+    values = [[result.per_layer()["layers.0"] for result in some] for some in (a, b)]
+    expected = scipy.stats.ttest_ind(values[1], values[0], equal_var=False)
+    row = found["layers.0"]
+    assert row.p == pytest.approx(expected.pvalue, rel=1e-9)
+    interval = expected.confidence_interval(0.95)
+    assert (row.low, row.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
+    assert found.unit == "seeds"
+    assert found.count == (3, 4)
+    assert "seeds" in str(found)
+
+
+def test_layers_meet_by_depth():
+    x = images(40)
+    a, b = result_of(1.0, x, depth=2), result_of(0.5, x, depth=3)
+    found = compare(a, b)
+    assert found.unmatched == ["layers.2"]
+    assert len(compare(b, a)) == 2
+    deep = compare(b, a, align="depth")  # the middle one of three lies half way between two
+    assert [*deep] == ["layers.0", "layers.1", "layers.2"]
+    means = list(a.per_layer().values())
+    assert deep["layers.1"].b == pytest.approx(sum(means) / 2)
+    assert deep["layers.2"].b == pytest.approx(means[1])
+    one, other = spreads(0.5, x)[:, 1], spreads(1.0, x).mean(1)
+    error = (other - one).std(ddof=1) / math.sqrt(40)
+    t = scipy.stats.t.ppf(0.975, freedom_of(other - one))
+    assert (deep["layers.1"].high - deep["layers.1"].low) / 2 == pytest.approx(t * error, rel=1e-9)
+
+
+def test_a_network_is_no_different_from_itself(tmp_path):
+    x = images(30)
+    a = result_of(1.0, x, [NormalizedVariance()])
+    a.save(tmp_path / "a.npz")
+    found = compare(tmp_path / "a.npz", str(tmp_path / "a.npz"), margin=0.1)
+    assert [row.difference for row in found.rows] == [0, 0]
+    assert [row.p for row in found.rows] == [1, 1]
+    assert found.equivalent == ["layers.0", "layers.1"]
+    assert found.differing == []
+
+
+def test_the_table_and_the_frame():
+    pandas = pytest.importorskip("pandas")
+    x = images(30)
+    found = compare(result_of(1.0, x), result_of(2.0, x))
+    frame = found.to_pandas()
+    assert isinstance(frame, pandas.DataFrame)
+    assert frame["layer"].tolist() == ["layers.0", "layers.1", "network"]
+    assert " *" in str(found)
+
+
+def test_the_picture_has_a_bar_and_an_interval_for_each_layer():
+    x = images(30)
+    a, b = result_of(1.0, x), result_of(1.2, x)
+    found = compare(a, b, margin=1.0)
+    axes = found.plot().axes[0]
+    heights = sorted(patch.get_height() for patch in axes.patches if patch.get_width() < 1)
+    assert heights == pytest.approx(sorted(row.difference for row in found.rows))
+    segments = axes.collections[0].get_segments()
+    assert [(s[0][1], s[1][1]) for s in segments] == [pytest.approx((r.low, r.high)) for r in found.rows]
+
+
+def test_what_does_not_compare_is_refused():
+    x = images(20)
+    a = result_of(1.0, x)
+    without = result_of(1.0, x, confidence=None)
+    with pytest.raises(ValueError, match="influences"):
+        compare(a, without)
+    with pytest.raises(ValueError, match="same transformations"):
+        compare(a, result_of(1.0, x, turns=rotations(6)))
+    with pytest.raises(ValueError, match="Expected results of NormalizedVariance"):
+        compare(a, a, "NormalizedVariance")
+    with pytest.raises(ValueError, match="several of each"):
+        compare([a, a], a)
+    with pytest.raises(ValueError, match="margin"):
+        compare(a, a, margin=-1)
+    with pytest.raises(ValueError, match="margin"):
+        compare(a, a, margin=float("nan"))
+    with pytest.raises(ValueError, match="confidence"):
+        compare(a, a, confidence=95)
+    with pytest.raises(ValueError, match="align"):
+        compare(a, a, align="width")
+    with pytest.raises(ValueError, match="at least one"):
+        compare([], [])
+    renamed = evaluate(Scaled(1.0), x, quarter_turns(), TV, layers={"layers.0": "x"}, confidence=0.95)
+    with pytest.raises(ValueError, match="no"):
+        compare(a, renamed)
+    with pytest.raises(KeyError, match="No layer"):
+        compare(a, a)["x"]
+
+
+def test_holm_is_that_of_statsmodels():
+    from lightning_invariance.comparison import holm
+
+    p = np.random.default_rng(0).uniform(size=40) ** 4
+    assert holm(p.tolist()) == pytest.approx(multipletests(p, method="holm")[1].tolist())
+    assert math.isnan(holm([0.5, math.nan, 0.01])[1])
+    assert holm([0.5, math.nan, 0.01])[2] == pytest.approx(0.02)
+
+
+def test_earlier_results_compare_by_seeds_only():
+    old = InvarianceResult({"M": {"a": torch.tensor([1.0])}})
+    new = InvarianceResult({"M": {"a": torch.tensor([2.0])}})
+    with pytest.raises(ValueError, match="influences"):
+        compare(old, new)
+    assert compare([old, new], [new, old]).rows[0].difference == 0
