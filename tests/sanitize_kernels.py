@@ -104,6 +104,7 @@ def check(generator: random.Random) -> None:
         expected = sum(((some - some[:, j : j + 1]).abs().sum((0, 1)) for j in range(some.shape[1])), torch.zeros(k))
         rounding = 1e-5 * some.nan_to_num().abs().sum().item() / k * len(some)
         torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=rounding, equal_nan=True)
+        check_influences(x, m, k)
     if rows:
         x = torch.cat(rows).double()
         if accumulator.response and not x.isnan().any():
@@ -113,6 +114,21 @@ def check(generator: random.Random) -> None:
         known = means_of(states).isfinite().all(0)
         rounding = 1e-5 * x.abs().max().item()
         torch.testing.assert_close(means[:, known], x.mean(0)[:, known], rtol=1e-4, atol=rounding)
+
+
+def check_influences(x: torch.Tensor, m: int, k: int) -> None:
+    """Influences against their definition."""
+    means, weights = torch.randn(m, k), torch.rand(3, k)
+    counts = -(torch.rand(k) > 0.2).int()
+    squares, fourths = torch.zeros(k, dtype=torch.float64), torch.zeros(k, dtype=torch.float64)
+    on_sum = kernels.add_influences(x, means, weights, counts, squares, fourths)
+    wide, (w, v, b) = x.double(), weights.double()
+    of_rows = (wide - wide.mean(1, keepdim=True)).square().sum(1)
+    psi = torch.where(counts < 0, w * of_rows + v * (wide - means).square().sum(1) - b, 0.0)
+    if psi.numel() and psi.isfinite().all() and psi.abs().max() < 1e8:  # float32 holds the squares
+        rounding = 1e-5 * psi.abs().max().item()
+        torch.testing.assert_close(on_sum, psi.sum(1), rtol=1e-4, atol=k * rounding)
+        torch.testing.assert_close(squares, psi.square().sum(0), rtol=1e-3, atol=len(x) * rounding**2)
 
 
 def main() -> int:

@@ -131,6 +131,53 @@ def test_standard_errors_are_those_of_the_definition(name, batch_size):
     torch.testing.assert_close((high + low) / 2, result["measure"]["0"])
 
 
+@pytest.mark.parametrize("scale", [1e-10, 1.0, 1e14])
+@pytest.mark.parametrize("offset", [0.0, 100.0, 1e5])
+@pytest.mark.parametrize("size", [4, 12])
+def test_standard_errors_of_float32_at_any_scale(scale, offset, size):
+    """Float32 blocks are summed in C where it holds their numbers."""
+    x = ((images(30, size=size) + offset) * scale).float()
+    turns = rotations(8)
+    result = evaluate(network(), x, turns, of_variances(), confidence=0.95)
+    st = turns(x).double().numpy()
+    w = np.full(30, 1 / 30)
+    rows, centred = st.var(1, ddof=1), ((st - st.mean(0)) ** 2).mean(1) * 30 / 29
+    value = {"NV": tv(w, st) / sv(w, st), "SV": sv(w, st)}
+    psi = {"NV": (rows - value["NV"] * centred) / value["SV"], "SV": centred - value["SV"]}
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0)).numpy()
+    for name, expected in psi.items():
+        errors = np.sqrt((expected**2).sum(0) / (30 * 29))
+        torch.testing.assert_close(
+            result.standard_errors[name]["0"], torch.from_numpy(errors), rtol=2e-4, atol=1e-6 * errors.max()
+        )
+        on_mean = expected.reshape(30, -1).mean(1)[order]
+        found = result.influences[name]["0"].numpy()
+        np.testing.assert_allclose(found, on_mean, rtol=1e-3, atol=1e-4 * np.abs(on_mean).max())
+
+
+def of_variances():
+    return {"NV": NormalizedVariance(), "SV": SampleVariance()}
+
+
+def test_units_that_are_not_finite_do_not_count_in_c():
+    class Flawed(nn.Module):
+        def forward(self, x):
+            x = x.flatten(1).repeat(1, 5)
+            return torch.cat([x, x[:, :1] * torch.nan, x[:, :1] * 0], 1)
+
+    x = images(20, channels=1).float()
+    with pytest.warns(UserWarning, match="NaN"):
+        flawed = evaluate(nn.Sequential(Flawed()), x, rotations(8), confidence=0.95)
+    plain = evaluate(nn.Sequential(nn.Flatten()), x, rotations(8), confidence=0.95)
+    errors = flawed.standard_errors["NormalizedVariance"]["0"]
+    expected = plain.standard_errors["NormalizedVariance"]["0"].repeat(5)
+    torch.testing.assert_close(errors[:80], expected, rtol=1e-4, atol=0)
+    assert errors[80].isnan()
+    assert errors[81] == 0
+    psi = plain.influences["NormalizedVariance"]["0"] * 80 / 81  # a dead unit has no influence, but counts
+    torch.testing.assert_close(flawed.influences["NormalizedVariance"]["0"], psi, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("over", ["channel", "activation"])
 def test_standard_errors_of_same_equivariance(normalize, over):

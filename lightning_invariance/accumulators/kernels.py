@@ -1,4 +1,4 @@
-"""The boundary to C: two sums over a block of rows, where they were compiled and the tensors are what they take.
+"""The boundary to C: sums over a block of rows, where they were compiled and the tensors are what they take.
 
 ``csrc/`` is compiled when the package is installed, if the machine has a compiler. Everything works without it: each
 function returns None where C cannot take the sum, and its caller then uses PyTorch's operations.
@@ -160,3 +160,38 @@ def absolute_differences(x: Tensor, network: Tensor) -> Tensor | None:
         *(number for tensor in (network, total) for number in (tensor.data_ptr(), tensor.numel())),
     )
     return total
+
+
+def add_influences(
+    x: Tensor, means: Tensor, weights: Tensor, counts: Tensor, squares: Tensor, fourths: Tensor
+) -> Tensor | None:
+    r"""Add what samples change in values that are made of squared deviations.
+
+    For every activation :math:`\psi_i = w R_i + v C_i - b`, with the squared deviations within row i and of row i from
+    the means of the columns.
+
+    Args:
+        x: rows ``(n, m, ...)`` of k activations.
+        means: of the columns, ``(m, k)`` in float32.
+        weights: ``(3, k)`` in float32: w, v and b.
+        counts: ``(k,)`` in int32: −1 for activations that count, 0 for others.
+        squares: ``(k,)`` in float64, to which :math:`\sum_i \psi_i^2` is added.
+        fourths: the same for :math:`\sum_i \psi_i^4`.
+
+    Returns:
+        The sum over activations for each sample, ``(n,)`` in float64; None where C cannot, and nothing was changed.
+    """
+    if not takes(x) or not hasattr(_kernels, "add_influences"):
+        return None
+    n, m = x.shape[:2]
+    if not n:
+        return torch.zeros(0, dtype=torch.float64)
+    x, k = x.contiguous(), counts.shape[0]
+    on_mean = torch.zeros(parts_of(k), n, dtype=torch.float64)
+    tensors = (x, means.contiguous(), weights.contiguous(), counts.contiguous(), squares, fourths)
+    _kernels.add_influences(  # type: ignore[union-attr]
+        *(n, m, k, torch.get_num_threads()),
+        *(number for tensor in tensors for number in (tensor.data_ptr(), tensor.numel())),
+        *(on_mean.data_ptr(), len(on_mean)),
+    )
+    return on_mean.sum(0)

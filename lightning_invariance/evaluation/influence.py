@@ -15,11 +15,27 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators import Accumulator, DirectDistances, GroupedPairs, MappedBack, Rows, States
+from lightning_invariance.accumulators import (
+    Accumulator,
+    Deviations,
+    DirectDistances,
+    GroupedPairs,
+    MappedBack,
+    Rows,
+    States,
+    kernels,
+    means_of,
+)
 from lightning_invariance.accumulators.base import started
 from lightning_invariance.accumulators.grouped_pairs import ADDED, PAIRS, WAITING, Part
 from lightning_invariance.measures import Measure
 from lightning_invariance.measures.sums import Sums
+
+#: The range of mean squares that float32 holds with their digits, and of weights.
+SMALLEST, LARGEST = 1e-24, 1e30
+
+#: Float32 means are too coarse where the variance of a column is below this part of the square of a mean.
+FAR = 1e-6
 
 
 class Influence:
@@ -48,6 +64,7 @@ class Influence:
         self._finite = value.isfinite()
         self._all_finite, self._units = bool(self._finite.all()), max(1, int(self._finite.sum()))
         self._weights: States = {}
+        self._prepared: tuple[Tensor, ...] | None = None  # for C; empty where it cannot
         self._group: States = {}  # the shares of the group that is not complete
         self._states_of_pairs: States = {} if self.pairs is None else started(self.pairs, value.device)
         self.states: States = {
@@ -61,6 +78,8 @@ class Influence:
         """Add rows of the second pass."""
         if rows.indices is None:
             raise ValueError("Expected argument `indices` for influences, which belong to samples.")
+        if self.pairs is None and self._add_in_c(rows):
+            return
         if self.pairs is None:
             n = self._sums.n_samples
             self._add(rows.indices, self._shares(rows), n, 1 / n)
@@ -75,6 +94,46 @@ class Influence:
             self.pairs.add_(self._states_of_pairs, some)
             if not int(self._states_of_pairs["groups"][WAITING]):
                 self._add_group(part)
+
+    def _add_in_c(self, rows: Rows) -> bool:
+        """Add rows in C where it can: of variances of single activations, in numbers that float32 holds."""
+        if self._prepared is None:
+            self._prepared = self._for_c() if kernels.takes(rows.values) else ()
+        if not self._prepared or not kernels.takes(rows.values):
+            return False
+        sums = (self.states["squares"], self.states["fourths"])
+        means, weights, counts = self._prepared
+        if (on_sum := kernels.add_influences(rows.values, means, weights, counts, *sums)) is None:
+            return False
+        self._note(rows.indices, on_sum)  # type: ignore[arg-type]
+        return True
+
+    def _for_c(self) -> tuple[Tensor, ...]:
+        """The means, weights and counts that C takes; nothing where it cannot."""
+        sums, (deviations, *others) = self._sums, self._others
+        if others or not isinstance(deviations, Deviations) or not deviations.squared:
+            return ()
+        rows, columns = sums["row_spread"], sums["column_spread"][0]
+        if len(rows) != len(self.states["squares"]) or rows.dtype != torch.float64:
+            return ()
+        means, values = means_of(sums.states), sums.n_samples * sums.n_transformations
+        both = torch.stack([rows, columns])[:, self._finite] / values
+        held = (both == 0) | ((both > SMALLEST) & (both < LARGEST))
+        far = (columns > 0) & (columns < FAR * values * means.square().amax(0))
+        if not bool(held.all()) or bool(far[self._finite].any()):
+            return ()
+        found = self._derivatives(["row_spread", "column_spread"])
+        zeros, n = torch.zeros_like(rows), sums.n_samples
+        of_rows, of_columns = found.get("row_spread", zeros), found.get("column_spread", zeros[None])[0]
+        weights = torch.stack([n * of_rows, n * of_columns, of_rows * rows + of_columns * columns])
+        if bool((weights.abs() > LARGEST).any()):
+            return ()
+        return means.float(), weights.float(), -self._finite.int()
+
+    def _note(self, numbers: Tensor, on_sum: Tensor) -> None:
+        """Keep the influences of clusters on the mean, given those on the sum over units."""
+        self.states["numbers"] = torch.cat([self.states["numbers"], numbers.cpu()])
+        self.states["on_mean"] = torch.cat([self.states["on_mean"], on_sum.double().cpu() / self._units])
 
     def _add_group(self, part: Part) -> None:
         """Add a group that is complete."""
@@ -115,8 +174,7 @@ class Influence:
         squares = influence.square()
         self.states["squares"] += squares.sum(0)
         self.states["fourths"] += squares.square_().sum(0)
-        self.states["numbers"] = torch.cat([self.states["numbers"], numbers.cpu()])
-        self.states["on_mean"] = torch.cat([self.states["on_mean"], influence.sum(1).double().cpu() / self._units])
+        self._note(numbers, influence.sum(1))
 
     def _derivatives(self, names: Sequence[str]) -> States:
         """How the value of a unit changes with each of its sums; 0 for what is constant, such as 1 for a dead unit."""

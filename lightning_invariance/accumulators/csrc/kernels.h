@@ -1,8 +1,8 @@
-/* Two sums over a block of rows of the ST matrix (Quiroga, section 2.2), with every value read once.
+/* Sums over a block of rows of the ST matrix (Quiroga, section 2.2), with every value read once.
  *
  * A block x is (n, m, k) float32: n samples, m transformations and k activations, contiguous; that of differences.c may
- * be a part of a larger one, whose rows and columns lie further apart than they are long. deviations.c and
- * differences.c hold one of the sums each, with its derivation. module.c is the boundary to Python: it checks again what
+ * be a part of a larger one, whose rows and columns lie further apart than they are long. deviations.c,
+ * differences.c and influences.c hold one of the sums each, with its derivation. module.c is the boundary to Python: it checks again what
  * kernels.py describes and passes, before a pointer is used. */
 
 #ifndef LIGHTNING_INVARIANCE_KERNELS_H
@@ -58,10 +58,16 @@ typedef struct job {
     const int *network;
     Py_ssize_t comparisons;
     double *differences;
+    /* of add_influences */
+    const float *means, *weights; /* (m, k); (3, k): w, v and b */
+    const int *counts;            /* (k,): all bits where an activation counts, else none */
+    double *squares, *fourths;    /* (k,) */
+    double *on_mean;              /* (parts, n) */
 } job;
 
 /* Tasks of a job: the activations in [from, to). */
 void deviations(job *j, Py_ssize_t from, Py_ssize_t to);
 void differences(job *j, Py_ssize_t from, Py_ssize_t to);
+void influences(job *j, Py_ssize_t from, Py_ssize_t to);
 
 #endif

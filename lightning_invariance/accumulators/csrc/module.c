@@ -1,4 +1,4 @@
-/* The boundary to Python: two functions that check again what kernels.py passes, before a pointer is used. */
+/* The boundary to Python: three functions that check again what kernels.py passes, before a pointer is used. */
 
 #include "kernels.h"
 
@@ -141,8 +141,31 @@ static PyObject *absolute_differences(PyObject *self, PyObject *const *args, Py_
     Py_RETURN_NONE;
 }
 
+/* n, m, k, threads, x, its values, means, their values, weights, their values, counts, their values, squares, their
+ * values, fourths, their values, on_mean, parts. */
+static PyObject *add_influences(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    Py_ssize_t v[18];
+    if (!read_numbers(args, given, 18, v, 0, NULL))
+        return NULL;
+    const Py_ssize_t n = v[0], m = v[1], k = v[2], parts = v[17];
+    if (!is_block(n, m, k, v[5]))
+        return refuse("the block has another number of values");
+    if (v[7] != m * k || v[9] / 3 != k || v[9] % 3 || v[11] != k || v[13] != k || v[15] != k || parts <= 0)
+        return refuse("the means, the weights or the sums are of other sizes");
+    for (int i = 4; i < 18; i += 2)
+        if (!v[i])
+            return refuse("a pointer is missing");
+    job j = {.task = influences, .x = (const float *)v[4], .n = n, .m = m, .k = k, .means = (const float *)v[6],
+             .weights = (const float *)v[8], .counts = (const int *)v[10], .squares = (double *)v[12],
+             .fourths = (double *)v[14], .on_mean = (double *)v[16], .share = ((k - 1) / parts / WIDTH + 1) * WIDTH};
+    run(&j, v[3]);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"add_deviations", (PyCFunction)(void (*)(void))add_deviations, METH_FASTCALL, NULL},
+    {"add_influences", (PyCFunction)(void (*)(void))add_influences, METH_FASTCALL, NULL},
     {"absolute_differences", (PyCFunction)(void (*)(void))absolute_differences, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
