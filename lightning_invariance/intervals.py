@@ -24,6 +24,9 @@ FEWEST_SAMPLES = 10
 #: So is one whose standard error has fewer degrees of freedom: a few samples decide it, and it tends to be too narrow.
 FEWEST_DEGREES = 10.0
 
+#: One of a layer in which that holds for more than this share of the units: their values are biased, too.
+MOST_SPARSE = 0.2
+
 #: And one of a mean that leaves out more than this share of the units.
 NOTABLE = 0.01
 
@@ -67,7 +70,9 @@ class Intervals(dict[str, Interval]):
         return "\n".join(f"{layer:{width}s}  {interval}" for layer, interval in rows.items())
 
 
-def interval_of(value: float, influences: Tensor, confidence: float, left_out: float = 0.0) -> Interval:
+def interval_of(
+    value: float, influences: Tensor, confidence: float, left_out: float = 0.0, sparse: float = 0.0
+) -> Interval:
     """The interval of a value.
 
     Args:
@@ -75,6 +80,7 @@ def interval_of(value: float, influences: Tensor, confidence: float, left_out: f
         influences: ``(samples,)``; NaN for samples that do not count.
         confidence: in (0, 1).
         left_out: which share of the units the value leaves out since they are infinite or NaN.
+        sparse: which share of the units few samples decide.
     """
     psi = influences[~influences.isnan()]
     n = len(psi)
@@ -85,6 +91,7 @@ def interval_of(value: float, influences: Tensor, confidence: float, left_out: f
     half = t_quantile(confidence, freedom) * error
     doubts = [f"{n} samples"] if n < FEWEST_SAMPLES else []
     doubts += ["few samples decide"] if freedom < FEWEST_DEGREES and n >= FEWEST_SAMPLES else []
+    doubts += [f"few samples decide {sparse:.0%} of the units"] if sparse > MOST_SPARSE else []
     doubts += [f"{left_out:.0%} left out"] if left_out > NOTABLE else []
     return Interval(value, value - half, value + half, error, freedom, ", ".join(doubts))
 

@@ -23,6 +23,7 @@ class LayerIntervals(LayerValues):
     freedom: dict[str, dict[str, Tensor]]
     influences: dict[str, dict[str, Tensor]]
     sample_keys: dict[str, Tensor]
+    sparse: dict[str, dict[str, float]]
 
     def set_intervals(
         self,
@@ -61,7 +62,9 @@ class LayerIntervals(LayerValues):
         for layer, influences in self._influences_of(measure).items():
             row = rows[layer]
             left_out = (row.infinite + row.nan) / max(1, math.prod(row.shape))
-            found[layer] = interval_of(row.mean, influences, level, left_out)
+            found[layer] = interval_of(
+                row.mean, influences, level, left_out, self.sparse.get(measure, {}).get(layer, 0.0)
+            )
         finite = [layer for layer in found if math.isfinite(rows[layer].mean)]
         found.network = interval_of(self.mean(measure), network_influences(self.influences[measure], finite), level)
         return found

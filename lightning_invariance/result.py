@@ -39,6 +39,7 @@ PLAIN = (
     "response",
     "scores",
     "confidence",
+    "sparse",
 )
 
 
@@ -77,12 +78,13 @@ class InvarianceResult(LayerIntervals):
         influences: measure → layer → how much each sample (each group of samples, for sample distances) moves the mean
             of the layer; see :mod:`lightning_invariance.intervals`. NaN for samples that did not reach it.
         sample_keys: measure → a number of 64 bits for each of these samples or groups, by what they hold.
+        sparse: measure → layer → share of the units whose values few samples decide.
 
     Attributes:
         n_samples: see Args. So are ``transformations``, ``parameters``, ``epoch``, ``step``, ``floor``, ``skipped``,
             ``left_out``, ``reached``, ``channel_axis``, ``convergence``, ``higher_is_better``, ``ratios``, ``units``,
-            ``response``, ``scores``, ``standard_errors``, ``confidence``, ``freedom``, ``influences`` and
-            ``sample_keys``.
+            ``response``, ``scores``, ``standard_errors``, ``confidence``, ``freedom``, ``influences``,
+            ``sample_keys`` and ``sparse``.
     """
 
     #: How :meth:`plot` draws; set by ``lightning_invariance.plots``, which knows results.
@@ -114,6 +116,7 @@ class InvarianceResult(LayerIntervals):
         freedom: Mapping[str, Mapping[str, Tensor]] | None = None,
         influences: Mapping[str, Mapping[str, Tensor]] | None = None,
         sample_keys: Mapping[str, Tensor] | None = None,
+        sparse: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
         layers = dict.fromkeys(layer for of_layers in values.values() for layer in of_layers)
         samples = {layer: (reached or {}).get(layer, n_samples) for layer in layers}
@@ -137,6 +140,7 @@ class InvarianceResult(LayerIntervals):
             measure: {layer: {int(n): value for n, value in found.items()} for layer, found in layers.items()}
             for measure, layers in (convergence or {}).items()
         }
+        self.sparse = {measure: dict(layers) for measure, layers in (sparse or {}).items()}
         self.set_intervals(confidence, standard_errors, freedom, influences, sample_keys)
 
     def plot(self, measure: str | None = None) -> Figure:

@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from lightning_invariance.evaluation.influence import Influence
 from lightning_invariance.evaluation.registry import INPUT, Registry
 from lightning_invariance.evaluation.tallies import Layer
-from lightning_invariance.intervals import degrees_of_freedom
+from lightning_invariance.intervals import FEWEST_DEGREES, degrees_of_freedom
 from lightning_invariance.measures import Measure
 from lightning_invariance.measures.base import names_accumulators
 from lightning_invariance.measures.sums import Sums, dead_of
@@ -70,6 +70,7 @@ def collect(registry: Registry) -> InvarianceResult:
         freedom=found_influences.freedom,
         influences=found_influences.on_means,
         sample_keys=found_influences.sample_keys,
+        sparse=found_influences.sparse,
         confidence=registry.confidence,
         skipped=skipped,
         left_out=registry.left_out,
@@ -98,6 +99,7 @@ class Influences:
         freedom: measure → layer → degrees of freedom of it.
         on_means: measure → layer → influence of each sample, or group, on the mean; NaN where it did not reach it.
         sample_keys: measure → digest of each sample, or group of samples.
+        sparse: measure → layer → share of the units that few samples decide, or none.
     """
 
     def __init__(self, registry: Registry) -> None:
@@ -105,6 +107,7 @@ class Influences:
         self.freedom: Values = {}
         self.on_means: Values = {}
         self.sample_keys: dict[str, Tensor] = {}
+        self.sparse: dict[str, dict[str, float]] = {}
         self._numbers = torch.tensor(sorted(registry.sample_keys), dtype=torch.long)
         self._keys = torch.tensor([registry.sample_keys[i] for i in self._numbers.tolist()], dtype=torch.long)
 
@@ -121,7 +124,11 @@ class Influences:
         on_mean[torch.searchsorted(numbers, own)] = influence.states["on_mean"]
         error = torch.where(value.flatten().isfinite(), (squares.double() / (n * (n - 1))).sqrt(), torch.nan)
         self.standard_errors.setdefault(measure, {})[layer] = error.view(value.shape)
-        self.freedom.setdefault(measure, {})[layer] = degrees_of_freedom(n, squares, fourths).float().view(value.shape)
+        freedom = degrees_of_freedom(n, squares, fourths).float().view(value.shape)
+        never = (squares == 0).view(value.shape) & (value != 0)  # such as 1 for units that never fired
+        few = ((freedom < FEWEST_DEGREES) | never)[value.isfinite()]
+        self.sparse.setdefault(measure, {})[layer] = float(few.double().mean()) if few.numel() else 0.0
+        self.freedom.setdefault(measure, {})[layer] = freedom
         self.on_means.setdefault(measure, {})[layer] = on_mean
         self.sample_keys[measure] = keys
 
