@@ -90,6 +90,9 @@ class InvarianceMonitor(Callback):
         histograms: whether TensorBoard gets the distribution over channels.
         channel_axis: where the units stand in the activations of some layers; see :func:`evaluate`.
         operations: whether to measure operations, too; see there.
+        confidence: of intervals over samples, such as 0.95, which cost a second pass: also logs
+            ``{Measure}_low/{layer}`` and ``{Measure}_high/{layer}``, which TensorBoard draws as bands (Custom Scalars),
+            and marks in the evolution picture what differs from the untrained network. By default there are none.
 
     Attributes:
         history: the results so far, the untrained network first, each with ``epoch`` (−1 for the untrained network),
@@ -98,8 +101,8 @@ class InvarianceMonitor(Callback):
             each layer of the others; in memory older results keep one value a channel when it exceeds 256 MB.
 
     Raises:
-        ValueError: If ``every_n_epochs`` is below 1, the name of a measure holds signs that loggers do not take, or
-            (when training starts) a layer is unknown.
+        ValueError: If ``every_n_epochs`` is below 1, ``confidence`` is not in (0, 1), the name of a measure holds signs
+            that loggers do not take, or (when training starts) a layer is unknown.
         MisconfigurationException: When training starts, without ``data`` and validation data, with another monitor of
             the same name, or with a strategy that splits the model (FSDP, DeepSpeed, tensor parallel).
     """
@@ -121,6 +124,7 @@ class InvarianceMonitor(Callback):
         histograms: bool = False,
         channel_axis: Mapping[str, int] | None = None,
         operations: bool = False,
+        confidence: float | None = None,
     ) -> None:
         super().__init__()
         check_transformations(transformations)
@@ -128,7 +132,7 @@ class InvarianceMonitor(Callback):
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(f"Expected argument `{argument}` to be an int of at least {least}, but got {value}.")
         options = Options(layers, batch_size, max_samples, forward=forward, input_fn=input_fn, seed=seed)
-        self.options = replace(options, channel_axis=channel_axis, operations=operations)
+        self.options = replace(options, channel_axis=channel_axis, operations=operations, confidence=confidence)
         self.data, self.transformations = data, transformations
         self.measures = named_measures([NormalizedVariance(response=True)] if measures is None else measures)
         check_tags([*self.measures, *([] if name is None else [name])])

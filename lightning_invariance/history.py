@@ -88,7 +88,8 @@ def packed(history: Sequence[InvarianceResult]) -> dict[str, Any]:
     newest: list[dict[str, Any]] = []
     for result in reversed(history[1:]):
         state = result.reduced().state_dict()
-        budget -= sum(v.nbytes + ROW for layers in state["values"].values() for v in layers.values())
+        by_layer = (*state["values"].values(), *state["influences"].values())
+        budget -= sum(v.nbytes + ROW for layers in by_layer for v in layers.values())
         if newest and budget < 0:
             break
         newest.insert(0, state)

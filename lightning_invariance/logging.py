@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,14 @@ import numpy.typing as npt
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.custom_scalar.layout_pb2 import (
+    Category,
+    Chart,
+    Layout,
+    MarginChartContent,
+    MultilineChartContent,
+)
+from torch.utils.tensorboard.summary import custom_scalars
 from torchmetrics import Metric
 
 from lightning_invariance.plots import evolution, heatmap, response
@@ -121,6 +129,8 @@ def _experiments(trainer: pl.Trainer) -> list[Any]:
 def scalars(result: InvarianceResult, tags: Mapping[str, str]) -> dict[str, float]:
     """Tag → the mean of each layer and that over the layers, and the shares of infinite and dead units above 1 %.
 
+    With ``confidence`` also the bounds of the interval of each layer.
+
     Args:
         result: an evaluation.
         tags: measure → what its tags begin with.
@@ -133,6 +143,9 @@ def scalars(result: InvarianceResult, tags: Mapping[str, str]) -> dict[str, floa
                 if share > NOTABLE:
                     found[f"{tag}_{kind}/{names[row.layer]}"] = share
             found[f"{tag}/{names[row.layer]}"] = row.mean
+            if math.isfinite(row.low):
+                found[f"{tag}_low/{names[row.layer]}"] = row.low
+                found[f"{tag}_high/{names[row.layer]}"] = row.high
         found[f"{tag}_mean"] = result.mean(measure)
     return found
 
@@ -199,42 +212,46 @@ def explain(
         if hasattr(experiment, "add_text"):
             experiment.add_text(page, _text(result, tags, measures), logger_step(trainer))
         if hasattr(experiment, "add_custom_scalars"):
-            # The tags of a chart are regular expressions that need not match to the end.
-            layout: dict[str, dict[str, list[Any]]] = {
-                tag: {
-                    "all layers": [
-                        "Multiline",
-                        [f"{re.escape(f'{tag}/{name}')}$" for name in curves(result[measure]).values()],
-                    ],
-                    "mean over the layers": ["Multiline", [f"{re.escape(tag)}_mean$"]],
-                }
-                for measure, tag in tags.items()
-            }
-            experiment.add_custom_scalars({**_known_layout(experiment), **layout})
+            categories = {tag: _category(tag, result, measure) for measure, tag in tags.items()}
+            _write_layout(experiment, {**_known_layout(experiment), **categories})
 
 
-def _known_layout(writer: Any) -> dict[str, dict[str, list[Any]]]:
+def _category(tag: str, result: InvarianceResult, measure: str) -> Category:
+    """The charts of a measure: lines of all layers, bands where there are intervals, and the mean."""
+    # The tags of a chart are regular expressions that need not match to the end.
+    names = [*curves(result[measure]).values()]
+    every = MultilineChartContent(tag=[f"{re.escape(f'{tag}/{name}')}$" for name in names])
+    mean = MultilineChartContent(tag=[f"{re.escape(tag)}_mean$"])
+    charts = [Chart(title="all layers", multiline=every), Chart(title="mean over the layers", multiline=mean)]
+    if measure in result.influences and result.confidence is not None:
+        bands = [(f"{tag}/{name}", f"{tag}_low/{name}", f"{tag}_high/{name}") for name in names]
+        series = [MarginChartContent.Series(value=value, lower=low, upper=high) for value, low, high in bands]
+        title = f"all layers, {result.confidence:.0%} intervals"
+        charts.insert(1, Chart(title=title, margin=MarginChartContent(series=series)))
+    return Category(title=tag, chart=charts)
+
+
+def _write_layout(writer: Any, categories: Mapping[str, Category]) -> None:
+    """Write a layout; `SummaryWriter.add_custom_scalars` makes charts with a single band only."""
+    summary = custom_scalars({})  # type: ignore[no-untyped-call]
+    summary.value[0].tensor.string_val[0] = Layout(category=categories.values()).SerializeToString()
+    writer._get_file_writer().add_summary(summary)
+
+
+def _known_layout(writer: Any) -> dict[str, Category]:
     """The layout that this process has written so far, from its event files.
 
     A run has one layout, and the last that is written replaces those before: without this the user's would be lost.
     ``SummaryWriter`` does not tell what it has written. Done once a training.
     """
     writer.flush()
-    layout: dict[str, dict[str, list[Any]]] = {}
+    layout: dict[str, Category] = {}
     for path in Path(writer.log_dir).glob(f"events.out.tfevents.*.{os.getpid()}.*"):
         events = EventAccumulator(str(path), size_guidance={"images": 1, "tensors": 0})
         events.Reload()
-        if "custom_scalars__config__" not in events.Tags()["tensors"]:
-            continue
-        found = events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
-        for category in Layout.FromString(found).category:
-            charts = layout.setdefault(category.title, {})
-            for chart in category.chart:
-                if chart.HasField("margin"):
-                    lines = [[part.value, part.lower, part.upper] for part in chart.margin.series]
-                    charts[chart.title] = ["Margin", lines[0]]
-                else:
-                    charts[chart.title] = ["Multiline", list(chart.multiline.tag)]
+        if "custom_scalars__config__" in events.Tags()["tensors"]:
+            found = events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
+            layout.update({category.title: category for category in Layout.FromString(found).category})
     return layout
 
 
@@ -257,6 +274,7 @@ def _text(result: InvarianceResult, tags: Mapping[str, str], measures: Mapping[s
             f"| `{tag}_mean` | The mean of these over the layers. |",
             f"| `{tag}_infinite/LAYER`, `{tag}_dead/LAYER` | Which share of its units is infinite, and so not in the"
             " mean; or never changes. Only above 1 %. |",
+            *_lines_of_intervals(tag, result, measure),
             f"| `{tag}/heatmap` | A column for each layer, a cell for each channel. |",
             f"| `{tag}/evolution` | A row for each layer, a column for each evaluation so far. |",
         ]
@@ -266,3 +284,11 @@ def _text(result: InvarianceResult, tags: Mapping[str, str], measures: Mapping[s
     shapes = {row.layer: row.shape for measure in tags for row in result.table(measure)}
     lines += [f"| {layer} | {' × '.join(map(str, shape)) or 'scalar'} |" for layer, shape in shapes.items()]
     return "\n".join(lines)
+
+
+def _lines_of_intervals(tag: str, result: InvarianceResult, measure: str) -> list[str]:
+    """What the tags of intervals mean, where there are any."""
+    if measure not in result.influences or result.confidence is None:
+        return []
+    about = f"The bounds of the {result.confidence:.0%} confidence interval over samples of `{tag}/LAYER`."
+    return [f"| `{tag}_low/LAYER`, `{tag}_high/LAYER` | {about} |"]

@@ -2,7 +2,9 @@
 
 import re
 
+import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from lightnings import TensorBoardLogger
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from test_callback import LAYERS, events, fit
@@ -71,3 +73,37 @@ def test_the_default_measure_tells_the_response_and_the_history_the_scores(tmp_p
     last = logged.Scalars("val_loss")[-1].value
     torch.testing.assert_close(monitor.history[-1].scores["val_loss"], last, rtol=1e-6, atol=0)
     assert not any("NormalizedVariance" in name for name in monitor.history[-1].scores)
+
+
+def test_bands_where_there_are_intervals(tmp_path):
+    monitor = InvarianceMonitor(rotations(4), confidence=0.9)
+    fit(tmp_path, monitor, epochs=1)
+    logged = events(tmp_path)
+    found = Layout.FromString(logged.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
+    (bands,) = [chart for part in found.category for chart in part.chart if chart.HasField("margin")]
+    assert "90%" in bands.title
+    series = {band.value: (band.lower, band.upper) for band in bands.margin.series}
+    assert [*series] == [f"NormalizedVariance/{layer}" for layer in LAYERS]
+    for value, (low, high) in series.items():
+        interval = monitor.history[-1].interval()[value.split("/")[1]]
+        assert logged.Scalars(low)[-1].value == pytest.approx(interval.low, rel=1e-6)
+        assert logged.Scalars(high)[-1].value == pytest.approx(interval.high, rel=1e-6)
+        assert interval.low <= logged.Scalars(value)[-1].value <= interval.high
+    text = logged.Tensors("invariance/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "90% confidence interval" in text
+
+
+def test_a_layout_with_bands_of_the_user_is_kept(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    logger.experiment.add_custom_scalars({"mine": {"band": ["Margin", ["value", "low", "high"]]}})
+    fit(tmp_path, InvarianceMonitor(rotations(4), confidence=0.9), epochs=1, logger=logger)
+    found = Layout.FromString(events(tmp_path).Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
+    mine = next(part for part in found.category if part.title == "mine")
+    assert [(s.value, s.lower, s.upper) for s in mine.chart[0].margin.series] == [("value", "low", "high")]
+
+
+def test_early_stopping_can_watch_a_bound(tmp_path):
+    monitor = InvarianceMonitor(rotations(4), confidence=0.9)
+    stopping = EarlyStopping("NormalizedVariance_high/conv", patience=100)
+    fit(tmp_path, monitor, stopping, epochs=1)
+    assert float(stopping.best_score) == pytest.approx(monitor.history[-1].interval()["conv"].high, rel=1e-6)

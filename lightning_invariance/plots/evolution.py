@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from lightning_invariance.compare import compare
 from lightning_invariance.plots.common import (
     add_colourbar,
     colours,
@@ -38,7 +40,8 @@ def evolution(
     """When does which layer become invariant? A row for each layer, a column for each evaluation so far.
 
     A cell is the mean over the finite values of a layer; layers without a finite value are grey. Above it, where the
-    results know the trainer's metrics of their moment, runs the accuracy, or else the loss.
+    results know the trainer's metrics of their moment, runs the accuracy, or else the loss. With ``confidence`` a dot
+    marks the cells that differ from the first evaluation by more than chance.
 
     Args:
         history: evaluations of one network, such as ``InvarianceMonitor.history``.
@@ -63,6 +66,9 @@ def evolution(
         above.grid(alpha=0.3)
     else:
         axes = figure.add_subplot()
+    marked = _beyond_noise(history, measure, layers)
+    if marked:
+        axes.plot([j for j, _ in marked], [i for _, i in marked], "o", color="white", mec="black", mew=0.5, ms=3)
     axes.imshow(within(scale, values), aspect="auto", norm=scale, cmap=colours(), interpolation="nearest")
     blocks = label_layers(axes, layers, height, along="y", marks=marks_of(history, measure))
     if len(blocks) < len(layers):
@@ -70,9 +76,36 @@ def evolution(
     every = -(-len(history) // MOST_TICKS)
     axes.set_xticks(range(0, len(history), every), [_label(result, i) for i, result in enumerate(history)][::every])
     axes.set_xlabel("epoch")
-    figure.suptitle(f"{measure}: mean of each layer")
+    about = "\ndots: differs from the first evaluation" if marked else ""
+    figure.suptitle(f"{measure}: mean of each layer{about}")
     add_colourbar(figure, axes, scale, measure)
     return figure
+
+
+def _beyond_noise(history: Sequence[InvarianceResult], measure: str, layers: Sequence[str]) -> list[tuple[int, int]]:
+    """Which cells differ from the first evaluation by more than chance, as (evaluation, layer); see ``compare``."""
+    first = history[0]
+    if measure not in first.influences:
+        return []
+    rows = {layer: i for i, layer in enumerate(layers)}
+    return [
+        (j, rows[layer])
+        for j, result in enumerate(history[1:], 1)
+        if measure in result.influences
+        for layer in _differing(first, result, measure)
+    ]
+
+
+#: Result → first result and measure → the layers that differ; an evaluation is compared once, however long the history.
+_DIFFERING: WeakKeyDictionary[InvarianceResult, dict[tuple[int, str], list[str]]] = WeakKeyDictionary()
+
+
+def _differing(first: InvarianceResult, result: InvarianceResult, measure: str) -> list[str]:
+    known = _DIFFERING.setdefault(result, {})
+    key = id(first), measure
+    if key not in known:
+        known[key] = compare(first, result, measure, confidence=result.confidence or 0.95).differing
+    return known[key]
 
 
 def _score(history: Sequence[InvarianceResult]) -> str | None:

@@ -35,7 +35,8 @@ def layers(
 ) -> Figure:
     """Which layers are invariant, and in which network? The mean of each layer, a line for each result.
 
-    The band around a line is one standard deviation of the layer's activations.
+    The band around a line is one standard deviation of the layer's activations; where a result was measured with
+    ``confidence``, bars are the intervals of the means.
 
     Args:
         results: an evaluation, several, or legend text → evaluation.
@@ -54,6 +55,11 @@ def layers(
         style = "--" if label in dashed else "-"
         size = 4 if len(x) <= MOST_MARKERS else 0
         axes.plot(x, mean, style, color=colour, marker=marker, ms=size, label=label or None)
+        known = [row for row in rows if np.isfinite(row.low)]
+        if known:
+            at = [float(place) for place, row in zip(x, rows, strict=True) if np.isfinite(row.low)]
+            bounds = [[row.mean - row.low for row in known], [row.high - row.mean for row in known]]
+            axes.errorbar(at, [row.mean for row in known], bounds, fmt="none", ecolor=colour, capsize=3)
         low = np.maximum(mean - std, 0) if (mean[np.isfinite(mean)] >= 0).all() else mean - std
         axes.fill_between(x, low, mean + std, color=colour, alpha=0.12, linewidth=0)
     axes.set_ylabel(f"{measure}, mean of the layer")

@@ -1,4 +1,6 @@
-"""What holds a measure to its promise: checks to run on measures of your own.
+"""For tests of your own: is a model as invariant as it should be, and does a measure keep its promise?
+
+:func:`assert_invariant` and :func:`assert_equivariant` are for models, :class:`MeasureTester` is for measures:
 
 ```python
 from lightning_invariance.testing import MeasureTester
@@ -14,7 +16,17 @@ class TestNormalizedRange(MeasureTester):
 pytest runs all checks of such a class; they are plain methods, and need no pytest.
 """
 
+from lightning_invariance.testing.assertions import assert_equivariant, assert_invariant
 from lightning_invariance.testing.feeding import LABELS, SAMPLES, assert_close, feed, update
 from lightning_invariance.testing.measure_tester import MeasureTester
 
-__all__ = ["LABELS", "SAMPLES", "MeasureTester", "assert_close", "feed", "update"]
+__all__ = [
+    "LABELS",
+    "SAMPLES",
+    "MeasureTester",
+    "assert_close",
+    "assert_equivariant",
+    "assert_invariant",
+    "feed",
+    "update",
+]

@@ -1,0 +1,75 @@
+"""Assertions about models."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_invariance import quarter_turns, rotations
+from lightning_invariance.measures import Goodfellow, NormalizedVariance, SampleVariance
+from lightning_invariance.testing import assert_equivariant, assert_invariant
+
+
+def images(n=40):
+    return torch.rand(n, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+POOL = nn.Sequential(nn.AdaptiveAvgPool2d(1))
+
+
+def test_a_network_that_is_invariant_passes():
+    result = assert_invariant(POOL, images(), quarter_turns(), within=1e-6)
+    assert result.interval("measure")["0"].high < 1e-6
+    assert_invariant(POOL, torch.ones(20, 1, 4, 4), quarter_turns(), within=1.01)  # dead: 1
+
+
+def test_a_layer_that_is_not_fails_with_its_interval_and_the_worst_transformation():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.AdaptiveAvgPool2d(1))
+    with pytest.raises(
+        AssertionError, match=r"of 2 layers 2 are not:\n  0: .* \[.*\]; most by \d+° \(.*\)\n  1: "
+    ) as told:
+        assert_invariant(model, images(), rotations(4), within=0.01)
+    assert "below 0.01 with 95% confidence" in str(told.value)
+    assert_invariant(model, images(), rotations(4), within=10)
+
+
+def test_only_some_layers_count():
+    model = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    assert_invariant(model, images(), quarter_turns(), within=1e-6, layers=["1"])
+    with pytest.raises(AssertionError):
+        assert_invariant(model, images(), quarter_turns(), within=1e-6)
+
+
+def test_what_is_below_but_not_surely_fails():
+    value = float(NormalizedVariance()(quarter_turns()(images())).mean())
+    few, model = images()[:6], nn.Sequential(nn.Identity())
+    assert_invariant(model, images(), quarter_turns(), within=2 * value)
+    estimate = float(NormalizedVariance()(quarter_turns()(few)).mean())
+    with pytest.raises(AssertionError):
+        assert_invariant(model, few, quarter_turns(), within=1.001 * estimate)
+
+
+def test_many_layers_are_counted():
+    model = nn.Sequential(*(nn.ReLU() for _ in range(9)))
+    with pytest.raises(AssertionError, match="and 4 more layers"):
+        assert_invariant(model, images(), quarter_turns(), within=0.1)
+
+
+def test_equivariance():
+    assert_equivariant(nn.Sequential(nn.ReLU()), images(), quarter_turns(), within=0)
+    torch.manual_seed(0)
+    with pytest.raises(AssertionError, match="equivariant"):
+        assert_equivariant(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1)), images(), quarter_turns(), within=0.01)
+    with pytest.raises(AssertionError, match="defined"):
+        assert_equivariant(nn.Sequential(nn.Flatten()), images(), quarter_turns(), within=0.01)
+
+
+def test_wrong_arguments():
+    for within in (-1, float("nan")):
+        with pytest.raises(ValueError, match="within"):
+            assert_invariant(POOL, images(), quarter_turns(), within=within)
+    with pytest.raises(ValueError, match="confidence"):
+        assert_invariant(POOL, images(), quarter_turns(), within=1, confidence=95)
+    for measure in (Goodfellow(), SampleVariance()):
+        with pytest.raises(ValueError, match="measure"):
+            assert_invariant(POOL, images(), quarter_turns(), within=1, measure=measure)
