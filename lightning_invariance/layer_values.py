@@ -36,7 +36,8 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]]):
         reached = samples or {}
         self._tables = {
             measure: Table(
-                LayerStatistics.of(layer, v, self.dead.get(layer), reached.get(layer, 0)) for layer, v in layers.items()
+                LayerStatistics.of(layer, v, self._dead_of(layer, v), reached.get(layer, 0))
+                for layer, v in layers.items()
             )
             for measure, layers in self._values.items()
         }
@@ -119,6 +120,14 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]]):
         sizes = [math.prod(row.shape) - row.infinite - row.nan if weighted else 1 for row in rows]
         total = sum(sizes)
         return sum(row.mean * size for row, size in zip(rows, sizes, strict=True)) / total if total else math.nan
+
+    def _dead_of(self, layer: str, values: Tensor) -> Tensor | None:
+        """Which of the values are of activations that never changed: of channels, or of the layer, where these are."""
+        dead = self.dead.get(layer)
+        if dead is None or dead.numel() == values.numel():
+            return dead
+        channels = self.dead_channels(layer)
+        return channels if channels.numel() == values.numel() else dead.all().expand(values.shape)
 
     def _known(self, measure: str | None) -> str:
         if measure is None:

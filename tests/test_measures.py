@@ -4,11 +4,14 @@ import pytest
 import torch
 from torchmetrics import MetricCollection
 
-from lightning_invariance import functional, rotations
+from lightning_invariance import evaluate, functional, rotations
 from lightning_invariance.measures import (
     Anova,
+    Consistency,
     DistanceSameEquivariance,
     Goodfellow,
+    IntraclassCorrelation,
+    MainEffect,
     NormalizedDistance,
     NormalizedVariance,
     SampleDistance,
@@ -168,6 +171,57 @@ class TestStratified(MeasureTester):
         return torch.stack([functional.normalized_variance(st[label == LABELS]) for label in range(3)]).mean(0)
 
 
+def mean_squares(st):
+    """Those of the two-way layout, each as the sum of squares of its effect."""
+    n, m = st.shape[:2]
+    grand, rows, columns = st.mean((0, 1)), st.mean(1), st.mean(0)
+    rest = st - rows[:, None] - columns[None] + grand
+    return (
+        m * (rows - grand).square().sum(0) / (n - 1),
+        n * (columns - grand).square().sum(0) / (m - 1),
+        rest.square().sum((0, 1)) / ((n - 1) * (m - 1)),
+    )
+
+
+class TestIntraclassCorrelation(MeasureTester):
+    def make(self):
+        return IntraclassCorrelation()
+
+    def definition(self, st):
+        samples, _, rest = mean_squares(st)
+        return (samples - rest) / (samples + (st.shape[1] - 1) * rest)
+
+
+class TestIntraclassCorrelationOfAgreement(MeasureTester):
+    def make(self):
+        return IntraclassCorrelation(agreement=True)
+
+    def definition(self, st):
+        samples, transformations, rest = mean_squares(st)
+        n, m = st.shape[:2]
+        return (samples - rest) / (samples + (m - 1) * rest + m / n * (transformations - rest))
+
+
+class TestMainEffect(MeasureTester):
+    def make(self):
+        return MainEffect()
+
+    def definition(self, st):
+        columns = st.mean(0)
+        return (columns - columns.mean(0)).square().sum(0) / (st.shape[1] - 1) / functional.transformation_variance(st)
+
+
+class TestConsistency(MeasureTester):
+    def make(self):
+        return Consistency()
+
+    def definition(self, st):
+        m = st.shape[1]
+        winners = torch.nn.functional.one_hot(st.argmax(2), st.shape[2]).double()
+        counts = winners.sum(1)
+        return (counts * (counts - 1)).sum(-1).mean() / (m * (m - 1))
+
+
 CLASSES = [*MeasureTester.__subclasses__(), *TestNormalizedVariance.__subclasses__()]
 TESTERS = [cls() for cls in CLASSES if cls.__module__ == __name__]  # and not those of other files
 ONE_PASS = [tester for tester in TESTERS if not tester.two_passes]
@@ -196,7 +250,7 @@ def test_a_collection_of_all_measures_of_one_pass():
     for rows in (slice(0, 6), slice(6, 13)):
         metrics.update(CUBE[rows], labels=LABELS[rows])
     values = metrics.compute()
-    assert len(values) == 17
+    assert len(values) == 21
     for tester in ONE_PASS:
         assert_close(values[type(tester).__name__], tester.definition(CUBE))
 
@@ -207,3 +261,63 @@ def test_measures_of_one_family_share_their_update():
         metrics.update(CUBE[rows])
     assert len(metrics.compute_groups) == 1
     assert_close(metrics.compute()["SampleVariance"], functional.sample_variance(CUBE))
+
+
+def test_the_example_of_shrout_and_fleiss():
+    """Table 2 of their paper of 1979: four judges rate six targets; ICC(2,1) is .29, ICC(3,1) .71."""
+    ratings = [[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]]
+    st = torch.tensor(ratings, dtype=torch.float64)
+    assert float(IntraclassCorrelation()(st)) == pytest.approx(0.7148, abs=5e-5)
+    assert float(IntraclassCorrelation(agreement=True)(st)) == pytest.approx(0.2898, abs=5e-5)
+
+
+def test_the_normalised_variance_is_told_by_the_components():
+    samples, transformations, rest = mean_squares(CUBE)
+    n, m = CUBE.shape[:2]
+    of_samples, of_transformations = (samples - rest) / m, (transformations - rest) / n
+    nv = 1 - feed([IntraclassCorrelation()], CUBE, [[slice(0, 13)]]) + of_transformations / (of_samples + rest)
+    assert_close(nv, functional.normalized_variance(CUBE), rtol=1e-9)
+
+
+def test_what_never_changes_has_no_correlation_and_no_effect():
+    constant = torch.ones(5, 4, 2)
+    assert IntraclassCorrelation()(constant).isnan().all()
+    assert MainEffect()(constant).isnan().all()
+    shifted = torch.arange(5.0)[:, None, None] + torch.arange(4.0)[:, None]
+    assert_close(IntraclassCorrelation()(shifted), torch.tensor(1.0, dtype=torch.float64))
+    assert_close(MainEffect()(shifted), torch.tensor(1.0, dtype=torch.float64))
+    with pytest.raises(ValueError, match="agreement"):
+        IntraclassCorrelation("yes")
+
+
+def test_consistency_of_predictions():
+    st = torch.tensor([[[0.1, 0.9], [0.2, 0.8], [0.7, 0.3]], [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]])
+    assert float(Consistency()(st)) == pytest.approx((1 / 3 + 1) / 2)
+    st[0, 0, 0] = torch.nan
+    assert Consistency()(st).isnan().all()
+
+
+def test_consistency_has_an_interval():
+    x = torch.rand(50, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+    result = evaluate(model, x, TURNS, Consistency(), layers=["1"], confidence=0.95)
+    winners = model(TURNS(x).flatten(0, 1)).argmax(1).view(50, 4)
+    counts = torch.nn.functional.one_hot(winners).sum(1).double()
+    each = (counts * (counts - 1)).sum(1) / 12
+    interval = result.interval()["1"]
+    assert interval.value == pytest.approx(float(each.mean()))
+    assert interval.standard_error == pytest.approx(float(each.std()) / 50**0.5, rel=1e-9)
+    assert result.table()[0].shape == ()
+
+
+def test_dead_units_are_counted_as_the_values_are():
+    class Half(torch.nn.Module):
+        def forward(self, x):
+            return torch.cat([x, 0 * x], 1)
+
+    x = torch.rand(6, 2, 4, 4)
+    measures = [NormalizedVariance(), NormalizedVariance(aggregate="mean"), Consistency()]
+    result = evaluate(torch.nn.Sequential(Half()), x, TURNS, dict(zip("abc", measures, strict=True)))
+    assert [result.table(name)[0].dead for name in "abc"] == [32, 2, 0]
+    assert [result.table(name)[0].share_dead for name in "abc"] == [0.5, 0.5, 0]

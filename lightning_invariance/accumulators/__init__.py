@@ -16,6 +16,7 @@ from lightning_invariance.accumulators.paired import PairedDeviations
 from lightning_invariance.accumulators.peaks import Extremes, Firing, Peaks
 from lightning_invariance.accumulators.still import Still
 from lightning_invariance.accumulators.subsample import ColumnPairs, Subsample
+from lightning_invariance.accumulators.winners import Winners
 
 __all__ = [
     "Accumulator",
@@ -38,5 +39,6 @@ __all__ = [
     "States",
     "Still",
     "Subsample",
+    "Winners",
     "means_of",
 ]

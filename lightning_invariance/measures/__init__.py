@@ -2,6 +2,8 @@
 
 from lightning_invariance.measures.anova import Anova
 from lightning_invariance.measures.base import Measure, quotient
+from lightning_invariance.measures.components import IntraclassCorrelation, MainEffect
+from lightning_invariance.measures.consistency import Consistency
 from lightning_invariance.measures.distance import NormalizedDistance, SampleDistance, TransformationDistance
 from lightning_invariance.measures.goodfellow import Goodfellow
 from lightning_invariance.measures.same_equivariance import DistanceSameEquivariance, VarianceSameEquivariance
@@ -12,8 +14,11 @@ from lightning_invariance.measures.variance import NormalizedVariance, SampleVar
 
 __all__ = [
     "Anova",
+    "Consistency",
     "DistanceSameEquivariance",
     "Goodfellow",
+    "IntraclassCorrelation",
+    "MainEffect",
     "Measure",
     "NormalizedDistance",
     "NormalizedVariance",

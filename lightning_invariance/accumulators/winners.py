@@ -1,0 +1,47 @@
+"""Which unit of a layer wins, and for how many pairs of transformations it is the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_invariance.accumulators.base import Accumulator, Rows, States
+
+
+@dataclass(frozen=True)
+class Winners(Accumulator):
+    """``agreements`` ``(1,)`` in float64: the share of pairs of transformations with one winner, summed over samples.
+
+    The winner is the channel with the largest value, at each position of a feature map, the first of several. A sample
+    with a NaN makes it NaN.
+    """
+
+    def empty(self) -> States:
+        """The states before the first row."""
+        return {"agreements": torch.zeros(0, dtype=torch.float64)}
+
+    def add(self, states: States, rows: Rows) -> States:
+        """The states after more rows."""
+        added = agreements(rows.maps).sum(0, keepdim=True)
+        return {"agreements": states["agreements"] + added if states["agreements"].numel() else added}
+
+    def merge(self, a: States, b: States) -> States:
+        """The states after the rows of both."""
+        return {"agreements": a["agreements"] + b["agreements"]}
+
+    def shares(self, rows: Rows, totals: States) -> States:
+        """The share of each sample."""
+        return {"agreements": agreements(rows.maps)[:, None]}
+
+
+def agreements(maps: Tensor) -> Tensor:
+    """The share of pairs with one winner, the mean over positions: ``(n,)`` of maps (n, m, channels, positions)."""
+    m = maps.shape[1]
+    winners = maps.argmax(2)
+    equal = torch.zeros(maps.shape[0], maps.shape[3], dtype=torch.float64, device=maps.device)
+    for shift in range(1, m):  # every unordered pair once
+        equal += (winners[:, shift:] == winners[:, :-shift]).sum(1)
+    found = 2 * equal.mean(1) / (m * (m - 1))
+    return torch.where(maps.isnan().flatten(1).any(1), torch.nan, found)
