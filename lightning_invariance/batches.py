@@ -78,14 +78,18 @@ def input_of(batch: Any, input_fn: Callable[..., Tensor] | None) -> Tensor:
 
 def label_of(batch: Any, n: int) -> Tensor | None:
     """The labels of a batch, if it has one whole number for each sample."""
+    found = target_of(batch, n)
+    return None if found is None or found.ndim > 1 or found.is_floating_point() else found
+
+
+def target_of(batch: Any, n: int) -> Tensor | None:
+    """What a network should return for a batch: a tensor with an entry for each sample; None where there is none."""
     found: Any = None
     if isinstance(batch, Mapping):
         found = next((batch[key] for key in LABEL_KEYS if key in batch), None)
     elif isinstance(batch, list | tuple) and len(batch) > 1:
         found = batch[1]
-    if isinstance(found, Tensor) and found.shape == (n,) and not found.is_floating_point():
-        return found
-    return None
+    return found if isinstance(found, Tensor) and found.ndim and len(found) == n else None
 
 
 def takes_batch(forward: Callable[..., Any] | None) -> bool:

@@ -13,7 +13,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_invariance.evaluate import check_transformations, evaluate_with, named_measures
+from lightning_invariance.arguments import check_transformations, named_measures, named_metrics
+from lightning_invariance.evaluate import evaluate_with
 from lightning_invariance.evaluation.options import Options
 from lightning_invariance.history import History
 from lightning_invariance.layers import Layers, select_layers
@@ -93,6 +94,8 @@ class InvarianceMonitor(Callback):
         confidence: of intervals over samples, such as 0.95, which cost a second pass: also logs
             ``{Measure}_low/{layer}`` and ``{Measure}_high/{layer}``, which TensorBoard draws as bands (Custom Scalars),
             and marks in the evolution picture what differs from the untrained network. By default there are none.
+        outputs: metrics of predictions and targets, such as an accuracy, of the network under each transformation; see
+            :func:`evaluate`. Logged as ``{Metric}_mean`` and ``{Metric}_worst``.
 
     Attributes:
         history: the results so far, the untrained network first, each with ``epoch`` (−1 for the untrained network),
@@ -125,6 +128,7 @@ class InvarianceMonitor(Callback):
         channel_axis: Mapping[str, int] | None = None,
         operations: bool = False,
         confidence: float | None = None,
+        outputs: Metric | Sequence[Metric] | Mapping[str, Metric] | None = None,
     ) -> None:
         super().__init__()
         check_transformations(transformations)
@@ -132,10 +136,16 @@ class InvarianceMonitor(Callback):
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(f"Expected argument `{argument}` to be an int of at least {least}, but got {value}.")
         options = Options(layers, batch_size, max_samples, forward=forward, input_fn=input_fn, seed=seed)
-        self.options = replace(options, channel_axis=channel_axis, operations=operations, confidence=confidence)
+        self.options = replace(
+            options,
+            channel_axis=channel_axis,
+            operations=operations,
+            confidence=confidence,
+            outputs=named_metrics(outputs),
+        )
         self.data, self.transformations = data, transformations
         self.measures = named_measures([NormalizedVariance(response=True)] if measures is None else measures)
-        check_tags([*self.measures, *([] if name is None else [name])])
+        check_tags([*self.measures, *self.options.outputs, *([] if name is None else [name])])
         self.every_n_epochs, self.name, self.histograms = every_n_epochs, name, histograms
         self._kept = History(self.options, self.measures, transformations)
         self._validated = self._undrawn = self._explained = False
@@ -174,7 +184,7 @@ class InvarianceMonitor(Callback):
         result = self._evaluate(trainer, pl_module, epoch=trainer.current_epoch - 1)
         # `self.log` here would wait for the end of the epoch.
         with forgiving(self._told):
-            log_scalars(trainer, scalars(result, self._tags), logger_step(trainer))
+            log_scalars(trainer, scalars(result, self._tags, self._suffix), logger_step(trainer))
         self._draw(trainer)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -228,7 +238,7 @@ class InvarianceMonitor(Callback):
         result = self._evaluate(trainer, pl_module, epoch=trainer.current_epoch)
         # Every rank has the same values: `rank_zero_only` logs them without a collective and without a warning.
         self.log_dict(  # type: ignore[attr-defined]
-            scalars(result, self._tags), on_step=False, on_epoch=True, sync_dist=True, rank_zero_only=True
+            scalars(result, self._tags, self._suffix), on_step=False, on_epoch=True, sync_dist=True, rank_zero_only=True
         )
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> InvarianceResult:
@@ -244,6 +254,11 @@ class InvarianceMonitor(Callback):
     def _tags(self) -> dict[str, str]:
         """Measure → what its tags begin with."""
         return {measure: measure if self.name is None else f"{measure}_{self.name}" for measure in self.measures}
+
+    @property
+    def _suffix(self) -> str:
+        """What the tags of metrics of predictions end with."""
+        return "" if self.name is None else f"_{self.name}"
 
     def _draw(self, trainer: pl.Trainer) -> None:
         """Log pictures, text and histograms, on one process."""

@@ -11,6 +11,13 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_invariance.arguments import (
+    check_model,
+    check_number,
+    check_transformations,
+    named_measures,
+    named_metrics,
+)
 from lightning_invariance.distributed import gather_or_raise, rank_and_world_size
 from lightning_invariance.evaluation.collect import Convergence, collect
 from lightning_invariance.evaluation.isolation import ONE_AT_A_TIME
@@ -22,7 +29,6 @@ from lightning_invariance.evaluation.told import warn_of
 from lightning_invariance.evaluation.two_walks import in_two_walks
 from lightning_invariance.layers import Layers, unwrapped
 from lightning_invariance.loader import STLoader
-from lightning_invariance.measures import NormalizedVariance
 from lightning_invariance.measures.base import names_accumulators
 from lightning_invariance.result import InvarianceResult
 from lightning_invariance.transforms import TransformationSet
@@ -55,6 +61,7 @@ def evaluate(
     convergence: bool = False,
     state_budget: int | None = None,
     confidence: float | None = None,
+    outputs: Metric | Sequence[Metric] | Mapping[str, Metric] | None = None,
     channel_axis: Mapping[str, int] | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -99,6 +106,8 @@ def evaluate(
         confidence: of intervals over samples, such as 0.95: a second pass finds the standard error of every unit, and
             how much each sample moves the mean of each layer, of the variances, distances and same-equivariances. See
             :meth:`InvarianceResult.interval` and :func:`compare`. By default there are none.
+        outputs: metrics of predictions and targets, such as an accuracy: what the network's output (its logits, or the
+            first tensor) is worth under each transformation, as ``result.outputs``. They need targets in the data.
         channel_axis: where the units stand in the activations of some layers, ``{"blocks.*": -1}``: names or glob
             patterns → axis of the activation (without the batch). By default the first for convolutions and batch
             norms, the last for ``Linear``, ``LayerNorm`` and ``Embedding``, that of the input for modules that keep its
@@ -141,6 +150,7 @@ def evaluate(
         convergence=convergence,
         state_budget=state_budget,
         confidence=confidence,
+        outputs=named_metrics(outputs),
         channel_axis=channel_axis,
         seed=seed,
         progress=progress,
@@ -178,14 +188,14 @@ def _measured(session: Session, transformations: TransformationSet, measures: Ma
     check_transformations(transformations)
     loader, options = session.loader(transformations, _run_of(measures)), session.options
     if loader.n_samples is not None:
-        _check_number(loader.n_samples)
+        check_number(loader.n_samples)
     milestones = _milestones(loader) if options.convergence else []
     convergence, result = Convergence(measures), None
     if options.state_budget is not None or len(transformations) > session.batch_size:
         budget = DEFAULT_BUDGET if options.state_budget is None else options.state_budget
         needed, activations = _needed(session, loader, measures)
         if needed > budget:
-            for name in ("convergence", "confidence"):
+            for name in ("convergence", "confidence", "outputs"):
                 if getattr(options, name):
                     raise ValueError(
                         f"Expected `{name}` with states within `state_budget`, but {budget} bytes are less than the"
@@ -196,7 +206,8 @@ def _measured(session: Session, transformations: TransformationSet, measures: Ma
         result = collect(session.walk(measures, loader, milestones, convergence.note))
         if milestones:
             result.convergence = convergence.of(result)
-    _check_number(result.n_samples)
+    result.outputs = session.outputs()
+    check_number(result.n_samples)
     ran = [*result.layers, *(layer for layers in result.skipped.values() for layer in layers)]
     session.selection.check_measured(ran, result.left_out)
     if rank_and_world_size()[0] == 0:
@@ -234,64 +245,3 @@ def _milestones(loader: STLoader) -> list[int]:
             f" {world_size} processes and {'unknown' if loader.n_samples is None else loader.n_samples} samples."
         )
     return sorted({max(2, loader.n_samples // part) for part in (8, 4, 2)} - {loader.n_samples})
-
-
-def named_measures(measures: Sequence[Metric] | Mapping[str, Metric] | None) -> dict[str, Metric]:
-    """Name → metric, checked."""
-    if measures is None:
-        measures = [NormalizedVariance()]
-    if isinstance(measures, Metric | type):
-        measures = [measures]  # type: ignore[list-item]
-    pairs = list(measures.items()) if isinstance(measures, Mapping) else [(type(m).__name__, m) for m in measures]
-    named: dict[str, Metric] = {}
-    for name, measure in pairs:
-        if not isinstance(measure, Metric):
-            hint = f": call it, as in `{measure.__name__}()`" if isinstance(measure, type) else ""
-            raise TypeError(
-                f"Expected argument `measures` to hold torchmetrics.Metric objects, but got {measure!r}{hint}."
-            )
-        if name in named:
-            raise ValueError(
-                f"Expected argument `measures` to hold measures of different names, but got two of {name!r}; give them"
-                f' names with a dict: {{"{name}": ..., "other": ...}}.'
-            )
-        named[name] = measure
-    if not named:
-        raise ValueError("Expected argument `measures` to hold at least one measure, but got none.")
-    return named
-
-
-def check_model(model: Any) -> None:
-    """Raise for what is no module with values."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"Expected argument `model` to be a torch.nn.Module, but got {type(model).__name__}: call"
-            " `evaluate(model, data, transformations)`, in this order."
-        )
-    if any(tensor.is_meta for tensors in (model.parameters(), model.buffers()) for tensor in tensors):
-        raise ValueError(
-            "Expected argument `model` to hold values, but some of its parameters are on the meta device: load them, or"
-            " materialise it with `model.to_empty(device=...)`."
-        )
-
-
-def check_transformations(transformations: TransformationSet) -> None:
-    """Raise for what is no set of at least two transformations."""
-    if not isinstance(transformations, TransformationSet):
-        hint = (
-            f"call it, as in `{transformations.__name__}(16)`"
-            if callable(transformations) and hasattr(transformations, "__name__")
-            else "write `rotations(16)`, or make one of functions with `TransformationSet.from_callables`"
-        )
-        raise TypeError(
-            f"Expected argument `transformations` to be a TransformationSet, but got {transformations!r}: {hint}."
-        )
-    if len(transformations) < 2:
-        raise ValueError(
-            f"Expected argument `transformations` to hold at least two transformations, but got {transformations!r}."
-        )
-
-
-def _check_number(n_samples: int) -> None:
-    if n_samples < 2:
-        raise ValueError(f"Expected at least two samples, but got {n_samples}: a variance needs two.")

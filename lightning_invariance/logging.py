@@ -126,7 +126,7 @@ def _experiments(trainer: pl.Trainer) -> list[Any]:
     return [getattr(logger, "experiment", None) for logger in trainer.loggers if not _is_dummy(logger)]
 
 
-def scalars(result: InvarianceResult, tags: Mapping[str, str]) -> dict[str, float]:
+def scalars(result: InvarianceResult, tags: Mapping[str, str], suffix: str = "") -> dict[str, float]:
     """Tag → the mean of each layer and that over the layers, and the shares of infinite and dead units above 1 %.
 
     With ``confidence`` also the bounds of the interval of each layer.
@@ -134,6 +134,7 @@ def scalars(result: InvarianceResult, tags: Mapping[str, str]) -> dict[str, floa
     Args:
         result: an evaluation.
         tags: measure → what its tags begin with.
+        suffix: of metrics of predictions.
     """
     found: dict[str, float] = {}
     for measure, tag in tags.items():
@@ -147,6 +148,10 @@ def scalars(result: InvarianceResult, tags: Mapping[str, str]) -> dict[str, floa
                 found[f"{tag}_low/{names[row.layer]}"] = row.low
                 found[f"{tag}_high/{names[row.layer]}"] = row.high
         found[f"{tag}_mean"] = result.mean(measure)
+    for metric, values in result.outputs.items():
+        found[f"{metric}{suffix}_mean"] = values.mean
+        if math.isfinite(values.worst):
+            found[f"{metric}{suffix}_worst"] = values.worst
     return found
 
 

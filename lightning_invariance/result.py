@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import html
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -41,6 +42,31 @@ PLAIN = (
     "confidence",
     "sparse",
 )
+
+
+@dataclass(frozen=True)
+class OutputValues:
+    """What a metric of predictions and targets is under each transformation.
+
+    Attributes:
+        values: one for each transformation.
+        higher_is_better: whether higher values are better; None where the metric does not say.
+    """
+
+    values: list[float]
+    higher_is_better: bool | None = None
+
+    @property
+    def mean(self) -> float:
+        """The mean over the transformations."""
+        return sum(self.values) / len(self.values) if self.values else math.nan
+
+    @property
+    def worst(self) -> float:
+        """The lowest value, or the highest of metrics where lower is better; NaN where that is not known."""
+        if self.higher_is_better is None or not self.values:
+            return math.nan
+        return min(self.values) if self.higher_is_better else max(self.values)
 
 
 class InvarianceResult(LayerIntervals):
@@ -79,12 +105,13 @@ class InvarianceResult(LayerIntervals):
             of the layer; see :mod:`lightning_invariance.intervals`. NaN for samples that did not reach it.
         sample_keys: measure → a number of 64 bits for each of these samples or groups, by what they hold.
         sparse: measure → layer → share of the units whose values few samples decide.
+        outputs: metric of predictions and targets → its value under each transformation, with ``mean`` and ``worst``.
 
     Attributes:
         n_samples: see Args. So are ``transformations``, ``parameters``, ``epoch``, ``step``, ``floor``, ``skipped``,
             ``left_out``, ``reached``, ``channel_axis``, ``convergence``, ``higher_is_better``, ``ratios``, ``units``,
             ``response``, ``scores``, ``standard_errors``, ``confidence``, ``freedom``, ``influences``,
-            ``sample_keys`` and ``sparse``.
+            ``sample_keys``, ``sparse`` and ``outputs``.
     """
 
     #: How :meth:`plot` draws; set by ``lightning_invariance.plots``, which knows results.
@@ -117,6 +144,7 @@ class InvarianceResult(LayerIntervals):
         influences: Mapping[str, Mapping[str, Tensor]] | None = None,
         sample_keys: Mapping[str, Tensor] | None = None,
         sparse: Mapping[str, Mapping[str, float]] | None = None,
+        outputs: Mapping[str, OutputValues | Mapping[str, Any]] | None = None,
     ) -> None:
         layers = dict.fromkeys(layer for of_layers in values.values() for layer in of_layers)
         samples = {layer: (reached or {}).get(layer, n_samples) for layer in layers}
@@ -139,6 +167,10 @@ class InvarianceResult(LayerIntervals):
         self.convergence = {
             measure: {layer: {int(n): value for n, value in found.items()} for layer, found in layers.items()}
             for measure, layers in (convergence or {}).items()
+        }
+        self.outputs = {
+            name: found if isinstance(found, OutputValues) else OutputValues(**found)
+            for name, found in (outputs or {}).items()
         }
         self.sparse = {measure: dict(layers) for measure, layers in (sparse or {}).items()}
         self.set_intervals(confidence, standard_errors, freedom, influences, sample_keys)
@@ -187,6 +219,7 @@ class InvarianceResult(LayerIntervals):
             "dead": self.dead,
             **{name: getattr(self, name) for name in BY_LAYER},
             "sample_keys": self.sample_keys,
+            "outputs": {name: asdict(found) for name, found in self.outputs.items()},
             "statistics": statistics,
             **{name: getattr(self, name) for name in PLAIN},
         }
@@ -194,7 +227,7 @@ class InvarianceResult(LayerIntervals):
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> InvarianceResult:
         """The result that :meth:`state_dict` described."""
-        known = ("dead", "sample_keys", *BY_LAYER, *PLAIN)  # and not what later versions add
+        known = ("dead", "sample_keys", "outputs", *BY_LAYER, *PLAIN)  # and not what later versions add
         rest = {name: value for name, value in state.items() if name in known}
         result = cls(state["values"], **rest)
         for measure, rows in state["statistics"].items():

@@ -88,8 +88,7 @@ class Deviations(Accumulator):
             changes = self._add(states, some, rows.before, changes)
             if some.dtype == torch.float32 and some.is_cpu and states["offsets"].numel() >= FEWEST_FLOAT32_VALUES:
                 _narrow(states, before)
-        if x.shape[0]:
-            changes = self._add(states, x, before, changes)
+        changes = self._add(states, x, before, changes) if x.shape[0] else changes
         if self.response and changes is None:
             added = scaled_changes(rows, self.reference)
             states["changes"] = states["changes"] + added if states["changes"].numel() else added
@@ -122,7 +121,7 @@ class Deviations(Accumulator):
         return states
 
     def shares(self, rows: Rows, totals: States) -> States:
-        """The squared deviations of each sample within its row, and from the means of the columns."""
+        """Those of each sample."""
         return deviations_of_samples(rows.flat, means_of(totals), self.squared)
 
     def prepared(self, context: Context) -> Accumulator:
@@ -283,8 +282,7 @@ def _widen(states: States) -> None:
 def _narrow(states: States, n: int) -> None:
     """Make the means float32, where that is not too coarse for the squared deviations of n rows."""
     if not _far_apart(states, n):
-        for name in ("centres", "offsets"):
-            states[name] = states[name].float()
+        states.update({name: states[name].float() for name in ("centres", "offsets")})
 
 
 def _far_apart(states: States, n: int) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from lightning_invariance.intervals import check_confidence
 from lightning_invariance.layers import Layers
@@ -30,6 +31,7 @@ class Options:
         convergence: also report values of the first samples.
         state_budget: bytes that the states of all layers may take.
         confidence: of intervals; None for none.
+        outputs: name → metric of predictions and targets, for each transformation.
         seed: of all random choices.
         progress: show a bar.
 
@@ -50,6 +52,7 @@ class Options:
     convergence: bool = False
     state_budget: int | None = None
     confidence: float | None = None
+    outputs: Mapping[str, Metric] = field(default_factory=dict)
     seed: int = 0
     progress: bool = True
 

@@ -55,6 +55,7 @@ class Registry:
     Attributes:
         layers: name → layer, in the order in which they ran.
         n_samples: number of complete rows.
+        in_first_pass: whether this is the first time that the rows are shown.
         finished: whether every row was seen as often as the measures need.
         input_shape: of the transformed input.
         left_out: layer → why it was not measured.
@@ -79,7 +80,7 @@ class Registry:
         self.left_out: dict[str, str] = {}
         self.expected, self._run, self.confidence = expected, run, confidence
         self.sample_keys: dict[int, int] = {}
-        self._in_first_pass = True
+        self.in_first_pass = True
         # Raises where a measure cannot work with the transformations.
         self._needs, self._needs_again = self._prepared(())
         self._in_parts = any(a.takes_parts for needs in self._needs.values() for a in needs)
@@ -92,7 +93,7 @@ class Registry:
     def start_block(self, block: STBlock) -> None:
         """The outputs that follow belong to this block."""
         self._block, self._memo, self._about = block, {}, {}
-        if self._in_first_pass and block.columns.stop == len(self.transformations):
+        if self.in_first_pass and block.columns.stop == len(self.transformations):
             self.n_samples += len(block.inputs)
 
     def start_input(self, inputs: Tensor) -> None:
@@ -100,7 +101,7 @@ class Registry:
         if self.input_shape is None:
             self.input_shape = tuple(inputs.shape[2:])
             self._needs, self._needs_again = self._prepared(self.input_shape)
-        if self.confidence is not None and self._in_first_pass and self._block is not None:
+        if self.confidence is not None and self.in_first_pass and self._block is not None:
             column = (self.transformations.identity or 0) - self._block.columns.start
             if 0 <= column < inputs.shape[1] and self._block.indices is not None:
                 self.sample_keys.update(zip(self._block.indices.tolist(), keys_of(inputs[:, column]), strict=True))
@@ -133,18 +134,18 @@ class Registry:
         if st.shape[2:] != layer.shape:
             return False
         last = block.columns.stop == self._m
-        active = layer.first if self._in_first_pass else layer.second
+        active = layer.first if self.in_first_pass else layer.second
         if self._in_parts:
             self._update([t for t in active if t.accumulator.takes_parts], st, last, channel_axis)
             active = [tally for tally in active if not tally.accumulator.takes_parts]
-        influences = () if self._in_first_pass else layer.influences.values()
+        influences = () if self.in_first_pass else layer.influences.values()
         whole = self._assembly.complete(name, st, last) if active or layer.metrics or influences else None
         if whole is not None:
             self._update(active, whole, True, channel_axis)
             rows = Rows(whole, block.indices, block.labels, memo={}, channel_axis=channel_axis)
             for influence in influences:
                 influence.add(rows)
-            for key, metric in layer.metrics.items() if self._in_first_pass else ():
+            for key, metric in layer.metrics.items() if self.in_first_pass else ():
                 metric.update(whole, **self._arguments(key, metric, block))
         return True
 
@@ -223,11 +224,11 @@ class Registry:
         if len(told) > 1:
             self._add_unseen(told, device)
             self._merge(device)
-        if not self._in_first_pass:
+        if not self.in_first_pass:
             self.finished = True
             return
         self.n_samples = sum(n for _, n, *_ in told)
-        self._in_first_pass = False
+        self.in_first_pass = False
         for name, layer in self.layers.items():
             self._begin_second_pass(name, layer, device)
             if self.confidence is not None and name != INPUT:
@@ -276,7 +277,7 @@ class Registry:
     def _merge(self, device: torch.device) -> None:
         """Give the accumulators of this pass the merged states of all processes."""
         layers = self.layers.values()
-        tallies = [tally for layer in layers for tally in (layer.first if self._in_first_pass else layer.second)]
+        tallies = [tally for layer in layers for tally in (layer.first if self.in_first_pass else layer.second)]
         influences = [influence for layer in layers for influence in layer.influences.values()]
         own = [tally.counted() for tally in tallies] + [influence.states for influence in influences]
         merges = [partial(merged, tally.accumulator) for tally in tallies] + [merged_influences] * len(influences)

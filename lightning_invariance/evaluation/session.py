@@ -27,10 +27,12 @@ from lightning_invariance.evaluation.isolation import (
 )
 from lightning_invariance.evaluation.memory import Activation, Output, activations_of, check_memory
 from lightning_invariance.evaluation.options import Options
+from lightning_invariance.evaluation.predictions import Predictions
 from lightning_invariance.evaluation.probe import CONSTANT, Finding, Layout, Outputs, few_of, probe
 from lightning_invariance.evaluation.registry import Registry
 from lightning_invariance.layers import select_layers
 from lightning_invariance.loader import STBlock, STLoader
+from lightning_invariance.result import OutputValues
 from lightning_invariance.transforms import TransformationSet
 
 #: glibc's allocator returns a freed block of some hundred kilobytes to the system, which zeroes it again, page by page,
@@ -70,6 +72,7 @@ class Session:
         self._transformed_module = inner[0] if inner else None
         self._findings: dict[str, Finding] | None = None  # of the first block
         self._outputs: dict[str, Output] = {}  # of the last probe
+        self._predictions: Predictions | None = None  # of the last walk
 
     def with_batch_size(self, batch_size: int) -> Session:
         """The same with another batch size."""
@@ -100,7 +103,7 @@ class Session:
                 rank=rank,
                 world_size=world_size,
                 transform=self._transformed_module is None,
-                with_batch=takes_batch(self.options.forward),
+                with_batch=takes_batch(self.options.forward) or bool(self.options.outputs),
                 run=run,
             )
             fingerprint = loader.fingerprint() if world_size > 1 else fingerprint
@@ -130,6 +133,8 @@ class Session:
         registry = Registry(measures, loader.transformations, loader.n_samples, loader.run, self.options.confidence)
         intake = Intake(registry, self.options.channel_axis, within=self._transformed_module is not None)
         waiting = list(milestones)
+        if self.options.outputs:
+            self._predictions = Predictions(self.options.outputs, len(loader.transformations), self.device)
         with self._prepared(intake), catch_activations(self.model, self.selection, intake.consume) as catcher:
             while not registry.finished:
                 error: BaseException | None = None
@@ -146,6 +151,10 @@ class Session:
                 registry.end_pass(self.device, error)
         return registry
 
+    def outputs(self) -> dict[str, OutputValues]:
+        """What the metrics of predictions and targets said in the last walk; every process must ask."""
+        return {} if self._predictions is None else self._predictions.values()
+
     def _measure(self, block: STBlock, intake: Intake, catcher: Catcher, registry: Registry) -> None:
         """Run the model on a block, after a probe if there was none or the block reaches other layers."""
         if self._findings is None:
@@ -157,7 +166,9 @@ class Session:
             activations = activations_of(self._outputs, self._findings, self.options.channel_axis or {})
             check_memory(registry, activations, self.batch_size, self.device, self.options.state_budget)
         with catcher.forward_pass():
-            self._call(block, block.inputs.flatten(0, 1))
+            output = self._call(block, block.inputs.flatten(0, 1))
+        if registry.in_first_pass and self._predictions is not None:
+            self._predictions.add(block, output)
         if intake.unknown:
             intake.consume_unknown(self._probed(block, catcher))
         intake.end_block()
@@ -235,7 +246,7 @@ class Session:
         forward: Callable[..., Any] | None = self.options.forward
         if forward is None:
             return self.model(x)
-        if block.batch is None:
+        if not takes_batch(forward):
             return forward(self.model, x)
         rows, columns = block.inputs.shape[:2]
         of_row = torch.arange(rows).repeat_interleave(columns)

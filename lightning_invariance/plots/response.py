@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lightning_invariance.hints import instead_of
 from lightning_invariance.plots.common import (
+    LINES,
     add_colourbar,
     colours,
     depth_colours,
@@ -48,7 +51,8 @@ def response(
     """Which angles break it? What each transformation does to each layer, against its parameter.
 
     A line for each layer, dark for the first and light for the last; for more than two dozen layers a row of colours
-    for each. For two parameters, such as the shifts of translations, a map for each layer. What is drawn is said at
+    for each. For two parameters, such as the shifts of translations, a map for each layer. Above lines and rows stands
+    what ``evaluate(outputs=...)`` found, such as the accuracy. What is drawn is said at
     :meth:`NormalizedVariance.response <lightning_invariance.measures.NormalizedVariance.response>`.
 
     Args:
@@ -84,10 +88,10 @@ def response(
 def _lines(
     result: InvarianceResult, lines: dict[str, np.ndarray], varying: dict[str, np.ndarray], measure: str
 ) -> Figure:
-    figure = new_figure(8, 4.5)
-    axes = figure.add_subplot()
     count = len(result.transformations)
     name, x, order = _ordered(result, varying)
+    figure = new_figure(8, 4.5 + (1.4 if result.outputs else 0))
+    axes = _below_outputs(figure, result, x[order], order, 4.5)
     for (layer, values), colour in zip(lines.items(), depth_colours(len(lines)), strict=True):
         style = "o-" if count <= MOST_LABELS else "-"
         axes.plot(x[order], values[order], style, color=colour, ms=3, linewidth=1.2, label=layer)
@@ -117,9 +121,9 @@ def _rows(
     names, values = [*lines], np.stack([*lines.values()])
     scale = scale_of(is_ratio([result], measure), values.ravel().tolist(), limits)
     height = min(HIGHEST, 0.16 * len(names))
-    figure = new_figure(7.5, height + 1.5)
-    axes = figure.add_subplot()
+    figure = new_figure(7.5, height + 1.5 + (1.4 if result.outputs else 0))
     name, _, order = _ordered(result, varying)
+    axes = _below_outputs(figure, result, np.arange(len(order)), order, height)
     shown = within(scale, values[:, order])
     axes.imshow(shown, aspect="auto", norm=scale, cmap=colours(), interpolation="nearest")
     blocks = label_layers(axes, names, height, along="y", marks=marks_of([result], measure))
@@ -131,6 +135,29 @@ def _rows(
     figure.suptitle(f"{measure} of one transformation")
     add_colourbar(figure, axes, scale, measure)
     return figure
+
+
+def _below_outputs(figure: Figure, result: InvarianceResult, x: np.ndarray, order: np.ndarray, height: float) -> Axes:
+    """Axes for the layers, below those that draw what the output is worth under each transformation, if that is known.
+
+    Args:
+        figure: an empty one.
+        result: an evaluation.
+        x: where transformations stand.
+        order: of the transformations.
+        height: of the axes for the layers, in inches.
+    """
+    if not result.outputs:
+        return figure.add_subplot()
+    above, axes = figure.subplots(2, 1, sharex=True, height_ratios=[1.2, height])
+    for (name, found), (colour, marker) in zip(result.outputs.items(), cycle(LINES), strict=False):
+        above.plot(x, np.array(found.values)[order], marker=marker, color=colour, ms=3, label=shorten(name))
+    above.set_ylabel(shorten(next(iter(result.outputs))) if len(result.outputs) == 1 else "output")
+    if len(result.outputs) > 1:
+        above.legend(fontsize="small")
+    above.grid(alpha=0.3)
+    found_axes: Axes = axes
+    return found_axes
 
 
 def _ordered(result: InvarianceResult, varying: dict[str, np.ndarray]) -> tuple[str, np.ndarray, np.ndarray]:

@@ -1,0 +1,151 @@
+"""Metrics of predictions and targets under each transformation, in the same walk."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from lightning.pytorch.callbacks import EarlyStopping
+from test_callback import Net, events, fit
+from torch import nn
+from torch.utils.data import TensorDataset
+from torchmetrics import MeanSquaredError
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+from lightning_invariance import InvarianceMonitor, InvarianceResult, evaluate, plots, quarter_turns, rotations
+from lightning_invariance.measures import Goodfellow, NormalizedVariance
+
+X = torch.rand(37, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(37) % 3
+
+
+def classifier():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+
+
+def accuracy():
+    return MulticlassAccuracy(3, average="micro")
+
+
+def expected_accuracies(turns):
+    with torch.no_grad():
+        predictions = classifier()(turns(X).flatten(0, 1)).argmax(1).view(37, -1)
+    return (predictions == Y[:, None]).double().mean(0).tolist()
+
+
+@pytest.mark.parametrize("batch_size", [3, 10, 64])
+@pytest.mark.parametrize("measures", [None, [Goodfellow()], [NormalizedVariance()]])
+def test_the_accuracy_under_each_transformation(batch_size, measures):
+    """Also where rows are longer than a batch, and where a second pass shows everything again."""
+    turns = rotations(8)
+    data = TensorDataset(X, Y)
+    result = evaluate(
+        classifier(), data, turns, measures, outputs=accuracy(), batch_size=batch_size, confidence=0.9, layers=["1"]
+    )
+    found = result.outputs["MulticlassAccuracy"]
+    expected = expected_accuracies(turns)
+    assert found.values == pytest.approx(expected, rel=1e-6)
+    assert found.mean == pytest.approx(sum(expected) / 8, rel=1e-6)
+    assert found.worst == pytest.approx(min(expected), rel=1e-6)
+
+
+def test_errors_are_worst_where_they_are_largest():
+    data = [{"image": x, "label": x.flip(-1)} for x in X]
+    metrics = {"mse": MeanSquaredError(), "again": MeanSquaredError()}
+    result = evaluate(nn.Sequential(nn.Identity()), data, quarter_turns(), outputs=metrics)
+    targets = X.flip(-1)
+    expected = [(moved - targets).square().mean().item() for moved in quarter_turns()(X).unbind(1)]
+    assert result.outputs["mse"].values == pytest.approx(expected, rel=1e-5)
+    assert result.outputs["mse"].worst == pytest.approx(max(expected), rel=1e-5)
+    assert [*result.outputs] == ["mse", "again"]
+
+
+def test_targets_of_any_shape_and_outputs_in_containers():
+    class Segments(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Conv2d(1, 2, 1)
+
+        def forward(self, x):
+            return SimpleNamespace(loss=torch.zeros(()), logits=self.net(x), other=x)
+
+    torch.manual_seed(1)
+    model, targets = Segments(), (X[:, 0] > 0.5).long()
+    metric = MulticlassJaccardIndex(2)
+    data = TensorDataset(X, targets)
+    forward = lambda model, x: {"hidden": x, "logits": model(x).logits}  # noqa: E731
+    for options in ({"forward": forward}, {}):
+        result = evaluate(model, data, quarter_turns(), outputs=metric, **options)
+        for j, moved in enumerate(quarter_turns()(X).unbind(1)):
+            value = MulticlassJaccardIndex(2)(model.net(moved), targets)
+            assert result.outputs["MulticlassJaccardIndex"].values[j] == pytest.approx(float(value), rel=1e-5)
+
+
+def test_the_file_keeps_them_and_the_picture_draws_them(tmp_path):
+    measure = NormalizedVariance(response=True)
+    metrics = {"accuracy": accuracy(), "error": MulticlassAccuracy(3)}
+    result = evaluate(classifier(), TensorDataset(X, Y), rotations(8), measure, outputs=metrics)
+    result.save(tmp_path / "result.npz")
+    loaded = InvarianceResult.load(tmp_path / "result.npz")
+    assert loaded.outputs == result.outputs
+    assert result.reduced().outputs == result.outputs
+    above = plots.response(loaded).axes[0]
+    assert above.lines[0].get_ydata().tolist() == result.outputs["accuracy"].values
+    assert len(above.lines) == 2
+
+
+def in_process(rank, world_size, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    result = evaluate(classifier(), TensorDataset(X, Y), rotations(4), outputs=accuracy())
+    few = evaluate(classifier(), TensorDataset(X[:2], Y[:2]), rotations(4), outputs=accuracy())
+    values = [each.outputs["MulticlassAccuracy"].values for each in (result, few)]
+    torch.save(values, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_processes_have_the_values_of_one(tmp_path):
+    mp.start_processes(in_process, (3, str(tmp_path)), 3, start_method="spawn")
+    few = evaluate(classifier(), TensorDataset(X[:2], Y[:2]), rotations(4), outputs=accuracy())
+    for rank in range(3):
+        values = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert values[0] == pytest.approx(expected_accuracies(rotations(4)), rel=1e-6)
+        assert values[1] == pytest.approx(few.outputs["MulticlassAccuracy"].values)
+
+
+def test_the_callback_logs_mean_and_worst(tmp_path):
+    data = TensorDataset(torch.rand(20, 1, 6, 6), torch.arange(20) % 2)
+    metric = MulticlassAccuracy(2, average="micro")
+    monitor = InvarianceMonitor(rotations(4), data=data, outputs=metric, name="turns")
+    stopping = EarlyStopping("MulticlassAccuracy_turns_worst", mode="max", patience=100)
+    fit(tmp_path, monitor, stopping, epochs=1, model=Net())
+    found = monitor.history[-1].outputs["MulticlassAccuracy"]
+    logged = events(tmp_path)
+    assert logged.Scalars("MulticlassAccuracy_turns_mean")[-1].value == pytest.approx(found.mean, rel=1e-6)
+    assert logged.Scalars("MulticlassAccuracy_turns_worst")[-1].value == pytest.approx(found.worst, rel=1e-6)
+    assert float(stopping.best_score) == pytest.approx(found.worst, rel=1e-6)
+
+
+def test_what_does_not_fit_is_refused():
+    data, turns = TensorDataset(X, Y), quarter_turns()
+    with pytest.raises(ValueError, match="targets for the metrics"):
+        evaluate(classifier(), X, turns, outputs=accuracy())
+    with pytest.raises(ValueError, match="one value"):
+        evaluate(classifier(), data, turns, outputs=MulticlassAccuracy(3, average=None))
+    with pytest.raises(TypeError, match="`outputs`.*call it"):
+        evaluate(classifier(), data, turns, outputs=[MulticlassAccuracy])
+    with pytest.raises(ValueError, match="prediction for each of"):
+        evaluate(classifier(), data, turns, outputs=accuracy(), forward=lambda model, x: model(x).sum())
+    with pytest.raises(ValueError, match="`outputs` with states within"):
+        evaluate(classifier(), data, rotations(16), outputs=accuracy(), state_budget=2500)
+    with pytest.raises(ValueError, match="names of measures"):
+        InvarianceMonitor(turns, outputs={"a:b": accuracy()})
+
+
+def test_metrics_that_are_given_stay_as_they_are():
+    metric = accuracy()
+    metric.update(torch.tensor([0, 1]), torch.tensor([0, 1]))
+    evaluate(classifier(), TensorDataset(X, Y), quarter_turns(), outputs=metric)
+    assert float(metric.compute()) == 1
