@@ -55,7 +55,8 @@ class Predictions:
         predictions = predictions.detach().reshape(rows, columns, *predictions.shape[1:])
         for clones in self._clones.values():
             for column, metric in enumerate(clones[block.columns]):
-                metric.update(predictions[:, column], targets.to(predictions.device))
+                # Some metrics view their arguments, which only contiguous ones allow.
+                metric.update(predictions[:, column].contiguous(), targets.to(predictions.device).contiguous())
 
     def values(self) -> dict[str, OutputValues]:
         """Name → the value under each transformation; of all processes, by the metrics' own synchronisation.
