@@ -19,9 +19,9 @@ from lightning_invariance.intervals import (
     network_influences,
     one_sided,
     p_value,
-    t_quantile,
 )
 from lightning_invariance.result import InvarianceResult
+from lightning_invariance.students_t import t_quantile
 
 #: A result, or the path of its file; or several, such as one for each seed.
 Results: TypeAlias = InvarianceResult | str | os.PathLike[str] | Sequence[InvarianceResult | str | os.PathLike[str]]

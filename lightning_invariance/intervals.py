@@ -11,12 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from lightning_invariance.measures.f_distribution import f_survival
+from lightning_invariance.students_t import t_quantile, two_sided
 
 #: An interval of fewer samples, or groups of samples, is marked.
 FEWEST_SAMPLES = 10
@@ -116,38 +115,13 @@ def degrees_of_freedom(n: int, squares: Tensor, fourths: Tensor) -> Tensor:
     return torch.where(squares > 0, found.nan_to_num(nan=1.0), n - 1.0).clamp(1, max(1, n - 1))
 
 
-@lru_cache(maxsize=4096)
-def t_quantile(confidence: float, freedom: float) -> float:
-    """How many standard errors a two-sided interval reaches to each side: Student's t."""
-    low, high = 0.0, 2.0
-    while float(f_survival(torch.tensor([high**2], dtype=torch.float64), 1, freedom)) > 1 - confidence:
-        high *= 2
-    for _ in range(10):  # each step takes one of 64 parts: down to the last bit
-        places = torch.linspace(low, high, 65, dtype=torch.float64)
-        above = int((f_survival(places.square(), 1, freedom) > 1 - confidence).sum())
-        low, high = float(places[max(above - 1, 0)]), float(places[min(above, 64)])
-    return high
-
-
-def t_quantiles(confidence: float, freedom: Tensor) -> Tensor:
-    """The same for many degrees of freedom, between 256 of them linear in 1 / ν: within 1e-4 of a part."""
-    if not freedom.numel():
-        return freedom
-    grid = torch.linspace(1.0, 0.0, 257, dtype=torch.float64)[:-1]  # 1 / ν
-    known = torch.tensor([t_quantile(confidence, 1 / float(x)) for x in grid], dtype=torch.float64)
-    place = (1 - 1 / freedom.double()) * 256
-    below = place.floor().clamp(0, 254).long()
-    share = (place - below).clamp(0, 1)
-    return known[below] * (1 - share) + known[below + 1] * share
-
-
 def p_value(difference: float, error: float, freedom: float) -> float:
     """Two-sided, of a difference with a standard error: 1 where both are 0, 0 where only the error is."""
     if math.isnan(difference) or math.isnan(error):
         return math.nan
     if error == 0:
         return 1.0 if difference == 0 else 0.0
-    return float(f_survival(torch.tensor([(difference / error) ** 2], dtype=torch.float64), 1, freedom))
+    return two_sided(difference / error, freedom)
 
 
 def one_sided(above: float, error: float, freedom: float) -> float:

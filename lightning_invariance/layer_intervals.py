@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lightning_invariance.hints import instead_of
-from lightning_invariance.intervals import Intervals, check_confidence, interval_of, network_influences, t_quantiles
+from lightning_invariance.intervals import Intervals, check_confidence, interval_of, network_influences
 from lightning_invariance.layer_values import LayerValues
+from lightning_invariance.students_t import t_quantiles
 
 ByLayer = Mapping[str, Mapping[str, Tensor]]
 

@@ -449,6 +449,9 @@ def test_samples_are_known_by_what_they_hold():
 
 @pytest.mark.parametrize(("level", "freedom"), [*itertools.product([0.5, 0.9, 0.95, 0.999], [1, 2.5, 12, 250.3, 1e5])])
 def test_students_t(level, freedom):
-    from lightning_invariance.intervals import t_quantile
+    from lightning_invariance.students_t import t_quantile, two_sided
 
-    assert t_quantile(level, freedom) == pytest.approx(scipy.stats.t.ppf((1 + level) / 2, freedom), rel=1e-9)
+    t = t_quantile(level, freedom)
+    assert t == pytest.approx(scipy.stats.t.ppf((1 + level) / 2, freedom), rel=1e-9)
+    for other in (0.0, 0.1, t, 5.0, 40.0):
+        assert two_sided(other, freedom) == pytest.approx(2 * scipy.stats.t.sf(other, freedom), rel=1e-9, abs=1e-300)

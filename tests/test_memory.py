@@ -140,3 +140,12 @@ def test_on_other_devices_sums_are_in_float64(name):
         k, m = 6 * 40 * 40, 4
         assert on_another == 8 * (m + 3) * (k + 3)
         assert on_cpu == (4 * (m + 1) + 8 * 2) * k + 8 * (m + 3) * 3
+
+
+def test_influences_are_counted():
+    """They take some 50 bytes and m float32 means for each activation: what fits without them need not fit with them."""
+    x, model = torch.rand(8, 3, 16, 16), torch.nn.Sequential(torch.nn.Identity())
+    sums = 3 * 16 * 16 * (4 * 4 + 3 * 8)
+    with pytest.raises(ValueError, match="`confidence` with states within"):
+        evaluate(model, x, rotations(4), batch_size=8, state_budget=int(1.2 * sums), confidence=0.95)
+    evaluate(model, x, rotations(4), batch_size=8, state_budget=3 * sums, confidence=0.95)

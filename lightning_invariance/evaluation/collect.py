@@ -11,7 +11,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_invariance.evaluation.influence import Influence
-from lightning_invariance.evaluation.registry import INPUT, Registry
+from lightning_invariance.evaluation.needed import INPUT
+from lightning_invariance.evaluation.registry import Registry
 from lightning_invariance.evaluation.tallies import Layer
 from lightning_invariance.intervals import FEWEST_DEGREES, degrees_of_freedom
 from lightning_invariance.measures import Measure
@@ -38,7 +39,7 @@ def collect(registry: Registry) -> InvarianceResult:
     reached = {name: tally.n_samples for name, layer in registry.layers.items() for tally in layer.first}
     for name, layer in registry.layers.items():
         for key, metric in registry.measures.items():
-            if not registry.applies(key, name, layer.shape):
+            if not registry.needs.applies(key, name, layer.shape):
                 skipped[key] += [name] if name != INPUT else []
                 continue
             value = _value(registry, key, layer)
@@ -174,7 +175,7 @@ class Convergence:
         layers = {name: layer for name, layer in registry.layers.items() if name != INPUT}
         self._means[registry.n_samples] = {}
         for key in self._measures:
-            measured = [name for name, layer in layers.items() if registry.applies(key, name, layer.shape)]
+            measured = [name for name, layer in layers.items() if registry.needs.applies(key, name, layer.shape)]
             values = _over_layers(registry, key, {name: _value(registry, key, layers[name]) for name in measured})
             self._means[registry.n_samples][key] = {
                 name: LayerStatistics.of(name, value, None).mean for name, value in values.items()

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators.base import Accumulator, Rows, started
+from lightning_invariance.evaluation.needed import INPUT
 from lightning_invariance.evaluation.probe import Finding, Layout
-from lightning_invariance.evaluation.registry import INPUT, Registry
+from lightning_invariance.evaluation.registry import Registry
 from lightning_invariance.maps import channel_axis_in, usual_channel_axis
 
 #: What a layer returned in a probe, without values; the axis of its channels, counted from the end, where the module
@@ -27,6 +28,9 @@ LARGEST_ROW = 2**28
 
 #: States that still grow after so many rows are taken for what they are then.
 MOST_ROWS = 1024
+
+#: Bytes of an activation for influences: sums, derivatives and weights; and of a column mean in float32.
+INFLUENCE, MEAN = 48, 4
 
 #: Where Linux tells what a container may use.
 CONTAINER = Path("/sys/fs/cgroup")
@@ -113,7 +117,7 @@ def needed_bytes(
         activations = {**activations, INPUT: (shape, dtype, usual_channel_axis(shape))}
     for name, activation in activations.items():
         shared: dict[Accumulator, int] = {}
-        for measure, accumulators in registry.accumulators_of(name, activation[0]).items():
+        for measure, accumulators in registry.needs.accumulators_of(name, activation[0]).items():
             for accumulator in accumulators:
                 key = accumulator, activation
                 if key not in sizes:
@@ -121,6 +125,10 @@ def needed_bytes(
                 shared[accumulator] = sizes[key]
                 by_measure[measure] = by_measure.get(measure, 0) + sizes[key]
         total += sum(size for each, size in shared.items() if not _is_included(each, shared))
+        for measure in registry.needs.with_intervals if registry.confidence and name != INPUT else ():
+            size = math.prod(activation[0]) * (INFLUENCE + MEAN * m)
+            by_measure[measure] = by_measure.get(measure, 0) + size
+            total += size
         if m > batch_size and not all(accumulator.takes_parts for accumulator in shared):
             total += m * math.prod(activation[0]) * activation[1].itemsize
     return by_measure, total

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,24 +21,19 @@ from lightning_invariance.accumulators.base import (
     merged,
     started,
 )
-from lightning_invariance.accumulators.grouped_pairs import GroupedPairs
 from lightning_invariance.accumulators.still import Still
 from lightning_invariance.agreement import keys_of
 from lightning_invariance.distributed import gather_or_raise, merge_over_ranks
 from lightning_invariance.evaluation.assembly import Assembly
 from lightning_invariance.evaluation.influence import Influence
 from lightning_invariance.evaluation.influence import merged as merged_influences
+from lightning_invariance.evaluation.needed import INPUT, Needed
 from lightning_invariance.evaluation.tallies import Layer, Tally, distinct
 from lightning_invariance.loader import STBlock
 from lightning_invariance.maps import usual_channel_axis
 from lightning_invariance.measures import Sums
 from lightning_invariance.measures.base import names_accumulators
 from lightning_invariance.transforms import TransformationSet
-
-#: The layer of a network that returns its input, for :attr:`InvarianceResult.floor`.
-INPUT = ""
-
-Needs: TypeAlias = dict[str, tuple[Accumulator, ...]]
 
 
 class Registry:
@@ -61,6 +56,7 @@ class Registry:
         left_out: layer → why it was not measured.
         sample_keys: number of a sample → digest of what it holds, where influences are wanted.
         expected: how many samples there will be, if known.
+        needs: what the measures need.
     """
 
     def __init__(
@@ -82,8 +78,8 @@ class Registry:
         self.sample_keys: dict[int, int] = {}
         self.in_first_pass = True
         # Raises where a measure cannot work with the transformations.
-        self._needs, self._needs_again = self._prepared(())
-        self._in_parts = any(a.takes_parts for needs in self._needs.values() for a in needs)
+        self.needs = self._needed(())
+        self._in_parts = any(a.takes_parts for needs in self.needs.first.values() for a in needs)
         self._m = len(transformations)
         self._assembly = Assembly(self._m)
         self._block: STBlock | None = None
@@ -100,7 +96,7 @@ class Registry:
         """These are the transformed inputs ``(rows, columns, *input_shape)`` of the block."""
         if self.input_shape is None:
             self.input_shape = tuple(inputs.shape[2:])
-            self._needs, self._needs_again = self._prepared(self.input_shape)
+            self.needs = self._needed(self.input_shape)
         if self.confidence is not None and self.in_first_pass and self._block is not None:
             column = (self.transformations.identity or 0) - self._block.columns.start
             if 0 <= column < inputs.shape[1] and self._block.indices is not None:
@@ -167,33 +163,19 @@ class Registry:
             self._about[key] = metric._filter_kwargs(**known)
         return self._about[key]
 
-    def _prepared(self, input_shape: tuple[int, ...]) -> tuple[Needs, Needs]:
-        """By measure: the accumulators of each pass, for what is known now."""
-        context = Context(self.transformations, input_shape, self.expected, self._run)
-        own = {name: measure for name, measure in self.measures.items() if names_accumulators(measure)}
-        first = {name: tuple(a.prepared(context) for a in measure.needs) for name, measure in own.items()}
-        return first, {name: tuple(a.prepared(context) for a in measure.needs_again) for name, measure in own.items()}
-
-    def applies(self, measure: str, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether a measure is defined for a layer with activations of this shape."""
-        if not names_accumulators(metric := self.measures[measure]):
-            return name != INPUT
-        fits = all(accumulator.applies_to(shape) for accumulator in self._needs[measure])
-        return fits and (name != INPUT or metric.has_floor)
-
-    def accumulators_of(self, name: str, shape: tuple[int, ...]) -> Needs:
-        """By measure: the accumulators of the first pass for a layer with activations of this shape."""
-        return {measure: needs for measure, needs in self._needs.items() if self.applies(measure, name, shape)}
+    def _needed(self, input_shape: tuple[int, ...]) -> Needed:
+        """What the measures need, for what is known now."""
+        return Needed(self.measures, Context(self.transformations, input_shape, self.expected, self._run))
 
     def _new_layer(self, name: str, shape: tuple[int, ...], channel_axis: int, device: torch.device) -> Layer:
         layer = Layer(shape, channel_axis)
-        applicable = [measure for measure in self.measures if self.applies(measure, name, shape)]
-        accumulators = distinct([a for measure in applicable for a in self._needs.get(measure, ())])
+        applicable = [measure for measure in self.measures if self.needs.applies(measure, name, shape)]
+        accumulators = distinct([a for measure in applicable for a in self.needs.first.get(measure, ())])
         if name != INPUT and accumulators and all(type(a).dead is Accumulator.dead for a in accumulators):
             accumulators.append(Still())
         layer.first = [Tally(accumulator, started(accumulator, device)) for accumulator in accumulators]
         for measure in applicable:
-            if measure not in self._needs:
+            if measure not in self.needs.first:
                 metric = deepcopy(self.measures[measure])
                 metric.reset()
                 layer.metrics[measure] = metric.to(device)
@@ -203,7 +185,7 @@ class Registry:
         """The states that a measure needs of a layer, with or without those of a second pass."""
         states: States = {}
         n_samples = 0
-        for accumulator in (*self._needs[measure], *(self._needs_again[measure] if second_pass else ())):
+        for accumulator in (*self.needs.first[measure], *(self.needs.again[measure] if second_pass else ())):
             tally = layer.tally_of(accumulator)
             if tally is not None:  # a second pass is not always needed
                 states.update(tally.states)
@@ -238,23 +220,21 @@ class Registry:
     def _new_influences(self, name: str, layer: Layer) -> dict[str, Influence]:
         """By measure: the influences that a second pass over a layer can find."""
         found: dict[str, Influence] = {}
-        for key, accumulators in self._needs.items():
+        for key in self.needs.with_intervals:
             measure = self.measures[key]
-            if not names_accumulators(measure) or not measure.has_intervals or not self.applies(key, name, layer.shape):
+            if not names_accumulators(measure) or not self.needs.applies(key, name, layer.shape):
                 continue
             sums = self.sums(layer, key)
-            if not all(a.has_shares or isinstance(a, GroupedPairs) for a in accumulators):
-                continue
             if "groups" in sums and sums.n_samples < self.n_samples:  # not all of a group reach the layer
                 continue
             if sums.n_samples >= max(2, measure.least_samples) and self._m >= measure.least_transformations:
-                found[key] = Influence(measure, accumulators, sums)
+                found[key] = Influence(measure, self.needs.first[key], sums)
         return found
 
     def _begin_second_pass(self, name: str, layer: Layer, device: torch.device) -> None:
-        for key, accumulators in self._needs_again.items():
+        for key, accumulators in self.needs.again.items():
             measure = self.measures[key]
-            if not accumulators or not self.applies(key, name, layer.shape) or not names_accumulators(measure):
+            if not accumulators or not self.needs.applies(key, name, layer.shape) or not names_accumulators(measure):
                 continue
             sums = self.sums(layer, key, second_pass=False)
             if sums.n_samples and measure.needs_second_pass(sums):
@@ -266,7 +246,7 @@ class Registry:
         """Make the layers that only other processes have seen, in one order everywhere."""
         if self.input_shape is None:
             self.input_shape = next((shape for _, _, shape, *_ in told if shape is not None), None)
-            self._needs, self._needs_again = self._prepared(self.input_shape or ())
+            self.needs = self._needed(self.input_shape or ())
         order: dict[str, tuple[tuple[int, ...], int]] = {}
         for shapes, *_ in told:
             for name, about in shapes.items():
