@@ -133,7 +133,7 @@ class Influence:
     def _note(self, numbers: Tensor, on_sum: Tensor) -> None:
         """Keep the influences of clusters on the mean, given those on the sum over units."""
         self.states["numbers"] = torch.cat([self.states["numbers"], numbers.cpu()])
-        self.states["on_mean"] = torch.cat([self.states["on_mean"], on_sum.double().cpu() / self._units])
+        self.states["on_mean"] = torch.cat([self.states["on_mean"], on_sum.cpu().double() / self._units])
 
     def _add_group(self, part: Part) -> None:
         """Add a group that is complete."""
