@@ -143,7 +143,7 @@ def test_on_other_devices_sums_are_in_float64(name):
 
 
 def test_influences_are_counted():
-    """They take some 50 bytes and m float32 means for each activation: what fits without them need not fit with them."""
+    """They take some 50 bytes and m float32 means of each activation: sums that fit may not fit with them."""
     x, model = torch.rand(8, 3, 16, 16), torch.nn.Sequential(torch.nn.Identity())
     sums = 3 * 16 * 16 * (4 * 4 + 3 * 8)
     with pytest.raises(ValueError, match="`confidence` with states within"):
