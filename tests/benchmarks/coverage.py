@@ -175,16 +175,16 @@ def real_network(images: Path, weights: Path, subsets: int, transformations: int
         results.append([evaluate(model, x[part], turns, progress=False, confidence=0.95).reduced() for part in parts])
         print(f"  {sum(map(len, results))} subsets, {time.perf_counter() - start:.0f} s", flush=True)
     every = [result for some in results for result in some]
+    intervals = [result.interval() for result in every]
     covers = {
-        layer: np.mean([r.interval()[layer].low <= v <= r.interval()[layer].high for r in every])
-        for layer, v in truth.items()
+        layer: np.mean([each[layer].low <= v <= each[layer].high for each in intervals]) for layer, v in truth.items()
     }
-    marked = {layer: np.mean([bool(r.interval()[layer].doubt) for r in every]) for layer in truth}
+    marked = {layer: np.mean([bool(each[layer].doubt) for each in intervals]) for layer in truth}
     print(f"{'layer':20s}{'NV':>8s}{'covered':>9s}{'marked':>8s}")
     for layer, value in truth.items():
         print(f"{layer:20s}{value:8.4f}{covers[layer]:9.3f}{marked[layer]:8.2f}")
     inside = sum(0.92 <= share <= 0.98 for share in covers.values())
-    network = np.mean([r.interval().network.low <= exact.mean() <= r.interval().network.high for r in every])
+    network = np.mean([each.network.low <= exact.mean() <= each.network.high for each in intervals])
     print(f"{inside} of {len(covers)} layers between .92 and .98, {len(every)} subsets; network {network:.3f}")
     tests = [compare(a, b) for some in results for a, b in zip(some[::2], some[1::2], strict=False)]
     tests += [compare(a, b) for some in results for a, b in zip(some[1::2], some[2::2], strict=False)]
