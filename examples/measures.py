@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from models import CifarResNet
+from models import trained_resnet
 from torch import Tensor, nn
 
 from lightning_invariance import TransformationSet, evaluate, functional, rotations, translations
@@ -176,14 +176,7 @@ def error_of_the_estimate() -> None:
 
 def convergence(images: Path, weights: Path) -> None:
     """Values of a trained network after a part of the samples."""
-    state = torch.load(weights, map_location="cpu", weights_only=True)
-    state = {name.removeprefix("module."): value for name, value in state.get("state_dict", state).items()}
-    model = CifarResNet(6 * len({name.split(".")[1] for name in state if name.startswith("layer1.")}) + 2)
-    model.load_state_dict(state, strict=False)
-    with np.load(images, allow_pickle=False) as data:
-        x = torch.from_numpy(data["x"]).permute(0, 3, 1, 2) / 255
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    x = (x - mean[:, None, None]) / std[:, None, None]
+    model, x = trained_resnet(images, weights)
     layers = ["conv1", "layer1", "layer2", "layer3", "linear"]
     result = evaluate(model, x, rotations(16), NormalizedVariance(), layers=layers, convergence=True)
     numbers = list(next(iter(result.convergence["NormalizedVariance"].values())))

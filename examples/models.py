@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from pathlib import Path
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -86,3 +89,20 @@ class CifarResNet(nn.Module):
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(self.pool(x).flatten(1))
+
+
+def trained_resnet(images: Path, weights: Path) -> tuple[CifarResNet, Tensor]:
+    """A trained CIFAR ResNet, and images as it takes them.
+
+    Args:
+        images: npz with x (uint8, NHWC).
+        weights: state dict of the network, whose depth it tells.
+    """
+    state = torch.load(weights, map_location="cpu", weights_only=True)
+    state = {name.removeprefix("module."): value for name, value in state.get("state_dict", state).items()}
+    model = CifarResNet(6 * len({name.split(".")[1] for name in state if name.startswith("layer1.")}) + 2)
+    model.load_state_dict(state, strict=False)
+    with np.load(images, allow_pickle=False) as data:
+        x = torch.from_numpy(data["x"]).permute(0, 3, 1, 2) / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return model, (x - mean[:, None, None]) / std[:, None, None]

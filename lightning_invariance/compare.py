@@ -123,8 +123,7 @@ def _over_samples(
     a: InvarianceResult, b: InvarianceResult, measure: str, pairs: Sequence[_Pair], test: _Test
 ) -> tuple[list[Difference], Difference, bool]:
     """The rows, that of the network, and whether samples are paired."""
-    for result in (a, b):
-        result.interval(measure)  # raises where there are no influences
+    intervals, others_intervals = a.interval(measure), b.interval(measure)
     order = _matching(a.sample_keys[measure], b.sample_keys[measure])
     own, other = a.influences[measure], b.influences[measure]
     of_a = {layer: own[layer] for layer, _ in pairs}
@@ -132,26 +131,27 @@ def _over_samples(
     if order is not None:
         of_b = {layer: psi[order] for layer, psi in of_b.items()}
     means, others = a.per_layer(measure), b.per_layer(measure)
-    left_out = {row.layer: row.share_infinite for row in a.table(measure)}
     rows = []
     for layer, parts in pairs:
         value = sum(w * others[name] for name, w in parts.items())
-        error, freedom, doubt = _error(of_a[layer], of_b[layer], order is not None, left_out[layer])
+        error, freedom, doubt = _error(of_a[layer], of_b[layer], order is not None)
+        doubts = [intervals[layer].doubt, *(others_intervals[name].doubt for name in parts)]
+        doubt = next(filter(None, doubts), doubt)
         rows.append(test.row(layer, means[layer], value, error, freedom, doubt))
     finite = [row.layer for row in rows if math.isfinite(row.difference)]
     psi_a, psi_b = network_influences(of_a, finite), network_influences(of_b, finite)
     known = [row for row in rows if row.layer in set(finite)]
-    error, freedom, doubt = _error(psi_a, psi_b, order is not None, 0.0)
+    error, freedom, doubt = _error(psi_a, psi_b, order is not None)
     network = test.row("network", _mean(row.a for row in known), _mean(row.b for row in known), error, freedom, doubt)
     return rows, network, order is not None
 
 
-def _error(a: Tensor, b: Tensor, paired: bool, left_out: float) -> tuple[float, float, str]:
+def _error(a: Tensor, b: Tensor, paired: bool) -> tuple[float, float, str]:
     """Standard error of a difference of means, its degrees of freedom, and what is doubtful."""
     if paired:
-        found = interval_of(0.0, b - a, 0.5, left_out)
+        found = interval_of(0.0, b - a, 0.5)
         return found.standard_error, found.freedom, found.doubt
-    both = interval_of(0.0, a, 0.5, left_out), interval_of(0.0, b, 0.5, left_out)
+    both = interval_of(0.0, a, 0.5), interval_of(0.0, b, 0.5)
     return (*_welch([(each.standard_error, each.freedom) for each in both]), both[0].doubt or both[1].doubt)
 
 

@@ -81,17 +81,22 @@ class LayerIntervals(LayerValues):
             confidence: by default that of the evaluation.
 
         Raises:
-            ValueError: If the result has no influences of samples on the measure, or ``confidence`` is not in (0, 1).
+            ValueError: If the result has no influences of samples on the measure, was reduced to channels, or
+                ``confidence`` is not in (0, 1).
+            KeyError: If there is no such layer.
         """
         measure = self._known(measure)
         self._influences_of(measure)
-        if layer not in self.standard_errors[measure]:
-            raise KeyError(
-                f"No intervals of layer {layer!r}. {instead_of(layer, self.standard_errors[measure], 'Has')}"
+        if not (known := self.standard_errors.get(measure, {})):
+            raise ValueError(
+                f"Expected a result with standard errors of units of {measure}, but this one was reduced to channels,"
+                " as older results of a history are: it has intervals of layers only."
             )
+        if layer not in known:
+            raise KeyError(f"No intervals of layer {layer!r}. {instead_of(layer, known, 'It has')}")
         level = check_confidence(self.confidence or 0.95) if confidence is None else check_confidence(confidence)
         freedom = self.freedom[measure][layer]
-        half = t_quantiles(level, freedom.flatten()).view(freedom.shape) * self.standard_errors[measure][layer]
+        half = t_quantiles(level, freedom.flatten()).view(freedom.shape) * known[layer]
         return self[measure][layer] - half, self[measure][layer] + half
 
     def samples_for(self, half_width: float, measure: str | None = None, layer: str | None = None) -> int:

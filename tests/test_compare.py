@@ -97,7 +97,6 @@ def test_other_samples_are_compared_unpaired():
 
 @pytest.mark.parametrize("margin", [0.1, 2.0, 40.0])
 def test_equivalence_is_two_one_sided_tests(margin):
-    """Where the influences are nearly normal the degrees of freedom are n − 1, as in the textbook's test."""
     x = images(200)
     a, b = result_of(1.0, x, depth=1), result_of(1.01, x, depth=1)
     row = compare(a, b, margin=margin)["layers.0"]
@@ -109,8 +108,39 @@ def test_equivalence_is_two_one_sided_tests(margin):
     above = scipy.stats.t.sf((margin + difference) / error, freedom)
     assert row.equivalent == pytest.approx(max(below, above), rel=1e-6, abs=1e-300)
     assert row.not_worse == pytest.approx(above, rel=1e-6, abs=1e-300)
-    if freedom == 199:
-        assert row.equivalent == pytest.approx(ttost_paired(other, one, -margin, margin)[0], rel=1e-6)
+
+
+def by_hand(values):
+    """A result of one layer whose mean is that of values, one for each sample."""
+    psi = torch.from_numpy(values - values.mean())
+    return InvarianceResult(
+        {"M": {"layer": torch.tensor([values.mean()])}},
+        n_samples=len(values),
+        confidence=0.95,
+        influences={"M": {"layer": psi}},
+        sample_keys={"M": torch.arange(len(values))},
+        higher_is_better={"M": False},
+    )
+
+
+@pytest.mark.parametrize("margin", [0.01, 0.1, 0.3])
+def test_equivalence_is_that_of_statsmodels(margin):
+    """Of uniform differences, whose kurtosis is below 3: the textbook's n − 1 degrees of freedom."""
+    one = np.random.default_rng(0).uniform(size=200)
+    other = one + np.random.default_rng(1).uniform(-0.5, 0.6, 200)
+    row = compare(by_hand(one), by_hand(other), margin=margin)["layer"]
+    assert row.equivalent == pytest.approx(ttost_paired(other, one, -margin, margin)[0], rel=1e-9)
+    assert row.p == pytest.approx(scipy.stats.ttest_rel(other, one).pvalue, rel=1e-9)
+
+
+def test_doubts_of_either_result_are_told():
+    x = images(30)
+    few = compare(result_of(1.0, x[:6]), result_of(1.0, x[:6]))["layers.0"]
+    assert "6 samples" in few.doubt
+    a, b = result_of(1.0, x), result_of(1.0, x)
+    assert compare(a, b)["layers.0"].doubt == a.interval()["layers.0"].doubt
+    b.sparse = {"TransformationVariance": {"layers.0": 0.5}}
+    assert "few samples decide 50% of the units" in compare(a, b)["layers.0"].doubt
 
 
 def test_not_worse_and_equivalent_layers():

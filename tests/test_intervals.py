@@ -430,6 +430,8 @@ def test_wrong_arguments():
         result.samples_for(1, layer="0 ")
     with pytest.raises(KeyError, match="layer 'x'"):
         result.unit_interval("x")
+    with pytest.raises(ValueError, match="reduced to channels"):
+        result.reduced().unit_interval("0")
     without = evaluate(network(), images(4), quarter_turns())
     with pytest.raises(ValueError, match="confidence=0.95"):
         without.interval()

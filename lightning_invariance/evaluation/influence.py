@@ -58,9 +58,8 @@ class Influence:
         self._measure, self._sums = measure, sums
         self._others = [a for a in accumulators if not isinstance(a, GroupedPairs)]
         self.pairs = next((a for a in accumulators if isinstance(a, GroupedPairs)), None)
-        self._mapped = any(
-            isinstance(a, MappedBack | DirectDistances) for a in accumulators
-        )  # channels come first there
+        # The sums of maps that were mapped back have the channels first.
+        self._mapped = any(isinstance(a, MappedBack | DirectDistances) for a in accumulators)
         self._finite = value.isfinite()
         self._all_finite, self._units = bool(self._finite.all()), max(1, int(self._finite.sum()))
         self._weights: States = {}

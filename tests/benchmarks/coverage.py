@@ -26,7 +26,7 @@ from lightning_invariance import InvarianceResult, TransformationSet, compare, e
 from lightning_invariance.measures import Measure, NormalizedDistance, NormalizedVariance, TransformationVariance
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from models import CifarResNet
+from models import trained_resnet
 
 #: Columns of samples that are rows of the ST matrix already, and the network that returns them.
 M = 16
@@ -148,21 +148,9 @@ def tests_of_simulated_networks(repeats: int) -> None:
         print(f"{kind:8s}{equal:8.3f}{larger_:11.3f}{at_margin:27.3f}{inside:19.3f}", flush=True)
 
 
-def trained(images: Path, weights: Path) -> tuple[nn.Module, Tensor]:
-    """A CIFAR ResNet with its weights, and the images as it takes them."""
-    state = torch.load(weights, map_location="cpu", weights_only=True)
-    state = {name.removeprefix("module."): value for name, value in state.get("state_dict", state).items()}
-    model = CifarResNet(6 * len({name.split(".")[1] for name in state if name.startswith("layer1.")}) + 2)
-    model.load_state_dict(state, strict=False)
-    with np.load(images, allow_pickle=False) as data:
-        x = torch.from_numpy(data["x"]).permute(0, 3, 1, 2) / 255
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return model, (x - mean[:, None, None]) / std[:, None, None]
-
-
 def real_network(images: Path, weights: Path, subsets: int, transformations: int, n: int = 256) -> None:
     """Coverage of the values of all images by intervals of subsets, and tests of two subsets of them."""
-    model, x = trained(images, weights)
+    model, x = trained_resnet(images, weights)
     turns, start = rotations(transformations), time.perf_counter()
     exact = evaluate(model, x, turns, progress=False)
     truth = exact.per_layer()
