@@ -231,20 +231,28 @@ def test_standard_errors_of_same_equivariance(normalize, over):
 
 def test_maps_whose_channels_come_last():
     """The error of a pixel stands where its value stands."""
+    scale = torch.rand(3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
-    class Last(nn.Module):
+    class Scaled(nn.Module):
+        """Each pixel by another factor, which does not turn with the image."""
+
+        def __init__(self, last):
+            super().__init__()
+            self.last = last
+
         def forward(self, x):
-            return x.permute(0, 2, 3, 1)
+            x = x * scale
+            return x.permute(0, 2, 3, 1) if self.last else x
 
     x, turns = images(9, size=4, channels=3), quarter_turns()
-    measure = VarianceSameEquivariance(over="activation", normalize=False)
-    scale = torch.linspace(1, 2, 48, dtype=torch.float64).view(3, 4, 4)
-    last = evaluate(nn.Sequential(Last()), x * scale, turns, measure, channel_axis={"0": -1}, confidence=0.9)
-    first = evaluate(nn.Sequential(nn.Identity()), x * scale, turns, measure, confidence=0.9)
-    name = "VarianceSameEquivariance"
-    torch.testing.assert_close(
-        last.standard_errors[name]["0"], first.standard_errors[name]["0"].permute(1, 2, 0), rtol=1e-12, atol=0
-    )
+    measure = {"SE": VarianceSameEquivariance(over="activation", normalize=False)}
+    options = {"confidence": 0.9, "layers": ["0"]}
+    last = evaluate(nn.Sequential(Scaled(True)), x, turns, measure, channel_axis={"0": -1}, **options)
+    first = evaluate(nn.Sequential(Scaled(False)), x, turns, measure, **options)
+    errors = first.standard_errors["SE"]["0"]
+    assert errors.min() > 0
+    torch.testing.assert_close(last.standard_errors["SE"]["0"], errors.permute(1, 2, 0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(last["SE"]["0"], first["SE"]["0"].permute(1, 2, 0), rtol=1e-12, atol=0)
 
 
 def groups_of_sixteen(n, seed=0):
