@@ -78,7 +78,7 @@ class STLoader:
         self,
         data: Dataset[Any] | DataLoader[Any] | Tensor | Sequence[Any],
         transformations: TransformationSet,
-        batch_size: int = 64,
+        batch_size: int = 128,
         *,
         max_samples: int | None = None,
         input_fn: Callable[..., Tensor] | None = None,

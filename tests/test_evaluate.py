@@ -533,8 +533,8 @@ def test_automatic_batch_size_halves_until_it_fits_and_changes_no_value():
 
     found = evaluate(model, images, rotations(4), forward=forward, batch_size="auto")
     walked = [size for size in sizes if size not in (4, 5)]  # those of the probe
-    assert walked[:3] == [64, 32, 16]
-    assert set(walked[2:]) == {16}
+    assert walked[:4] == [128, 64, 32, 16]
+    assert set(walked[3:]) == {16}
     expected = evaluate(model, images, rotations(4), batch_size=64)
     for layer, values in expected["NormalizedVariance"].items():
         torch.testing.assert_close(found["NormalizedVariance"][layer], values, rtol=1e-9, atol=0)

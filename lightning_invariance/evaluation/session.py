@@ -44,7 +44,7 @@ KEPT_MEMORY = 2**25 - 2**14
 PROGRESS_DELAY = 3.0
 
 #: Inputs in the first batch that ``batch_size="auto"`` tries.
-AUTO_BATCH_SIZE = {"cpu": 64}
+AUTO_BATCH_SIZE = {"cpu": 128}
 AUTO_BATCH_SIZE_OF_ACCELERATORS = 1024
 
 

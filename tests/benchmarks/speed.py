@@ -264,7 +264,7 @@ def machine() -> str:
     """What this runs on."""
     return (
         f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()},"
-        f" Python {platform.python_version()}, torch {torch.__version__}; m = {len(TRANSFORMATIONS)}, batches of 64"
+        f" Python {platform.python_version()}, torch {torch.__version__}; m = {len(TRANSFORMATIONS)}, batches of 128"
     )
 
 

@@ -48,7 +48,7 @@ def load_images(path: Path, samples: int) -> tuple[Tensor, Tensor]:
 
 
 def stored_cubes(model: nn.Module, inputs: Tensor, rows: int, columns: int) -> dict[str, Tensor]:
-    """The float32 activations of every leaf module under the same batches of 64, kept whole."""
+    """The float32 activations of every leaf module under the same batches, kept whole."""
     kept: dict[str, list[Tensor]] = {}
     handles = [
         module.register_forward_hook(lambda _m, _a, output, name=name: kept.setdefault(name, []).append(output.clone()))
