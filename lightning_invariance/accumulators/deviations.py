@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators import kernels
+from lightning_invariance.accumulators import devices, kernels
 from lightning_invariance.accumulators.base import N_SAMPLES, Accumulator, Context, Rows, States
 from lightning_invariance.accumulators.changes import scaled_changes
 from lightning_invariance.accumulators.memory import chunk_length, scratch
@@ -76,10 +76,13 @@ class Deviations(Accumulator):
         return states
 
     def add_(self, states: States, rows: Rows) -> None:
-        """Add rows in place, in C where it takes them."""
+        """Add rows in place: on the CPU in C where it takes them, and elsewhere as ``devices.py`` does."""
         x, most, before = rows.flat, max(1, MOST_VALUES // rows.values.shape[1]), rows.before
         if not states["centres"].numel():
             states.update(self._first(x))
+        if self.squared and not x.is_cpu:
+            devices.add_deviations(states, rows, LIMITS, self.response, self.reference)
+            return
         changes = self._changes_for_c(states, rows)
         if rows.before < 2:  # how far columns are apart cannot be told of fewer than two rows
             some, x = x[:most], x[most:]
