@@ -1,9 +1,26 @@
 """What holds for every test."""
 
+import importlib
+import os
+
 import pytest
 import torch
+
+from lightning_invariance.accumulators import devices
 
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers_in_any_order():
     torch.manual_seed(0)
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":  # tests/test_triton.py runs others with Triton's interpreter
+
+    @pytest.fixture(autouse=True)
+    def _sums_by_triton(monkeypatch):
+        """Tensors of the CPU as if they were on a GPU, whose kernels the interpreter runs."""
+        triton_kernels = importlib.import_module("lightning_invariance.accumulators.triton_kernels")
+        monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False), raising=False)
+        monkeypatch.setattr(devices, "_kernels_for", lambda x: triton_kernels if triton_kernels.takes(x) else None)
+        monkeypatch.setattr(triton_kernels, "MOST_WIDTH", 2**12)  # it takes as long for wide tiles as for narrow ones
+        monkeypatch.setattr(triton_kernels, "MOST_OF_TILE", 2**16)

@@ -471,10 +471,10 @@ def test_values_on_another_device(metric, way, monkeypatch):
         getattr(metric, way)(block)
     st = tensor.double()
     if isinstance(metric, Anova):
-        expected = functional.anova(st)[0]
+        expected, tolerance = functional.anova(st)[0], 1e-5  # which is small where column means hardly differ
     else:
-        expected = functional.normalized_variance(st, metric.squared)
-    torch.testing.assert_close(metric.compute(), expected, rtol=1e-9, atol=0)
+        expected, tolerance = functional.normalized_variance(st, metric.squared), 2e-7
+    torch.testing.assert_close(metric.compute(), expected, rtol=tolerance, atol=0)  # of deviations in float32
 
 
 @pytest.mark.parametrize("how", ["update", "forward"])

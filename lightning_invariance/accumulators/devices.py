@@ -20,7 +20,12 @@ _triton: ModuleType | None | bool = None
 
 
 def add_deviations(
-    states: States, rows: Rows, limits: kernels.Limits, response: bool = False, reference: int | None = None
+    states: States,
+    rows: Rows,
+    limits: kernels.Limits,
+    squared: bool = True,
+    response: bool = False,
+    reference: int | None = None,
 ) -> None:
     """Add rows to the states of :class:`~lightning_invariance.accumulators.deviations.Deviations`, in place.
 
@@ -28,6 +33,7 @@ def add_deviations(
         states: with float64 means (on MPS, which has no float64, all are float32), in one tile.
         rows: of another device than the CPU.
         limits: when float32 is not good enough for sums of squares.
+        squared: whether variances or standard deviations are averaged.
         response: whether to add what each transformation changes.
         reference: the column that changes are taken from; None for the mean of the row.
     """
@@ -36,19 +42,17 @@ def add_deviations(
         channels = shape[rows.channel_axis] if shape else 1
         states["changes"] = states["row_spread"].new_zeros(m, channels)
     changes = states["changes"] if response else None
-    kernel = _kernels_for(x)
-    if kernel is None:
-        _add_by_pytorch(states, x, rows, changes, reference)
-        return
-    sums = (states["row_spread"], states["column_spread"], states["centres"], states["offsets"])
-    inner = math.prod(shape[rows.channel_axis + 1 :])
-    try:
-        kernel.add_deviations(
-            x, rows.before, *sums, (limits.smallest, limits.largest), changes, reference, inner
-        )
-    except Exception as error:  # raised before anything is launched
-        _give_up(error)
-        _add_by_pytorch(states, x, rows, changes, reference)
+    kernel = _kernels_for(x) if squared else None
+    if kernel is not None:
+        sums = (states["row_spread"], states["column_spread"], states["centres"], states["offsets"])
+        inner = math.prod(shape[rows.channel_axis + 1 :])
+        try:
+            kernel.add_deviations(x, rows.before, *sums, (limits.smallest, limits.largest), changes, reference, inner)
+            return
+        except Exception as error:  # raised before anything is launched
+            _give_up(error)
+    _add_columns(states, x, rows.before, squared)
+    _add_rows(states, x, squared, rows, changes, reference)
 
 
 def _kernels_for(x: Tensor) -> ModuleType | None:
@@ -79,30 +83,42 @@ def _give_up(error: Exception) -> None:
     )
 
 
-def _add_by_pytorch(states: States, x: Tensor, rows: Rows, changes: Tensor | None, reference: int | None) -> None:
-    r"""The same sums in 16 operations at most: deviations are rounded to the type of ``x``, and summed in float64.
+def _add_columns(states: States, x: Tensor, before: int, squared: bool) -> None:
+    r"""Deviations d from the means so far, rounded to the type of ``x``: C grows by sum d^2 - (sum d)^2 / N.
 
-    The norms of many values are sums of squares with a square root, which is taken back.
+    Norms are sums of squares in float64, in one operation, with a square root that is taken back.
     """
-    m, total, wide = x.shape[1], rows.before + len(x), states["row_spread"].dtype
-    # Columns: with the deviations d from the means so far, C grows by sum d^2 - (sum d)^2 / N.
+    total, spread, wide = before + len(x), states["column_spread"], states["row_spread"].dtype
     deviations = torch.sub(x, states["offsets"][0] + states["centres"], out=torch.empty_like(x))
     sums = deviations.sum(0, dtype=wide)
-    length, moved = torch.linalg.vector_norm(deviations, dim=(0, 1), dtype=wide), torch.linalg.vector_norm(sums, dim=0)
-    states["column_spread"].addcmul_(length, length).addcmul_(moved, moved, value=-1 / total)
+    length = torch.linalg.vector_norm(deviations, dim=(0, 1) if squared else 0, dtype=wide)
+    moved = torch.linalg.vector_norm(sums, dim=0) if squared else sums
+    spread.addcmul_(length, length).addcmul_(moved, moved, value=-1 / total)
     states["offsets"].add_(sums, alpha=1 / total)
-    # Rows: deviations a from a column, or from the mean of the row; constant rows deviate by exactly 0.
-    first = reference or 0
-    torch.sub(x, x[:, first : first + 1], out=deviations)
-    of_rows = deviations.sum(1, dtype=wide)
-    if changes is not None and reference is None:
+
+
+def _add_rows(
+    states: States, x: Tensor, squared: bool, rows: Rows, changes: Tensor | None, reference: int | None
+) -> None:
+    """Deviations a from a column: R grows by sum a^2 - (sum a)^2 / m, and a constant row adds exactly 0.
+
+    Where changes are taken from the means of the rows, R grows by the sum of their squares.
+    """
+    m, spread, first = x.shape[1], states["row_spread"], reference or 0
+    from_means = changes is not None and reference is None
+    deviations = torch.sub(x, x[:, first : first + 1])
+    of_rows = deviations.sum(1, dtype=spread.dtype)
+    if from_means:
         torch.sub(deviations, of_rows[:, None], alpha=1 / m, out=deviations)
-    length = torch.linalg.vector_norm(deviations, dim=(0, 1), dtype=wide)
-    states["row_spread"].addcmul_(length, length)
-    if changes is None or reference is not None:
-        length = torch.linalg.vector_norm(of_rows, dim=0)
-        states["row_spread"].addcmul_(length, length, value=-1 / m)
+    length = torch.linalg.vector_norm(deviations, dim=(0, 1) if squared else 1, dtype=spread.dtype)
+    squares = spread if squared else torch.zeros_like(length)
+    squares.addcmul_(length, length)
+    if not from_means:
+        of_rows = torch.linalg.vector_norm(of_rows, dim=0) if squared else of_rows
+        squares.addcmul_(of_rows, of_rows, value=-1 / m)
+    if not squared:
+        spread.add_(squares.div_(m - 1).sqrt_().sum(0))
     if changes is not None:
         maps = deviations.view(*rows.values.shape, 1).movedim(2 + rows.channel_axis, 2)
-        length = torch.linalg.vector_norm(maps, dim=(0, *range(3, maps.ndim)), dtype=wide)
+        length = torch.linalg.vector_norm(maps, dim=(0, *range(3, maps.ndim)), dtype=spread.dtype)
         changes.addcmul_(length, length, value=0.5 if reference is not None else m / max(m - 1, 1))

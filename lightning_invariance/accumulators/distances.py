@@ -114,11 +114,11 @@ def unit_maps(maps: Tensor) -> tuple[Tensor, Tensor]:
     A map of zeros stays one. Maps with infinite or NaN values are NaN.
     """
     flat = maps.flatten(3)
-    norm = flat.norm(dim=3)
-    doubtful = ~((norm > 1 / LARGEST_NORM) & (norm < LARGEST_NORM))
-    if not maps.is_cpu:  # reading whether there are any would synchronise
+    if not maps.is_cpu:  # reading whether there are doubtful ones would synchronise
         unit, zero = _unit_vectors(flat)
         return unit.view(maps.shape), zero
+    norm = flat.norm(dim=3)
+    doubtful = ~((norm > 1 / LARGEST_NORM) & (norm < LARGEST_NORM))
     unit = flat / torch.where(doubtful, 1, norm)[..., None]
     if bool(doubtful.any()):
         unit[doubtful], zero = _unit_vectors(flat[doubtful])
@@ -128,10 +128,10 @@ def unit_maps(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 def _unit_vectors(flat: Tensor) -> tuple[Tensor, Tensor]:
     """Vectors divided by their norms, taken of parts of the largest value, and which are zero."""
-    largest = flat.abs().amax(-1, keepdim=True)
+    largest = torch.linalg.vector_norm(flat, torch.inf, dim=-1, keepdim=True)
     zero = largest == 0
-    parts = flat / torch.where(zero, 1, largest)
-    return parts / torch.where(zero, 1, parts.norm(dim=-1, keepdim=True)), zero[..., 0]
+    parts = flat / largest.masked_fill_(zero, 1)
+    return parts.div_(parts.norm(dim=-1, keepdim=True).masked_fill_(zero, 1)), zero[..., 0]
 
 
 def _cosine_distance(x: Tensor, y: Tensor) -> Tensor:

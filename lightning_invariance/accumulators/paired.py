@@ -113,4 +113,5 @@ def _added(x: Tensor, means: Tensor, error: Tensor, products: Tensor, before: in
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
     """Sums of products of all pairs of columns, (m, ·) and (m, ·), without what is not finite."""
-    return a.nan_to_num(0, 0, 0) @ b.nan_to_num(0, 0, 0).T
+    finite = a.nan_to_num(0, 0, 0)
+    return finite @ (finite if b is a else b.nan_to_num(0, 0, 0)).T

@@ -20,6 +20,8 @@ def absolute_differences(x: Tensor) -> Tensor:
 
     Of the values in order, the r-th smallest is larger than r − 1 others and smaller than m − r.
     """
+    if not x.is_cpu:
+        return _sorted_differences(x)
     found = kernels.absolute_differences(x, _network(x.shape[1])) if x.shape[1] <= kernels.MOST_SORTED else None
     return torch.cat([_absolute_differences(part) for part in chunks(x)], -1) if found is None else found
 
@@ -44,6 +46,15 @@ def _absolute_differences(x: Tensor) -> Tensor:
     for r in range(1, m):
         total.add_(places[r], alpha=2 * r + 1 - m)
     return 2 * total.sum(0, dtype=torch.float64)
+
+
+def _sorted_differences(x: Tensor) -> Tensor:
+    """The same on other devices, which sort along any axis, and launch a kernel for each operation of a network."""
+    m = x.shape[1]
+    wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
+    weights = torch.arange(1 - m, m, 2, dtype=x.dtype, device=x.device)
+    ordered = torch.sub(x, x[:, :1]).sort(1).values
+    return 2 * ordered.mul_(weights[:, None]).sum((0, 1), dtype=wide)
 
 
 def euclidean_distances(maps: Tensor) -> Tensor:
@@ -76,11 +87,9 @@ def euclidean_distances(maps: Tensor) -> Tensor:
 
 def _all_euclidean_distances(maps: Tensor) -> Tensor:
     """The same from the difference of each pair, in float64 where the device has it."""
-    wide = maps if maps.device.type == "mps" else maps.double()
-    total = torch.zeros_like(wide[:, 0, :, 0])
-    for shift in range(1, maps.shape[1]):
-        total = total + torch.sub(wide[:, shift:], wide[:, :-shift]).norm(dim=-1).sum(1)
-    return total
+    wide = torch.float32 if maps.device.type == "mps" else torch.float64
+    rows = maps.transpose(1, 2).to(wide, memory_format=torch.contiguous_format)
+    return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").sum((2, 3)) / 2
 
 
 @cache

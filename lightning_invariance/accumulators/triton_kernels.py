@@ -21,6 +21,9 @@ from torch import Tensor
 VALUES_OF_THREAD = 16
 VALUES_OF_MASKED = 8
 
+#: The most values of a tile, if it has no more than the fewest activations.
+MOST_OF_TILE = 2048
+
 #: Activations of a tile: threads read neighbours together. Channels with fewer positions share tiles.
 MOST_WIDTH = 128
 FEWEST_WIDTH = 16
@@ -105,7 +108,7 @@ def _tile_of(m: int, k: int, inner: int, with_changes: bool) -> tuple[int, int, 
     """
     positions = inner if with_changes and inner >= FEWEST_POSITIONS else k
     columns = max(2, triton.next_power_of_2(m))
-    width = max(FEWEST_WIDTH, min(MOST_WIDTH, 2048 // columns, triton.next_power_of_2(positions)))
+    width = max(FEWEST_WIDTH, min(MOST_WIDTH, MOST_OF_TILE // columns, triton.next_power_of_2(positions)))
     values = min(columns, VALUES_OF_THREAD if columns == m and positions == inner else VALUES_OF_MASKED)
     return columns, width, max(1, columns * width // (32 * values)), positions
 

@@ -38,10 +38,9 @@ class Winners(Accumulator):
 
 def agreements(maps: Tensor) -> Tensor:
     """The share of pairs with one winner, the mean over positions: ``(n,)`` of maps (n, m, channels, positions)."""
-    m = maps.shape[1]
-    winners = maps.argmax(2)
-    equal = torch.zeros(maps.shape[0], maps.shape[3], dtype=torch.float64, device=maps.device)
-    for shift in range(1, m):  # every unordered pair once
-        equal += (winners[:, shift:] == winners[:, :-shift]).sum(1)
-    found = 2 * equal.mean(1) / (m * (m - 1))
+    n, m, channels, positions = maps.shape
+    wins = torch.zeros(n, channels, positions, dtype=torch.int32, device=maps.device)
+    wins.scatter_add_(1, maps.argmax(2), wins.new_ones(1).expand(n, m, positions))
+    equal = (wins * (wins - 1)).sum(1)
+    found = equal.to(torch.float64).mean(1) / (m * (m - 1))
     return torch.where(maps.isnan().flatten(1).any(1), torch.nan, found)

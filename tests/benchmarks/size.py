@@ -4,7 +4,7 @@
 
 Prints, and exits with 1 where one is missed: peak memory for 256 and for 8192 samples; time for each sample and
 transformation over a factor of 16 of both; the numbers kept for each activation; the bytes that each process of a
-distributed run sends; and a ResNet-50 at 224×224, its states, peak and ratio to the bare forward passes.
+distributed run sends; the kernels and bytes of a block on a device, counted without one; and a ResNet-50 at 224×224, its states, peak and ratio to the bare forward passes.
 """
 
 from __future__ import annotations
@@ -29,8 +29,18 @@ import torchvision
 from lightning_invariance import STLoader, evaluate, rotations
 from lightning_invariance.evaluation.registry import Registry
 from lightning_invariance.evaluation.session import Session
+from lightning_invariance.measures import (
+    DistanceSameEquivariance,
+    Goodfellow,
+    NormalizedDistance,
+    NormalizedVariance,
+    TransformationDistance,
+    VarianceSameEquivariance,
+)
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
+from counting import counted
 from speed import MODELS, TRANSFORMATIONS, alone, machine, variances
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -162,7 +172,31 @@ def large_model() -> bool:
     return fine
 
 
-PARTS: list[Callable[[], bool]] = [state_numbers, messages, growth, peak_memory, large_model]
+def device_kernels() -> bool:
+    """On a device PyTorch's operations take at most 24 kernels for each family, which move at most 24 times its bytes."""
+    fine = True
+    block = torch.empty(8, 16, 64, 14, 14)  # of which only the shape counts
+    same = {"transformations": TRANSFORMATIONS}
+    families = {
+        "NV": NormalizedVariance(),
+        "the monitor's default": NormalizedVariance(response=True),
+        "NV of standard deviations": NormalizedVariance(squared=False),
+        "TD": TransformationDistance(),
+        "ND": NormalizedDistance(),
+        "Goodfellow": Goodfellow(),
+        "variance same-equivariance": VarianceSameEquivariance(**same),
+        "distance same-equivariance": DistanceSameEquivariance(**same),
+    }
+    for name, measure in families.items():
+        found = counted(measure, block)
+        times = found.bytes / block.nbytes
+        print(f"a block of {tuple(block.shape)} on a device: {found.kernels:3d} kernels, {times:5.1f} × its bytes: {name}")
+        fine &= found.kernels <= 24 and times <= 24
+    print("(and one of Triton's and its sum of changes for NV and the default, where Triton is)")
+    return fine
+
+
+PARTS: list[Callable[[], bool]] = [device_kernels, state_numbers, messages, growth, peak_memory, large_model]
 
 
 def main() -> int:

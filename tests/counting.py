@@ -1,0 +1,60 @@
+"""What operations on a device launch and move, counted on the "meta" device, whose tensors have a size and no values."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+#: Operations that launch nothing.
+FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "lift_fresh"}
+
+
+def size_of(tensor: Tensor) -> int:
+    """Bytes that a kernel reads or writes: repeated ones once."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.itemsize * math.prod(size if stride else 1 for size, stride in sizes)
+
+
+class Counted(TorchDispatchMode):
+    """Counts while the context lasts.
+
+    Attributes:
+        kernels: operations of the device that are not views.
+        bytes: those of their inputs and outputs.
+        names: of these operations.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels, self.bytes, self.names = 0, 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        returns = func._schema.returns
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        if not view and func._schema.name.removeprefix("aten::") not in FREE:
+            read = [leaf for leaf in tree_leaves((args, {k: v for k, v in (kwargs or {}).items() if k != "out"}))]
+            moved = [each for each in (*read, *tree_leaves(found)) if isinstance(each, Tensor)]
+            if any(each.is_meta for each in moved):
+                self.kernels += 1
+                self.bytes += sum(map(size_of, moved))
+                self.names.append(func._schema.name.removeprefix("aten::"))
+        return found
+
+
+def counted(measure, block: Tensor) -> Counted:
+    """What the third block of a layer costs a measure on a device, beside making the block.
+
+    Args:
+        measure: a measure.
+        block: ``(samples, transformations, *activation_shape)``, of which the shape and type count.
+    """
+    measure = measure.clone().to("meta")
+    n, block = len(block), block.to("meta")
+    for i in range(2):
+        measure.add(block, indices=torch.arange(i * n, (i + 1) * n))
+    with Counted() as found:
+        measure.add(block, indices=torch.arange(2 * n, 3 * n))
+    return found

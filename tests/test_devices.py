@@ -1,0 +1,165 @@
+"""Sums on GPUs and other accelerators: what they come to, and what they launch and move."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from counting import counted
+
+from lightning_invariance import rotations
+from lightning_invariance.accumulators import devices
+from lightning_invariance.accumulators.base import Rows
+from lightning_invariance.accumulators.deviations import Deviations
+from lightning_invariance.measures import (
+    Anova,
+    Consistency,
+    DistanceSameEquivariance,
+    Goodfellow,
+    NormalizedDistance,
+    NormalizedVariance,
+    SampleDistance,
+    TransformationDistance,
+    VarianceSameEquivariance,
+)
+
+TESTS = Path(__file__).parent
+
+MEASURES = {
+    "NV": (NormalizedVariance(), 16),
+    "default": (NormalizedVariance(response=True), 16),
+    "NV of standard deviations": (NormalizedVariance(squared=False), 24),
+    "Anova": (Anova(), 16),
+    "TD": (TransformationDistance(), 24),
+    "TD of maps": (TransformationDistance("euclidean", over="channel"), 24),
+    "SD": (SampleDistance(), 24),
+    "ND": (NormalizedDistance(), 24),
+    "Goodfellow": (Goodfellow(), 24),
+    "Consistency": (Consistency(), 24),
+    "same-equivariance": (VarianceSameEquivariance(transformations=rotations(16)), 24),
+    "distance same-equivariance": (DistanceSameEquivariance(transformations=rotations(16)), 24),
+}
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_block_takes_few_kernels_that_move_few_bytes_and_read_nothing_back(name):
+    measure, most = MEASURES[name]
+    block = torch.empty(8, 16, 64, 14, 14)
+    found = counted(measure, block)  # on "meta", where reading a value is an error
+    assert 0 < found.kernels <= most, found.names
+    assert found.bytes <= most * block.nbytes
+
+
+#: Activations and the axis of their channels: maps, tokens, single units.
+ACTIVATIONS = [((3, 6, 6), 0), ((10, 7, 7), 0), ((40,), 0), ((), 0), ((9, 30), 1)]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-25])
+@pytest.mark.parametrize("reference", [0, 2, None])
+@pytest.mark.parametrize(("shape", "axis"), ACTIVATIONS)
+def test_sums_and_changes_of_any_activation_are_the_definition(shape, axis, reference, scale, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False), raising=False)  # which is the CPU
+    generator = torch.Generator().manual_seed(0)
+    st = scale * (torch.randn(11, 1, *shape, generator=generator) + torch.randn(11, 5, *shape, generator=generator))
+    accumulator = Deviations(response=True, reference=reference)
+    states, n = accumulator.empty(), 0
+    for block in st.split([1, 4, 6]):
+        accumulator.add_(states, Rows(block, before=n, channel_axis=axis))
+        n += len(block)
+    x = st.double()
+    of_rows, of_columns = x - x.mean(1, keepdim=True), x - x.mean(0)
+    apart = of_rows if reference is None else x - x[:, [reference]]
+    channels = shape[axis] if shape else 1
+    maps = apart.reshape(11, 5, *(shape or (1,))).movedim(2 + axis, 2).reshape(11, 5, channels, -1)
+    for found, expected in (
+        (states["row_spread"], of_rows.square().sum((0, 1)).flatten()),
+        (states["column_spread"][0], of_columns.square().sum((0, 1)).flatten()),
+        (states["changes"], maps.square().sum((0, 3)) * (5 / 4 if reference is None else 1 / 2)),
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def test_without_a_working_triton_it_warns_once_and_takes_pytorch(monkeypatch):
+    class Broken:
+        MOST_COLUMNS = 256
+        calls = 0
+
+        @staticmethod
+        def add_deviations(*_):
+            Broken.calls += 1
+            raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False), raising=False)
+    monkeypatch.setattr(devices, "_triton", None)
+    monkeypatch.setattr(devices, "_kernels_for", lambda _: Broken if devices._triton is not False else None)
+    st = torch.randn(8, 4, 10, generator=torch.Generator().manual_seed(0))
+    metric = NormalizedVariance()
+    with pytest.warns(UserWarning, match="Triton could not compile.*no C compiler"):
+        metric.update(st[:4])
+    metric.update(st[4:])
+    assert Broken.calls == 1
+    expected = st.double().var(1).mean(0) / st.double().var(0).mean(0)
+    torch.testing.assert_close(metric.compute(), expected, rtol=1e-6, atol=0)
+
+
+#: Tests of the sums, by file: of splits, merges, extreme and special values, changes. Without those of what only the CPU
+#: does (float32 means), and of the largest cubes, over which the interpreter takes long.
+OF_SUMS = {
+    "test_variance.py": "by_hand or any_block_size or merge_order or special_cases or out_of_range or nan_and"
+    " or first_column or any_values",
+    "test_extremes.py": "TV or SV or NV",
+    "test_response.py": "identity or batches or merges or nan",
+    "test_devices.py": "definition",
+}
+
+
+@pytest.mark.parametrize("name", OF_SUMS)
+def test_the_kernel_of_triton_passes_the_tests_of_the_sums(name):
+    pytest.importorskip("triton")
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(TESTS / name), "-k", OF_SUMS[name]],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert found.returncode == 0, found.stdout[-5000:] + found.stderr[-2000:]
+    assert "passed" in found.stdout
+
+
+#: Architectures of NVIDIA's cards from 2018 on; ptxas has names of its own for features of the last.
+CARDS = {75: "sm_75", 80: "sm_80", 89: "sm_89", 90: "sm_90a"}
+
+
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("m", [4, 16, 32])
+def test_the_kernel_fits_into_the_registers_of_every_card(card, m, tmp_path):
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("the interpreter does not compile")
+    from triton import compile, knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from lightning_invariance.accumulators import triton_kernels
+
+    kernel = triton_kernels._add_rows
+    columns, width, warps, positions = triton_kernels._tile_of(m, 64 * 3136, 3136, True)
+    constants = {"CHANGES": True, "CENTRED": False, "POOLED": positions == 3136, "FULL": columns == m}
+    constants |= {"COLUMNS": columns, "WIDTH": width}
+    types = ["*fp32", *5 * ["*fp64"], *7 * ["i32"], "fp32", "fp32", *len(constants) * ["constexpr"]]
+    source = ASTSource(
+        fn=kernel,
+        signature=dict(zip(kernel.arg_names, types, strict=True)),
+        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in range(6)},
+    )
+    assembly = compile(source, target=GPUTarget("cuda", card, 32), options={"num_warps": warps}).asm["ptx"]
+    (tmp_path / "kernel.ptx").write_text(assembly)
+    command = [knobs.nvidia.ptxas.path, "-v", f"-arch={CARDS[card]}", str(tmp_path / "kernel.ptx"), "-o", os.devnull]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in told, told
+    assert int(re.search(r"Used (\d+) registers", told)[1]) <= 168
