@@ -1,4 +1,4 @@
-"""What operations on a device launch and move, counted on the "meta" device, whose tensors have a size and no values."""
+"""What operations on a device launch and move, counted on "meta", whose tensors have a size and no values."""
 
 import math
 
@@ -35,7 +35,7 @@ class Counted(TorchDispatchMode):
         returns = func._schema.returns
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
         if not view and func._schema.name.removeprefix("aten::") not in FREE:
-            read = [leaf for leaf in tree_leaves((args, {k: v for k, v in (kwargs or {}).items() if k != "out"}))]
+            read = tree_leaves((args, {k: v for k, v in (kwargs or {}).items() if k != "out"}))
             moved = [each for each in (*read, *tree_leaves(found)) if isinstance(each, Tensor)]
             if any(each.is_meta for each in moved):
                 self.kernels += 1

@@ -80,10 +80,11 @@ def channel_changes(maps: Tensor, reference: int | None) -> Tensor:
 
 
 def _by_few_operations(maps: Tensor, reference: int | None) -> Tensor:
-    """The same on other devices: squares are summed in float64, which holds them, so that nobody has to look at them."""
+    """The same on other devices: float64 holds all squares, so that nobody has to look at them."""
     first = reference or 0
     deviations = torch.sub(maps, maps[:, first : first + 1])
     if reference is None:
         deviations.sub_(deviations.mean(1, keepdim=True))
     wide = torch.float32 if maps.device.type == "mps" else torch.float64  # MPS has no float64
-    return torch.linalg.vector_norm(deviations, dim=(0, 3), dtype=wide).square()
+    norms: Tensor = torch.linalg.vector_norm(deviations, dim=(0, 3), dtype=wide)
+    return norms.square()

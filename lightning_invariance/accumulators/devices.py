@@ -15,8 +15,8 @@ from torch import Tensor
 from lightning_invariance.accumulators import kernels
 from lightning_invariance.accumulators.base import Rows, States
 
-#: Triton's kernels: None until they are needed, False where they do not work.
-_triton: ModuleType | None | bool = None
+#: Whether Triton is still to be tried: it is not everywhere, and needs a C compiler, for example.
+_tries_triton = True
 
 
 def add_deviations(
@@ -57,30 +57,27 @@ def add_deviations(
 
 def _kernels_for(x: Tensor) -> ModuleType | None:
     """Triton's kernels, where they take rows ``x`` (n, m, k)."""
-    global _triton
-    if not x.is_cuda or _triton is False:
+    if not (x.is_cuda and _tries_triton):
         return None
-    if _triton is None:
-        try:
-            from lightning_invariance.accumulators import triton_kernels as found
-        except ImportError:  # on Windows, for example
-            _triton = False
-            return None
-        _triton = found
-    assert isinstance(_triton, ModuleType)
-    return _triton if _triton.takes(x) else None
+    try:
+        from lightning_invariance.accumulators import triton_kernels
+    except ImportError:  # on Windows, for example
+        _give_up(None)
+        return None
+    return triton_kernels if triton_kernels.takes(x) else None
 
 
-def _give_up(error: Exception) -> None:
-    """Do without Triton from now on: it needs a C compiler, for example, and not every machine has one."""
-    global _triton
-    _triton = False
-    warnings.warn(
-        "Triton could not compile the kernel that sums squared deviations, so PyTorch's operations do it, which takes"
-        f" longer: {type(error).__name__}: {error}",
-        UserWarning,
-        stacklevel=2,
-    )
+def _give_up(error: Exception | None) -> None:
+    """Do without Triton from now on, and tell why it does not work where it is there."""
+    global _tries_triton
+    _tries_triton = False
+    if error is not None:
+        warnings.warn(
+            "Triton could not compile the kernel that sums squared deviations, so PyTorch's operations do it, which"
+            f" takes longer: {type(error).__name__}: {error}",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _add_columns(states: States, x: Tensor, before: int, squared: bool) -> None:

@@ -104,7 +104,7 @@ def add_deviations(
 def _tile_of(m: int, k: int, inner: int, with_changes: bool) -> tuple[int, int, int, int]:
     """Columns, width and warps of a tile, and how many neighbours are cut into tiles of their own.
 
-    Each channel is, where it has enough positions, so that a tile adds up what its channel changes; else all activations.
+    Those are the positions of a channel, if it has enough, so that a tile adds up what its channel changes; else all.
     """
     positions = inner if with_changes and inner >= FEWEST_POSITIONS else k
     columns = max(2, triton.next_power_of_2(m))
@@ -151,9 +151,7 @@ def _add_rows(
     at = column[:, None] * k + unit[None, :]
 
     centre = tl.load(centres + unit, inside, 0.0)
-    mean = (centre[None, :] + tl.load(offsets + at, mask, 0.0)).to(tl.float32)
-    if not FULL:
-        mean = tl.where(mask, mean, 0.0)
+    mean = _masked(centre[None, :] + tl.load(offsets + at, mask, 0.0), mask, FULL).to(tl.float32)
     sums = tl.zeros([COLUMNS, WIDTH], tl.float32)
     changed = tl.zeros([COLUMNS, WIDTH], tl.float32)
     rows = tl.zeros([WIDTH], tl.float64)
@@ -165,21 +163,17 @@ def _add_rows(
     for start in range(0, n, ROWS):
         some_rows = tl.zeros([WIDTH], tl.float32)
         some_squares = tl.zeros([WIDTH], tl.float32)
-        for i in range(start, tl.minimum(start + ROWS, n)):
+        for _ in range(start, tl.minimum(start + ROWS, n)):
             value = tl.load(x + place, mask, 0.0)
             first = tl.load(x + place_of_first, inside, 0.0)
             place += m * k
             place_of_first += m * k
-            a = value - first[None, :]
-            if not FULL:
-                a = tl.where(mask, a, 0.0)
+            a = _masked(value - first[None, :], mask, FULL)
             d = value - mean
             of_row = tl.sum(a, 0)
             largest_a = tl.maximum(largest_a, tl.max(tl.abs(a), 0))
             if CENTRED:
-                a -= (of_row / m)[None, :]
-                if not FULL:
-                    a = tl.where(mask, a, 0.0)
+                a = _masked(a - (of_row / m)[None, :], mask, FULL)
                 some_rows += tl.sum(a * a, 0)
             else:
                 some_rows += tl.sum(a * a, 0) - of_row * of_row / m
@@ -207,33 +201,44 @@ def _add_rows(
         tl.store(offsets + at, moved, mask)
         shift = (moved - offset).to(tl.float32) + rounding
         moving = before * rounding * rounding + shift * (total * shift - 2 * deviation)
-        if not FULL:
-            moving = tl.where(mask, moving, 0.0)
-        squares += tl.sum(moving, 0)
+        squares += tl.sum(_masked(moving, mask, FULL), 0)
     else:
         rows = _rows_in_float64(x, n, m, k, reference, unit, inside, WIDTH)
-        squares = tl.zeros([WIDTH], tl.float64)
-        for t in range(0, m):
-            here = t * k + unit
-            offset = tl.load(offsets + here, inside, 0.0)
-            added = tl.zeros([WIDTH], tl.float64)
-            for i in range(0, n):
-                value = tl.load(x + i * (m * k) + here, inside, 0.0).to(tl.float64)
-                d = value - (centre + offset)
-                added += d
-                squares += d * d
-            moved = offset + added / (before + n)
-            tl.store(offsets + here, moved, inside)
-            shift = moved - offset
-            squares += shift * ((before + n) * shift - 2 * added)
-            if CHANGES:
+        squares = _columns_in_float64(x, offsets, n, m, k, before, centre, unit, inside, WIDTH)
+        if CHANGES:
+            for t in range(0, m):
                 of_column = _changes_in_float64(x, n, m, k, reference, unit, t, inside, CENTRED, WIDTH)
                 if POOLED:
                     tl.store(parts + t * tl.num_programs(0) + program, tl.sum(of_column, 0))
                 else:
-                    tl.store(parts + here, of_column, inside)
+                    tl.store(parts + t * k + unit, of_column, inside)
     tl.store(row_spread + unit, tl.load(row_spread + unit, inside, 0.0) + rows, inside)
     tl.store(column_spread + unit, tl.load(column_spread + unit, inside, 0.0) + squares, inside)
+
+
+@triton.jit
+def _masked(values, mask, FULL: tl.constexpr):
+    """Values with 0 where a tile has more columns than the block."""
+    return values if FULL else tl.where(mask, values, 0.0)
+
+
+@triton.jit
+def _columns_in_float64(x, offsets, n, m, k, before, centre, unit, inside, WIDTH: tl.constexpr):
+    """What squared deviations from the means of columns grow by; moves the means."""
+    squares = tl.zeros([WIDTH], tl.float64)
+    for t in range(0, m):
+        here = t * k + unit
+        offset = tl.load(offsets + here, inside, 0.0)
+        added = tl.zeros([WIDTH], tl.float64)
+        for i in range(0, n):
+            d = tl.load(x + i * (m * k) + here, inside, 0.0).to(tl.float64) - (centre + offset)
+            added += d
+            squares += d * d
+        moved = offset + added / (before + n)
+        tl.store(offsets + here, moved, inside)
+        shift = moved - offset
+        squares += shift * ((before + n) * shift - 2 * added)
+    return squares
 
 
 @triton.jit

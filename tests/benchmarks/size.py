@@ -4,7 +4,8 @@
 
 Prints, and exits with 1 where one is missed: peak memory for 256 and for 8192 samples; time for each sample and
 transformation over a factor of 16 of both; the numbers kept for each activation; the bytes that each process of a
-distributed run sends; the kernels and bytes of a block on a device, counted without one; and a ResNet-50 at 224×224, its states, peak and ratio to the bare forward passes.
+distributed run sends; the kernels and bytes of a block on a device, counted without one; and a ResNet-50 at 224×224,
+its states, peak and ratio to the bare forward passes.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ def large_model() -> bool:
 
 
 def device_kernels() -> bool:
-    """On a device PyTorch's operations take at most 24 kernels for each family, which move at most 24 times its bytes."""
+    """At most 24 kernels for a block and family by PyTorch's operations on a device, and 24 times its bytes."""
     fine = True
     block = torch.empty(8, 16, 64, 14, 14)  # of which only the shape counts
     same = {"transformations": TRANSFORMATIONS}
@@ -190,7 +191,9 @@ def device_kernels() -> bool:
     for name, measure in families.items():
         found = counted(measure, block)
         times = found.bytes / block.nbytes
-        print(f"a block of {tuple(block.shape)} on a device: {found.kernels:3d} kernels, {times:5.1f} × its bytes: {name}")
+        print(
+            f"a block of {tuple(block.shape)} on a device: {found.kernels:3d} kernels, {times:5.1f} × its bytes: {name}"
+        )
         fine &= found.kernels <= 24 and times <= 24
     print("(and one of Triton's and its sum of changes for NV and the default, where Triton is)")
     return fine

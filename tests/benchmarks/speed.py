@@ -1,11 +1,14 @@
 """What measuring costs: the time of evaluate() against the bare forward passes over the same inputs.
 
-    python tests/benchmarks/speed.py [--rounds 5] [--samples 256] [--only WORDS]
+    python tests/benchmarks/speed.py [--rounds 5] [--samples 256] [--only WORDS] [--device cuda]
 
 Each round runs the bare forward passes over the transformed inputs, batch for batch and without hooks, and then
 evaluate() over the same inputs, which it transforms itself; the ratio is taken in each round, and each case runs in a
 process of its own. Also the time of 16 rotations against a ResNet-20, and that of tmeasures (``pip install
 ".[bench]"``) against ours. Ends with a profile of the first case. Exits with 1 where a target is missed.
+
+With a device other than the CPU: networks that people train there, at the monitor's default and with automatic batches,
+and what the profiler says of synchronisations during the walk.
 
 What it costs in memory, and how the cost grows, is in size.py.
 """
@@ -32,6 +35,8 @@ from torch import nn
 from torchmetrics import Metric
 
 from lightning_invariance import STLoader, evaluate, rotations
+from lightning_invariance.evaluate import _FITTING
+from lightning_invariance.evaluation.session import AUTO_BATCH_SIZE, AUTO_BATCH_SIZE_OF_ACCELERATORS
 from lightning_invariance.measures import (
     Anova,
     DistanceSameEquivariance,
@@ -125,6 +130,25 @@ CASES = [
 ]
 
 
+class DeviceCase(NamedTuple):
+    """A row of the table of a device: a network, the size of its images and the largest ratio that is accepted."""
+
+    name: str
+    model: Callable[[], nn.Module]
+    size: int
+    target: float = 1.25
+
+
+DEVICE_CASES = [
+    DeviceCase("ResNet-18, 224×224", torchvision.models.resnet18, 224),
+    DeviceCase("ResNet-50, 224×224", torchvision.models.resnet50, 224),
+    DeviceCase("SimpleConv-32", MODELS["SimpleConv-32"], 32),
+]
+
+#: What a synchronisation is called in a profile.
+SYNCHRONISING = ("Synchronize", "_local_scalar_dense", "Memcpy DtoH", "aten::nonzero")
+
+
 def model_and_images(name: str, samples: float) -> tuple[nn.Module, torch.Tensor]:
     """A model of :data:`MODELS`, and images for it."""
     torch.manual_seed(0)
@@ -174,6 +198,61 @@ def transform_ratios(size: int, images: int, rounds: int) -> tuple[list[float], 
         own = time.perf_counter() - start
         times.append((own, time_of_passes(model, list(inputs.split(64)))))
     return [own / bare for own, bare in times[1:]], f"{statistics.median(bare for _, bare in times[1:]):.2f} s"
+
+
+def device_ratios(case: DeviceCase, device: str, samples: int, rounds: int) -> tuple[list[float], str, str]:
+    """Time of evaluate() over that of the forward passes on a device, the median of those, and synchronisations."""
+    torch.manual_seed(0)
+    model, images = case.model().eval().to(device), torch.rand(samples, 3, case.size, case.size)
+    module = torch.get_device_module(device)
+    finish: Callable[[], None] = getattr(module, "synchronize", lambda: None)
+
+    def ours() -> Any:
+        return evaluate(model, images, TRANSFORMATIONS, default(), progress=False)
+
+    ours()  # warms up, compiles, and finds the largest batch that fits
+    size = _FITTING.get(model, AUTO_BATCH_SIZE.get(device, AUTO_BATCH_SIZE_OF_ACCELERATORS))
+    loader = STLoader(images, TRANSFORMATIONS, size, device=torch.device(device))
+    times = []
+    for _ in range(rounds + 1):
+        bare = 0.0
+        for block in loader:
+            inputs = block.inputs.flatten(0, 1)
+            finish()
+            bare += time_of_passes(model, [inputs])
+            start = time.perf_counter()
+            finish()
+            bare += time.perf_counter() - start
+        start = time.perf_counter()
+        ours()
+        finish()
+        times.append((bare, time.perf_counter() - start))
+    with torch.profiler.profile() as profiler:
+        ours()
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    found = {key: count for key, count in counts.items() if any(word in key for word in SYNCHRONISING)}
+    blocks = -(-samples // loader.rows)
+    told = f"batches of {size}, {blocks} blocks; synchronisations of a whole evaluation: {found}"
+    return [own / bare for bare, own in times[1:]], f"{statistics.median(bare for bare, _ in times[1:]):.2f} s", told
+
+
+def on_device(device: str, samples: int, rounds: int, only: str) -> int:
+    """Print the rows of a device; 1 where a target is missed."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    print(f"{name}, torch {torch.__version__}; m = {len(TRANSFORMATIONS)}, n = {samples}, the monitor's default\n")
+    missed = False
+    for case in DEVICE_CASES:
+        if only in case.name:
+            measured, divisor, told = device_ratios(case, device, samples, rounds)
+            median = statistics.median(measured)
+            missed |= median > case.target
+            late = "  MISSED" if median > case.target else ""
+            print(
+                f"{case.name:24s}{min(measured):8.3f}{median:8.3f}{max(measured):8.3f}  ≤ {case.target:g}"
+                f"  {divisor}{late}"
+            )
+            print(f"{'':24s}{told}", flush=True)
+    return int(missed)
 
 
 def time_of_tmeasures(model: str, samples: int) -> float:
@@ -274,8 +353,13 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--only", default="", help="run the rows whose names hold these words")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     n, rounds = options.samples, options.rounds
+    if options.device != "cpu":
+        if options.device.startswith("cuda") and not torch.cuda.is_available():
+            parser.error("there is no CUDA device here")
+        return on_device(options.device, n, rounds, options.only)
     rows: list[tuple[str, float, Callable[[], tuple[list[float], str]]]] = [
         (f"{case.name}: {case.model}", case.target, lambda i=i: alone(ratios, i, n, rounds))  # type: ignore[misc]
         for i, case in enumerate(CASES)
