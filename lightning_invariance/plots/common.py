@@ -1,21 +1,21 @@
-"""What the figures share: colours, scales, labels of layers, and rendering."""
+"""What the figures share: places, colours, scales, and rendering."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize
+from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from lightning_invariance.plots.labels import INFINITE, REACHED, shorten, without_prefix
+from lightning_invariance.plots.labels import INFINITE, REACHED, shorten
+from lightning_invariance.plots.text import TITLE, QuickRenderer, fitting
 from lightning_invariance.result import InvarianceResult
 from lightning_invariance.style import NAN
 from lightning_invariance.table import NOTABLE
@@ -37,28 +37,67 @@ LINES = (
 #: The fixed scale of measures that are ratios: around 1, transformations matter as much as samples do.
 RANGE_OF_RATIOS = (0.01, 10.0)
 
+#: The height of axes above others, in inches.
+ABOVE = 1.2
+
+#: The room for numbers beside an axis, and its label, in inches.
+NUMBERS = 0.8
+
 #: The largest width and height of a figure, in inches of 100 pixels.
 LARGEST = 15.0
 
-#: The longest colour bar, in inches.
-LONGEST_BAR = 4.5
 
-#: More layers than this are not listed in a legend.
-MOST_IN_LEGEND = 12
+def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
+    """A figure that belongs to nobody: no pyplot state.
 
-
-def new_figure(width: float, height: float) -> Figure:
-    """A figure that belongs to nobody: no pyplot state."""
-    figure = Figure(figsize=(min(width, LARGEST), min(height, LARGEST)), dpi=100, layout="constrained")
+    Args:
+        width: in inches.
+        height: in inches.
+        layout: None for axes that are placed by hand, with :func:`axes_at`: the constrained layout takes longer than
+            all else in a picture.
+    """
+    figure = Figure(figsize=(min(width, LARGEST), min(height, LARGEST)), dpi=100, layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
 
+def axes_at(figure: Figure, left: float, bottom: float, width: float, height: float, **options: Any) -> Axes:
+    """New axes at a place in inches from the lower left corner of the figure."""
+    across, up = figure.get_size_inches()
+    return figure.add_axes((left / across, bottom / up, width / across, height / up), **options)
+
+
+def axes_above(axes: Axes, label: str, apart: float) -> Axes:
+    """Low axes above others, for what belongs to the same places along x.
+
+    Args:
+        axes: the others; there must be :data:`ABOVE` and ``apart`` inches above them.
+        label: of what is drawn.
+        apart: how far they are apart, in inches.
+    """
+    figure = axes.figure
+    assert isinstance(figure, Figure)  # noqa: S101 - not one within another
+    width, height = figure.get_size_inches()
+    box = axes.get_position()
+    above = axes_at(figure, box.x0 * width, box.y1 * height + apart, box.width * width, ABOVE, sharex=axes)
+    above.tick_params(labelbottom=False)
+    label = shorten(label)
+    above.set_ylabel(label, fontsize=fitting(label, ABOVE + 0.2))
+    above.grid(alpha=0.3)
+    return above
+
+
+def write_title(figure: Figure, text: str) -> None:
+    """A title at the upper end of a figure, as large as its width allows."""
+    width, height = figure.get_size_inches()
+    figure.suptitle(text, y=1 - 0.08 / height, fontsize=fitting(text, width - 0.2, TITLE))
+
+
 def render(figure: Figure) -> npt.NDArray[np.uint8]:
     """The picture of a figure: ``(height, width, 3)``."""
-    canvas: Any = FigureCanvasAgg(figure)
-    canvas.draw()
-    rgb: npt.NDArray[np.uint8] = np.array(canvas.buffer_rgba())[..., :3]
+    renderer = QuickRenderer(*figure.bbox.size, figure.dpi)
+    figure.draw(renderer)
+    rgb: npt.NDArray[np.uint8] = np.array(renderer.buffer_rgba())[..., :3]
     return rgb
 
 
@@ -114,23 +153,6 @@ def within(scale: Normalize, values: npt.NDArray[np.float64]) -> npt.NDArray[np.
     return np.clip(finite, scale.vmin, scale.vmax)
 
 
-def add_colourbar(figure: Figure, axes: Axes | list[Axes], scale: Normalize, label: str) -> None:
-    """A colour bar of a measure for some axes of the figure, at their upper end."""
-    width, height = figure.get_size_inches()
-    length = min(1.0, LONGEST_BAR / height)
-    figure.colorbar(
-        ScalarMappable(scale, colours()),
-        ax=axes,
-        label=label,
-        extend="both",
-        pad=0.1 / width,
-        fraction=0.9 / width,
-        shrink=length,
-        anchor=(0.0, 1.0),
-        aspect=25 * length * height / LONGEST_BAR,
-    )
-
-
 def width_of(count: int) -> float:
     """A width that has room for so many layers, as far as figures go; an inch and a half is for what stands beside."""
     return min(LARGEST, max(6, 2.5 + 0.4 * min(count, 15) + 0.18 * max(count - 15, 0)))
@@ -148,26 +170,13 @@ def depths(count: int) -> npt.NDArray[np.float64]:
 
 def marks_of(results: Iterable[InvarianceResult], measure: str) -> dict[str, str]:
     """Layer → what is to be said of it beside its name."""
-    marks: dict[str, str] = {}
+    reached: set[str] = set()
+    infinite: set[str] = set()
     for result in results:
-        for row in result.table(measure) if measure in result else ():
-            signs = REACHED * (row.layer in result.reached) + INFINITE * (row.share_infinite > NOTABLE)
-            marks[row.layer] = marks.get(row.layer, "") + signs
-    return marks
-
-
-def key_of_layers(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
-    """Tell which line is which layer: a legend, or for many layers a colour bar from the first to the last."""
-    _, names = without_prefix(names)
-    if len(names) <= MOST_IN_LEGEND:
-        handles, _ = axes.get_legend_handles_labels()
-        labels = [shorten(name) for name in names]
-        figure.legend(handles, labels, loc="outside right upper", fontsize="small", frameon=False)
-        return
-    shades = ScalarMappable(Normalize(0, len(names) - 1), ListedColormap(depth_colours(256)))
-    bar = figure.colorbar(shades, ax=figure.axes, label="layer", pad=0.01)
-    ticks = sorted({round(x) for x in np.linspace(0, len(names) - 1, 6)})
-    bar.set_ticks(ticks, labels=[shorten(names[i]) for i in ticks])
+        reached.update(result.reached)
+        rows = result.table(measure) if measure in result else ()
+        infinite.update(row.layer for row in rows if row.infinite and row.share_infinite > NOTABLE)
+    return {layer: REACHED * (layer in reached) + INFINITE * (layer in infinite) for layer in reached | infinite}
 
 
 def is_ratio(results: Iterable[InvarianceResult], measure: str) -> bool:
