@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,25 @@ def _log_image(logger: Any, tag: str, image: npt.NDArray[np.uint8], step: int) -
 
 
 def _add_image(writer: SummaryWriter, tag: str, image: npt.NDArray[np.uint8], step: int) -> None:
-    """What ``writer.add_image`` does, in half of the time: with less compression, which saves little, and no scaling."""
-    png = io.BytesIO()
-    Image.fromarray(image).save(png, "png", compress_level=1)
+    """What ``writer.add_image`` does, in a quarter of the time: without scaling it, and with a faster PNG."""
     height, width, colours = image.shape
-    picture = Summary.Image(height=height, width=width, colorspace=colours, encoded_image_string=png.getvalue())
+    picture = Summary.Image(height=height, width=width, colorspace=colours, encoded_image_string=png(image))
     summary = Summary(value=[Summary.Value(tag=tag, image=picture)])
     writer._get_file_writer().add_summary(summary, step)  # type: ignore[no-untyped-call]
+
+
+def png(image: npt.NDArray[np.uint8]) -> bytes:
+    """A picture ``(height, width, 3)`` as a PNG file.
+
+    Each row is written as the difference from the row above it ("filter 2"), which suits pictures of cells. Pillow
+    tries five filters for each row, which takes three times as long for files of the same size.
+    """
+    height, width, colours = image.shape
+    rows = np.full((height, 1 + colours * width), 2, np.uint8)
+    flat = image.reshape(height, -1)
+    rows[0, 1:] = flat[0]
+    np.subtract(flat[1:], flat[:-1], out=rows[1:, 1:])
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits for each of three colours
+    parts = (b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), 1)), (b"IEND", b"")
+    chunks = [struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)

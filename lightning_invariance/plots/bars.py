@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.image import BboxImage
+from matplotlib.lines import Line2D
+from matplotlib.markers import TICKRIGHT
 from matplotlib.patches import Polygon
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import Bbox
+from matplotlib.transforms import Bbox, BboxTransformTo, Transform, TransformedBbox
 
-from lightning_invariance.plots.common import axes_at, colours, depth_colours
-from lightning_invariance.plots.labels import draw_marks, shorten, without_prefix
+from lightning_invariance.plots.common import box_of, colours, depth_colours
+from lightning_invariance.plots.labels import shorten, without_prefix
 from lightning_invariance.plots.text import LINE, MEDIUM, SMALL, fitting, inches_of
 
 #: The longest colour bar, its width, its distance from the axes, and the height of its points, in inches.
@@ -38,17 +43,13 @@ def add_colourbar(axes: Sequence[Axes], scale: Normalize, label: str) -> None:
         scale: of the colours.
         label: of the values.
     """
-    figure, right, bottom, top = _place_beside(axes)
-    length = min(top - bottom, LONGEST) - 2 * POINT
-    low, high = float(scale.vmin or 0.0), float(scale.vmax or 1.0)
-    shown, between = _numbers(low, high, isinstance(scale, LogNorm))
-    ticks = {float(scale(value)): f"{value:g}" for value in shown}
-    bar = _bar(figure, (right + APART, top - POINT - length, length), colours(), ticks)
-    draw_marks(bar.yaxis, [float(scale(value)) for value in between], 2.0, far=True)
-    bar.set_ylabel(label, fontsize=fitting(label, length))
-    for end, beyond, colour in ((0.0, -POINT / length, 0.0), (1.0, 1 + POINT / length, 1.0)):
-        corners = [(0.0, end), (0.5, beyond), (1.0, end)]
-        bar.add_patch(Polygon(corners, facecolor=colours()(colour), edgecolor="black", linewidth=0.8, clip_on=False))
+    figure, box = box_of(axes)
+    length = min(box.height, LONGEST) - 2 * POINT
+    shown, between = _numbers(float(scale.vmin or 0.0), float(scale.vmax or 1.0), isinstance(scale, LogNorm))
+    bar = _Bar(figure, box.x1 + APART, box.y1 - POINT - length, length)
+    bar.draw(colours(), pointed=True)
+    bar.write(scale(np.array(shown)).tolist(), [f"{value:g}" for value in shown], label)
+    bar.mark(scale(np.array(between)).tolist(), 2.0)
 
 
 def room_of_key(names: Sequence[str]) -> float:
@@ -64,52 +65,73 @@ def key_of_layers(axes: Sequence[Axes], names: Sequence[str]) -> None:
         axes: those on whose right it stands; the first has the lines. There must be :func:`room_of_key` for it.
         names: of the layers, in the order of the lines.
     """
-    figure, right, bottom, top = _place_beside(axes)
+    figure, box = box_of(axes)
     _, names = without_prefix(names)
     if len(names) <= MOST_IN_LEGEND:
         width, height = figure.get_size_inches()
         handles, _ = axes[0].get_legend_handles_labels()
         labels = [shorten(name) for name in names]
-        corner = right / width, top / height
+        corner = box.x1 / width, box.y1 / height
         figure.legend(
             handles, labels, loc="upper left", bbox_to_anchor=corner, fontsize=SMALL, frameon=False, borderpad=0
         )
         return
     chosen = sorted({round(x) for x in np.linspace(0, len(names) - 1, 6)})
-    ticks = {i / (len(names) - 1): shorten(names[i]) for i in chosen}
-    place = right + APART, bottom, top - bottom
-    bar = _bar(figure, place, ListedColormap(depth_colours(256)), ticks, SMALL)
-    bar.set_ylabel("layer")
+    bar = _Bar(figure, box.x1 + APART, box.y0, box.height)
+    bar.draw(ListedColormap(depth_colours(256)), pointed=False)
+    bar.write([i / (len(names) - 1) for i in chosen], [shorten(names[i]) for i in chosen], "layer", SMALL)
 
 
-def _place_beside(axes: Sequence[Axes]) -> tuple[Figure, float, float, float]:
-    """The figure of some axes, and their right, lower and upper ends in inches."""
-    figure = axes[0].figure
-    assert isinstance(figure, Figure)  # noqa: S101 - not one within another
-    width, height = figure.get_size_inches()
-    box = Bbox.union([one.get_position() for one in axes])
-    return figure, box.x1 * width, box.y0 * height, box.y1 * height
+class _Bar:
+    """An upright bar of colours, at a place in inches.
 
-
-def _bar(
-    figure: Figure,
-    place: tuple[float, float, float],
-    shades: Colormap,
-    ticks: Mapping[float, str],
-    points: float = MEDIUM,
-) -> Axes:
-    """An upright bar of colours: its left and lower end and its height in inches, its labels by their share of it.
-
-    A figure's own ``colorbar`` takes as long as all else in a picture.
+    It consists of what is seen alone: the ``colorbar`` of a figure takes as long as all else in a picture, and axes
+    with ticks a third of that.
     """
-    left, bottom, height = place
-    axes = axes_at(figure, left, bottom, WIDTH, height)
-    axes.imshow(np.linspace(0, 1, 256)[:, None], shades, aspect="auto", origin="lower", extent=(0, 1, 0, 1))
-    axes.set_xticks([])
-    axes.yaxis.tick_right()
-    axes.yaxis.set_label_position("right")
-    axes.set_yticks([*ticks], [*ticks.values()], fontsize=points, parse_math=False)
-    return axes
+
+    def __init__(self, figure: Figure, left: float, bottom: float, height: float) -> None:
+        self.figure, self.right, self.height = figure, left + WIDTH, height
+        across, up = figure.get_size_inches()
+        #: From (0, 0) and (1, 1), the corners of the bar, to the figure.
+        self.place: Transform = BboxTransformTo(
+            Bbox.from_bounds(left / across, bottom / up, WIDTH / across, height / up)
+        )
+        self.place += figure.transFigure
+
+    def draw(self, shades: Colormap, pointed: bool) -> None:
+        """Draw its colours and its outline, with points in the colours of the ends."""
+        image = BboxImage(TransformedBbox(Bbox.unit(), self.place), cmap=shades, norm=Normalize(0, 1), origin="lower")
+        image.set_data(np.linspace(0, 1, 256)[:, None])
+        self.figure.add_artist(image)
+        tip = POINT / self.height * pointed
+        for end, beyond, colour in ((0.0, -tip, 0.0), (1.0, 1 + tip, 1.0)) if pointed else ():
+            corners = [(0.0, end), (0.5, beyond), (1.0, end)]
+            self._add(Polygon(corners, facecolor=shades(colour), edgecolor="none"))
+        outline = [(0, 0), (0.5, -tip), (1, 0), (1, 1), (0.5, 1 + tip), (0, 1)]
+        self._add(Polygon(outline, fill=False, edgecolor="black", linewidth=0.8))
+
+    def write(self, at: Sequence[float], texts: Sequence[str], label: str, points: float = MEDIUM) -> None:
+        """Write texts beside it, at shares of its height, and what they are."""
+        self.mark(at, 3.5)
+        inch = 1 / WIDTH
+        for share, text in zip(at, texts, strict=True):
+            x = 1 + 0.1 * inch
+            self._text(x, share, text, size=points, ha="left", va="center_baseline")
+        x = 1 + (0.15 + inches_of(texts, points)) * inch
+        size = fitting(label, self.height)
+        self._text(x, 0.5, label, size=size, rotation=90, ha="left", va="center")
+
+    def mark(self, at: Sequence[float], points: float) -> None:
+        """Draw short lines on its right."""
+        looks: dict[str, Any] = {"linestyle": "", "color": "black", "marker": TICKRIGHT, "markeredgewidth": 0.8}
+        self._add(Line2D([1.0] * len(at), at, markersize=points, **looks))
+
+    def _text(self, x: float, y: float, text: str, **looks: Any) -> None:
+        self.figure.text(x, y, text, transform=self.place, parse_math=False, **looks)
+
+    def _add(self, artist: Artist) -> None:
+        artist.set_transform(self.place)
+        self.figure.add_artist(artist)
 
 
 def _numbers(low: float, high: float, log: bool) -> tuple[list[float], list[float]]:

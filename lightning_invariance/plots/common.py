@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib import colormaps
+from matplotlib import colormaps, rcParams
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
 from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from lightning_invariance.plots.labels import INFINITE, REACHED, shorten
 from lightning_invariance.plots.text import TITLE, QuickRenderer, fitting
@@ -61,30 +63,42 @@ def new_figure(width: float, height: float, layout: Literal["constrained"] | Non
     return figure
 
 
-def axes_at(figure: Figure, left: float, bottom: float, width: float, height: float, **options: Any) -> Axes:
+def axes_at(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
     """New axes at a place in inches from the lower left corner of the figure."""
     across, up = figure.get_size_inches()
-    return figure.add_axes((left / across, bottom / up, width / across, height / up), **options)
+    return figure.add_axes((left / across, bottom / up, width / across, height / up))
 
 
 def axes_above(axes: Axes, label: str, apart: float) -> Axes:
     """Low axes above others, for what belongs to the same places along x.
 
+    They do not share the axis: its ticks would be made and drawn twice.
+
     Args:
-        axes: the others; there must be :data:`ABOVE` and ``apart`` inches above them.
+        axes: the others, with their limits and ticks; there must be :data:`ABOVE` and ``apart`` inches above them.
         label: of what is drawn.
         apart: how far they are apart, in inches.
     """
-    figure = axes.figure
-    assert isinstance(figure, Figure)  # noqa: S101 - not one within another
-    width, height = figure.get_size_inches()
-    box = axes.get_position()
-    above = axes_at(figure, box.x0 * width, box.y1 * height + apart, box.width * width, ABOVE, sharex=axes)
-    above.tick_params(labelbottom=False)
+    figure, box = box_of([axes])
+    above = axes_at(figure, box.x0, box.y1 + apart, box.width, ABOVE)
+    above.set_xlim(axes.get_xlim())
+    lines = [[(x, 0), (x, 1)] for x in axes.get_xticks()]
+    looks = {"color": rcParams["grid.color"], "linewidth": rcParams["grid.linewidth"], "alpha": 0.3}
+    above.add_collection(LineCollection(lines, transform=above.get_xaxis_transform(), **looks), autolim=False)
+    above.set_xticks([])
+    above.grid(alpha=0.3)
     label = shorten(label)
     above.set_ylabel(label, fontsize=fitting(label, ABOVE + 0.2))
-    above.grid(alpha=0.3)
     return above
+
+
+def box_of(axes: Sequence[Axes]) -> tuple[Figure, Bbox]:
+    """The figure of some axes, and the box around them in inches."""
+    figure = axes[0].figure
+    assert isinstance(figure, Figure)  # noqa: S101 - not one within another
+    width, height = figure.get_size_inches()
+    box = Bbox.union([one.get_position() for one in axes])
+    return figure, Bbox.from_extents(box.x0 * width, box.y0 * height, box.x1 * width, box.y1 * height)
 
 
 def write_title(figure: Figure, text: str) -> None:
@@ -97,7 +111,7 @@ def render(figure: Figure) -> npt.NDArray[np.uint8]:
     """The picture of a figure: ``(height, width, 3)``."""
     renderer = QuickRenderer(*figure.bbox.size, figure.dpi)
     figure.draw(renderer)
-    rgb: npt.NDArray[np.uint8] = np.array(renderer.buffer_rgba())[..., :3]
+    rgb: npt.NDArray[np.uint8] = np.array(renderer.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]
     return rgb
 
 

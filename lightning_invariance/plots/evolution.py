@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -19,7 +20,6 @@ from lightning_invariance.plots.common import (
     colours,
     first_measure,
     is_ratio,
-    layers_of,
     marks_of,
     new_figure,
     scale_of,
@@ -61,9 +61,10 @@ def evolution(
     if not history:
         raise ValueError("Expected argument `history` to hold at least one result, but it is empty.")
     measure = measure or first_measure(history)
-    layers = layers_of(history, measure)
     means = [result.per_layer(measure) for result in history]
-    values = np.array([[per_layer.get(layer, np.nan) for per_layer in means] for layer in layers])
+    layers = [*dict.fromkeys(chain.from_iterable(means))]
+    # Where an evaluation lacks a layer, None becomes NaN.
+    values = np.array([[*map(per_layer.get, layers)] for per_layer in means], dtype=np.float64).T
     scale = scale_of(is_ratio(history, measure), values.ravel().tolist(), limits)
     score = score or _score(history)
     marked = _beyond_noise(history, measure, layers)
@@ -74,9 +75,6 @@ def evolution(
     width = WIDTH - left - ROOM
     figure = new_figure(WIDTH, BELOW + height + (APART + ABOVE if score else 0) + top, layout=None)
     axes = axes_at(figure, left, BELOW, width, height)
-    if score:
-        above = axes_above(axes, score, APART)
-        above.plot(range(len(history)), [r.scores.get(score, math.nan) for r in history], "o-", color="#0072b2", ms=4)
     if marked:
         axes.plot([j for j, _ in marked], [i for _, i in marked], "o", color="white", mec="black", mew=0.5, ms=3)
     axes.imshow(within(scale, values), aspect="auto", norm=scale, cmap=colours(), interpolation="nearest")
@@ -87,6 +85,9 @@ def evolution(
     every = math.ceil(len(history) / min(MOST_TICKS, width / (inches_of(epochs) + 0.08)))
     axes.set_xticks(range(0, len(history), every), epochs[::every])
     axes.set_xlabel("epoch")
+    if score:
+        above = axes_above(axes, score, APART)
+        above.plot(range(len(history)), [r.scores.get(score, math.nan) for r in history], "o-", color="#0072b2", ms=4)
     write_title(figure, title)
     add_colourbar([axes], scale, measure)
     return figure

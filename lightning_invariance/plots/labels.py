@@ -9,10 +9,9 @@ from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.collections import LineCollection
 from matplotlib.lines import Line2D
-from matplotlib.markers import TICKDOWN, TICKLEFT, TICKRIGHT, TICKUP
+from matplotlib.markers import TICKDOWN, TICKLEFT
 from matplotlib.transforms import ScaledTranslation
 
 from lightning_invariance.plots.text import LINE, SMALL, inches_of
@@ -149,10 +148,18 @@ class LayerLabels:
         axis.set_ticks([])
         axis.set_label_text(self._note, fontsize=SMALL, parse_math=False)
         axis.labelpad = 72 * self._length + 2
-        if len(self.blocks) and self.blocks[-1].stop - self.blocks[0].start > len(self.blocks):
-            draw_marks(axis, [block.start - 0.5 for block in self.blocks], 5.0)  # at the ends of blocks
-        else:
-            draw_marks(axis, [block.centre for block in self.blocks], 3.5)
+        self._draw_marks(axes, along)
+
+    def _draw_marks(self, axes: Axes, along: Literal["x", "y"]) -> None:
+        """Short lines outside of the axes, where layers stand, or where blocks begin. One artist, unlike ticks."""
+        long = any(block.stop - block.start > 1 for block in self.blocks)
+        places = [block.start - 0.5 if long else block.centre for block in self.blocks]
+        zeros = [0.0] * len(places)
+        looks: dict[str, Any] = {"linestyle": "", "color": "black", "markeredgewidth": 0.8}
+        looks |= {"markersize": 5.0 if long else 3.5, "marker": TICKDOWN if along == "x" else TICKLEFT}
+        transform = axes.get_xaxis_transform() if along == "x" else axes.get_yaxis_transform()
+        x, y = (places, zeros) if along == "x" else (zeros, places)
+        axes.figure.add_artist(Line2D(x, y, transform=transform, **looks))  # the axes' own lines are those of layers
 
     def draw_borders(self, axes: Axes, along: Literal["x", "y"], width: float = 0.5) -> None:
         """White lines before all blocks but the first."""
@@ -160,19 +167,3 @@ class LayerLabels:
         lines = [[(x, 0), (x, 1)] if along == "x" else [(0, x), (1, x)] for x in places]
         across = axes.get_xaxis_transform() if along == "x" else axes.get_yaxis_transform()
         axes.add_collection(LineCollection(lines, colors="white", linewidths=width, transform=across), autolim=False)
-
-
-def draw_marks(axis: Axis, places: Sequence[float], points: float, far: bool = False) -> None:
-    """Short lines at places on an axis, outside of the axes: below or on the left, or ``far``, above or on the right.
-
-    They look like ticks, but are one artist.
-    """
-    axes, side = axis.axes, float(far)
-    lies = axis is axes.xaxis
-    x, y = (places, [side] * len(places)) if lies else ([side] * len(places), places)
-    marker: Any = (TICKUP if far else TICKDOWN) if lies else (TICKRIGHT if far else TICKLEFT)
-    place = axes.get_xaxis_transform() if lies else axes.get_yaxis_transform()
-    marks = Line2D(
-        x, y, linestyle="", color="black", marker=marker, markersize=points, markeredgewidth=0.8, transform=place
-    )
-    axes.figure.add_artist(marks)  # not of the axes, whose lines are those of layers

@@ -105,7 +105,6 @@ def _lines(
     width, height = WIDTH - left - room_of_key([*lines]), 3.6
     figure = new_figure(WIDTH, bottom + height + TOP + (ABOVE + TOP if result.outputs else 0), layout=None)
     axes = axes_at(figure, left, bottom, width, height)
-    _draw_outputs(axes, result, x[order], order, TOP)
     for (layer, values), colour in zip(lines.items(), depth_colours(len(lines)), strict=True):
         style = "o-" if count <= MOST_LABELS else "-"
         axes.plot(x[order], values[order], style, color=colour, ms=3, linewidth=1.2, label=layer)
@@ -121,6 +120,7 @@ def _lines(
         axes.set_title(title, fontsize=fitting(title, width))
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
+    _draw_outputs(axes, result, x[order], order, TOP)
     key_of_layers([axes], [*lines])
     return figure
 
@@ -143,7 +143,6 @@ def _rows(
     left = max(labels.room, NUMBERS)
     figure = new_figure(WIDTH, bottom + height + TOP + (ABOVE + APART if result.outputs else 0), layout=None)
     axes = axes_at(figure, left, bottom, WIDTH - left - ROOM, height)
-    _draw_outputs(axes, result, np.arange(len(order)), order, APART)
     shown = within(scale, values[:, order])
     axes.imshow(shown, aspect="auto", norm=scale, cmap=colours(), interpolation="nearest")
     labels.write(axes, "y")
@@ -151,6 +150,7 @@ def _rows(
         labels.draw_borders(axes, "y")
     axes.set_xticks(ticks, below, rotation=90, parse_math=False)
     axes.set_xlabel(AXIS_OF_ANGLES if name == "angle" else name)
+    _draw_outputs(axes, result, np.arange(len(order)), order, APART)
     write_title(figure, f"{measure} of one transformation")
     add_colourbar([axes], scale, measure)
     return figure

@@ -49,6 +49,10 @@ class QuickRenderer(RendererAgg):
     matplotlib.
     """
 
+    def __init__(self, width: float, height: float, dpi: float) -> None:
+        super().__init__(width, height, dpi)  # type: ignore[no-untyped-call]
+        self._fonts: dict[FontProperties, ImageFont.FreeTypeFont] = {}
+
     def draw_text(
         self,
         gc: Any,
@@ -62,7 +66,7 @@ class QuickRenderer(RendererAgg):
     ) -> None:
         """Draw a text whose baseline begins at ``x, y``, in pixels from the upper left corner."""
         if ismath or angle not in (0, 90) or not _is_simple(s):
-            super().draw_text(gc, x, y, s, prop, angle, ismath, mtext)
+            super().draw_text(gc, x, y, s, prop, angle, ismath, mtext)  # type: ignore[no-untyped-call]
             return
         mask, (left, top) = self._font_of(prop).getmask2(s, "L", anchor="ls")
         width, height = mask.size
@@ -81,14 +85,15 @@ class QuickRenderer(RendererAgg):
     def get_text_width_height_descent(self, s: str, prop: FontProperties, ismath: Any) -> tuple[float, float, float]:
         """The size of a text in pixels, and how far it reaches below its baseline."""
         if ismath or not _is_simple(s):
-            found: tuple[float, float, float] = super().get_text_width_height_descent(s, prop, ismath)
-            return found
+            return super().get_text_width_height_descent(s, prop, ismath)  # type: ignore[no-any-return, no-untyped-call]
         font = self._font_of(prop)
         _, top, right, bottom = font.getbbox(s, anchor="ls")
         return max(right, font.getlength(s)), bottom - top, bottom
 
     def _font_of(self, prop: FontProperties) -> ImageFont.FreeTypeFont:
-        return _font(findfont(prop), max(1, round(self.points_to_pixels(prop.get_size_in_points()))))
+        if prop not in self._fonts:
+            self._fonts[prop] = _font(findfont(prop), max(1, round(prop.get_size_in_points() * self.dpi / 72)))
+        return self._fonts[prop]
 
 
 def _is_simple(text: str) -> bool:
