@@ -111,8 +111,7 @@ def render(figure: Figure) -> npt.NDArray[np.uint8]:
     """The picture of a figure: ``(height, width, 3)``."""
     renderer = QuickRenderer(*figure.bbox.size, figure.dpi)
     figure.draw(renderer)
-    rgb: npt.NDArray[np.uint8] = np.array(renderer.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]
-    return rgb
+    return np.ascontiguousarray(np.asarray(renderer.buffer_rgba())[..., :3])  # type: ignore[no-untyped-call]
 
 
 def named(results: Results) -> dict[str, InvarianceResult]:

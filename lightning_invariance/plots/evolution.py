@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from lightning_invariance.compare import compare
 from lightning_invariance.plots.bars import ROOM, add_colourbar
+from lightning_invariance.plots.cells import show_cells
 from lightning_invariance.plots.common import (
     ABOVE,
     NUMBERS,
@@ -77,7 +78,7 @@ def evolution(
     axes = axes_at(figure, left, BELOW, width, height)
     if marked:
         axes.plot([j for j, _ in marked], [i for _, i in marked], "o", color="white", mec="black", mew=0.5, ms=3)
-    axes.imshow(within(scale, values), aspect="auto", norm=scale, cmap=colours(), interpolation="nearest")
+    show_cells(axes, within(scale, values), scale, colours())
     labels.write(axes, "y")
     if len(labels.blocks) < len(layers):
         labels.draw_borders(axes, "y")

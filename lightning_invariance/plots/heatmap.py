@@ -11,6 +11,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
 from lightning_invariance.plots.bars import ROOM, add_colourbar
+from lightning_invariance.plots.cells import show_cells
 from lightning_invariance.plots.common import (
     axes_at,
     colours,
@@ -99,11 +100,11 @@ def _draw_cells(
     shown = np.stack([columns[layer][at.astype(int)] for layer, at in pixels.items()], 1)
     never = np.stack([dead[layer][at.astype(int)] for layer, at in pixels.items()], 1)
     place = (-0.5, len(columns) - 0.5, 1, 0)
-    axes.imshow(within(scale, shown), aspect="auto", extent=place, norm=scale, cmap=colours(), interpolation="nearest")
+    show_cells(axes, within(scale, shown), scale, colours(), place)
     for mask, colour in ((np.isinf(shown), INFINITE), (never, DEAD)):
         if mask.any():
             over = np.ma.masked_where(~mask, np.ones(mask.shape))
-            axes.imshow(over, aspect="auto", extent=place, cmap=ListedColormap([colour]), interpolation="nearest")
+            show_cells(axes, over, Normalize(0, 1), ListedColormap([colour]), place)
 
 
 def _title(result: InvarianceResult, measure: str) -> str:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from lightning_invariance.hints import instead_of
 from lightning_invariance.plots.bars import ROOM, add_colourbar, key_of_layers, room_of_key
+from lightning_invariance.plots.cells import show_cells
 from lightning_invariance.plots.common import (
     ABOVE,
     LINES,
@@ -143,8 +144,7 @@ def _rows(
     left = max(labels.room, NUMBERS)
     figure = new_figure(WIDTH, bottom + height + TOP + (ABOVE + APART if result.outputs else 0), layout=None)
     axes = axes_at(figure, left, bottom, WIDTH - left - ROOM, height)
-    shown = within(scale, values[:, order])
-    axes.imshow(shown, aspect="auto", norm=scale, cmap=colours(), interpolation="nearest")
+    show_cells(axes, within(scale, values[:, order]), scale, colours())
     labels.write(axes, "y")
     if len(labels.blocks) < len(names):
         labels.draw_borders(axes, "y")

@@ -88,7 +88,7 @@ class QuickRenderer(RendererAgg):
             return super().get_text_width_height_descent(s, prop, ismath)  # type: ignore[no-any-return, no-untyped-call]
         font = self._font_of(prop)
         _, top, right, bottom = font.getbbox(s, anchor="ls")
-        return max(right, font.getlength(s)), bottom - top, bottom
+        return right, bottom - top, bottom
 
     def _font_of(self, prop: FontProperties) -> ImageFont.FreeTypeFont:
         if prop not in self._fonts:
