@@ -31,8 +31,13 @@ ROOM = 1.1
 #: More layers than this are not listed in a legend.
 MOST_IN_LEGEND = 12
 
-#: The most numbers beside a colour bar.
-MOST_NUMBERS = 7
+#: The room for a number beside a colour bar, in inches.
+NUMBER = 0.25
+
+#: Which numbers of each power of ten are written, where these are few.
+STEPS = ((1,), (1, 3), (1, 2, 5), tuple(range(1, 10)))
+
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def add_colourbar(axes: Sequence[Axes], scale: Normalize, label: str) -> None:
@@ -45,10 +50,11 @@ def add_colourbar(axes: Sequence[Axes], scale: Normalize, label: str) -> None:
     """
     figure, box = box_of(axes)
     length = min(box.height, LONGEST) - 2 * POINT
-    shown, between = _numbers(float(scale.vmin or 0.0), float(scale.vmax or 1.0), isinstance(scale, LogNorm))
+    low, high, most = float(scale.vmin or 0.0), float(scale.vmax or 1.0), int(length / NUMBER)
+    shown, between = (_powers if isinstance(scale, LogNorm) else _steps)(low, high, most)
     bar = _Bar(figure, box.x1 + APART, box.y1 - POINT - length, length)
     bar.draw(colours(), pointed=True)
-    bar.write(scale(np.array(shown)).tolist(), [f"{value:g}" for value in shown], label)
+    bar.write(scale(np.array(shown)).tolist(), _written(shown), label)
     bar.mark(scale(np.array(between)).tolist(), 2.0)
 
 
@@ -134,19 +140,29 @@ class _Bar:
         self.figure.add_artist(artist)
 
 
-def _numbers(low: float, high: float, log: bool) -> tuple[list[float], list[float]]:
-    """Round numbers on a scale that are written beside it, and those between them."""
-    if not log:
-        return [v for v in MaxNLocator(MOST_NUMBERS - 1).tick_values(low, high) if low <= v <= high], []
+def _steps(low: float, high: float, most: int) -> tuple[list[float], list[float]]:
+    """Round numbers on a scale that are written beside it, and those that are only marked."""
+    found = MaxNLocator(min(most, 7), steps=[1, 2, 5, 10]).tick_values(low, high)
+    return [value for value in found if low <= value <= high], []
+
+
+def _powers(low: float, high: float, most: int) -> tuple[list[float], list[float]]:
+    """The same for a logarithmic scale: powers of ten, and what is between them."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    least, most = low * (1 - 1e-9), high * (1 + 1e-9)
-    found = {steps: [s * 10.0**p for p in powers for s in steps if least <= s * 10.0**p <= most] for steps in _STEPS}
-    tens, all_of_them = found[_STEPS[0]], found[_STEPS[-1]]
-    if len(tens) > MOST_NUMBERS:
-        return tens[:: math.ceil(len(tens) / MOST_NUMBERS)], tens
-    shown = next((numbers for numbers in found.values() if 3 <= len(numbers) <= MOST_NUMBERS), [low, high])
-    return shown, all_of_them
+    least, largest = low * (1 - 1e-9), high * (1 + 1e-9)
+    found = [[n * 10.0**power for power in powers for n in numbers] for numbers in STEPS]
+    inside = [[value for value in values if least <= value <= largest] for values in found]
+    if len(inside[0]) > most:
+        return inside[0][:: math.ceil(len(inside[0]) / most)], inside[0]
+    return next((values for values in inside if 3 <= len(values) <= most), [low, high]), inside[-1]
 
 
-#: Which numbers of each power of ten are written, where these are few.
-_STEPS = ((1,), (1, 3), (1, 2, 5), tuple(range(1, 10)))
+def _written(values: Sequence[float]) -> list[str]:
+    """Numbers as they are, or as powers of ten where they have many zeros."""
+    powers = [math.log10(value) if value > 0 else 0.5 for value in values]
+    if (
+        all(math.isclose(power, round(power), abs_tol=1e-9) for power in powers)
+        and max(map(abs, powers), default=0) > 3
+    ):
+        return [f"10{str(round(power)).translate(SUPERSCRIPTS)}" for power in powers]
+    return [f"{value:.3g}" for value in values]

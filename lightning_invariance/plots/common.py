@@ -82,14 +82,19 @@ def axes_above(axes: Axes, label: str, apart: float) -> Axes:
     figure, box = box_of([axes])
     above = axes_at(figure, box.x0, box.y1 + apart, box.width, ABOVE)
     above.set_xlim(axes.get_xlim())
-    lines = [[(x, 0), (x, 1)] for x in axes.get_xticks()]
-    looks = {"color": rcParams["grid.color"], "linewidth": rcParams["grid.linewidth"], "alpha": 0.3}
-    above.add_collection(LineCollection(lines, transform=above.get_xaxis_transform(), **looks), autolim=False)
+    draw_grid(above, axes.get_xticks())
     above.set_xticks([])
     above.grid(alpha=0.3)
     label = shorten(label)
     above.set_ylabel(label, fontsize=fitting(label, ABOVE + 0.2))
     return above
+
+
+def draw_grid(axes: Axes, places: Iterable[float]) -> None:
+    """Upright lines of a grid where there are no ticks."""
+    lines = [[(x, 0), (x, 1)] for x in places]
+    looks = {"color": rcParams["grid.color"], "linewidth": rcParams["grid.linewidth"], "alpha": 0.3, "zorder": 0.5}
+    axes.add_collection(LineCollection(lines, transform=axes.get_xaxis_transform(), **looks), autolim=False)
 
 
 def box_of(axes: Sequence[Axes]) -> tuple[Figure, Bbox]:
@@ -109,7 +114,7 @@ def write_title(figure: Figure, text: str) -> None:
 
 def render(figure: Figure) -> npt.NDArray[np.uint8]:
     """The picture of a figure: ``(height, width, 3)``."""
-    renderer = QuickRenderer(*figure.bbox.size, figure.dpi)
+    renderer = QuickRenderer(*np.round(figure.bbox.size), figure.dpi)
     figure.draw(renderer)
     return np.ascontiguousarray(np.asarray(renderer.buffer_rgba())[..., :3])  # type: ignore[no-untyped-call]
 

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.markers import TICKDOWN, TICKLEFT
 from matplotlib.transforms import ScaledTranslation
 
-from lightning_invariance.plots.text import LINE, SMALL, inches_of
+from lightning_invariance.plots.text import LINE, SMALL, fitting, inches_of
 
 #: Labels of this size, in points, can still be read; one inch has room for so many.
 SMALLEST, LARGEST = 7.0, 9.0
@@ -127,10 +127,8 @@ class LayerLabels:
         ]
         self._points = min(LARGEST, max(SMALLEST, 72 * inches / 1.3 / max(len(names), 1)))
         self._length = inches_of(self._texts, self._points) + APART / 72
-        notes = [f"layers of {shorten(prefix.rstrip('./'), 48)}"] * bool(prefix)
-        notes += [MEANINGS[sign] for sign, at in used.items() if at]
-        in_one = "   ".join(notes)
-        self._note = in_one if inches_of([in_one], SMALL) <= inches else "\n".join(notes)
+        meanings = [MEANINGS[sign] for sign, at in used.items() if at]
+        self._note, self._small = _note(prefix.rstrip("./"), meanings, inches)
         self.room = self._length + (LINE * SMALL * len(self._note.splitlines()) + 4) / 72 + 0.05
 
     def write(self, axes: Axes, along: Literal["x", "y"]) -> None:
@@ -146,7 +144,7 @@ class LayerLabels:
             x, y = (block.centre, 0.0) if lies else (0.0, block.centre)
             axes.text(x, y, text, size=self._points, transform=place + away, parse_math=False, **looks)
         axis.set_ticks([])
-        axis.set_label_text(self._note, fontsize=SMALL, parse_math=False)
+        axis.set_label_text(self._note, fontsize=self._small, parse_math=False)
         axis.labelpad = 72 * self._length + 2
         self._draw_marks(axes, along)
 
@@ -167,3 +165,12 @@ class LayerLabels:
         lines = [[(x, 0), (x, 1)] if along == "x" else [(0, x), (1, x)] for x in places]
         across = axes.get_xaxis_transform() if along == "x" else axes.get_yaxis_transform()
         axes.add_collection(LineCollection(lines, colors="white", linewidths=width, transform=across), autolim=False)
+
+
+def _note(prefix: str, meanings: Sequence[str], inches: float) -> tuple[str, float]:
+    """What all names begin with and the meanings of marks, in as few lines as an axis has room for, and their size."""
+    long, short = ([f"layers of {name}"] * bool(name) + [*meanings] for name in (prefix, shorten(prefix)))
+    for text in ("   ".join(long), "\n".join(long)):
+        if inches_of([text], SMALL) <= inches:
+            return text, SMALL
+    return "\n".join(short), fitting("\n".join(short), inches, SMALL)
