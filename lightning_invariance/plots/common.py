@@ -114,7 +114,8 @@ def write_title(figure: Figure, text: str) -> None:
 
 def render(figure: Figure) -> npt.NDArray[np.uint8]:
     """The picture of a figure: ``(height, width, 3)``."""
-    renderer = QuickRenderer(*np.round(figure.bbox.size), figure.dpi)
+    width, height = np.round(figure.bbox.size).tolist()
+    renderer = QuickRenderer(width, height, figure.dpi)
     figure.draw(renderer)
     return np.ascontiguousarray(np.asarray(renderer.buffer_rgba())[..., :3])  # type: ignore[no-untyped-call]
 
