@@ -203,40 +203,32 @@ def _maps(
     columns = min(4, len(chosen))
     rows = -(-len(chosen) // columns)
     figure = new_figure(NUMBERS + MAP * columns + ROOM, BELOW + MAP * rows + 0.05, layout=None)
-    width, height = figure.get_size_inches()
-    grid = figure.subplots(
-        rows,
-        columns,
-        squeeze=False,
-        sharex=True,
-        sharey=True,
-        gridspec_kw={
-            "left": NUMBERS / width,
-            "right": 1 - (ROOM + BETWEEN) / width,
-            "bottom": BELOW / height,
-            "top": 1 - (BETWEEN + 0.05) / height,
-            "wspace": BETWEEN / (MAP - BETWEEN),
-            "hspace": BETWEEN / (MAP - BETWEEN),
-        },
-    )
     # Markers as large as the smallest distance between two of them allows.
     places = np.stack([x / np.ptp(x), y / np.ptp(y)], 1)
     apart = np.linalg.norm(places[:, None] - places[None], axis=-1)
     size = min(16.0, 0.85 * 72 * 1.6 * float(apart[apart > 0].min()) / 1.15)
-    _, titles = without_prefix(chosen)
-    for axes, layer, title in zip(grid.flat, chosen, titles, strict=False):
+    limits_x, limits_y = (
+        (values.min() - 0.15 * np.ptp(values), values.max() + 0.15 * np.ptp(values)) for values in (x, y)
+    )
+    maps = []
+    for i, (layer, title) in enumerate(zip(chosen, map(shorten, without_prefix(chosen)[1]), strict=True)):
+        row, column = divmod(i, columns)
+        bottom = BELOW + MAP * (rows - 1 - row)
+        axes = axes_at(figure, NUMBERS + MAP * column, bottom, MAP - BETWEEN, MAP - BETWEEN)
         shown = within(scale, lines[layer])
         axes.scatter(x, y, size**2, shown, marker="s", norm=scale, cmap=colours(), plotnonfinite=True, linewidths=0)
-        title = shorten(title)
         axes.set_title(title, fontsize=fitting(title, MAP - 0.1))
-        axes.margins(0.15)
-        if name_y == "y":  # of images: down
-            axes.yaxis.set_inverted(True)
-    for axes in grid.flat[len(chosen) :]:
-        axes.set_visible(False)
-    for axes in grid[-1]:
-        axes.set_xlabel(name_x)
-    for axes in grid[:, 0]:
-        axes.set_ylabel(name_y)
-    add_colourbar(list(grid.flat), scale, f"{measure} of one transformation")
+        axes.set_xlim(limits_x)
+        axes.set_ylim(limits_y[::-1] if name_y == "y" else limits_y)  # that of images: down
+        # Ticks take longer than all else, and are the same in all maps.
+        if column == 0:
+            axes.set_ylabel(name_y)
+        else:
+            axes.set_yticks([])
+        if i + columns >= len(chosen):
+            axes.set_xlabel(name_x)
+        else:
+            axes.set_xticks([])
+        maps.append(axes)
+    add_colourbar(maps, scale, f"{measure} of one transformation")
     return figure
