@@ -107,7 +107,7 @@ def test_texts_stand_where_matplotlib_draws_them(text, angle):
 
 def test_cells_have_the_colours_of_their_values():
     figure = plots.evolution([result(5, epoch) for epoch in range(4)])
-    axes, image = figure.axes[0], render(figure)
+    axes, image = figure.axes[1], render(figure)
     (cells,) = axes.images
     values = cells.get_array()
     assert values.shape == (5, 4)
@@ -120,7 +120,7 @@ def test_cells_have_the_colours_of_their_values():
 
 def test_figures_can_be_enlarged_and_saved():
     figure = plots.evolution([result(5, epoch) for epoch in range(4)])
-    figure.axes[0].set_xlim(0.5, 1.5)
+    figure.axes[1].set_xlim(0.5, 1.5)
     assert render(figure).shape[2] == 3
     for kind in ("png", "pdf", "svg"):
         file = io.BytesIO()

@@ -69,25 +69,30 @@ def axes_at(figure: Figure, left: float, bottom: float, width: float, height: fl
     return figure.add_axes((left / across, bottom / up, width / across, height / up))
 
 
-def axes_above(axes: Axes, label: str, apart: float) -> Axes:
-    """Low axes above others, for what belongs to the same places along x.
+def axes_below(
+    figure: Figure, left: float, bottom: float, width: float, height: float, apart: float | None
+) -> tuple[Axes | None, Axes]:
+    """New axes, and before them low ones above, unless ``apart``, the inches between them, is None."""
+    above = None if apart is None else axes_at(figure, left, bottom + height + apart, width, ABOVE)
+    return above, axes_at(figure, left, bottom, width, height)
+
+
+def align_above(above: Axes, axes: Axes, label: str) -> None:
+    """Let axes above others show what belongs to the same places along x.
 
     They do not share the axis: its ticks would be made and drawn twice.
 
     Args:
-        axes: the others, with their limits and ticks; there must be :data:`ABOVE` and ``apart`` inches above them.
-        label: of what is drawn.
-        apart: how far they are apart, in inches.
+        above: of :func:`axes_below`.
+        axes: the others, with their limits and ticks.
+        label: of what is drawn above.
     """
-    figure, box = box_of([axes])
-    above = axes_at(figure, box.x0, box.y1 + apart, box.width, ABOVE)
     above.set_xlim(axes.get_xlim())
     draw_grid(above, axes.get_xticks())
     above.set_xticks([])
     above.grid(alpha=0.3)
     label = shorten(label)
     above.set_ylabel(label, fontsize=fitting(label, ABOVE + 0.2))
-    return above
 
 
 def draw_grid(axes: Axes, places: Iterable[float]) -> None:

@@ -16,8 +16,8 @@ from lightning_invariance.plots.cells import show_cells
 from lightning_invariance.plots.common import (
     ABOVE,
     NUMBERS,
-    axes_above,
-    axes_at,
+    align_above,
+    axes_below,
     colours,
     first_measure,
     is_ratio,
@@ -75,7 +75,7 @@ def evolution(
     left, top = max(labels.room, NUMBERS), 0.35 + 0.2 * bool(marked)
     width = WIDTH - left - ROOM
     figure = new_figure(WIDTH, BELOW + height + (APART + ABOVE if score else 0) + top, layout=None)
-    axes = axes_at(figure, left, BELOW, width, height)
+    above, axes = axes_below(figure, left, BELOW, width, height, APART if score else None)
     if marked:
         axes.plot([j for j, _ in marked], [i for _, i in marked], "o", color="white", mec="black", mew=0.5, ms=3)
     show_cells(axes, within(scale, values), scale, colours())
@@ -86,8 +86,8 @@ def evolution(
     every = math.ceil(len(history) / min(MOST_TICKS, width / (inches_of(epochs) + 0.08)))
     axes.set_xticks(range(0, len(history), every), epochs[::every])
     axes.set_xlabel("epoch")
-    if score:
-        above = axes_above(axes, score, APART)
+    if above is not None and score:
+        align_above(above, axes, score)
         above.plot(range(len(history)), [r.scores.get(score, math.nan) for r in history], "o-", color="#0072b2", ms=4)
     write_title(figure, title)
     add_colourbar([axes], scale, measure)

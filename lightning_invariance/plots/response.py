@@ -16,8 +16,9 @@ from lightning_invariance.plots.common import (
     ABOVE,
     LINES,
     NUMBERS,
-    axes_above,
+    align_above,
     axes_at,
+    axes_below,
     colours,
     depth_colours,
     first_measure,
@@ -105,7 +106,7 @@ def _lines(
     left, bottom = NUMBERS + 0.15, BELOW + inches_of(labels)
     width, height = WIDTH - left - room_of_key([*lines]), 3.6
     figure = new_figure(WIDTH, bottom + height + TOP + (ABOVE + TOP if result.outputs else 0), layout=None)
-    axes = axes_at(figure, left, bottom, width, height)
+    above, axes = axes_below(figure, left, bottom, width, height, TOP if result.outputs else None)
     for (layer, values), colour in zip(lines.items(), depth_colours(len(lines)), strict=True):
         style = "o-" if count <= MOST_LABELS else "-"
         axes.plot(x[order], values[order], style, color=colour, ms=3, linewidth=1.2, label=layer)
@@ -121,7 +122,8 @@ def _lines(
         axes.set_title(title, fontsize=fitting(title, width))
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    _draw_outputs(axes, result, x[order], order, TOP)
+    if above is not None:
+        _draw_outputs(above, axes, result, x[order], order)
     key_of_layers([axes], [*lines])
     return figure
 
@@ -143,32 +145,31 @@ def _rows(
     labels = LayerLabels(names, height, marks_of([result], measure))
     left = max(labels.room, NUMBERS)
     figure = new_figure(WIDTH, bottom + height + TOP + (ABOVE + APART if result.outputs else 0), layout=None)
-    axes = axes_at(figure, left, bottom, WIDTH - left - ROOM, height)
+    above, axes = axes_below(figure, left, bottom, WIDTH - left - ROOM, height, APART if result.outputs else None)
     show_cells(axes, within(scale, values[:, order]), scale, colours())
     labels.write(axes, "y")
     if len(labels.blocks) < len(names):
         labels.draw_borders(axes, "y")
     axes.set_xticks(ticks, below, rotation=90, parse_math=False)
     axes.set_xlabel(AXIS_OF_ANGLES if name == "angle" else name)
-    _draw_outputs(axes, result, np.arange(len(order)), order, APART)
+    if above is not None:
+        _draw_outputs(above, axes, result, np.arange(len(order)), order)
     write_title(figure, f"{measure} of one transformation")
     add_colourbar([axes], scale, measure)
     return figure
 
 
-def _draw_outputs(axes: Axes, result: InvarianceResult, x: np.ndarray, order: np.ndarray, apart: float) -> None:
-    """Draw what the output is worth under each transformation, if that is known, above the axes of the layers.
+def _draw_outputs(above: Axes, axes: Axes, result: InvarianceResult, x: np.ndarray, order: np.ndarray) -> None:
+    """Draw what the output is worth under each transformation above the axes of the layers.
 
     Args:
+        above: where.
         axes: those of the layers.
         result: an evaluation.
         x: where transformations stand.
         order: of the transformations.
-        apart: how far the axes are apart, in inches.
     """
-    if not result.outputs:
-        return
-    above = axes_above(axes, next(iter(result.outputs)) if len(result.outputs) == 1 else "output", apart)
+    align_above(above, axes, next(iter(result.outputs)) if len(result.outputs) == 1 else "output")
     for (name, found), (colour, marker) in zip(result.outputs.items(), cycle(LINES), strict=False):
         above.plot(x, np.array(found.values)[order], marker=marker, color=colour, ms=3, label=shorten(name))
     if len(result.outputs) > 1:

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.font_manager import FontProperties, findfont
 from PIL import ImageFont
 
-#: The height of a line of text, and of one beside another, as multiples of the size of the font.
+#: The height of a line of text, as a multiple of the size of its font.
 LINE = 1.35
 
 #: The sizes of fonts, in points: of most texts, of notes and of titles.
