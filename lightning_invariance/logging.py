@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
-import numpy.typing as npt
 from lightning.pytorch.utilities import rank_zero_warn
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import (
     Category,
@@ -27,14 +24,12 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import (
 from torch.utils.tensorboard.summary import custom_scalars
 from torchmetrics import Metric
 
+from lightning_invariance.images import is_dummy, log_image
 from lightning_invariance.plots import evolution, heatmap, response
 from lightning_invariance.plots.common import limits_of, render
 from lightning_invariance.result import InvarianceResult
 from lightning_invariance.table import NOTABLE
 from lightning_invariance.trainer import logger_step
-
-#: Classes of loggers that were warned of.
-_warned: set[type] = set()
 
 #: Signs that some logger drops from the name of a curve, as MLflow's does with the # of ``relu#1``.
 DROPPED = re.compile(r"[^\w./ -]")
@@ -89,41 +84,9 @@ def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float], step: int) ->
         logger.log_metrics(dict(scalars), step=step)
 
 
-def log_image(trainer: pl.Trainer, tag: str, image: npt.NDArray[np.uint8], step: int) -> None:
-    """Log a picture ``(height, width, 3)`` to every logger that can take one; warn once of one that cannot."""
-    for logger in trainer.loggers:
-        if _is_dummy(logger) or _log_image(logger, tag, image, step):
-            continue
-        if type(logger) not in _warned:
-            _warned.add(type(logger))
-            rank_zero_warn(f"InvarianceMonitor cannot log pictures to {type(logger).__name__}: it gets numbers only.")
-
-
-def _is_dummy(logger: Any) -> bool:
-    """Whether it is the one of `fast_dev_run`, which takes everything and keeps nothing."""
-    return type(logger).__name__ == "DummyLogger"
-
-
-def _log_image(logger: Any, tag: str, image: npt.NDArray[np.uint8], step: int) -> bool:
-    """Whether the logger took the picture. Asked by what it can do: forks of a logger are other classes."""
-    if hasattr(getattr(logger, "experiment", None), "add_image"):  # TensorBoard
-        logger.experiment.add_image(tag, image, step, dataformats="HWC")
-    elif hasattr(logger, "log_image"):  # Weights & Biases
-        logger.log_image(tag, [Image.fromarray(image)], step=step)
-    elif hasattr(getattr(logger, "experiment", None), "log_image") and hasattr(logger, "run_id"):  # MLflow
-        logger.experiment.log_image(logger.run_id, image, f"{tag}_step={step}.png")
-    elif logger.log_dir is not None or logger.save_dir is not None:  # CSV: a file beside the table
-        path = Path(logger.log_dir or logger.save_dir or ".") / "images" / f"{tag}_step={step}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
-    else:
-        return False
-    return True
-
-
 def _experiments(trainer: pl.Trainer) -> list[Any]:
     """What the loggers write with."""
-    return [getattr(logger, "experiment", None) for logger in trainer.loggers if not _is_dummy(logger)]
+    return [getattr(logger, "experiment", None) for logger in trainer.loggers if not is_dummy(logger)]
 
 
 def scalars(result: InvarianceResult, tags: Mapping[str, str], suffix: str = "") -> dict[str, float]:

@@ -100,7 +100,7 @@ def test_compare_draws_differences_of_layers_of_one_name_or_of_one_depth():
     axes = plots.compare(result((1, 0.5, 0.2)), result((0.4, 0.9), names=("a", "c")), names=("old", "new")).axes[0]
     bars = sorted((bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in axes.patches)
     assert [pytest.approx(bar) for bar in bars] == [(0, -0.6), (1, 0.7)]
-    assert texts(axes.get_xticklabels()) == ["a", "c"]
+    assert texts(axes.texts) == ["a", "c"]
     assert "new − old" in axes.get_ylabel()
     assert axes.get_title() == "below 0: new is more invariant"
     by_depth = plots.compare(result((1, 0.5, 0.2)), result((0.4, 0.8), names=("x", "y")), depth=True).axes[0]

@@ -39,7 +39,7 @@ def test_heatmap_draws_the_channels_of_every_layer():
         assert not drawn[:, 0].any()
         assert drawn[:: len(drawn) // 5, 1].nonzero()[0].tolist() == [position]
         assert image.get_cmap()(0) == to_rgba(colour)
-    assert texts(axes.get_xticklabels()) == ["conv", "fc ∞"]
+    assert texts(axes.texts) == ["conv", "fc ∞"]
     assert texts(figure.legends[0].get_texts()) == ["1 infinite", "1 dead", "1 NaN"]
     assert axes.get_title() == "NormalizedVariance, epoch 0"
 
@@ -63,7 +63,7 @@ def test_evolution_draws_layers_against_evaluations():
     rows = axes.images[0].get_array()
     assert rows[0].tolist() == pytest.approx([1.6, 1.6, 1.6])
     assert rows[1].tolist() == [1.0, 0.5, 0.25]
-    assert texts(axes.get_yticklabels()) == ["conv", "fc"]
+    assert texts(axes.texts) == ["conv", "fc"]
     assert texts(axes.get_xticklabels()) == ["init", "0", "1"]
     many = evolution([result(epoch=epoch) for epoch in range(100)]).axes[0]
     assert len(many.get_xticklabels()) == 20

@@ -1,21 +1,23 @@
-"""What the figures share: colours, scales, labels of layers, and rendering."""
+"""What the figures share: places, colours, scales, and rendering."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib import colormaps
+from matplotlib import colormaps, rcParams
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize
+from matplotlib.collections import LineCollection
+from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
-from lightning_invariance.plots.labels import INFINITE, REACHED, shorten, without_prefix
+from lightning_invariance.plots.labels import INFINITE, REACHED, shorten
+from lightning_invariance.plots.text import TITLE, QuickRenderer, fitting
 from lightning_invariance.result import InvarianceResult
 from lightning_invariance.style import NAN
 from lightning_invariance.table import NOTABLE
@@ -37,29 +39,90 @@ LINES = (
 #: The fixed scale of measures that are ratios: around 1, transformations matter as much as samples do.
 RANGE_OF_RATIOS = (0.01, 10.0)
 
+#: The height of axes above others, in inches.
+ABOVE = 1.2
+
+#: The room for numbers beside an axis, and its label, in inches.
+NUMBERS = 0.8
+
 #: The largest width and height of a figure, in inches of 100 pixels.
 LARGEST = 15.0
 
-#: The longest colour bar, in inches.
-LONGEST_BAR = 4.5
 
-#: More layers than this are not listed in a legend.
-MOST_IN_LEGEND = 12
+def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
+    """A figure that belongs to nobody: no pyplot state.
 
-
-def new_figure(width: float, height: float) -> Figure:
-    """A figure that belongs to nobody: no pyplot state."""
-    figure = Figure(figsize=(min(width, LARGEST), min(height, LARGEST)), dpi=100, layout="constrained")
+    Args:
+        width: in inches.
+        height: in inches.
+        layout: None for axes that are placed by hand, with :func:`axes_at`: the constrained layout takes longer than
+            all else in a picture.
+    """
+    figure = Figure(figsize=(min(width, LARGEST), min(height, LARGEST)), dpi=100, layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
 
+def axes_at(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+    """New axes at a place in inches from the lower left corner of the figure."""
+    across, up = figure.get_size_inches()
+    return figure.add_axes((left / across, bottom / up, width / across, height / up))
+
+
+def axes_below(
+    figure: Figure, left: float, bottom: float, width: float, height: float, apart: float | None
+) -> tuple[Axes | None, Axes]:
+    """New axes, and before them low ones above, unless ``apart``, the inches between them, is None."""
+    above = None if apart is None else axes_at(figure, left, bottom + height + apart, width, ABOVE)
+    return above, axes_at(figure, left, bottom, width, height)
+
+
+def align_above(above: Axes, axes: Axes, label: str) -> None:
+    """Let axes above others show what belongs to the same places along x.
+
+    They do not share the axis: its ticks would be made and drawn twice.
+
+    Args:
+        above: of :func:`axes_below`.
+        axes: the others, with their limits and ticks.
+        label: of what is drawn above.
+    """
+    above.set_xlim(axes.get_xlim())
+    draw_grid(above, axes.get_xticks())
+    above.set_xticks([])
+    above.grid(alpha=0.3)
+    label = shorten(label)
+    above.set_ylabel(label, fontsize=fitting(label, ABOVE + 0.2))
+
+
+def draw_grid(axes: Axes, places: Iterable[float]) -> None:
+    """Upright lines of a grid where there are no ticks."""
+    lines = [[(x, 0), (x, 1)] for x in places]
+    looks = {"color": rcParams["grid.color"], "linewidth": rcParams["grid.linewidth"], "alpha": 0.3, "zorder": 0.5}
+    axes.add_collection(LineCollection(lines, transform=axes.get_xaxis_transform(), **looks), autolim=False)
+
+
+def box_of(axes: Sequence[Axes]) -> tuple[Figure, Bbox]:
+    """The figure of some axes, and the box around them in inches."""
+    figure = axes[0].figure
+    assert isinstance(figure, Figure)  # noqa: S101 - not one within another
+    width, height = figure.get_size_inches()
+    box = Bbox.union([one.get_position() for one in axes])
+    return figure, Bbox.from_extents(box.x0 * width, box.y0 * height, box.x1 * width, box.y1 * height)
+
+
+def write_title(figure: Figure, text: str) -> None:
+    """A title at the upper end of a figure, as large as its width allows."""
+    width, height = figure.get_size_inches()
+    figure.suptitle(text, y=1 - 0.08 / height, fontsize=fitting(text, width - 0.2, TITLE))
+
+
 def render(figure: Figure) -> npt.NDArray[np.uint8]:
     """The picture of a figure: ``(height, width, 3)``."""
-    canvas: Any = FigureCanvasAgg(figure)
-    canvas.draw()
-    rgb: npt.NDArray[np.uint8] = np.array(canvas.buffer_rgba())[..., :3]
-    return rgb
+    width, height = np.round(figure.bbox.size).tolist()
+    renderer = QuickRenderer(width, height, figure.dpi)
+    figure.draw(renderer)
+    return np.ascontiguousarray(np.asarray(renderer.buffer_rgba())[..., :3])  # type: ignore[no-untyped-call]
 
 
 def named(results: Results) -> dict[str, InvarianceResult]:
@@ -114,23 +177,6 @@ def within(scale: Normalize, values: npt.NDArray[np.float64]) -> npt.NDArray[np.
     return np.clip(finite, scale.vmin, scale.vmax)
 
 
-def add_colourbar(figure: Figure, axes: Axes | list[Axes], scale: Normalize, label: str) -> None:
-    """A colour bar of a measure for some axes of the figure, at their upper end."""
-    width, height = figure.get_size_inches()
-    length = min(1.0, LONGEST_BAR / height)
-    figure.colorbar(
-        ScalarMappable(scale, colours()),
-        ax=axes,
-        label=label,
-        extend="both",
-        pad=0.1 / width,
-        fraction=0.9 / width,
-        shrink=length,
-        anchor=(0.0, 1.0),
-        aspect=25 * length * height / LONGEST_BAR,
-    )
-
-
 def width_of(count: int) -> float:
     """A width that has room for so many layers, as far as figures go; an inch and a half is for what stands beside."""
     return min(LARGEST, max(6, 2.5 + 0.4 * min(count, 15) + 0.18 * max(count - 15, 0)))
@@ -148,26 +194,13 @@ def depths(count: int) -> npt.NDArray[np.float64]:
 
 def marks_of(results: Iterable[InvarianceResult], measure: str) -> dict[str, str]:
     """Layer → what is to be said of it beside its name."""
-    marks: dict[str, str] = {}
+    reached: set[str] = set()
+    infinite: set[str] = set()
     for result in results:
-        for row in result.table(measure) if measure in result else ():
-            signs = REACHED * (row.layer in result.reached) + INFINITE * (row.share_infinite > NOTABLE)
-            marks[row.layer] = marks.get(row.layer, "") + signs
-    return marks
-
-
-def key_of_layers(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
-    """Tell which line is which layer: a legend, or for many layers a colour bar from the first to the last."""
-    _, names = without_prefix(names)
-    if len(names) <= MOST_IN_LEGEND:
-        handles, _ = axes.get_legend_handles_labels()
-        labels = [shorten(name) for name in names]
-        figure.legend(handles, labels, loc="outside right upper", fontsize="small", frameon=False)
-        return
-    shades = ScalarMappable(Normalize(0, len(names) - 1), ListedColormap(depth_colours(256)))
-    bar = figure.colorbar(shades, ax=figure.axes, label="layer", pad=0.01)
-    ticks = sorted({round(x) for x in np.linspace(0, len(names) - 1, 6)})
-    bar.set_ticks(ticks, labels=[shorten(names[i]) for i in ticks])
+        reached.update(result.reached)
+        rows = result.table(measure) if measure in result else ()
+        infinite.update(row.layer for row in rows if row.infinite and row.share_infinite > NOTABLE)
+    return {layer: REACHED * (layer in reached) + INFINITE * (layer in infinite) for layer in reached | infinite}
 
 
 def is_ratio(results: Iterable[InvarianceResult], measure: str) -> bool:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from lightning_invariance.compare import compare as compared
 from lightning_invariance.comparison import Comparison
 from lightning_invariance.plots.common import depths, marks_of, new_figure, width_of
-from lightning_invariance.plots.labels import label_layers
+from lightning_invariance.plots.labels import LayerLabels
 from lightning_invariance.result import InvarianceResult
 
 #: Bars above and below 0, and those that may be chance.
@@ -112,7 +112,7 @@ def _drawn(
             at, alpha = np.flatnonzero(chosen), CHANCE if faint else 1
             axes.bar(at, difference[chosen], color=colour, hatch=hatch, edgecolor="white", linewidth=0, alpha=alpha)
     axes.axhline(0, color="black", linewidth=0.8)
-    label_layers(axes, layers, width_of(len(layers)) - 1.0, marks=dict(marks))
+    LayerLabels(layers, width_of(len(layers)) - 1.0, marks).write(axes, "x")
     axes.set_xlim(-0.6, len(layers) - 0.4)
     axes.set_ylabel(f"{measure}:\n{names[1]} − {names[0]}")
     axes.grid(alpha=0.3, axis="y")

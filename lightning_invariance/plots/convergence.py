@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from lightning_invariance.plots.common import depth_colours, first_measure, key_of_layers, new_figure
+from lightning_invariance.plots.bars import key_of_layers, room_of_key
+from lightning_invariance.plots.common import NUMBERS, axes_at, depth_colours, first_measure, new_figure
 from lightning_invariance.result import InvarianceResult
 
 
@@ -44,8 +45,9 @@ def convergence(results: InvarianceResult | Sequence[InvarianceResult], measure:
     values = np.array([[*line.values()] for line in lines.values()])
     with np.errstate(divide="ignore", invalid="ignore"):
         errors = np.abs(values[:, :-1] / values[:, -1:] - 1)
-    figure = new_figure(10, 4.2)
-    left, right = figure.subplots(1, 2)
+    figure = new_figure(10, 4.2, layout=None)
+    width = (10 - room_of_key([*lines])) / 2 - NUMBERS - 0.05
+    left, right = (axes_at(figure, NUMBERS + i * (width + NUMBERS + 0.1), 0.5, width, 3.6) for i in range(2))
     for row, error, colour, layer in zip(values, errors, depth_colours(len(lines)), lines, strict=True):
         left.plot(x, row, "o-", color=colour, ms=3, linewidth=1.2, label=layer)
         right.plot(x[:-1], error, "o-", color=colour, ms=3, linewidth=1.2)
@@ -63,5 +65,5 @@ def convergence(results: InvarianceResult | Sequence[InvarianceResult], measure:
         axes.grid(alpha=0.3)
     if (errors[known] > 0).any():
         right.set_yscale("log")
-    key_of_layers(figure, left, [*lines])
+    key_of_layers([left, right], [*lines])
     return figure

@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from lightning_invariance.compare import compare
+from lightning_invariance.plots.bars import ROOM, add_colourbar
+from lightning_invariance.plots.cells import show_cells
 from lightning_invariance.plots.common import (
-    add_colourbar,
+    ABOVE,
+    NUMBERS,
+    align_above,
+    axes_below,
     colours,
     first_measure,
     is_ratio,
-    layers_of,
     marks_of,
     new_figure,
     scale_of,
     within,
+    write_title,
 )
-from lightning_invariance.plots.labels import draw_borders, label_layers, shorten
+from lightning_invariance.plots.labels import LayerLabels
+from lightning_invariance.plots.text import inches_of
 from lightning_invariance.result import InvarianceResult
 
 MOST_TICKS = 20
+
+#: The width of the figure, the room below the rows, and the gap above them, in inches.
+WIDTH, BELOW, APART = 7.5, 0.5, 0.13
 
 #: The largest height of all rows together, in inches.
 HIGHEST = 11.0
@@ -52,33 +62,35 @@ def evolution(
     if not history:
         raise ValueError("Expected argument `history` to hold at least one result, but it is empty.")
     measure = measure or first_measure(history)
-    layers = layers_of(history, measure)
     means = [result.per_layer(measure) for result in history]
-    values = np.array([[per_layer.get(layer, np.nan) for per_layer in means] for layer in layers])
+    layers = [*dict.fromkeys(chain.from_iterable(means))]
+    # Where an evaluation lacks a layer, None becomes NaN.
+    values = np.array([[*map(per_layer.get, layers)] for per_layer in means], dtype=np.float64).T
     scale = scale_of(is_ratio(history, measure), values.ravel().tolist(), limits)
     score = score or _score(history)
-    height = min(HIGHEST, max(2.0, 0.25 * len(layers)))
-    figure = new_figure(width=7.5, height=1.5 + height + (1.4 if score else 0))
-    if score:
-        above, axes = figure.subplots(2, 1, sharex=True, height_ratios=[1.2, height])
-        above.plot(range(len(history)), [r.scores.get(score, math.nan) for r in history], "o-", color="#0072b2", ms=4)
-        above.set_ylabel(shorten(score))
-        above.grid(alpha=0.3)
-    else:
-        axes = figure.add_subplot()
     marked = _beyond_noise(history, measure, layers)
+    height = min(HIGHEST, max(2.0, 0.25 * len(layers)))
+    labels = LayerLabels(layers, height, marks_of(history, measure))
+    title = f"{measure}: mean of each layer" + "\ndots: differs from the first evaluation" * bool(marked)
+    left, top = max(labels.room, NUMBERS), 0.35 + 0.2 * bool(marked)
+    width = WIDTH - left - ROOM
+    figure = new_figure(WIDTH, BELOW + height + (APART + ABOVE if score else 0) + top, layout=None)
+    above, axes = axes_below(figure, left, BELOW, width, height, APART if score else None)
     if marked:
         axes.plot([j for j, _ in marked], [i for _, i in marked], "o", color="white", mec="black", mew=0.5, ms=3)
-    axes.imshow(within(scale, values), aspect="auto", norm=scale, cmap=colours(), interpolation="nearest")
-    blocks = label_layers(axes, layers, height, along="y", marks=marks_of(history, measure))
-    if len(blocks) < len(layers):
-        draw_borders(axes, blocks, "y")
-    every = -(-len(history) // MOST_TICKS)
-    axes.set_xticks(range(0, len(history), every), [_label(result, i) for i, result in enumerate(history)][::every])
+    show_cells(axes, within(scale, values), scale, colours())
+    labels.write(axes, "y")
+    if len(labels.blocks) < len(layers):
+        labels.draw_borders(axes, "y")
+    epochs = [_label(result, i) for i, result in enumerate(history)]
+    every = math.ceil(len(history) / min(MOST_TICKS, width / (inches_of(epochs) + 0.08)))
+    axes.set_xticks(range(0, len(history), every), epochs[::every])
     axes.set_xlabel("epoch")
-    about = "\ndots: differs from the first evaluation" if marked else ""
-    figure.suptitle(f"{measure}: mean of each layer{about}")
-    add_colourbar(figure, axes, scale, measure)
+    if above is not None and score:
+        align_above(above, axes, score)
+        above.plot(range(len(history)), [r.scores.get(score, math.nan) for r in history], "o-", color="#0072b2", ms=4)
+    write_title(figure, title)
+    add_colourbar([axes], scale, measure)
     return figure
 
 

@@ -10,8 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
+from lightning_invariance.plots.bars import ROOM, add_colourbar
+from lightning_invariance.plots.cells import show_cells
 from lightning_invariance.plots.common import (
-    add_colourbar,
+    axes_at,
     colours,
     is_ratio,
     marks_of,
@@ -20,12 +22,16 @@ from lightning_invariance.plots.common import (
     width_of,
     within,
 )
-from lightning_invariance.plots.labels import draw_borders, label_layers
+from lightning_invariance.plots.labels import LayerLabels
+from lightning_invariance.plots.text import TITLE, fitting
 from lightning_invariance.result import InvarianceResult
 from lightning_invariance.style import DEAD, INFINITE, special_patches
 
 #: The height of the image of all cells.
 PIXELS = 1000
+
+#: The height of the figure, and what is beside the cells: the name of the channels, the title, the legend; in inches.
+HEIGHT, LEFT, TOP, LEGEND = 5.5, 0.35, 0.35, 0.3
 
 #: Layers between which a line can be seen.
 MOST_APART = 60
@@ -62,20 +68,26 @@ def heatmap(
         dead = {layer: values[orders[layer]] for layer, values in dead.items()}
     values = np.concatenate([*columns.values(), np.zeros(0)])
     scale = scale_of(is_ratio([result], measure), values.tolist(), limits, log)
-    width = width_of(len(layers))
-    figure = new_figure(width, 5.5)
-    axes = figure.add_subplot()
-    _draw_cells(axes, columns, dead, scale)
-    blocks = label_layers(axes, layers, width - 1.5, marks=marks_of([result], measure))
-    draw_borders(axes, blocks, "x", 1 if len(layers) <= MOST_APART else 0.5)
-    axes.set_yticks([])
-    axes.set_ylabel("channels, lowest value on top" if sort else "channels, first on top")
-    axes.set_title(_title(result, measure))
-    add_colourbar(figure, axes, scale, measure)
     never = np.concatenate([*dead.values(), np.zeros(0, dtype=bool)])
     patches = special_patches(int(np.isinf(values).sum()), int(never.sum()), int(np.isnan(values).sum()))
+    width = width_of(len(layers))
+    across = width - LEFT - ROOM
+    labels = LayerLabels(layers, across, marks_of([result], measure))
+    bottom = labels.room + (LEGEND if patches else 0)
+    height = HEIGHT - TOP - bottom
+    figure = new_figure(width, HEIGHT, layout=None)
+    axes = axes_at(figure, LEFT, bottom, across, height)
+    _draw_cells(axes, columns, dead, scale)
+    labels.write(axes, "x")
+    labels.draw_borders(axes, "x", 1 if len(layers) <= MOST_APART else 0.5)
+    axes.set_yticks([])
+    what = "channels, lowest value on top" if sort else "channels, first on top"
+    axes.set_ylabel(what, fontsize=fitting(what, height))
+    title = _title(result, measure)
+    axes.set_title(title, fontsize=fitting(title, across, TITLE))
+    add_colourbar([axes], scale, measure)
     if patches:
-        figure.legend(handles=patches, loc="outside lower right", ncols=len(patches), frameon=False)
+        figure.legend(handles=patches, loc="lower right", ncols=len(patches), frameon=False, borderaxespad=0.2)
     return figure
 
 
@@ -88,11 +100,11 @@ def _draw_cells(
     shown = np.stack([columns[layer][at.astype(int)] for layer, at in pixels.items()], 1)
     never = np.stack([dead[layer][at.astype(int)] for layer, at in pixels.items()], 1)
     place = (-0.5, len(columns) - 0.5, 1, 0)
-    axes.imshow(within(scale, shown), aspect="auto", extent=place, norm=scale, cmap=colours(), interpolation="nearest")
+    show_cells(axes, within(scale, shown), scale, colours(), place)
     for mask, colour in ((np.isinf(shown), INFINITE), (never, DEAD)):
         if mask.any():
             over = np.ma.masked_where(~mask, np.ones(mask.shape))
-            axes.imshow(over, aspect="auto", extent=place, cmap=ListedColormap([colour]), interpolation="nearest")
+            show_cells(axes, over, Normalize(0, 1), ListedColormap([colour]), place)
 
 
 def _title(result: InvarianceResult, measure: str) -> str:

@@ -6,13 +6,22 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.lines import Line2D
+from matplotlib.markers import TICKDOWN, TICKLEFT
+from matplotlib.transforms import ScaledTranslation
+
+from lightning_invariance.plots.text import LINE, SMALL, fitting, inches_of
 
 #: Labels of this size, in points, can still be read; one inch has room for so many.
 SMALLEST, LARGEST = 7.0, 9.0
 LABELS_PER_INCH = 72 / (1.3 * SMALLEST)
+
+#: The distance of labels from the axis, in points.
+APART = 6.0
 
 #: Which share of the layers must lie in blocks that are long enough for a label.
 MOSTLY = 0.85
@@ -92,49 +101,76 @@ def _divided(names: Sequence[str], parts: Sequence[Sequence[str]], depth: int) -
     return found
 
 
-def label_layers(
-    axes: Axes,
-    names: Sequence[str],
-    inches: float,
-    along: Literal["x", "y"] = "x",
-    marks: Mapping[str, str] | None = None,
-) -> list[Block]:
-    """Write the names of layers along an axis on which they stand at 0, 1, 2, ….
+class LayerLabels:
+    """The names of layers along an axis on which they stand at 0, 1, 2, …, and what is to be said of them.
+
+    They are texts, not ticks, which take three times as long, and few artists: all marks are one, all borders another.
 
     Args:
-        axes: where.
         names: of the layers, in their order.
         inches: how long the axis is.
-        along: which axis.
         marks: layer → marks beside its name, of :data:`MEANINGS`.
 
-    Returns:
-        The blocks that were labelled.
+    Attributes:
+        blocks: what is labelled.
+        room: how much room labels and notes take beside the axis, in inches.
     """
-    prefix, short = without_prefix(names)
-    signs = [(marks or {}).get(name, "") for name in names]
-    found = blocks(short, len(names) / (inches * LABELS_PER_INCH))
-    size = min(LARGEST, max(SMALLEST, 72 * inches / 1.3 / max(len(names), 1)))
-    axis = axes.xaxis if along == "x" else axes.yaxis
-    used = {sign: [i for i, own in enumerate(signs) if sign in own] for sign in MEANINGS}
-    texts = [
-        shorten(b.label) + "".join(f" {s}" for s, at in used.items() if any(b.start <= i < b.stop for i in at))
-        for b in found
-    ]
-    axis.set_ticks([b.centre for b in found], texts, fontsize=size)
-    if along == "x":
-        axis.set_tick_params(rotation=90)
-    if any(b.stop - b.start > 1 for b in found):  # marks at the ends of blocks, not at their centres
-        axis.set_tick_params(length=0)
-        axis.set_ticks([b.start - 0.5 for b in found], minor=True)
-        axis.set_tick_params(which="minor", length=5)
-    notes = [f"layers of {prefix.rstrip('./')}"] * bool(prefix) + [MEANINGS[sign] for sign, at in used.items() if at]
-    axis.set_label_text("   ".join(notes), fontsize="small")
-    return found
+
+    def __init__(self, names: Sequence[str], inches: float, marks: Mapping[str, str] | None = None) -> None:
+        prefix, short = without_prefix(names)
+        signs = [(marks or {}).get(name, "") for name in names]
+        used = {sign: [i for i, own in enumerate(signs) if sign in own] for sign in MEANINGS}
+        self.blocks = blocks(short, len(names) / (inches * LABELS_PER_INCH))
+        self._texts = [
+            shorten(b.label) + "".join(f" {s}" for s, at in used.items() if any(b.start <= i < b.stop for i in at))
+            for b in self.blocks
+        ]
+        self._points = min(LARGEST, max(SMALLEST, 72 * inches / 1.3 / max(len(names), 1)))
+        self._length = inches_of(self._texts, self._points) + APART / 72
+        meanings = [MEANINGS[sign] for sign, at in used.items() if at]
+        self._note, self._small = _note(prefix.rstrip("./"), meanings, inches)
+        self.room = self._length + (LINE * SMALL * len(self._note.splitlines()) + 4) / 72 + 0.05
+
+    def write(self, axes: Axes, along: Literal["x", "y"]) -> None:
+        """Write them beside an axis."""
+        axis, lies = (axes.xaxis, True) if along == "x" else (axes.yaxis, False)
+        inches = axes.figure.dpi_scale_trans
+        away = ScaledTranslation(0, -APART / 72, inches) if lies else ScaledTranslation(-APART / 72, 0, inches)
+        place = axes.get_xaxis_transform() if lies else axes.get_yaxis_transform()
+        looks: dict[str, Any] = (
+            {"rotation": 90, "ha": "center", "va": "top"} if lies else {"ha": "right", "va": "center_baseline"}
+        )
+        for block, text in zip(self.blocks, self._texts, strict=True):
+            x, y = (block.centre, 0.0) if lies else (0.0, block.centre)
+            axes.text(x, y, text, size=self._points, transform=place + away, parse_math=False, **looks)
+        axis.set_ticks([])
+        axis.set_label_text(self._note, fontsize=self._small, parse_math=False)
+        axis.labelpad = 72 * self._length + 2
+        self._draw_marks(axes, along)
+
+    def _draw_marks(self, axes: Axes, along: Literal["x", "y"]) -> None:
+        """Short lines outside of the axes, where layers stand, or where blocks begin. One artist, unlike ticks."""
+        long = any(block.stop - block.start > 1 for block in self.blocks)
+        places = [block.start - 0.5 if long else block.centre for block in self.blocks]
+        zeros = [0.0] * len(places)
+        looks: dict[str, Any] = {"linestyle": "", "color": "black", "markeredgewidth": 0.8}
+        looks |= {"markersize": 5.0 if long else 3.5, "marker": TICKDOWN if along == "x" else TICKLEFT}
+        transform = axes.get_xaxis_transform() if along == "x" else axes.get_yaxis_transform()
+        x, y = (places, zeros) if along == "x" else (zeros, places)
+        axes.figure.add_artist(Line2D(x, y, transform=transform, **looks))  # the axes' own lines are those of layers
+
+    def draw_borders(self, axes: Axes, along: Literal["x", "y"], width: float = 0.5) -> None:
+        """White lines before all blocks but the first."""
+        places = [block.start - 0.5 for block in self.blocks[1:]]
+        lines = [[(x, 0), (x, 1)] if along == "x" else [(0, x), (1, x)] for x in places]
+        across = axes.get_xaxis_transform() if along == "x" else axes.get_yaxis_transform()
+        axes.add_collection(LineCollection(lines, colors="white", linewidths=width, transform=across), autolim=False)
 
 
-def draw_borders(axes: Axes, found: Sequence[Block], along: Literal["x", "y"], width: float = 0.5) -> None:
-    """White lines before all blocks but the first, on axes whose layers stand along x or y."""
-    draw = axes.axvline if along == "x" else axes.axhline
-    for block in found[1:]:
-        draw(block.start - 0.5, color="white", linewidth=width)
+def _note(prefix: str, meanings: Sequence[str], inches: float) -> tuple[str, float]:
+    """What all names begin with and the meanings of marks, in as few lines as an axis has room for, and their size."""
+    long, short = ([f"layers of {name}"] * bool(name) + [*meanings] for name in (prefix, shorten(prefix)))
+    for text in ("   ".join(long), "\n".join(long)):
+        if inches_of([text], SMALL) <= inches:
+            return text, SMALL
+    return "\n".join(short), fitting("\n".join(short), inches, SMALL)

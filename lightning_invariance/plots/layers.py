@@ -15,6 +15,7 @@ from lightning_invariance.plots.common import (
     Results,
     depths,
     direction,
+    draw_grid,
     first_measure,
     is_ratio,
     layers_of,
@@ -23,7 +24,7 @@ from lightning_invariance.plots.common import (
     new_figure,
     width_of,
 )
-from lightning_invariance.plots.labels import label_layers
+from lightning_invariance.plots.labels import LayerLabels
 from lightning_invariance.result import InvarianceResult
 
 #: Layers whose markers do not overlap.
@@ -120,7 +121,9 @@ def _axes_of_layers(results: Sequence[InvarianceResult], measure: str, depth: bo
     if depth:
         axes.set_xlabel("depth of the layer in %")
     else:
-        label_layers(axes, names, width_of(len(names)) - 1.0, marks=marks_of(results, measure))
+        labels = LayerLabels(names, width_of(len(names)) - 1.0, marks_of(results, measure))
+        labels.write(axes, "x")
+        draw_grid(axes, [block.centre for block in labels.blocks])
         axes.set_xlim(-0.6, len(names) - 0.4)
     return axes, _Places(names, measure, depth)
 

@@ -10,20 +10,27 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lightning_invariance.hints import instead_of
+from lightning_invariance.plots.bars import ROOM, add_colourbar, key_of_layers, room_of_key
+from lightning_invariance.plots.cells import show_cells
 from lightning_invariance.plots.common import (
+    ABOVE,
     LINES,
-    add_colourbar,
+    NUMBERS,
+    align_above,
+    axes_at,
+    axes_below,
     colours,
     depth_colours,
     first_measure,
     is_ratio,
-    key_of_layers,
     marks_of,
     new_figure,
     scale_of,
     within,
+    write_title,
 )
-from lightning_invariance.plots.labels import draw_borders, label_layers, shorten, without_prefix
+from lightning_invariance.plots.labels import LayerLabels, shorten, without_prefix
+from lightning_invariance.plots.text import fitting, inches_of
 from lightning_invariance.result import InvarianceResult
 
 #: Labels that fit below an axis.
@@ -31,6 +38,10 @@ MOST_LABELS = 32
 
 #: Lines that can be told apart.
 MOST_LINES = 24
+
+#: The width of the figure; below axes without the labels of transformations, above them, and between those of layers
+#: and of outputs; of a map with what is beside it, and between maps; in inches.
+WIDTH, BELOW, TOP, APART, MAP, BETWEEN = 8.0, 0.5, 0.35, 0.13, 2.15, 0.3
 
 #: The largest height of all rows together, in inches.
 HIGHEST = 11.0
@@ -90,23 +101,30 @@ def _lines(
 ) -> Figure:
     count = len(result.transformations)
     name, x, order = _ordered(result, varying)
-    figure = new_figure(8, 4.5 + (1.4 if result.outputs else 0))
-    axes = _below_outputs(figure, result, x[order], order, 4.5)
+    ticks = range(0, count, -(-count // MOST_LABELS)) if name == "transformation" else ()
+    labels = [shorten(result.transformations[j], 16) for j in ticks]
+    left, bottom = NUMBERS + 0.15, BELOW + inches_of(labels)
+    width, height = WIDTH - left - room_of_key([*lines]), 3.6
+    figure = new_figure(WIDTH, bottom + height + TOP + (ABOVE + TOP if result.outputs else 0), layout=None)
+    above, axes = axes_below(figure, left, bottom, width, height, TOP if result.outputs else None)
     for (layer, values), colour in zip(lines.items(), depth_colours(len(lines)), strict=True):
         style = "o-" if count <= MOST_LABELS else "-"
         axes.plot(x[order], values[order], style, color=colour, ms=3, linewidth=1.2, label=layer)
     if name == "transformation":
-        ticks = range(0, count, -(-count // MOST_LABELS))
-        axes.set_xticks(ticks, [shorten(result.transformations[j], 16) for j in ticks], rotation=90)
+        axes.set_xticks(ticks, labels, rotation=90, parse_math=False)
     elif name == "angle":
         axes.set_xticks(_angles(x))
     axes.set_xlabel(AXIS_OF_ANGLES if name == "angle" else name)
-    axes.set_ylabel(f"{measure}\nof one transformation")
+    about = f"{measure}\nof one transformation"
+    axes.set_ylabel(about, fontsize=fitting(about, height))
     if is_ratio([result], measure):
-        axes.set_title("0: the layer does not notice; 1: as large a change as to another sample", fontsize="medium")
+        title = "0: the layer does not notice; 1: as large a change as to another sample"
+        axes.set_title(title, fontsize=fitting(title, width))
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    key_of_layers(figure, axes, [*lines])
+    if above is not None:
+        _draw_outputs(above, axes, result, x[order], order)
+    key_of_layers([axes], [*lines])
     return figure
 
 
@@ -120,44 +138,42 @@ def _rows(
     """A row for each layer, a column for each transformation, in the order of the parameter."""
     names, values = [*lines], np.stack([*lines.values()])
     scale = scale_of(is_ratio([result], measure), values.ravel().tolist(), limits)
-    height = min(HIGHEST, 0.16 * len(names))
-    figure = new_figure(7.5, height + 1.5 + (1.4 if result.outputs else 0))
     name, _, order = _ordered(result, varying)
-    axes = _below_outputs(figure, result, np.arange(len(order)), order, height)
-    shown = within(scale, values[:, order])
-    axes.imshow(shown, aspect="auto", norm=scale, cmap=colours(), interpolation="nearest")
-    blocks = label_layers(axes, names, height, along="y", marks=marks_of([result], measure))
-    if len(blocks) < len(names):
-        draw_borders(axes, blocks, "y")
     ticks = range(0, len(order), -(-len(order) // MOST_LABELS))
-    axes.set_xticks(ticks, [shorten(result.transformations[order[j]], 16) for j in ticks], rotation=90)
+    below = [shorten(result.transformations[order[j]], 16) for j in ticks]
+    height, bottom = min(HIGHEST, 0.16 * len(names)), BELOW + inches_of(below)
+    labels = LayerLabels(names, height, marks_of([result], measure))
+    left = max(labels.room, NUMBERS)
+    figure = new_figure(WIDTH, bottom + height + TOP + (ABOVE + APART if result.outputs else 0), layout=None)
+    above, axes = axes_below(figure, left, bottom, WIDTH - left - ROOM, height, APART if result.outputs else None)
+    show_cells(axes, within(scale, values[:, order]), scale, colours())
+    labels.write(axes, "y")
+    if len(labels.blocks) < len(names):
+        labels.draw_borders(axes, "y")
+    axes.set_xticks(ticks, below, rotation=90, parse_math=False)
     axes.set_xlabel(AXIS_OF_ANGLES if name == "angle" else name)
-    figure.suptitle(f"{measure} of one transformation")
-    add_colourbar(figure, axes, scale, measure)
+    if above is not None:
+        _draw_outputs(above, axes, result, np.arange(len(order)), order)
+    write_title(figure, f"{measure} of one transformation")
+    add_colourbar([axes], scale, measure)
     return figure
 
 
-def _below_outputs(figure: Figure, result: InvarianceResult, x: np.ndarray, order: np.ndarray, height: float) -> Axes:
-    """Axes for the layers, below those that draw what the output is worth under each transformation, if that is known.
+def _draw_outputs(above: Axes, axes: Axes, result: InvarianceResult, x: np.ndarray, order: np.ndarray) -> None:
+    """Draw what the output is worth under each transformation above the axes of the layers.
 
     Args:
-        figure: an empty one.
+        above: where.
+        axes: those of the layers.
         result: an evaluation.
         x: where transformations stand.
         order: of the transformations.
-        height: of the axes for the layers, in inches.
     """
-    if not result.outputs:
-        return figure.add_subplot()
-    above, axes = figure.subplots(2, 1, sharex=True, height_ratios=[1.2, height])
+    align_above(above, axes, next(iter(result.outputs)) if len(result.outputs) == 1 else "output")
     for (name, found), (colour, marker) in zip(result.outputs.items(), cycle(LINES), strict=False):
         above.plot(x, np.array(found.values)[order], marker=marker, color=colour, ms=3, label=shorten(name))
-    above.set_ylabel(shorten(next(iter(result.outputs))) if len(result.outputs) == 1 else "output")
     if len(result.outputs) > 1:
         above.legend(fontsize="small")
-    above.grid(alpha=0.3)
-    found_axes: Axes = axes
-    return found_axes
 
 
 def _ordered(result: InvarianceResult, varying: dict[str, np.ndarray]) -> tuple[str, np.ndarray, np.ndarray]:
@@ -187,25 +203,33 @@ def _maps(
     scale = scale_of(is_ratio([result], measure), [v for layer in chosen for v in lines[layer].tolist()], limits)
     columns = min(4, len(chosen))
     rows = -(-len(chosen) // columns)
-    figure = new_figure(2.1 * columns + 1.2, 2.2 * rows + 0.6)
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    figure = new_figure(NUMBERS + MAP * columns + ROOM, BELOW + MAP * rows + 0.05, layout=None)
     # Markers as large as the smallest distance between two of them allows.
     places = np.stack([x / np.ptp(x), y / np.ptp(y)], 1)
     apart = np.linalg.norm(places[:, None] - places[None], axis=-1)
     size = min(16.0, 0.85 * 72 * 1.6 * float(apart[apart > 0].min()) / 1.15)
-    _, titles = without_prefix(chosen)
-    for axes, layer, title in zip(grid.flat, chosen, titles, strict=False):
+    limits_x, limits_y = (
+        (values.min() - 0.15 * np.ptp(values), values.max() + 0.15 * np.ptp(values)) for values in (x, y)
+    )
+    maps = []
+    for i, (layer, title) in enumerate(zip(chosen, map(shorten, without_prefix(chosen)[1]), strict=True)):
+        row, column = divmod(i, columns)
+        bottom = BELOW + MAP * (rows - 1 - row)
+        axes = axes_at(figure, NUMBERS + MAP * column, bottom, MAP - BETWEEN, MAP - BETWEEN)
         shown = within(scale, lines[layer])
         axes.scatter(x, y, size**2, shown, marker="s", norm=scale, cmap=colours(), plotnonfinite=True, linewidths=0)
-        axes.set_title(shorten(title), fontsize="medium")
-        axes.margins(0.15)
-        if name_y == "y":  # of images: down
-            axes.yaxis.set_inverted(True)
-    for axes in grid.flat[len(chosen) :]:
-        axes.set_visible(False)
-    for axes in grid[-1]:
-        axes.set_xlabel(name_x)
-    for axes in grid[:, 0]:
-        axes.set_ylabel(name_y)
-    add_colourbar(figure, list(grid.flat), scale, f"{measure} of one transformation")
+        axes.set_title(title, fontsize=fitting(title, MAP - 0.1))
+        axes.set_xlim(limits_x)
+        axes.set_ylim(limits_y[::-1] if name_y == "y" else limits_y)  # that of images: down
+        # Ticks take longer than all else, and are the same in all maps.
+        if column == 0:
+            axes.set_ylabel(name_y)
+        else:
+            axes.set_yticks([])
+        if i + columns >= len(chosen):
+            axes.set_xlabel(name_x)
+        else:
+            axes.set_xticks([])
+        maps.append(axes)
+    add_colourbar(maps, scale, f"{measure} of one transformation")
     return figure
