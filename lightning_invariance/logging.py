@@ -113,6 +113,9 @@ def scalars(result: InvarianceResult, tags: Mapping[str, str], suffix: str = "")
         found[f"{tag}_mean"] = result.mean(measure)
     for metric, values in result.outputs.items():
         found[f"{metric}{suffix}_mean"] = values.mean
+        for end, bound in (("low", values.mean_low), ("high", values.mean_high)):
+            if bound is not None and math.isfinite(bound):
+                found[f"{metric}{suffix}_mean_{end}"] = bound
         if math.isfinite(values.worst):
             found[f"{metric}{suffix}_worst"] = values.worst
     return found

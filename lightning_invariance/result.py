@@ -6,7 +6,7 @@ import html
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -51,10 +51,19 @@ class OutputValues:
     Attributes:
         values: one for each transformation.
         higher_is_better: whether higher values are better; None where the metric does not say.
+        low: lower bounds of confidence intervals over samples, one for each transformation, with ``confidence`` and for
+            metrics that are means over samples, else empty; NaN where all samples have the same value.
+        high: upper bounds.
+        mean_low: lower bound of the mean over the transformations.
+        mean_high: upper bound.
     """
 
     values: list[float]
     higher_is_better: bool | None = None
+    low: list[float] = field(default_factory=list)
+    high: list[float] = field(default_factory=list)
+    mean_low: float | None = None
+    mean_high: float | None = None
 
     @property
     def mean(self) -> float:

@@ -1,5 +1,6 @@
 """Metrics of predictions and targets under each transformation, in the same walk."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from lightning.pytorch.callbacks import EarlyStopping
+from scipy import stats
 from test_callback import Net, events, fit
 from torch import nn
 from torch.utils.data import TensorDataset
-from torchmetrics import MeanSquaredError
+from torchmetrics import MeanSquaredError, R2Score
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from lightning_invariance import InvarianceMonitor, InvarianceResult, evaluate, plots, quarter_turns, rotations
@@ -96,23 +98,79 @@ def test_the_file_keeps_them_and_the_picture_draws_them(tmp_path):
     assert len(above.lines) == 2
 
 
+def bounds(values, confidence):
+    """Those of Student's t, whose degrees of freedom follow from the kurtosis."""
+    psi = values - values.mean()
+    n, squares = len(psi), (psi**2).sum()
+    freedom = 2 * n / (n * (psi**4).sum() / squares**2 - 1) - 1
+    half = stats.t.ppf((1 + confidence) / 2, min(freedom, n - 1)) * math.sqrt(squares / (n * (n - 1)))
+    return [values.mean() - half, values.mean() + half]
+
+
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_metrics_that_are_means_over_samples_have_intervals(batch_size, tmp_path):
+    turns = rotations(8)
+    metrics = {"accuracy": accuracy(), "mse": MeanSquaredError(), "IoU": MulticlassJaccardIndex(3), "r2": R2Score()}
+
+    def forward(model, x):
+        return model(x).sum(1)
+
+    with torch.no_grad():
+        moved = turns(X).flatten(0, 1)
+        right = (classifier()(moved).argmax(1).view(37, -1) == Y[:, None]).double().numpy()
+        errors = (forward(classifier(), moved).view(37, -1) - Y[:, None]).double().square().numpy()
+    data, options = TensorDataset(X, Y), {"batch_size": batch_size, "confidence": 0.9}
+    measure = NormalizedVariance(response=True)
+    of_classes = evaluate(
+        classifier(), data, turns, measure, outputs={n: metrics[n] for n in ("accuracy", "IoU")}, **options
+    )
+    of_numbers = evaluate(
+        classifier(), TensorDataset(X, Y.float()), turns, outputs={n: metrics[n] for n in ("mse", "r2")},
+        forward=forward, **options,
+    )  # fmt: skip
+    for found, expected in ((of_classes.outputs["accuracy"], right), (of_numbers.outputs["mse"], errors)):
+        for j, column in enumerate(expected.T):
+            assert [found.low[j], found.high[j]] == pytest.approx(bounds(column, 0.9), rel=1e-4)
+        assert [found.mean_low, found.mean_high] == pytest.approx(bounds(expected.mean(1), 0.9), rel=1e-4)
+    for found in (of_classes.outputs["IoU"], of_numbers.outputs["r2"]):  # which are none of single samples
+        assert found.low == found.high == []
+        assert found.mean_low is None
+    of_classes.save(tmp_path / "result.npz")
+    assert InvarianceResult.load(tmp_path / "result.npz").outputs == of_classes.outputs
+    assert len(plots.response(of_classes).axes[0].collections) == 2  # the grid, and one band
+
+
+def test_samples_that_are_all_right_have_no_narrow_interval():
+    metric = {"right": MulticlassAccuracy(3, average="micro")}
+    data = TensorDataset(X, torch.zeros(37, dtype=torch.long))
+
+    def forward(model, x):
+        return torch.tensor([[1.0, 0.0, 0.0]]) + 0 * model(x)
+
+    found = evaluate(classifier(), data, rotations(4), outputs=metric, forward=forward, confidence=0.9).outputs["right"]
+    assert found.values == [1.0] * 4
+    assert all(math.isnan(bound) for bound in (*found.low, *found.high, found.mean_low))
+
+
 def in_process(rank, world_size, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    result = evaluate(classifier(), TensorDataset(X, Y), rotations(4), outputs=accuracy())
+    result = evaluate(classifier(), TensorDataset(X, Y), rotations(4), outputs=accuracy(), confidence=0.9)
     few = evaluate(classifier(), TensorDataset(X[:2], Y[:2]), rotations(4), outputs=accuracy())
-    values = [each.outputs["MulticlassAccuracy"].values for each in (result, few)]
-    torch.save(values, f"{folder}/{rank}.pt")
+    found = [each.outputs["MulticlassAccuracy"] for each in (result, few)]
+    torch.save([found[0].values, found[1].values, found[0].low], f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_processes_have_the_values_of_one(tmp_path):
     mp.start_processes(in_process, (3, str(tmp_path)), 3, start_method="spawn")
     few = evaluate(classifier(), TensorDataset(X[:2], Y[:2]), rotations(4), outputs=accuracy())
+    one = evaluate(classifier(), TensorDataset(X, Y), rotations(4), outputs=accuracy(), confidence=0.9)
     for rank in range(3):
         values = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert values[0] == pytest.approx(expected_accuracies(rotations(4)), rel=1e-6)
         assert values[1] == pytest.approx(few.outputs["MulticlassAccuracy"].values)
+        assert values[2] == pytest.approx(one.outputs["MulticlassAccuracy"].low)
 
 
 def test_the_callback_logs_mean_and_worst(tmp_path):

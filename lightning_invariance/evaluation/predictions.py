@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +14,16 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_invariance.batches import target_of
+from lightning_invariance.distributed import gather_objects
+from lightning_invariance.intervals import interval_of
 from lightning_invariance.loader import STBlock
 from lightning_invariance.outputs import all_tensors_of
 from lightning_invariance.result import OutputValues
+
+#: A metric is a mean over samples if its values are those of single samples within this part; metrics are in float32.
+SAME = 1e-5
+
+ENDS = ("low", "high")
 
 #: Where the prediction stands in an output that holds several tensors; by default it is the first.
 LOGITS = "[logits]"
@@ -27,14 +36,21 @@ class Predictions:
         metrics: name → metric, which is updated as ``metric(predictions, targets)``.
         m: number of transformations.
         device: where they are updated.
+        confidence: of the intervals of metrics that are means over samples; None for no intervals.
     """
 
-    def __init__(self, metrics: Mapping[str, Metric], m: int, device: torch.device) -> None:
+    def __init__(
+        self, metrics: Mapping[str, Metric], m: int, device: torch.device, confidence: float | None = None
+    ) -> None:
         self._clones: dict[str, list[Metric]] = {}
+        self._by_sample: dict[str, _BySample] = {}
+        self._confidence = confidence
         for name, metric in metrics.items():
             metric = deepcopy(metric)
             metric.reset()
             self._clones[name] = [deepcopy(metric).to(device) for _ in range(m)]
+            if confidence is not None:
+                self._by_sample[name] = _BySample(deepcopy(metric).to(device), m)
 
     def add(self, block: STBlock, output: Any) -> None:
         """Update with what the network made of a block, columns of each row one after the other.
@@ -53,10 +69,12 @@ class Predictions:
             )
         predictions = prediction_of(output, rows * columns)
         predictions = predictions.detach().reshape(rows, columns, *predictions.shape[1:])
-        for clones in self._clones.values():
+        targets = targets.to(predictions.device).contiguous()  # some metrics view their arguments
+        for name, clones in self._clones.items():
             for column, metric in enumerate(clones[block.columns]):
-                # Some metrics view their arguments, which only contiguous ones allow.
-                metric.update(predictions[:, column].contiguous(), targets.to(predictions.device).contiguous())
+                metric.update(predictions[:, column].contiguous(), targets)
+            if name in self._by_sample:
+                self._by_sample[name].add(predictions, targets)
 
     def values(self) -> dict[str, OutputValues]:
         """Name → the value under each transformation; of all processes, by the metrics' own synchronisation.
@@ -75,7 +93,56 @@ class Predictions:
                     " over classes."
                 )
             found[name] = OutputValues([float(value) for value in values], clones[0].higher_is_better)
+            if name in self._by_sample and self._confidence is not None:
+                of_samples = torch.cat(gather_objects(self._by_sample[name].values()))
+                found[name] = _with_intervals(found[name], of_samples, self._confidence)
         return found
+
+
+class _BySample:
+    """What a metric says of each sample by itself.
+
+    Args:
+        metric: on its device.
+        m: number of transformations.
+    """
+
+    def __init__(self, metric: Metric, m: int) -> None:
+        self._metric, self._m = metric, m
+        self._values: list[float] = []
+
+    def add(self, predictions: Tensor, targets: Tensor) -> None:
+        """Add the values of predictions ``(rows, columns, ...)``; a row longer than a batch comes in parts."""
+        with warnings.catch_warnings():  # of what a single sample lacks, such as a class
+            warnings.simplefilter("ignore")
+            for of_row, target in zip(predictions, targets, strict=True):
+                self._values += [self._value(prediction[None], target[None]) for prediction in of_row]
+
+    def _value(self, prediction: Tensor, target: Tensor) -> float:
+        """NaN where the metric has no single value for one sample."""
+        try:
+            self._metric.reset()
+            value = self._metric(prediction, target)  # of this call, which no process is asked for
+            return float(value) if isinstance(value, Tensor) and value.numel() == 1 else math.nan
+        except (ValueError, RuntimeError, IndexError):
+            return math.nan
+
+    def values(self) -> Tensor:
+        """``(samples, transformations)``."""
+        return torch.tensor(self._values, dtype=torch.float64).view(-1, self._m)
+
+
+def _with_intervals(found: OutputValues, of_samples: Tensor, confidence: float) -> OutputValues:
+    """The same with intervals, if every value is the mean of those of single samples (samples, transformations)."""
+    means, values = of_samples.mean(0), torch.tensor(found.values, dtype=torch.float64)
+    if not len(of_samples) or not bool(of_samples.isfinite().all()):
+        return found
+    if bool(((means - values).abs() > SAME * of_samples.abs().max()).any()):
+        return found
+    columns = [*of_samples.unbind(1), of_samples.mean(1)]
+    intervals = [interval_of(float(each.mean()), each - each.mean(), confidence) for each in columns]
+    low, high = ([getattr(each, name) if each.standard_error > 0 else math.nan for each in intervals] for name in ENDS)
+    return replace(found, low=low[:-1], high=high[:-1], mean_low=low[-1], mean_high=high[-1])
 
 
 def prediction_of(output: Any, n: int) -> Tensor:

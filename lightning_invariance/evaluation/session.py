@@ -134,7 +134,8 @@ class Session:
         intake = Intake(registry, self.options.channel_axis, within=self._transformed_module is not None)
         waiting = list(milestones)
         if self.options.outputs:
-            self._predictions = Predictions(self.options.outputs, len(loader.transformations), self.device)
+            m, confidence = len(loader.transformations), self.options.confidence
+            self._predictions = Predictions(self.options.outputs, m, self.device, confidence)
         with self._prepared(intake), catch_activations(self.model, self.selection, intake.consume) as catcher:
             while not registry.finished:
                 error: BaseException | None = None

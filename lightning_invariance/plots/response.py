@@ -63,8 +63,8 @@ def response(
 
     A line for each layer, dark for the first and light for the last; for more than two dozen layers a row of colours
     for each. For two parameters, such as the shifts of translations, a map for each layer. Above lines and rows stands
-    what ``evaluate(outputs=...)`` found, such as the accuracy. What is drawn is said at
-    :meth:`NormalizedVariance.response <lightning_invariance.measures.NormalizedVariance.response>`.
+    what ``evaluate(outputs=...)`` found, such as the accuracy, with bands where it has intervals. What is drawn is said
+    at :meth:`NormalizedVariance.response <lightning_invariance.measures.NormalizedVariance.response>`.
 
     Args:
         result: an evaluation with ``NormalizedVariance(response=True)`` or ``TransformationVariance(response=True)``.
@@ -172,6 +172,9 @@ def _draw_outputs(above: Axes, axes: Axes, result: InvarianceResult, x: np.ndarr
     align_above(above, axes, next(iter(result.outputs)) if len(result.outputs) == 1 else "output")
     for (name, found), (colour, marker) in zip(result.outputs.items(), cycle(LINES), strict=False):
         above.plot(x, np.array(found.values)[order], marker=marker, color=colour, ms=3, label=shorten(name))
+        if found.low:
+            low, high = (np.array(bounds)[order] for bounds in (found.low, found.high))
+            above.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)
     if len(result.outputs) > 1:
         above.legend(fontsize="small")
 
