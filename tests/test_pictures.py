@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from lightnings import TensorBoardLogger
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -87,6 +88,18 @@ def test_stability_draws_each_result_their_mean_and_deviation():
     np.testing.assert_allclose(ends[1], [0.6 - 0.2 / math.sqrt(2), 0.6 + 0.2 / math.sqrt(2)])
     assert mean.get_linestyle() == "--"
     assert axes.get_title() == "lower is more invariant"
+
+
+def test_stability_draws_the_intervals_of_results_that_have_them():
+    model, images = nn.Sequential(nn.Flatten(), nn.Linear(16, 5)), torch.rand(12, 1, 4, 4)
+    one = evaluate(model, images, rotations(4), confidence=0.9, layers=["*"])
+    other = evaluate(model, images, rotations(4), layers=["*"])
+    bands = [c for c in plots.stability([one, other]).axes[0].collections if isinstance(c, PolyCollection)]
+    assert len(bands) == 1
+    ends = bands[0].get_paths()[0].vertices[:, 1]
+    table = one.table()
+    assert ends.min() == pytest.approx(min(row.low for row in table))
+    assert ends.max() == pytest.approx(max(row.high for row in table))
 
 
 def test_depth_places_networks_of_other_layers_side_by_side():

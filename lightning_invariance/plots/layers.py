@@ -73,7 +73,7 @@ def stability(results: Results, measure: str | None = None, *, depth: bool = Fal
     """Does another seed give another picture? A thin line for each result, their mean, and standard deviations.
 
     As in the paper's figures 17 to 22: the dashed line is the mean over the results, bars are their standard deviation
-    (n − 1).
+    (n − 1). Bands are the confidence intervals over samples of those that have them.
 
     Args:
         results: evaluations of networks with the same layers; with ``depth``, of as many layers.
@@ -87,6 +87,10 @@ def stability(results: Results, measure: str | None = None, *, depth: bool = Fal
     for result in found.values():
         means, x = list(result.per_layer(measure).values()), places(result)
         axes.plot(x, means, "-", color="#0072b2", alpha=0.45, linewidth=1, label="_each")
+        rows = result.table(measure)
+        low, high = [row.low for row in rows], [row.high for row in rows]
+        if np.isfinite(low).any():
+            axes.fill_between(x, low, high, color="#0072b2", alpha=0.1, linewidth=0)
         for place, value in zip(x.tolist(), means, strict=True):
             lines.setdefault(place, []).append(value)
     at = sorted(lines)

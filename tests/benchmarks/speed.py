@@ -50,7 +50,9 @@ from lightning_invariance.measures import (
     VarianceSameEquivariance,
 )
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+from counting import Allocated
 from models import CifarResNet, simple_conv
 
 TRANSFORMATIONS = rotations(16)
@@ -313,7 +315,7 @@ def profile(samples: int) -> str:
 
 
 def python_cost(samples: int) -> str:
-    """What a layer and block cost in Python: calls of the package's functions, and their own time under a profiler."""
+    """What a layer and block cost in Python: calls of the package's functions, their time if profiled, and tensors."""
     name = "MobileNetV3-small, 64×64"
     model, images = model_and_images(name, samples)
     evaluate(model, images, TRANSFORMATIONS, default(), progress=False)
@@ -325,7 +327,15 @@ def python_cost(samples: int) -> str:
     own = [found for (file, *_), found in stats.items() if "lightning_invariance" in file]
     blocks = next(found[1] for (file, _, function), found in stats.items() if "registry" in file and function == "add")
     calls, seconds = sum(found[1] for found in own), sum(found[2] for found in own)
-    return f"{name}, each layer and block: {calls / blocks:.1f} calls in Python, {seconds / blocks * 1e6:.0f} µs"
+    with Allocated() as ours:
+        evaluate(model, images, TRANSFORMATIONS, default(), progress=False)
+    with torch.no_grad(), Allocated() as bare:
+        for batch in transformed(images):
+            model(batch)
+    return (
+        f"{name}, each layer and block: {calls / blocks:.1f} calls in Python, {seconds / blocks * 1e6:.0f} µs,"
+        f" {(ours.tensors - bare.tensors) / blocks:.1f} tensors with memory of their own"
+    )
 
 
 def own_process() -> ProcessPoolExecutor:
