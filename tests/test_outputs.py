@@ -140,6 +140,19 @@ def test_metrics_that_are_means_over_samples_have_intervals(batch_size, tmp_path
     assert len(plots.response(of_classes).axes[0].collections) == 2  # the grid, and one band
 
 
+def test_evolution_draws_them_above_the_layers():
+    turns, data = rotations(4), TensorDataset(X, Y)
+    history = [evaluate(classifier(), data, turns, outputs=accuracy(), confidence=c) for c in (None, 0.9, 0.95)]
+    for result in history:
+        result.scores = {"val_acc": 0.5}
+    above = plots.evolution(history).axes[0]
+    means = [result.outputs["MulticlassAccuracy"].mean for result in history]
+    assert above.lines[0].get_ydata().tolist() == means
+    band = above.collections[-1].get_paths()[0].vertices[:, 1]
+    assert band.max() == pytest.approx(history[2].outputs["MulticlassAccuracy"].mean_high)
+    assert plots.evolution(history, score="val_acc").axes[0].lines[0].get_ydata().tolist() == [0.5] * 3
+
+
 def test_samples_that_are_all_right_have_no_narrow_interval():
     metric = {"right": MulticlassAccuracy(3, average="micro")}
     data = TensorDataset(X, torch.zeros(37, dtype=torch.long))

@@ -8,6 +8,7 @@ from itertools import chain
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lightning_invariance.compare import compare
@@ -50,13 +51,14 @@ def evolution(
     """When does which layer become invariant? A row for each layer, a column for each evaluation so far.
 
     A cell is the mean over the finite values of a layer; layers without a finite value are grey. Above it, where the
-    results know the trainer's metrics of their moment, runs the accuracy, or else the loss. With ``confidence`` a dot
+    results know of one, runs a metric of their moment, such as the accuracy. With ``confidence`` a dot
     marks the cells that differ from the first evaluation by more than chance.
 
     Args:
         history: evaluations of one network, such as ``InvarianceMonitor.history``.
         measure: its name; by default the first.
-        score: the metric that is drawn above; by default one with "acc" in its name, or else with "loss".
+        score: the metric that is drawn above: the mean of one in ``outputs`` over the transformations, or one of the
+            trainer's; by default the first in ``outputs``, or else one with "acc" in its name, or else with "loss".
         limits: the ends of the colour scale; see :func:`heatmap`.
     """
     if not history:
@@ -88,7 +90,7 @@ def evolution(
     axes.set_xlabel("epoch")
     if above is not None and score:
         align_above(above, axes, score)
-        above.plot(range(len(history)), [r.scores.get(score, math.nan) for r in history], "o-", color="#0072b2", ms=4)
+        _draw_score(above, history, score)
     write_title(figure, title)
     add_colourbar([axes], scale, measure)
     return figure
@@ -120,8 +122,23 @@ def _differing(first: InvarianceResult, result: InvarianceResult, measure: str) 
     return known[key]
 
 
+def _draw_score(axes: Axes, history: Sequence[InvarianceResult], score: str) -> None:
+    """Draw a metric of each evaluation, with a band where it has intervals."""
+    found = [result.outputs.get(score) for result in history]
+    values = [r.scores.get(score, math.nan) if one is None else one.mean for r, one in zip(history, found, strict=True)]
+    axes.plot(range(len(history)), values, "o-", color="#0072b2", ms=4)
+    low, high = (
+        np.array([getattr(one, end, None) for one in found], dtype=np.float64) for end in ("mean_low", "mean_high")
+    )
+    if np.isfinite(low).any():
+        axes.fill_between(range(len(history)), low, high, color="#0072b2", alpha=0.25, linewidth=0)
+
+
 def _score(history: Sequence[InvarianceResult]) -> str | None:
     """The metric that tells best how well the network does: of validation rather than training."""
+    for result in history:
+        if result.outputs:
+            return next(iter(result.outputs))
     known = dict.fromkeys(name for result in history for name in result.scores)
     for word in ("acc", "loss"):
         fitting = [name for name in known if word in name.lower()]
