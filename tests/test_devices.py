@@ -53,6 +53,26 @@ def test_a_block_takes_few_kernels_that_move_few_bytes_and_read_nothing_back(nam
     assert found.bytes <= most * block.nbytes
 
 
+@pytest.mark.parametrize("name", MEASURES)
+def test_values_are_those_of_the_cpu(name, monkeypatch):
+    """There each is tested against its definition; the operations here are others."""
+    st = torch.rand(10, 16, 6, 5, 5, generator=torch.Generator().manual_seed(0)) + torch.rand(10, 1, 6, 5, 5)
+    st[:, :, 1] *= 1e-25  # whose squares float32 does not hold
+    st[:, :, 2] = 0
+    st[3, 2, 3] = 0
+    st[2, 1, 4, 0, 0] = torch.nan
+    values = []
+    for elsewhere in (False, True):
+        with monkeypatch.context() as patched:
+            if elsewhere:
+                patched.setattr(torch.Tensor, "is_cpu", property(lambda self: False), raising=False)
+            measure = MEASURES[name][0].clone()
+            for rows in (torch.arange(4), torch.arange(4, 10)):
+                measure.update(st[rows] if elsewhere else st[rows].double(), indices=rows)
+            values.append(measure.compute())
+    torch.testing.assert_close(values[1].double(), values[0].double(), rtol=1e-5, atol=0, equal_nan=True)
+
+
 #: Activations and the axis of their channels: maps, tokens, single units.
 ACTIVATIONS = [((3, 6, 6), 0), ((10, 7, 7), 0), ((40,), 0), ((), 0), ((9, 30), 1)]
 
@@ -80,6 +100,29 @@ def test_sums_and_changes_of_any_activation_are_the_definition(shape, axis, refe
         (states["changes"], maps.square().sum((0, 3)) * (5 / 4 if reference is None else 1 / 2)),
     ):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def test_rows_may_be_added_on_a_device_after_others_on_the_cpu_and_a_merge(monkeypatch):
+    st = torch.rand(24, 4, 6400, generator=torch.Generator().manual_seed(0))  # as wide as float32 means are kept for
+    accumulator, parts = Deviations(response=True, reference=0), []
+    for some in st.split(8):
+        states, n = accumulator.empty(), 0
+        for block in some[:6].split(3):
+            accumulator.add_(states, Rows(block, before=n))
+            n += len(block)
+        parts.append({**states, "n_samples": torch.tensor(n)})
+    states = accumulator.merge({**accumulator.merge(*parts[:2]), "n_samples": torch.tensor(12)}, parts[2])
+    assert states["offsets"].dtype == torch.float32
+    assert len(states["offsets"]) > 1
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(torch.Tensor, "is_cpu", property(lambda self: False), raising=False)
+        for n, some in enumerate(st.split(8)):
+            accumulator.add_(states, Rows(some[6:], before=18 + 2 * n))
+    x = st.double()
+    torch.testing.assert_close(
+        states["row_spread"], (x - x.mean(1, keepdim=True)).square().sum((0, 1)), rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(states["column_spread"][0], (x - x.mean(0)).square().sum((0, 1)), rtol=1e-6, atol=0)
 
 
 def test_without_a_working_triton_it_warns_once_and_takes_pytorch(monkeypatch):

@@ -30,7 +30,7 @@ def add_deviations(
     """Add rows to the states of :class:`~lightning_invariance.accumulators.deviations.Deviations`, in place.
 
     Args:
-        states: with float64 means (on MPS, which has no float64, all are float32), in one tile.
+        states: of any kind; from now on with float64 means (on MPS, which has no float64, all are float32) in one tile.
         rows: of another device than the CPU.
         limits: when float32 is not good enough for sums of squares.
         squared: whether variances or standard deviations are averaged.
@@ -42,6 +42,7 @@ def add_deviations(
         channels = shape[rows.channel_axis] if shape else 1
         states["changes"] = states["row_spread"].new_zeros(m, channels)
     changes = states["changes"] if response else None
+    _in_one_tile(states)
     kernel = _kernels_for(x) if squared else None
     if kernel is not None:
         sums = (states["row_spread"], states["column_spread"], states["centres"], states["offsets"])
@@ -53,6 +54,14 @@ def add_deviations(
             _give_up(error)
     _add_columns(states, x, rows.before, squared)
     _add_rows(states, x, squared, rows, changes, reference)
+
+
+def _in_one_tile(states: States) -> None:
+    """States as they are kept here, also of rows that were added on the CPU before, or merged."""
+    if len(states["offsets"]) > 1:
+        states["offsets"] = states["offsets"].movedim(1, 0).flatten(1)[None]
+    for name in ("row_spread", "column_spread", "centres", "offsets"):
+        states[name] = states[name].to(states["row_spread"].dtype).contiguous()
 
 
 def _kernels_for(x: Tensor) -> ModuleType | None:
