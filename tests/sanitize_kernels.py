@@ -35,21 +35,15 @@ def compiled(folder: str) -> tuple[Path, str] | None:
     """The module with sanitizers, and the libraries to load first; None where the compiler has no sanitizers."""
     module = Path(folder) / "_kernels.so"
     compiler = os.environ.get("CC", "gcc")
-    command = [
-        compiler,
-        *FLAGS,
-        f"-I{sysconfig.get_path('include')}",
-        *map(str, SOURCES.glob("*.c")),
-        "-o",
-        str(module),
-    ]
+    options = [compiler, *FLAGS, f"-I{sysconfig.get_path('include')}", "-o", str(module)]
     try:
-        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run([*options, "-x", "c", os.devnull], check=True, capture_output=True)
         asked = [[compiler, f"-print-file-name={name}"] for name in FIRST]
         found = [subprocess.run(each, check=True, capture_output=True, text=True).stdout.strip() for each in asked]
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"Not run: no compiler with sanitizers ({error}).")
         return None
+    subprocess.run([*options, *map(str, SOURCES.glob("*.c"))], check=True)
     return module, " ".join(found)
 
 

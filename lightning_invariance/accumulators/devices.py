@@ -50,7 +50,9 @@ def add_deviations(
         try:
             kernel.add_deviations(x, rows.before, *sums, (limits.smallest, limits.largest), changes, reference, inner)
             return
-        except Exception as error:  # raised before anything is launched
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of the compiler, before the first launch
             _give_up(error)
     _add_columns(states, x, rows.before, squared)
     _add_rows(states, x, squared, rows, changes, reference)
