@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from counting import counted
+from definitions import anova, goodfellow, quotient, same_equivariance, sd, sv, td, tv
 
-from lightning_invariance import rotations
+from lightning_invariance import quarter_turns, rotations
 from lightning_invariance.accumulators import devices
 from lightning_invariance.accumulators.base import Rows
 from lightning_invariance.accumulators.deviations import Deviations
@@ -53,24 +55,54 @@ def test_a_block_takes_few_kernels_that_move_few_bytes_and_read_nothing_back(nam
     assert found.bytes <= most * block.nbytes
 
 
-@pytest.mark.parametrize("name", MEASURES)
-def test_values_are_those_of_the_cpu(name, monkeypatch):
-    """There each is tested against its definition; the operations here are others."""
-    st = torch.rand(10, 16, 6, 5, 5, generator=torch.Generator().manual_seed(0)) + torch.rand(10, 1, 6, 5, 5)
+def consistency(x):
+    """The share of pairs of transformations with one winning channel, the mean over samples and positions."""
+    winners = x.argmax(2)
+    same = winners[:, :, None] == winners[:, None]
+    m = x.shape[1]
+    return (same.sum((1, 2)) - m).mean() / (m * (m - 1))
+
+
+TURNS = quarter_turns()
+BACK = [lambda maps, k=k: np.rot90(maps, -k, (-2, -1)) for k in range(4)]
+
+#: Measures with their definitions, which use nothing of the package.
+DEFINITIONS = {
+    "NV": (NormalizedVariance(), lambda x: quotient(tv(x), sv(x))),
+    "standard deviations": (NormalizedVariance(squared=False), lambda x: quotient(tv(x, False), sv(x, False))),
+    "F": (Anova("f"), lambda x: anova(x, "f", False)),
+    "paired F": (Anova("f", paired=True), lambda x: anova(x, "f", True)),
+    "TD": (TransformationDistance(), td),
+    "TD of maps": (TransformationDistance("euclidean", over="channel"), lambda x: td(x, "euclidean", "channel")),
+    "ND": (NormalizedDistance(), lambda x: quotient(td(x), sd(x))),
+    "Goodfellow": (Goodfellow(0.1), lambda x: goodfellow(x, 0.1, "normal", 1)[0]),
+    "Consistency": (Consistency(), consistency),
+    "same-equivariance": (
+        VarianceSameEquivariance(TURNS, normalize=True, over="channel"),
+        lambda x: same_equivariance(x, BACK, True, "channel", None),
+    ),
+    "distance same-equivariance": (
+        DistanceSameEquivariance(TURNS, "euclidean", normalize=True, over="channel"),
+        lambda x: same_equivariance(x, BACK, True, "channel", None, "euclidean"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_values_of_every_family_are_the_definition(name, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False), raising=False)
+    generator = torch.Generator().manual_seed(0)
+    st = torch.rand(10, 4, 6, 5, 5, generator=generator) + torch.rand(10, 1, 6, 5, 5, generator=generator)
     st[:, :, 1] *= 1e-25  # whose squares float32 does not hold
     st[:, :, 2] = 0
     st[3, 2, 3] = 0
-    st[2, 1, 4, 0, 0] = torch.nan
-    values = []
-    for elsewhere in (False, True):
-        with monkeypatch.context() as patched:
-            if elsewhere:
-                patched.setattr(torch.Tensor, "is_cpu", property(lambda self: False), raising=False)
-            measure = MEASURES[name][0].clone()
-            for rows in (torch.arange(4), torch.arange(4, 10)):
-                measure.update(st[rows] if elsewhere else st[rows].double(), indices=rows)
-            values.append(measure.compute())
-    torch.testing.assert_close(values[1].double(), values[0].double(), rtol=1e-5, atol=0, equal_nan=True)
+    made, definition = DEFINITIONS[name]
+    measure = made.clone()
+    for rows in (torch.arange(4), torch.arange(4, 10)):
+        measure.update(st[rows], indices=rows)
+    expected = torch.from_numpy(np.array(definition(st.numpy().astype(np.longdouble)), dtype=np.float64))
+    found = measure.compute().double()
+    torch.testing.assert_close(found, expected.reshape(found.shape), rtol=1e-5, atol=0, equal_nan=True)
 
 
 #: Activations and the axis of their channels: maps, tokens, single units.

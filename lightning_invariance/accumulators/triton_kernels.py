@@ -109,7 +109,8 @@ def _tile_of(m: int, k: int, inner: int, with_changes: bool) -> tuple[int, int, 
     positions = inner if with_changes and inner >= FEWEST_POSITIONS else k
     columns = max(2, triton.next_power_of_2(m))
     width = max(FEWEST_WIDTH, min(MOST_WIDTH, MOST_OF_TILE // columns, triton.next_power_of_2(positions)))
-    values = min(columns, VALUES_OF_THREAD if columns == m and positions == inner else VALUES_OF_MASKED)
+    plain = columns == m and (positions == inner or not with_changes)
+    values = min(columns, VALUES_OF_THREAD if plain else VALUES_OF_MASKED)
     return columns, width, max(1, columns * width // (32 * values)), positions
 
 
