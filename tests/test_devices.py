@@ -210,7 +210,7 @@ CARDS = {75: "sm_75", 80: "sm_80", 89: "sm_89", 90: "sm_90a"}
 
 @pytest.mark.parametrize("card", CARDS)
 @pytest.mark.parametrize("m", [4, 8, 16, 32, 64])
-def test_the_kernel_fits_into_the_registers_of_every_card(card, m, tmp_path):
+def test_the_kernel_fits_into_the_registers_of_every_card_and_reads_activations_once(card, m, tmp_path):
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("the interpreter does not compile")
@@ -231,8 +231,12 @@ def test_the_kernel_fits_into_the_registers_of_every_card(card, m, tmp_path):
         constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in range(6)},
     )
-    assembly = triton.compile(source, target=GPUTarget("cuda", card, 32), options={"num_warps": warps}).asm["ptx"]
-    (tmp_path / "kernel.ptx").write_text(assembly)
+    compiled = triton.compile(source, target=GPUTarget("cuda", card, 32), options={"num_warps": warps}).asm
+    # Tiles of columns and activations: the float32 ones are activations, the float64 ones are states. What is read a
+    # second time, where float32 does not hold a tile, is read as one column after another.
+    tiles = re.findall(rf"tt\.load .*tensor<{columns}x{width}x!tt\.ptr<(f32|f64)>", compiled["ttgir"])
+    assert sorted(tiles) == ["f32", "f64", "f64"], tiles
+    (tmp_path / "kernel.ptx").write_text(compiled["ptx"])
     command = [
         triton.knobs.nvidia.ptxas.path,
         "-v",

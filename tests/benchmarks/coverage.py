@@ -2,15 +2,18 @@
 
     python tests/benchmarks/coverage.py [--repeats 1000]
     python tests/benchmarks/coverage.py --cifar cifar10_test.npz --weights resnet20.th [--subsets 195]
+    python tests/benchmarks/coverage.py --mnist DIR [--repeats 1000]
 
 Without files: units whose truth is known from a simulation of 200,000 samples. With the files of a trained CIFAR
 ResNet-20 and of the CIFAR-10 test images: random subsets of 256 of the 10,000 images, whose value for all of them is
-the truth. Intervals are of 95 %, tests of level 5 %. With ``s`` repeats a share p is known within 2 √(p (1 − p) / s).
+the truth. With MNIST: tests of networks that are trained here and differ in nothing but their seed. Intervals are of
+95 %, tests of level 5 %. With ``s`` repeats a share p is known within 2 √(p (1 − p) / s).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 import warnings
@@ -21,12 +24,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchvision.datasets import MNIST
 
 from lightning_invariance import InvarianceResult, TransformationSet, compare, evaluate, rotations
 from lightning_invariance.measures import Measure, NormalizedDistance, NormalizedVariance, TransformationVariance
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from models import trained_resnet
+from models import simple_conv, trained_resnet
 
 #: Columns of samples that are rows of the ST matrix already, and the network that returns them.
 M = 16
@@ -123,29 +127,106 @@ OF_TWO = TransformationSet.from_callables({f"column {j}": partial(torch.select, 
 
 def tests_of_simulated_networks(repeats: int) -> None:
     """Rejections of a true null, power, and the error of equivalence, for two networks on the same samples."""
-    n, factor = 256, 1.2
+    n, factors = 256, (1.05, 1.1, 1.2)
     print(f"\nTransformation variances of two simulated networks on the same {n} samples: share of p below .05")
-    print(f"{'':8s}{'equal':>8s}{f'{factor} times':>11s}{'equivalent, at the margin':>27s}{'equivalent, equal':>19s}")
+    powers = "".join(f"{f'{factor} times':>12s}" for factor in factors)
+    print(f"{'':8s}{'equal':>8s}{powers}{'equivalent, at the margin':>27s}{'equivalent, equal':>19s}")
     for kind, draw in KINDS.items():
         generator = torch.Generator().manual_seed(1)
-        margin = (factor - 1) * evaluated(draw(POPULATION, generator), TransformationVariance(), None).per_layer()["0"]
-        found: dict[str, list[bool]] = {key: [] for key in ("equal", "larger", "margin", "inside")}
+        exact = evaluated(draw(POPULATION, generator), TransformationVariance(), None).per_layer()["0"]
+        margin = (factors[-1] - 1) * exact  # the largest factor is at the margin
+        networks = (Half(0), Half(1), *(Half(1, factor**0.5) for factor in factors))
+        found = []
         for _ in range(repeats):
             both = torch.stack([draw(n, generator), draw(n, generator)], 1)
             both[:, 1] = torch.where(torch.rand(n, 1, 1, generator=generator) < 0.5, both[:, 0], both[:, 1])
             swapped = torch.rand(n, 1, 1, 1, generator=generator) < 0.5
             both = torch.where(swapped, both.flip(1), both)  # which is which is a coin for every sample
             measure = [TransformationVariance()]
-            a, b, larger = (
+            a, *others = (
                 evaluate(network, both, OF_TWO, measure, confidence=0.95, progress=False, batch_size=1024)
-                for network in (Half(0), Half(1), Half(1, factor**0.5))
+                for network in networks
             )
-            found["equal"].append(compare(a, b)["out"].p < 0.05)
-            found["larger"].append(compare(a, larger)["out"].p < 0.05)
-            found["margin"].append(compare(a, larger, margin=margin)["out"].equivalent < 0.05)
-            found["inside"].append(compare(a, b, margin=margin)["out"].equivalent < 0.05)
-        equal, larger_, at_margin, inside = (float(np.mean(values)) for values in found.values())
-        print(f"{kind:8s}{equal:8.3f}{larger_:11.3f}{at_margin:27.3f}{inside:19.3f}", flush=True)
+            tests = [compare(a, b, margin=margin)["out"] for b in others]
+            found.append([t.p for t in tests] + [tests[-1].equivalent, tests[0].equivalent])
+        *differ, at_margin, inside = (np.array(found) < 0.05).mean(0)
+        equal, *larger = (f"{share:{width}.3f}" for share, width in zip(differ, (8, 12, 12, 12), strict=True))
+        print(f"{kind:8s}{equal}{''.join(larger)}{at_margin:27.3f}{inside:19.3f}", flush=True)
+
+
+class Mixture(nn.Module):
+    """Two networks as one: a second channel of each sample, above or below 0.5, tells whose activations it has."""
+
+    def __init__(self, a: nn.Sequential, b: nn.Sequential, swapped: bool) -> None:
+        super().__init__()
+        self.networks, self.swapped = (a, b), swapped  # in a tuple, so that only the mixed layers are watched
+        self.layers = nn.ModuleDict({name: nn.Identity() for name, _ in a.named_children()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, 2, height, width)`` → outputs."""
+        of_a = of_b = x[:, :1]
+        first = (x[:, 1, x.shape[2] // 2, x.shape[3] // 2] > 0.5) ^ self.swapped  # turned corners are 0
+        mixed = x
+        for identity, in_a, in_b in zip(self.layers.values(), *self.networks, strict=True):
+            of_a, of_b = in_a(of_a), in_b(of_b)
+            mixed = identity(torch.where(first.view(-1, *[1] * (of_a.ndim - 1)), of_a, of_b))
+        return mixed
+
+
+def trained(x: Tensor, labels: Tensor, seed: int) -> nn.Sequential:
+    """A small SimpleConv, trained for two epochs."""
+    torch.manual_seed(seed)
+    network = simple_conv(1, 28, filters=4)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    for _ in range(2):
+        for part in torch.randperm(len(x)).split(64):
+            loss = nn.functional.nll_loss(network(x[part]).clamp_min(1e-8).log(), labels[part])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return network.eval()
+
+
+def tests_of_seeds(root: Path, repeats: int, seeds: int, n: int) -> None:
+    """Rejections for networks that differ in their seed alone: over samples, with labels shuffled, and over seeds."""
+    (x, labels), (x_test, y_test) = (
+        (data.data[:, None].float() / 255, data.targets) for data in (MNIST(root, train=True), MNIST(root, train=False))
+    )
+    networks = [trained(x[:4000], labels[:4000], seed) for seed in range(seeds)]
+    with torch.no_grad():
+        right = [float((net(x_test).argmax(1) == y_test).double().mean()) for net in networks]
+    turns, generator = rotations(8), torch.Generator().manual_seed(0)
+    print(f"\n{seeds} SimpleConv of 4 filters, accuracy {min(right):.3f} to {max(right):.3f}", flush=True)
+
+    def measured(network: nn.Module, samples: Tensor) -> InvarianceResult:
+        return evaluate(network, samples, turns, confidence=0.95, progress=False).reduced()
+
+    rejected = []
+    for i in range(repeats):
+        a, b = torch.randperm(seeds, generator=generator)[:2].tolist()
+        samples = x_test[torch.randperm(len(x_test), generator=generator)[:n]]
+        coin = (torch.rand(n, 1, 1, 1, generator=generator) < 0.5).float().expand_as(samples)
+        both = [Mixture(networks[a], networks[b], swapped) for swapped in (False, True)]
+        test = compare(*(measured(mixture, torch.cat([samples, coin], 1)) for mixture in both))
+        rejected.append((test.network.p < 0.05, bool(test.differing)))
+        if i % 50 == 49:
+            print(f"  {i + 1} tests", flush=True)
+    network, layers = np.mean(rejected, 0)
+    print(f"two seeds, a coin for each sample tells which is which: network {network:.3f}, any layer {layers:.3f}")
+
+    results = [measured(network, x_test[:n]) for network in networks]
+    pairs = [compare(a, b) for a, b in itertools.combinations(results, 2)]
+    single = np.mean([test.network.p < 0.05 for test in pairs])
+    print(f"two seeds as they are, over samples: network {single:.3f} of {len(pairs)} pairs")
+    for count in (3, seeds // 2):
+        rejected = []
+        for _ in range(repeats):
+            order = torch.randperm(seeds, generator=generator).tolist()
+            a, b = ([results[k] for k in some] for some in (order[:count], order[count : 2 * count]))
+            test = compare(a, b)
+            rejected.append((test.network.p < 0.05, bool(test.differing)))
+        network, layers = np.mean(rejected, 0)
+        print(f"{count} seeds against {count} others: network {network:.3f}, any layer {layers:.3f}", flush=True)
 
 
 def real_network(images: Path, weights: Path, subsets: int, transformations: int, n: int = 256) -> None:
@@ -187,12 +268,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1000)
     parser.add_argument("--cifar", type=Path, help="npz with x (uint8, NHWC)")
     parser.add_argument("--weights", type=Path, help="state dict of a CIFAR ResNet")
+    parser.add_argument("--mnist", type=Path, help="folder that holds MNIST/raw")
     parser.add_argument("--subsets", type=int, default=195)
     parser.add_argument("--rotations", type=int, default=8)
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # of units that never fire
     if options.cifar and options.weights:
         real_network(options.cifar, options.weights, options.subsets, options.rotations)
+        return
+    if options.mnist:
+        tests_of_seeds(options.mnist, options.repeats, seeds=24, n=256)
         return
     sizes = [64, 256, 1024]
     coverage(NormalizedVariance(), sizes, options.repeats)
