@@ -33,8 +33,9 @@ TESTS = Path(__file__).parent
 MEASURES = {
     "NV": (NormalizedVariance(), 16),
     "default": (NormalizedVariance(response=True), 16),
-    "NV of standard deviations": (NormalizedVariance(squared=False), 24),
+    "NV of standard deviations": (NormalizedVariance(squared=False), 16),
     "Anova": (Anova(), 16),
+    "paired Anova": (Anova(paired=True), 25),
     "TD": (TransformationDistance(), 24),
     "TD of maps": (TransformationDistance("euclidean", over="channel"), 24),
     "SD": (SampleDistance(), 24),

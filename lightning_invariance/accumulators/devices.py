@@ -119,8 +119,7 @@ def _add_rows(
     if from_means:
         torch.sub(deviations, of_rows[:, None], alpha=1 / m, out=deviations)
     length = torch.linalg.vector_norm(deviations, dim=(0, 1) if squared else 1, dtype=spread.dtype)
-    squares = spread if squared else torch.zeros_like(length)
-    squares.addcmul_(length, length)
+    squares = spread.addcmul_(length, length) if squared else length.square_()
     if not from_means:
         of_rows = torch.linalg.vector_norm(of_rows, dim=0) if squared else of_rows
         squares.addcmul_(of_rows, of_rows, value=-1 / m)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,9 +46,10 @@ class PairedDeviations(Accumulator):
         if not rows.before:
             wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
             m, k = x.shape[1:]
+            first = _centred(x[:1].to(wide) if x.is_cpu else x[:1], wide)[0]
             kept = x.dtype if x.is_cpu and m * k >= FEWEST_FLOAT32_VALUES else wide
             states = {
-                "paired_means": _centred(x[:1].to(wide))[0].to(kept),  # constant columns deviate by exactly 0
+                "paired_means": first.to(kept),  # from here on constant columns deviate by exactly 0
                 "paired_error": torch.zeros(k, dtype=wide, device=x.device),
                 "paired_products": torch.zeros(m, m, dtype=wide, device=x.device),
                 "paired_origin": x[0, 0].to(wide),
@@ -56,14 +59,16 @@ class PairedDeviations(Accumulator):
         length = chunk_length(x)
         split = (torch.split(each, length, -1) for each in (x, states["paired_means"], states["paired_error"]))
         for values, mean, squares in zip(*split, strict=True):
-            found = _added(values.to(squares.dtype), mean, squares, products, rows.before)
+            # On a device only the last deviations are float64: it moves fewer bytes, and takes fewer operations.
+            values = values.to(squares.dtype) if values.is_cpu else values
+            found = _added(values, mean, squares, products, rows.before)
             means.append(found[0])
             error.append(found[1])
             products = found[2]
         moves = (x[:, 0] != states["paired_origin"]).any(0)
         return {
-            "paired_means": torch.cat(means, -1),
-            "paired_error": torch.cat(error),
+            "paired_means": _joined(means),
+            "paired_error": _joined(error),
             "paired_products": products,
             "paired_origin": states["paired_origin"],
             "paired_moves": states["paired_moves"] | moves,
@@ -75,11 +80,11 @@ class PairedDeviations(Accumulator):
         kept = torch.promote_types(a["paired_means"].dtype, b["paired_means"].dtype)
         means, others = (states["paired_means"].to(n.dtype) for states in (a, b))
         apart, share = others - means, n_other / (n + n_other)
-        weighted = n * share * apart
+        weight = n * share
         return {
             "paired_means": (means + share * apart).to(kept),
-            "paired_error": a["paired_error"] + b["paired_error"] + (weighted * apart).sum(0),
-            "paired_products": a["paired_products"] + b["paired_products"] + _products(weighted, apart),
+            "paired_error": a["paired_error"] + b["paired_error"] + weight * apart.square().sum(0),
+            "paired_products": a["paired_products"] + b["paired_products"] + weight * _products(apart),
             "paired_origin": a["paired_origin"],
             "paired_moves": a["paired_moves"] | b["paired_moves"] | (a["paired_origin"] != b["paired_origin"]),
         }
@@ -90,28 +95,32 @@ class PairedDeviations(Accumulator):
         return still & ~states["paired_moves"]
 
 
-def _centred(x: Tensor) -> Tensor:
+def _centred(x: Tensor, wide: torch.dtype) -> Tensor:
     """Rows (n, m, k) without their means; taken from its first value first, a constant row becomes exactly 0."""
     x = x - x[:, :1]
-    return x - x.mean(1, keepdim=True)
+    return x.sub_(x.mean(1, keepdim=True, dtype=wide))
 
 
 def _added(x: Tensor, means: Tensor, error: Tensor, products: Tensor, before: int) -> tuple[Tensor, Tensor, Tensor]:
     """Means, error and products after rows x (n, m, k) of some activations."""
-    n = len(x)
-    deviations = _centred(x).sub_(means)
-    shift = deviations.mean(0)
-    deviations.sub_(shift)
-    error = error + deviations.square().sum((0, 1))
-    products = products + _products(*2 * [deviations.movedim(1, 0).flatten(1)])
-    if before:
-        weighted = shift * (before * n / (before + n))
-        error = error + (weighted * shift).sum(0)
-        products = products + _products(weighted, shift)
-    return (means + shift * (n / (before + n))).to(means.dtype), error, products
+    n, wide = len(x), error.dtype
+    deviations = _centred(x, wide).sub_(means)
+    shift, share = deviations.mean(0, dtype=wide), n / (before + n)
+    # As far as sums of squares and products go, the means that move are one more row.
+    every = shift.new_empty(n + 1, *shift.shape)
+    torch.sub(deviations, shift, out=every[:n])
+    torch.mul(shift, math.sqrt(before * share), out=every[n])
+    length = torch.linalg.vector_norm(every, dim=(0, 1))
+    error = torch.addcmul(error, length, length)
+    return torch.add(means, shift, alpha=share).to(means.dtype), error, products + _products(every).sum(0)
 
 
-def _products(a: Tensor, b: Tensor) -> Tensor:
-    """Sums of products of all pairs of columns, (m, ·) and (m, ·), without what is not finite."""
-    finite = a.nan_to_num(0, 0, 0)
-    return finite @ (finite if b is a else b.nan_to_num(0, 0, 0)).T
+def _products(x: Tensor) -> Tensor:
+    """Sums of products of all pairs of columns (..., m, k), without what is not finite."""
+    finite = torch.nan_to_num(x, 0, 0, 0)
+    return finite @ finite.mT
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Parts of activations, together."""
+    return parts[0] if len(parts) == 1 else torch.cat([*parts], -1)
