@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import definitions
 import numpy as np
 import pandas as pd
 import pytest
@@ -162,6 +163,17 @@ def test_paired_f_of_nearly_invariant_units(scale, outlier, n, dtype):
     for rows in st.split(37):
         metric.update(rows)
     np.testing.assert_allclose(metric.compute().numpy(), exact_f(st), rtol=1e-3)
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf")])
+def test_a_unit_that_is_not_finite_from_the_first_block_on_is_left_out_of_the_paired_test_of_the_others(special):
+    st = cube(effect=0.2)
+    st[1, 1, 3] = special
+    others = torch.arange(st.shape[2]) != 3
+    expected = definitions.anova(st[..., others].numpy().astype(np.longdouble), "p", True)
+    p = measured(st, statistic="p", paired=True)
+    np.testing.assert_allclose(p[others].numpy(), expected, rtol=1e-9)
+    assert p[3].isnan()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -24,7 +24,8 @@ class PairedDeviations(Accumulator):
     - ``paired_means`` ``(m, k)``: :math:`\bar c_{\cdot j}`, in float32 where blocks of a large layer are.
     - ``paired_error`` ``(k,)``: :math:`\sum_i \sum_j (c_{ij} - \bar c_{\cdot j})^2`, float64.
     - ``paired_products`` ``(m, m)``: :math:`\sum_u \sum_i (c_{iju} - \bar c_{\cdot ju})(c_{ilu} - \bar c_{\cdot lu})`
-      over all activations u of the layer, float64.
+      over all activations u of the layer, float64. Of an activation that becomes infinite or NaN, those of the blocks
+      before remain.
     - ``paired_origin`` ``(k,)``, ``paired_moves`` ``(k,)``: the first value of the first row, and whether that of
       another row differs.
     """
