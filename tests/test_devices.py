@@ -35,7 +35,7 @@ MEASURES = {
     "default": (NormalizedVariance(response=True), 16),
     "NV of standard deviations": (NormalizedVariance(squared=False), 16),
     "Anova": (Anova(), 16),
-    "paired Anova": (Anova(paired=True), 25),
+    "paired Anova": (Anova(paired=True), 37),  # 19 operations, in float64 throughout
     "TD": (TransformationDistance(), 24),
     "TD of maps": (TransformationDistance("euclidean", over="channel"), 24),
     "SD": (SampleDistance(), 24),
@@ -87,6 +87,19 @@ DEFINITIONS = {
         lambda x: same_equivariance(x, BACK, True, "channel", None, "euclidean"),
     ),
 }
+
+
+def test_the_paired_f_is_exact_where_all_samples_change_alike(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False), raising=False)
+    generator = torch.Generator().manual_seed(0)
+    st = 1000 * torch.rand(1, 4, 12, generator=generator) + torch.randn(10, 1, 12, generator=generator)
+    st += 1e-3 * torch.randn(10, 4, 12, generator=generator)
+    st[:, 1, :3] = 3e38 * (1 - 0.4 * torch.rand(10, 3, generator=generator))  # differences that float32 does not hold
+    st[:, 2, :3] = -st[:, 1, :3]
+    measure = Anova("f", paired=True)
+    for rows in st.split(4):
+        measure.update(rows)
+    np.testing.assert_allclose(measure.compute().numpy(), anova(st.numpy().astype(np.longdouble), "f", True), rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", DEFINITIONS)

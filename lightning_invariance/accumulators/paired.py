@@ -47,10 +47,9 @@ class PairedDeviations(Accumulator):
         if not rows.before:
             wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
             m, k = x.shape[1:]
-            first = _centred(x[:1].to(wide) if x.is_cpu else x[:1], wide)[0]
             kept = x.dtype if x.is_cpu and m * k >= FEWEST_FLOAT32_VALUES else wide
             states = {
-                "paired_means": first.to(kept),  # from here on constant columns deviate by exactly 0
+                "paired_means": _centred(x[:1].to(wide))[0].to(kept),  # constant columns deviate by exactly 0
                 "paired_error": torch.zeros(k, dtype=wide, device=x.device),
                 "paired_products": torch.zeros(m, m, dtype=wide, device=x.device),
                 "paired_origin": x[0, 0].to(wide),
@@ -60,9 +59,7 @@ class PairedDeviations(Accumulator):
         length = chunk_length(x)
         split = (torch.split(each, length, -1) for each in (x, states["paired_means"], states["paired_error"]))
         for values, mean, squares in zip(*split, strict=True):
-            # On a device only the last deviations are float64: it moves fewer bytes, and takes fewer operations.
-            values = values.to(squares.dtype) if values.is_cpu else values
-            found = _added(values, mean, squares, products, rows.before)
+            found = _added(values.to(squares.dtype), mean, squares, products, rows.before)
             means.append(found[0])
             error.append(found[1])
             products = found[2]
@@ -96,17 +93,17 @@ class PairedDeviations(Accumulator):
         return still & ~states["paired_moves"]
 
 
-def _centred(x: Tensor, wide: torch.dtype) -> Tensor:
+def _centred(x: Tensor) -> Tensor:
     """Rows (n, m, k) without their means; taken from its first value first, a constant row becomes exactly 0."""
     x = x - x[:, :1]
-    return x.sub_(x.mean(1, keepdim=True, dtype=wide))
+    return x.sub_(x.mean(1, keepdim=True))
 
 
 def _added(x: Tensor, means: Tensor, error: Tensor, products: Tensor, before: int) -> tuple[Tensor, Tensor, Tensor]:
     """Means, error and products after rows x (n, m, k) of some activations."""
-    n, wide = len(x), error.dtype
-    deviations = _centred(x, wide).sub_(means)
-    shift, share = deviations.mean(0, dtype=wide), n / (before + n)
+    n = len(x)
+    deviations = _centred(x).sub_(means)
+    shift, share = deviations.mean(0), n / (before + n)
     # As far as sums of squares and products go, the means that move are one more row.
     every = shift.new_empty(n + 1, *shift.shape)
     torch.sub(deviations, shift, out=every[:n])
