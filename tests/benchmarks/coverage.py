@@ -1,7 +1,7 @@
 """Are the intervals and the tests right? How often intervals cover the truth, and how often tests reject it.
 
     python tests/benchmarks/coverage.py [--repeats 1000]
-    python tests/benchmarks/coverage.py --cifar cifar10_test.npz --weights resnet20.th [--subsets 195]
+    python tests/benchmarks/coverage.py --cifar cifar10_test.npz --weights resnet20.th [--subsets 200]
     python tests/benchmarks/coverage.py --mnist DIR [--repeats 1000]
 
 Without files: units whose truth is known from a simulation of 200,000 samples. With the files of a trained CIFAR
@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("--cifar", type=Path, help="npz with x (uint8, NHWC)")
     parser.add_argument("--weights", type=Path, help="state dict of a CIFAR ResNet")
     parser.add_argument("--mnist", type=Path, help="folder that holds MNIST/raw")
-    parser.add_argument("--subsets", type=int, default=195)
+    parser.add_argument("--subsets", type=int, default=200)
     parser.add_argument("--rotations", type=int, default=8)
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # of units that never fire
