@@ -58,6 +58,8 @@ class Rows:
         memo: what the accumulators of this layer have computed of these rows; see :meth:`once`.
         block_memo: what the accumulators of all layers have computed of these samples.
         channel_axis: which axis of the activation holds the channels.
+        keep_shares: whether :meth:`Accumulator.shares` of these rows follow: :meth:`Accumulator.add` may then leave what it
+            finds of each row in ``memo``.
     """
 
     values: Tensor
@@ -68,6 +70,7 @@ class Rows:
     memo: dict[Hashable, Any] = field(default_factory=dict)
     block_memo: dict[Hashable, Any] = field(default_factory=dict)
     channel_axis: int = 0
+    keep_shares: bool = False
 
     @property
     def flat(self) -> Tensor:
@@ -172,12 +175,12 @@ class Accumulator(ABC):
         """Whether :meth:`shares` is there, so that values have standard errors over samples."""
         return type(self).shares is not Accumulator.shares
 
-    def shares(self, rows: Rows, totals: States) -> States:
+    def shares(self, rows: Rows, totals: States | None) -> States:
         """What each sample adds to the sums, given what they came to: what they change if it weighs a little more.
 
         Args:
-            rows: of a second pass over the same samples.
-            totals: the states after all rows.
+            rows: of a second pass over the same samples, or just added in a first one.
+            totals: the states after all rows; None in a first pass, which wants those alone that do not depend on them.
 
         Returns:
             ``(samples, *state shape)`` in float64 for each state that a value is made of, whose last axis is that of

@@ -39,7 +39,7 @@ class Changes(Accumulator):
         """The states after the rows of both."""
         return {"changes": a["changes"] + b["changes"]}
 
-    def shares(self, rows: Rows, totals: States) -> States:
+    def shares(self, rows: Rows, totals: States | None) -> States:
         """The changes of each sample, ``(samples, m, channels)``."""
         maps = torch.unbind(rows.channels_first.unsqueeze(1))
         return {"changes": torch.stack([scaled_changes(rows.of(sample), self.reference) for sample in maps])}

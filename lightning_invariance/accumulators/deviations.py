@@ -31,6 +31,9 @@ MOST_VALUES = kernels.MOST_COLUMNS
 #: by chance, but not below 1e-9 N o², where rounding costs up to 4e-6 of them.
 LIMITS = kernels.Limits(smallest=1e-24, largest=1e30, far=1e-4, rows_for_far=8, far_of_few=1e-9)
 
+#: Where rows keep the squared deviations within each of them, ``(n, k)`` in float32.
+SPREADS = "row_spread"
+
 #: Layers with fewer values a row than this have float64 means, which cost nothing there.
 FEWEST_FLOAT32_VALUES = 2**14
 
@@ -83,20 +86,22 @@ class Deviations(Accumulator):
         if not x.is_cpu:
             devices.add_deviations(states, rows, LIMITS, self.squared, self.response, self.reference)
             return
-        changes = self._changes_for_c(states, rows)
+        beside, in_c = self._beside(states, rows), True
         if rows.before < 2:  # how far columns are apart cannot be told of fewer than two rows
             some, x = x[:most], x[most:]
             before += some.shape[0]
             _widen(states)
-            changes = self._add(states, some, rows.before, changes)
+            in_c = self._add(states, some, rows.before, beside.of(slice(most)))
             if some.dtype == torch.float32 and states["offsets"].numel() >= FEWEST_FLOAT32_VALUES:
                 _narrow(states, before)
-        changes = self._add(states, x, before, changes) if x.shape[0] else changes
-        if self.response and changes is None:
+        in_c = self._add(states, x, before, beside.of(slice(before - rows.before, None))) if x.shape[0] else in_c
+        if in_c and beside.spreads is not None:
+            rows.memo[SPREADS] = beside.spreads
+        if self.response and not (in_c and beside.changes is not None):
             added = scaled_changes(rows, self.reference)
             states["changes"] = states["changes"] + added if states["changes"].numel() else added
-        elif changes is not None and changes.parts.shape[0] > 1:
-            states["changes"] += changes.parts.sum(0)
+        elif beside.changes is not None and beside.changes.shape[0] > 1:
+            states["changes"] += beside.changes.sum(0)
 
     def merge(self, a: States, b: States) -> States:
         r"""The states after the rows of both (Chan, Golub and LeVeque 1983, the paper's reference 20).
@@ -123,9 +128,11 @@ class Deviations(Accumulator):
             _narrow(states, int(n + n_other))
         return states
 
-    def shares(self, rows: Rows, totals: States) -> States:
+    def shares(self, rows: Rows, totals: States | None) -> States:
         """Those of each sample."""
-        return deviations_of_samples(rows.flat, means_of(totals), self.squared)
+        if totals is None and self.squared and SPREADS in rows.memo:
+            return {"row_spread": rows.memo[SPREADS]}
+        return deviations_of_samples(rows.flat, None if totals is None else means_of(totals), self.squared)
 
     def prepared(self, context: Context) -> Accumulator:
         """With changes from the identity, where the set knows of one."""
@@ -141,35 +148,35 @@ class Deviations(Accumulator):
         """Which activations never changed, over all samples and transformations."""
         return (states["row_spread"] == 0) & (states["column_spread"] == 0).all(0)
 
-    def _changes_for_c(self, states: States, rows: Rows) -> _Changes | None:
-        """Where C adds what each transformation changes: the state itself, if one thread does; None where C cannot."""
-        if not self.response or not self.squared or self.reference is None or not kernels.takes(rows.values):
-            return None
-        _, m, *shape = rows.values.shape
-        if m > MOST_VALUES:
-            return None
+    def _beside(self, states: States, rows: Rows) -> kernels.Beside:
+        """What C is to find beside the sums, and where it adds changes: to the state itself, if one thread does."""
+        n, m, *shape = rows.values.shape
+        if not self.squared or not kernels.takes(rows.values) or m > MOST_VALUES:
+            return kernels.Beside()
+        spreads = torch.empty(n, math.prod(shape)) if rows.keep_shares else None
+        if not self.response or self.reference is None:
+            return kernels.Beside(spreads=spreads)
         channels, inner = (shape[rows.channel_axis], math.prod(shape[rows.channel_axis + 1 :])) if shape else (1, 1)
         if not states["changes"].numel():
             states["changes"] = torch.zeros(m, channels, dtype=torch.float64)
         number = kernels.parts_of(math.prod(shape))
         parts = states["changes"][None] if number == 1 else torch.zeros(number, m, channels, dtype=torch.float64)
-        return _Changes(parts, self.reference, inner)
+        return kernels.Beside(parts, self.reference, inner, spreads)
 
-    def _add(self, states: States, x: Tensor, before: int, changes: _Changes | None) -> _Changes | None:
-        """Add rows ``x`` (n, m, k) to those before; their changes, or None where C did not add them."""
+    def _add(self, states: States, x: Tensor, before: int, beside: kernels.Beside) -> bool:
+        """Add rows ``x`` (n, m, k) to those before; whether C did."""
         if x.dtype == torch.float64 != states["offsets"].dtype:
             _widen(states)
         sums = (states["row_spread"], states["column_spread"], states["centres"], states["offsets"])
-        far = kernels.add_deviations(x, before, *sums, LIMITS, *(changes or ())) if self.squared else None
+        far = kernels.add_deviations(x, before, *sums, LIMITS, beside) if self.squared else None
         if far is None:
-            changes = None
             for part in torch.split(x, max(1, MOST_VALUES // x.shape[1])):
                 if self._add_by_pytorch(states, part, before):
                     _widen(states)
                 before += len(part)
         elif far:
             _widen(states)
-        return changes
+        return far is not None
 
     def _first(self, x: Tensor) -> States:
         """States without rows whose means are the first row of ``x``: constant columns then deviate by exactly 0."""
@@ -238,14 +245,6 @@ class Deviations(Accumulator):
         change = shift.mul(total).sub_(sums, alpha=2).mul_(shift).addcmul_(rounding, rounding, value=before)
         squares = squares.to(wide) + (change.sum(1, keepdim=True) if self.squared else change)
         return rows.to(wide), squares, moved
-
-
-class _Changes(NamedTuple):
-    """What each transformation changes, as C takes it; see :func:`~lightning_invariance.accumulators.kernels`."""
-
-    parts: Tensor
-    reference: int
-    inner: int
 
 
 class _Piece(NamedTuple):

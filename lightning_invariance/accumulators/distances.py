@@ -41,9 +41,11 @@ class RowDistances(Accumulator):
 
     def add(self, states: States, rows: Rows) -> States:
         """The states after more rows."""
-        step = max(1, MOST_VALUES // rows.values.shape[1])
         total = states["row_distances"]
-        for some in torch.split(rows.values if self.over == "activation" else rows.maps, step):
+        if rows.keep_shares:
+            added = self.shares(rows, None)["row_distances"].sum(0)
+            return {"row_distances": total + added if total.numel() else added}
+        for some in torch.split(self._values(rows), max(1, MOST_VALUES // rows.values.shape[1])):
             added = row_distances(some, self.distance, self.over)
             total = total + added if total.numel() else added
         return {"row_distances": total}
@@ -52,10 +54,18 @@ class RowDistances(Accumulator):
         """The states after the rows of both."""
         return {"row_distances": a["row_distances"] + b["row_distances"]}
 
-    def shares(self, rows: Rows, totals: States) -> States:
+    def shares(self, rows: Rows, totals: States | None) -> States:
         """The distances within the row of each sample."""
-        values = (rows.values if self.over == "activation" else rows.maps)[:, None]
-        return {"row_distances": torch.stack([row_distances(row, self.distance, self.over) for row in values])}
+        return rows.once(self, lambda: {"row_distances": self._of_each(rows)})
+
+    def _of_each(self, rows: Rows) -> Tensor:
+        if self.distance == "abs" and self.over == "activation":
+            return absolute_differences(rows.flat, of_rows=True)
+        values = self._values(rows)[:, None]
+        return torch.stack([row_distances(row, self.distance, self.over) for row in values])
+
+    def _values(self, rows: Rows) -> Tensor:
+        return rows.values if self.over == "activation" else rows.maps
 
 
 def row_distances(values: Tensor, distance: Distance, over: str) -> Tensor:

@@ -48,6 +48,27 @@ class Limits(NamedTuple):
     far_of_few: float
 
 
+class Beside(NamedTuple):
+    """What :func:`add_deviations` finds beside its sums.
+
+    Attributes:
+        changes: ``(parts, m, channels)`` in float64, to which half the squared deviations from a column are added,
+            summed over the positions of each channel; each part of the activations has its own, for as many threads.
+        reference: which column.
+        inner: how many neighbouring activations belong to one channel, before the next one's follow.
+        spreads: ``(n, k)`` in float32, which then hold the squared deviations within each row.
+    """
+
+    changes: Tensor | None = None
+    reference: int = 0
+    inner: int = 1
+    spreads: Tensor | None = None
+
+    def of(self, rows: slice) -> Beside:
+        """The same for some of the rows."""
+        return self if self.spreads is None else self._replace(spreads=self.spreads[rows])
+
+
 def parts_of(k: int) -> int:
     """In how many parts C should take k activations where each has sums of its own."""
     return min(torch.get_num_threads(), -(-k // SHARE))
@@ -66,9 +87,7 @@ def add_deviations(
     centres: Tensor,
     offsets: Tensor,
     limits: Limits,
-    changes: Tensor | None = None,
-    reference: int = 0,
-    inner: int = 1,
+    beside: Beside = Beside(),
 ) -> bool | None:
     """Add rows to the squared deviations and column means of those before, in place.
 
@@ -80,10 +99,7 @@ def add_deviations(
         centres: ``(k,)`` in float32 or float64.
         offsets: ``(k / width, m, width)`` in the same type, where ``width`` is k or a multiple of :data:`WIDTH`.
         limits: when float32 is not good enough.
-        changes: ``(parts, m, channels)`` in float64, to which half the squared deviations from a column are added,
-            summed over the positions of each channel; each part of the activations has its own, for as many threads.
-        reference: which column.
-        inner: how many neighbouring activations belong to one channel, before the next one's follow.
+        beside: what else is wanted.
 
     Returns:
         Whether columns are so far apart that float32 offsets are too coarse; None where C cannot add to these sums, and
@@ -93,6 +109,7 @@ def add_deviations(
     if not takes(x):
         return None
     n, m = x.shape[:2]
+    changes, reference, inner, spreads = beside
     k, dtype = centres.shape[0], centres.dtype
     tiles, columns, width = offsets.shape
     if not (
@@ -134,32 +151,40 @@ def add_deviations(
         offsets.numel(),
         *((0, 0, 0, 0) if changes is None else (changes.data_ptr(), changes.shape[0], changes.shape[2], inner)),
         reference,
+        *((0, 0) if spreads is None else (spreads.data_ptr(), spreads.numel())),
         *limits,
     )
     return far
 
 
-def absolute_differences(x: Tensor, network: Tensor) -> Tensor | None:
-    r"""\|x_j − x_l\| of all ordered pairs within rows, summed over rows: ``(k,)`` in float64; None where C cannot.
+def absolute_differences(x: Tensor, network: Tensor, of_rows: bool = False) -> Tensor | None:
+    r"""\|x_j − x_l\| of all ordered pairs within rows, in float64; None where C cannot.
 
     Args:
         x: rows ``(n, m, k)``, which may be a part of a larger tensor.
         network: ``(comparisons, 2)`` in int32: which two values to compare next, so that all come out in order.
+        of_rows: whether the sum of each row is wanted.
+
+    Returns:
+        ``(n, k)`` of each row, or ``(k,)`` summed over rows.
     """
     if not takes(x) or x.shape[1] > MOST_SORTED:
         return None
     n, m, k = x.shape
+    if not n:
+        return torch.zeros((0, k) if of_rows else k, dtype=torch.float64)
     row, column, step = x.stride()
     if step != 1 or min(row, column) < 0:
         x = x.contiguous()
         row, column, step = x.stride()
-    network, total = network.contiguous(), torch.empty(k, dtype=torch.float64)
+    network, total = network.contiguous(), torch.empty(n * k if of_rows else k, dtype=torch.float64)
     from_x_on = x.untyped_storage().nbytes() // x.itemsize - x.storage_offset()
     _kernels.absolute_differences(  # type: ignore[union-attr]
         *(n, m, k, torch.get_num_threads(), len(network), row, column, x.data_ptr(), from_x_on),
         *(number for tensor in (network, total) for number in (tensor.data_ptr(), tensor.numel())),
+        of_rows,
     )
-    return total
+    return total.view(n, k) if of_rows else total
 
 
 def add_influences(
@@ -195,3 +220,33 @@ def add_influences(
         *(on_mean.data_ptr(), len(on_mean)),
     )
     return on_mean.sum(0)
+
+
+def add_powers(shares: Tensor, weight: float, centre: Tensor, powers: Tensor) -> Tensor | None:
+    r"""Add powers of what each sample is by itself, in a mean over samples.
+
+    With :math:`\theta_i = w s_i` and :math:`d = \theta_i - c`, :math:`\sum_i d, \dots, \sum_i d^4` of each activation.
+
+    Args:
+        shares: ``(n, k)`` in float32 or float64: s, of each sample.
+        weight: w.
+        centre: ``(k,)`` in float64: c.
+        powers: ``(4, k)`` in float64, to which the sums are added.
+
+    Returns:
+        The sum of :math:`\theta_i` over activations for each sample, ``(n,)`` in float64; None where C cannot, and
+        nothing was changed.
+    """
+    wide = shares.dtype == torch.float64
+    if _kernels is None or not shares.is_cpu or not (wide or shares.dtype == torch.float32):
+        return None
+    n, k = shares.shape
+    on_sum = torch.zeros(parts_of(k), n, dtype=torch.float64)
+    if n:
+        tensors = (shares.contiguous(), centre, powers)
+        _kernels.add_powers(
+            *(n, k, torch.get_num_threads(), wide),
+            *(number for tensor in tensors for number in (tensor.data_ptr(), tensor.numel())),
+            *(on_sum.data_ptr(), len(on_sum), weight),
+        )
+    return on_sum.sum(0)

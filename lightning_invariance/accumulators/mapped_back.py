@@ -134,12 +134,12 @@ class MappedBack(Accumulator):
         """Whether the inner ones tell them."""
         return all(accumulator.has_shares for accumulator in self.inner)
 
-    def shares(self, rows: Rows, totals: States) -> States:
+    def shares(self, rows: Rows, totals: States | None) -> States:
         """Those of the inner ones, of maps whose channels come first."""
-        mapped = self._mapped(totals, rows)[1].rows
+        mapped = self._mapped(totals or self.empty(), rows)[1].rows
         found: States = {}
         for accumulator in self.inner:
-            found.update(accumulator.shares(mapped, states_of(accumulator, totals)))
+            found.update(accumulator.shares(mapped, totals and states_of(accumulator, totals)))
         return found
 
     def dead(self, states: States) -> Tensor:
@@ -200,7 +200,7 @@ class DirectDistances(Accumulator):
         before, lit = states["row_distances"], (~unit_maps(maps)[1]).sum((0, 1))
         return {"row_distances": before + added if before.numel() else added, **_lit(states, lit)}
 
-    def shares(self, rows: Rows, totals: States) -> States:
+    def shares(self, rows: Rows, totals: States | None) -> States:
         """The distances of each sample, summed over transformations."""
         mapping = self.mapping
         found = direct_distances(rows.channels_first, mapping.checked(rows), mapping, self.distance, self.over)

@@ -15,24 +15,28 @@ from lightning_invariance.accumulators.memory import CHUNK, chunks, scratch
 CANCELS = 1e-2
 
 
-def absolute_differences(x: Tensor) -> Tensor:
-    """|x_j − x_l| of all ordered pairs in the rows of (n, m, k), summed over rows: (k,) in float64.
+def absolute_differences(x: Tensor, of_rows: bool = False) -> Tensor:
+    """|x_j − x_l| of all ordered pairs in the rows of (n, m, k): (n, k) of each row, or their sum (k,), in float64.
 
     Of the values in order, the r-th smallest is larger than r − 1 others and smaller than m − r.
     """
+    m = x.shape[1]
+    if x.is_cpu and m <= kernels.MOST_SORTED:
+        if (found := kernels.absolute_differences(x, _network(m), of_rows)) is not None:
+            return found
     if not x.is_cpu:
-        return _sorted_differences(x)
-    found = kernels.absolute_differences(x, _network(x.shape[1])) if x.shape[1] <= kernels.MOST_SORTED else None
-    return torch.cat([_absolute_differences(part) for part in chunks(x)], -1) if found is None else found
+        return _sorted_differences(x, of_rows)
+    each = torch.cat([_absolute_differences(part) for part in chunks(x)], -1)
+    return 2 * (each.double() if of_rows else each.sum(0, dtype=torch.float64))
 
 
 def _absolute_differences(x: Tensor) -> Tensor:
-    """The same by PyTorch's operations."""
+    """Half of those of each row by PyTorch's operations: (n, k) in the type of the values."""
     n, m, k = x.shape
     if m > kernels.MOST_SORTED:  # sorted by PyTorch, which needs the values of a row next to each other in memory
         ordered = (x - x[:, :1]).movedim(1, -1).contiguous().sort(-1).values
         weights = torch.arange(1 - m, m, 2, dtype=x.dtype, device=x.device)
-        return 2 * (ordered @ weights).sum(0, dtype=torch.float64)
+        return ordered @ weights
     buffer = scratch(x[:, :1].expand(n, m + 1, k).transpose(0, 1))
     places = list(buffer.unbind(0))
     for j in range(m):
@@ -45,16 +49,16 @@ def _absolute_differences(x: Tensor) -> Tensor:
     total = torch.mul(places[0], 1 - m)
     for r in range(1, m):
         total.add_(places[r], alpha=2 * r + 1 - m)
-    return 2 * total.sum(0, dtype=torch.float64)
+    return total
 
 
-def _sorted_differences(x: Tensor) -> Tensor:
-    """The same on other devices, which sort along any axis, and launch a kernel for each operation of a network."""
+def _sorted_differences(x: Tensor, of_rows: bool) -> Tensor:
+    """Those of :func:`absolute_differences` on other devices, which sort along any axis, and launch a kernel for each operation of a network."""
     m = x.shape[1]
     wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
     weights = torch.arange(1 - m, m, 2, dtype=x.dtype, device=x.device)
     ordered = torch.sub(x, x[:, :1]).sort(1).values
-    return 2 * ordered.mul_(weights[:, None]).sum((0, 1), dtype=wide)
+    return 2 * ordered.mul_(weights[:, None]).sum(1 if of_rows else (0, 1), dtype=wide)
 
 
 def euclidean_distances(maps: Tensor) -> Tensor:

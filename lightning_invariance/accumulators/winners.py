@@ -31,7 +31,7 @@ class Winners(Accumulator):
         """The states after the rows of both."""
         return {"agreements": a["agreements"] + b["agreements"]}
 
-    def shares(self, rows: Rows, totals: States) -> States:
+    def shares(self, rows: Rows, totals: States | None) -> States:
         """The share of each sample."""
         return {"agreements": agreements(rows.maps)[:, None]}
 

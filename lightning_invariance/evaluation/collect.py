@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_invariance.evaluation.influence import Influence
+from lightning_invariance.evaluation.influence_on_mean import InfluenceOnMean
 from lightning_invariance.evaluation.needed import INPUT
 from lightning_invariance.evaluation.registry import Registry
 from lightning_invariance.evaluation.tallies import Layer
@@ -112,7 +113,7 @@ class Influences:
         self._numbers = torch.tensor(sorted(registry.sample_keys), dtype=torch.long)
         self._keys = torch.tensor([registry.sample_keys[i] for i in self._numbers.tolist()], dtype=torch.long)
 
-    def add(self, measure: str, layer: str, influence: Influence, value: Tensor) -> None:
+    def add(self, measure: str, layer: str, influence: Influence | InfluenceOnMean, value: Tensor) -> None:
         """Add those on a measure of a layer with this value."""
         own, squares, fourths = (influence.states[name].cpu() for name in ("numbers", "squares", "fourths"))
         n = len(own)

@@ -51,15 +51,17 @@ class Influence:
             influence on the mean over the units with a finite value; ``squares`` and ``fourths`` ``(units,)``: Σ ψ² and
             Σ ψ⁴ of each unit, 0 where its value is not finite.
         pairs: what forms the groups; None where samples are apart.
+        waits: that rows of the second pass are still added.
     """
 
+    waits = True
+
     def __init__(self, measure: Measure, accumulators: Sequence[Accumulator], sums: Sums) -> None:
-        value = _wide(measure.value(sums).flatten())
+        value = wide(measure.value(sums).flatten())
         self._measure, self._sums = measure, sums
         self._others = [a for a in accumulators if not isinstance(a, GroupedPairs)]
         self.pairs = next((a for a in accumulators if isinstance(a, GroupedPairs)), None)
-        # The sums of maps that were mapped back have the channels first.
-        self._mapped = any(isinstance(a, MappedBack | DirectDistances) for a in accumulators)
+        self._mapped = is_mapped(accumulators)
         self._finite = value.isfinite()
         self._all_finite, self._units = bool(self._finite.all()), max(1, int(self._finite.sum()))
         self._weights: States = {}
@@ -121,7 +123,7 @@ class Influence:
         far = (columns > 0) & (columns < FAR * values * means.square().amax(0))
         if not bool(held.all()) or bool(far[self._finite].any()):
             return ()
-        found = self._derivatives(["row_spread", "column_spread"])
+        found = derivatives(self._measure, sums, ["row_spread", "column_spread"])
         zeros, n = torch.zeros_like(rows), sums.n_samples
         of_rows, of_columns = found.get("row_spread", zeros), found.get("column_spread", zeros[None])[0]
         weights = torch.stack([n * of_rows, n * of_columns, of_rows * rows + of_columns * columns])
@@ -161,12 +163,12 @@ class Influence:
             part_of_pairs: of the pairs.
         """
         if not self._weights:
-            self._weights = self._derivatives(list(shares))
+            self._weights = derivatives(self._measure, self._sums, list(shares))
         influence = torch.zeros(1, dtype=self.states["squares"].dtype, device=self.states["squares"].device)
         for name, weight in self._weights.items():
             expected = part_of_pairs if name == "column_distances" else part
             moved = (shares[name] - expected * self._sums[name]).mul_(weight)
-            influence = influence + self._of_units(moved.flatten(1, -2).sum(1) if moved.ndim > 2 else moved)
+            influence = influence + of_units(moved, self._sums, len(self.states["squares"]), self._mapped)
         influence = n * influence
         if not self._all_finite:
             influence = torch.where(self._finite, influence, 0.0)
@@ -175,30 +177,46 @@ class Influence:
         self.states["fourths"] += squares.square_().sum(0)
         self._note(numbers, influence.sum(1))
 
-    def _derivatives(self, names: Sequence[str]) -> States:
-        """How the value of a unit changes with each of its sums; 0 for what is constant, such as 1 for a dead unit."""
-        leaves = {name: self._sums[name].detach().clone().requires_grad_() for name in names}
-        with torch.enable_grad():
-            value = self._measure.value(replace(self._sums, states={**self._sums.states, **leaves}))
-            found = torch.autograd.grad(value.nansum(), list(leaves.values()), allow_unused=True)
-        return {name: w.nan_to_num(0, 0, 0) for name, w in zip(names, found, strict=True) if w is not None}
-
-    def _of_units(self, influence: Tensor) -> Tensor:
-        """``(clusters, activations)`` → ``(clusters, units)``: those of a feature map together, if it has one value."""
-        units, sums = len(self.states["squares"]), self._sums.channels_first() if self._mapped else self._sums
-        maps = sums.activation_shape
-        if influence.shape[1] != units:
-            return influence.view(-1, *maps).movedim(1 + sums.channel_axis, 1).flatten(2).sum(2)
-        if sums.channel_axis != self._sums.channel_axis and math.prod(maps) == units:
-            return influence.view(-1, *maps).movedim(1, 1 + self._sums.channel_axis).flatten(1)
-        return influence
+    @staticmethod
+    def merged(a: States, b: States) -> States:
+        """The states of two processes."""
+        added = {name: a[name] + b[name] for name in ("squares", "fourths")}
+        return {**{name: torch.cat([a[name], b[name]]) for name in ("numbers", "on_mean")}, **added}
 
 
-def merged(a: States, b: States) -> States:
-    """The states of two processes."""
-    added = {name: a[name] + b[name] for name in ("squares", "fourths")}
-    return {**{name: torch.cat([a[name], b[name]]) for name in ("numbers", "on_mean")}, **added}
+def derivatives(measure: Measure, sums: Sums, names: Sequence[str]) -> States:
+    """How the value of a unit changes with each of its sums; 0 for what is constant, such as 1 for a dead unit."""
+    leaves = {name: sums[name].detach().clone().requires_grad_() for name in names}
+    with torch.enable_grad():
+        value = measure.value(replace(sums, states={**sums.states, **leaves}))
+        found = torch.autograd.grad(value.nansum(), list(leaves.values()), allow_unused=True)
+    return {name: w.nan_to_num(0, 0, 0) for name, w in zip(names, found, strict=True) if w is not None}
 
 
-def _wide(value: Tensor) -> Tensor:
-    return value if value.device.type == "mps" else value.double()  # MPS has no float64
+def of_units(influence: Tensor, sums: Sums, units: int, mapped: bool) -> Tensor:
+    """Influences by unit, ``(clusters, units)``: those of a feature map together, if it has one value.
+
+    Args:
+        influence: by state, ``(clusters, activations)``, or ``(clusters, parts, activations)`` where parts add up.
+        sums: of the layer.
+        units: how many values the measure has.
+        mapped: whether the sums of the layer have the channels first; see :func:`is_mapped`.
+    """
+    influence = influence.flatten(1, -2).sum(1) if influence.ndim > 2 else influence
+    of_states = sums.channels_first() if mapped else sums
+    maps = of_states.activation_shape
+    if influence.shape[1] != units:
+        return influence.view(-1, *maps).movedim(1 + of_states.channel_axis, 1).flatten(2).sum(2)
+    if of_states.channel_axis != sums.channel_axis and math.prod(maps) == units:
+        return influence.view(-1, *maps).movedim(1, 1 + sums.channel_axis).flatten(1)
+    return influence
+
+
+def is_mapped(accumulators: Sequence[Accumulator]) -> bool:
+    """Whether sums are of maps that were mapped back, which have the channels first."""
+    return any(isinstance(a, MappedBack | DirectDistances) for a in accumulators)
+
+
+def wide(value: Tensor) -> Tensor:
+    """A value in float64, where the device has it."""
+    return value if value.device.type == "mps" else value.double()

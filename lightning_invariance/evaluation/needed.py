@@ -51,7 +51,7 @@ class Needed:
 
     @property
     def with_intervals(self) -> list[str]:
-        """The measures whose influences a second pass finds."""
+        """The measures for which influences can be found."""
         return [
             key
             for key, accumulators in self.first.items()

@@ -25,13 +25,13 @@ from lightning_invariance.accumulators.still import Still
 from lightning_invariance.agreement import keys_of
 from lightning_invariance.distributed import gather_or_raise, merge_over_ranks
 from lightning_invariance.evaluation.assembly import Assembly
-from lightning_invariance.evaluation.influence import Influence
-from lightning_invariance.evaluation.influence import merged as merged_influences
+from lightning_invariance.evaluation.influence import Influence, wide
+from lightning_invariance.evaluation.influence_on_mean import InfluenceOnMean
 from lightning_invariance.evaluation.needed import INPUT, Needed
 from lightning_invariance.evaluation.tallies import Layer, Tally, distinct
 from lightning_invariance.loader import STBlock
 from lightning_invariance.maps import usual_channel_axis
-from lightning_invariance.measures import Sums
+from lightning_invariance.measures import Measure, Sums
 from lightning_invariance.measures.base import names_accumulators
 from lightning_invariance.transforms import TransformationSet
 
@@ -45,7 +45,8 @@ class Registry:
         transformations: the columns of the ST matrix.
         expected: how many samples there will be, if known.
         run: how many samples in a row a process shows.
-        confidence: of intervals: a second pass then finds how much each sample moves each value; None for none.
+        confidence: of intervals: how much each sample moves each value is then found, in a second pass where one does
+            not do; None for none.
 
     Attributes:
         layers: name → layer, in the order in which they ran.
@@ -132,29 +133,34 @@ class Registry:
         last = block.columns.stop == self._m
         active = layer.first if self.in_first_pass else layer.second
         if self._in_parts:
-            self._update([t for t in active if t.accumulator.takes_parts], st, last, channel_axis)
+            rows = self._rows(block, st, last, channel_axis)
+            self._update([tally for tally in active if tally.accumulator.takes_parts], rows)
             active = [tally for tally in active if not tally.accumulator.takes_parts]
-        influences = () if self.in_first_pass else layer.influences.values()
-        whole = self._assembly.complete(name, st, last) if active or layer.metrics or influences else None
+        waiting = layer.waiting
+        whole = self._assembly.complete(name, st, last) if active or layer.metrics or waiting else None
         if whole is not None:
-            self._update(active, whole, True, channel_axis)
-            rows = Rows(whole, block.indices, block.labels, memo={}, channel_axis=channel_axis)
-            for influence in influences:
+            rows = self._rows(block, whole, True, channel_axis)
+            rows.keep_shares = bool(waiting) and self.in_first_pass
+            self._update(active, rows)
+            for influence in waiting:
                 influence.add(rows)
             for key, metric in layer.metrics.items() if self.in_first_pass else ():
                 metric.update(whole, **self._arguments(key, metric, block))
         return True
 
-    def _update(self, tallies: Iterable[Tally], st: Tensor, last: bool, channel_axis: int) -> None:
-        block: STBlock = self._block  # type: ignore[assignment]
-        memo: dict[Hashable, Any] = {}
+    def _rows(self, block: STBlock, st: Tensor, last: bool, channel_axis: int) -> Rows:
+        """What a layer made of the block's inputs, as accumulators take it."""
+        return Rows(st, block.indices, block.labels, 0, last, {}, self._memo, channel_axis)
+
+    def _update(self, tallies: Iterable[Tally], rows: Rows) -> None:
+        """Add rows, or a part of one, to accumulators, each of which counts its own."""
         for tally in tallies:
-            rows = Rows(st, block.indices, block.labels, tally.n_samples, last, memo, self._memo, channel_axis)
+            rows.before = tally.n_samples
             tally.accumulator.add_(tally.states, rows)
             if not tally.n_samples:
                 check_states(tally.accumulator, tally.states, "add")
-            if last:
-                tally.n_samples += st.shape[0]
+            if rows.last:
+                tally.n_samples += rows.values.shape[0]
 
     def _arguments(self, key: str, metric: Metric, block: STBlock) -> dict[str, Any]:
         """What the update of a metric takes beside the activations."""
@@ -179,6 +185,11 @@ class Registry:
                 metric = deepcopy(self.measures[measure])
                 metric.reset()
                 layer.metrics[measure] = metric.to(device)
+        for key in self.needs.with_intervals if self.confidence is not None and name != INPUT else ():
+            own = self.measures[key]
+            if key in applicable and isinstance(own, Measure) and own.is_mean_over_samples:
+                sums = partial(self.sums, layer, key, second_pass=False)
+                layer.influences[key] = InfluenceOnMean(own, self.needs.first[key], sums)
         return layer
 
     def sums(self, layer: Layer, measure: str, second_pass: bool = True) -> Sums:
@@ -215,11 +226,11 @@ class Registry:
             self._begin_second_pass(name, layer, device)
             if self.confidence is not None and name != INPUT:
                 layer.influences = self._new_influences(name, layer)
-        self.finished = not any(layer.second or layer.influences for layer in self.layers.values())
+        self.finished = not any(layer.second or layer.waiting for layer in self.layers.values())
 
-    def _new_influences(self, name: str, layer: Layer) -> dict[str, Influence]:
-        """By measure: the influences that a second pass over a layer can find."""
-        found: dict[str, Influence] = {}
+    def _new_influences(self, name: str, layer: Layer) -> dict[str, Influence | InfluenceOnMean]:
+        """By measure: the influences that the first pass over a layer has found, or that a second one can find."""
+        found: dict[str, Influence | InfluenceOnMean] = {}
         for key in self.needs.with_intervals:
             measure = self.measures[key]
             if not names_accumulators(measure) or not self.needs.applies(key, name, layer.shape):
@@ -228,7 +239,11 @@ class Registry:
             if "groups" in sums and sums.n_samples < self.n_samples:  # not all of a group reach the layer
                 continue
             if sums.n_samples >= max(2, measure.least_samples) and self._m >= measure.least_transformations:
-                found[key] = Influence(measure, self.needs.first[key], sums)
+                of_mean = layer.influences.get(key)
+                if isinstance(of_mean, InfluenceOnMean) and of_mean.finish(wide(measure.value(sums).flatten())):
+                    found[key] = of_mean
+                else:
+                    found[key] = Influence(measure, self.needs.first[key], sums)
         return found
 
     def _begin_second_pass(self, name: str, layer: Layer, device: torch.device) -> None:
@@ -258,9 +273,9 @@ class Registry:
         """Give the accumulators of this pass the merged states of all processes."""
         layers = self.layers.values()
         tallies = [tally for layer in layers for tally in (layer.first if self.in_first_pass else layer.second)]
-        influences = [influence for layer in layers for influence in layer.influences.values()]
+        influences = [influence for layer in layers for influence in layer.waiting]
         own = [tally.counted() for tally in tallies] + [influence.states for influence in influences]
-        merges = [partial(merged, tally.accumulator) for tally in tallies] + [merged_influences] * len(influences)
+        merges = [partial(merged, tally.accumulator) for tally in tallies] + [i.merged for i in influences]
         found = merge_over_ranks(own, merges, device)
         for influence, states in zip(influences, found[len(tallies) :], strict=True):
             influence.states = states

@@ -10,6 +10,7 @@ from torchmetrics import Metric
 
 from lightning_invariance.accumulators.base import N_SAMPLES, Accumulator, States, check_states, started
 from lightning_invariance.evaluation.influence import Influence
+from lightning_invariance.evaluation.influence_on_mean import InfluenceOnMean
 
 
 @dataclass
@@ -49,7 +50,12 @@ class Layer:
     first: list[Tally] = field(default_factory=list)
     second: list[Tally] = field(default_factory=list)
     metrics: dict[str, Metric] = field(default_factory=dict)
-    influences: dict[str, Influence] = field(default_factory=dict)
+    influences: dict[str, Influence | InfluenceOnMean] = field(default_factory=dict)
+
+    @property
+    def waiting(self) -> list[Influence | InfluenceOnMean]:
+        """The influences to which rows of this pass are added."""
+        return [influence for influence in self.influences.values() if influence.waits]
 
     def tally_of(self, accumulator: Accumulator) -> Tally | None:
         """The tally whose states hold those of an accumulator; None where there is none."""

@@ -76,6 +76,9 @@ class Measure(AccumulatingMetric):
     #: Whether the value is a smooth function of sums over samples, so that it has standard errors and intervals.
     has_intervals: ClassVar[bool] = False
 
+    #: Whether the value is the mean over samples of what each gives by itself: intervals then need no second pass.
+    is_mean_over_samples: bool = False
+
     @abstractmethod
     def value(self, sums: Sums) -> Tensor:
         """What the measure is for every activation, given the states of ``needs`` (and of ``needs_again``) by name.

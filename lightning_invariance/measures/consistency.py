@@ -37,6 +37,7 @@ class Consistency(Measure):
     needs = (Winners(),)
     higher_is_better = True
     has_intervals = True
+    is_mean_over_samples = True
 
     def value(self, sums: Sums) -> Tensor:
         """The mean share of pairs with one winner."""

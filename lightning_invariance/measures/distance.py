@@ -100,6 +100,11 @@ class TransformationDistance(MeasureOfDistances):
     of_columns = False
     unit = "distance"
 
+    @property
+    def is_mean_over_samples(self) -> bool:  # type: ignore[override]
+        """Except for the largest value of a feature map."""
+        return self.aggregate != "max"
+
     def value(self, sums: Sums) -> Tensor:
         """TD of every activation, or of every channel."""
         return self.aggregated(self.pairs.within_rows(sums), sums)

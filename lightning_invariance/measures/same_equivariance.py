@@ -50,6 +50,11 @@ class SameEquivariance(Measure):
         """Two where the measure is divided by that of samples."""
         return 1 if self.normalized_by is None else 2
 
+    @property
+    def is_mean_over_samples(self) -> bool:  # type: ignore[override]
+        """Whether the measure is not divided by that of samples."""
+        return self.normalized_by is None
+
     def value_shape(self, sums: Sums) -> tuple[int, ...]:
         """``(channels,)``, or the activation's shape for ``over="activation"``."""
         return sums.activation_shape if self.over == "activation" else (sums.n_channels,)

@@ -113,6 +113,11 @@ class TransformationVariance(MeasureOfVariances):
 
     unit = "activation²"
 
+    @property
+    def is_mean_over_samples(self) -> bool:  # type: ignore[override]
+        """Except for the largest value of a feature map."""
+        return self.aggregate != "max"
+
     def of_variances(self, transformation: Tensor, sample: Tensor) -> Tensor:
         """TV."""
         return transformation

@@ -21,6 +21,8 @@
  * about the mean that is kept: rounding a mean costs next to nothing. Columns that never change keep o_j, and add
  * exactly 0.
  *
+ * Spreads. What each row adds to R may be kept, for the influences of samples.
+ *
  * Changes. With a_j taken from a reference column, sum a_j^2 / 2 over rows and over the positions of a channel is what each
  * transformation changes in it: the variance of the pair of columns. A row adds the same to R whichever column its
  * deviations are taken from.
@@ -60,6 +62,7 @@ typedef struct tile {
     double *changes;  /* (m, channels) of this part, or NULL */
     Py_ssize_t row_stride, column_stride;
     double *row_spread, *column_spread;
+    float *spreads; /* of each row, k apart, or NULL */
     const void *centres;
     void *offsets;
     Py_ssize_t offset_stride; /* from one column's offsets to the next one's */
@@ -133,8 +136,12 @@ INLINE int deviations_in_double(tile p, const job *j, int width, int wide)
                 sum[l] += a;
                 sum_of_squares[l] += a * a;
             }
-        for (int l = 0; l < width; l++)
-            p.row_spread[l] += sum_of_squares[l] - sum[l] * sum[l] / (double)j->m;
+        for (int l = 0; l < width; l++) {
+            const double spread = sum_of_squares[l] - sum[l] * sum[l] / (double)j->m;
+            p.row_spread[l] += spread;
+            if (p.spreads)
+                p.spreads[i * j->k + l] = (float)spread;
+        }
     }
     for (Py_ssize_t t = 0; t < j->m; t++) {
         float *const narrow_offsets = (float *)p.offsets + t * p.offset_stride;
@@ -249,7 +256,10 @@ INLINE int deviations_of(tile p, const job *j, enum changes changes)
                 changed[t][0] += of_channel;
         }
         for (int v = 0; v < REGISTERS; v++) {
-            row_spread[v] += sum_of_squares[v] - sum[v] * sum[v] / length;
+            const lanes spread = sum_of_squares[v] - sum[v] * sum[v] / length;
+            row_spread[v] += spread;
+            if (p.spreads)
+                *(unaligned *)(p.spreads + i * j->k + v * LANES) = spread;
             rows_vary[v] |= (bits)sum[v];
         }
     }
@@ -295,6 +305,7 @@ void deviations(job *j, Py_ssize_t from, Py_ssize_t to)
     for (Py_ssize_t a = from; a < to; a += WIDTH) {
         const Py_ssize_t within = a % j->width, first = a - within;
         const tile p = {j->x + a, a, changes, j->m * j->k, j->k, j->row_spread + a, j->column_spread + a,
+                        j->spreads ? j->spreads + a : NULL,
                         (const char *)j->centres + size * a, (char *)j->offsets + size * (j->m * first + within),
                         j->width};
         const int width = to - a < WIDTH ? (int)(to - a) : WIDTH;

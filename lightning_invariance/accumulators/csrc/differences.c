@@ -30,8 +30,12 @@ INLINE void differences_of(const job *j, Py_ssize_t a, int width)
                 sum[l] += (float)(2 * t + 1 - m) * values[t][l];
         for (int l = 0; l < width; l++)
             differences[l] += 2 * (double)sum[l];
+        for (int l = 0; j->of_rows && l < width; l++) {
+            j->differences[i * j->k + a + l] = differences[l];
+            differences[l] = 0;
+        }
     }
-    for (int l = 0; l < width; l++)
+    for (int l = 0; !j->of_rows && l < width; l++)
         j->differences[a + l] = differences[l];
 }
 

@@ -2,7 +2,7 @@
  *
  * A block x is (n, m, k) float32: n samples, m transformations and k activations, contiguous; that of differences.c may
  * be a part of a larger one, whose rows and columns lie further apart than they are long. deviations.c,
- * differences.c and influences.c hold one of the sums each, with its derivation. module.c is the boundary to Python: it checks again what
+ * differences.c, influences.c and powers.c hold one of the sums each, with its derivation. module.c is the boundary to Python: it checks again what
  * kernels.py describes and passes, before a pointer is used. */
 
 #ifndef LIGHTNING_INVARIANCE_KERNELS_H
@@ -44,6 +44,7 @@ typedef struct job {
     /* of add_deviations */
     double before, total; /* N0 and N */
     double *row_spread, *column_spread;
+    float *spreads; /* (n, k): of each row, or NULL */
     const void *centres;
     void *offsets;
     Py_ssize_t width;
@@ -57,17 +58,23 @@ typedef struct job {
     Py_ssize_t row, column; /* how far rows, and columns, lie apart */
     const int *network;
     Py_ssize_t comparisons;
-    double *differences;
+    double *differences; /* (k,), or (n, k) of each row */
+    int of_rows;
     /* of add_influences */
     const float *means, *weights; /* (m, k); (3, k): w, v and b */
     const int *counts;            /* (k,): all bits where an activation counts, else none */
     double *squares, *fourths;    /* (k,) */
-    double *on_mean;              /* (parts, n) */
+    double *on_mean;              /* (parts, n); of add_powers, too */
+    /* of add_powers */
+    const double *shares, *centre; /* (n, k) where x is NULL; (k,) */
+    double *powers;                /* (4, k) */
+    double weight;
 } job;
 
 /* Tasks of a job: the activations in [from, to). */
 void deviations(job *j, Py_ssize_t from, Py_ssize_t to);
 void differences(job *j, Py_ssize_t from, Py_ssize_t to);
 void influences(job *j, Py_ssize_t from, Py_ssize_t to);
+void powers(job *j, Py_ssize_t from, Py_ssize_t to);
 
 #endif

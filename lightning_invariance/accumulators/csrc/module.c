@@ -1,4 +1,4 @@
-/* The boundary to Python: three functions that check again what kernels.py passes, before a pointer is used. */
+/* The boundary to Python: the functions that check again what kernels.py passes, before a pointer is used. */
 
 #include "kernels.h"
 
@@ -64,13 +64,13 @@ static PyObject *refuse(const char *what)
 
 /* Pointers come with the number of elements behind them:
  * n, m, k, threads, before, width, wide, x, its values, row_spread, its values, column_spread, its values, centres, their
- * values, offsets, their values, changes (or 0), parts, channels, inner, reference; smallest, largest, far, rows_for_far,
+ * values, offsets, their values, changes (or 0), parts, channels, inner, reference, spreads (or 0), their values; smallest, largest, far, rows_for_far,
  * far_of_few. Returns whether columns are far apart. */
 static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    Py_ssize_t v[22];
+    Py_ssize_t v[24];
     double limit[5];
-    if (!read_numbers(args, given, 22, v, 5, limit))
+    if (!read_numbers(args, given, 24, v, 5, limit))
         return NULL;
     const Py_ssize_t n = v[0], m = v[1], k = v[2], width = v[5];
     if (!is_block(n, m, k, v[8]))
@@ -87,19 +87,23 @@ static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_
     if (v[17] && (parts <= 0 || channels <= 0 || inner <= 0 || k % channels || k / channels % inner || reference < 0
                   || reference >= m))
         return refuse("the changes are of other sizes");
+    if (v[22] && v[23] != n * k)
+        return refuse("the spreads are of another size");
     /* Each part of the activations is added to changes of its own, whichever thread takes it. */
     const Py_ssize_t share = v[17] ? ((k - 1) / parts / WIDTH + 1) * WIDTH : SHARE;
     job j = {.task = deviations, .x = (const float *)v[7], .m = m, .k = k, .total = (double)v[4], .width = width,
              .wide = v[6] != 0, .row_spread = (double *)v[9], .column_spread = (double *)v[11],
              .centres = (const void *)v[13], .offsets = (void *)v[15],
              .limits = {(float)limit[0], (float)limit[1], limit[2], limit[3], limit[4]},
-             .changes = (double *)v[17], .reference = v[17] ? reference : 0, .channels = channels, .inner = inner,
+             .spreads = (float *)v[22], .changes = (double *)v[17], .reference = v[17] ? reference : 0, .channels = channels, .inner = inner,
              .share = share};
     for (Py_ssize_t left = n; left > 0; left -= j.n, j.x += j.n * m * k) {
         j.n = left <= MOST_VALUES / m ? left : MOST_VALUES / m;
         j.before = j.total;
         j.total += (double)j.n;
         run(&j, v[3]);
+        if (j.spreads)
+            j.spreads += j.n * k;
     }
     return PyBool_FromLong(j.far);
 }
@@ -116,18 +120,19 @@ static int is_within(Py_ssize_t n, Py_ssize_t m, Py_ssize_t k, Py_ssize_t row, P
                && all <= values);
 }
 
-/* n, m, k, threads, comparisons, row, column, x, values from x on, network, its values, differences, their values. */
+/* n, m, k, threads, comparisons, row, column, x, values from x on, network, its values, differences, their values, which
+ * are k, or n * k for those of each row; whether of each row. */
 static PyObject *absolute_differences(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    Py_ssize_t v[13];
-    if (!read_numbers(args, given, 13, v, 0, NULL))
+    Py_ssize_t v[14];
+    if (!read_numbers(args, given, 14, v, 0, NULL))
         return NULL;
     const Py_ssize_t n = v[0], m = v[1], k = v[2], comparisons = v[4];
     if (!is_within(n, m, k, v[5], v[6], v[8]))
         return refuse("the block has another number of values");
     if (m > MOST_SORTED)
         return refuse("the block has too many columns");
-    if (comparisons < 0 || comparisons > m * m || v[10] != 2 * comparisons || v[12] != k)
+    if (comparisons < 0 || comparisons > m * m || v[10] != 2 * comparisons || v[12] != (v[13] ? n * k : k))
         return refuse("the sums or the sorting network are of other sizes");
     if ((n && !v[7]) || (comparisons && !v[9]) || !v[11])
         return refuse("a pointer is missing");
@@ -136,7 +141,8 @@ static PyObject *absolute_differences(PyObject *self, PyObject *const *args, Py_
         if (network[c] < 0 || network[c] >= m)
             return refuse("the sorting network compares columns that the block does not have");
     job j = {.task = differences, .x = (const float *)v[7], .n = n, .m = m, .k = k, .row = v[5], .column = v[6], .share = SHARE,
-             .network = network, .comparisons = comparisons, .differences = (double *)v[11]};
+             .network = network, .comparisons = comparisons, .differences = (double *)v[11],
+             .of_rows = v[13] != 0};
     run(&j, v[3]);
     Py_RETURN_NONE;
 }
@@ -163,7 +169,30 @@ static PyObject *add_influences(PyObject *self, PyObject *const *args, Py_ssize_
     Py_RETURN_NONE;
 }
 
+/* n, k, threads, wide, shares, their values, centre, its values, powers, their values, on_mean, parts; weight. */
+static PyObject *add_powers(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    Py_ssize_t v[12];
+    double weight;
+    if (!read_numbers(args, given, 12, v, 1, &weight))
+        return NULL;
+    const Py_ssize_t n = v[0], k = v[1], parts = v[11];
+    if (!is_block(n, 1, k, v[5]))
+        return refuse("the block has another number of values");
+    if (v[7] != k || v[9] / 4 != k || v[9] % 4 || parts <= 0)
+        return refuse("the centre or the sums are of other sizes");
+    for (int i = 4; i < 12; i += 2)
+        if (!v[i])
+            return refuse("a pointer is missing");
+    job j = {.task = powers, .x = v[3] ? NULL : (const float *)v[4], .shares = v[3] ? (const double *)v[4] : NULL, .n = n,
+             .m = 1, .k = k, .centre = (const double *)v[6], .powers = (double *)v[8], .on_mean = (double *)v[10],
+             .weight = weight, .share = ((k - 1) / parts / WIDTH + 1) * WIDTH};
+    run(&j, v[2]);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
+    {"add_powers", (PyCFunction)(void (*)(void))add_powers, METH_FASTCALL, NULL},
     {"add_deviations", (PyCFunction)(void (*)(void))add_deviations, METH_FASTCALL, NULL},
     {"add_influences", (PyCFunction)(void (*)(void))add_influences, METH_FASTCALL, NULL},
     {"absolute_differences", (PyCFunction)(void (*)(void))absolute_differences, METH_FASTCALL, NULL},
