@@ -90,7 +90,9 @@ def check(generator: random.Random) -> None:
         x = block(generator, m, k)
         if len(x):
             values = x.unflatten(2, shape)
-            accumulator.add_(states, Rows(values, before=sum(map(len, rows)), channel_axis=axis))
+            some = Rows(values, before=sum(map(len, rows)), channel_axis=axis, keep_shares=generator.random() < 0.5)
+            accumulator.add_(states, some)
+            check_powers(accumulator.shares(some, None)["row_spread"].flatten(1), x)
             rows.append(x)
         network = pairs._network(min(m, kernels.MOST_SORTED))
         found = kernels.absolute_differences(x[:, : kernels.MOST_SORTED], network)
@@ -98,6 +100,8 @@ def check(generator: random.Random) -> None:
         expected = sum(((some - some[:, j : j + 1]).abs().sum((0, 1)) for j in range(some.shape[1])), torch.zeros(k))
         rounding = 1e-5 * some.nan_to_num().abs().sum().item() / k * len(some)
         torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=rounding, equal_nan=True)
+        each = kernels.absolute_differences(x[:, : kernels.MOST_SORTED], network, True)
+        torch.testing.assert_close(each.sum(0), found, rtol=1e-6, atol=0, equal_nan=True)
         check_influences(x, m, k)
     if rows:
         x = torch.cat(rows).double()
@@ -123,6 +127,21 @@ def check_influences(x: torch.Tensor, m: int, k: int) -> None:
         rounding = 1e-5 * psi.abs().max().item()
         torch.testing.assert_close(on_sum, psi.sum(1), rtol=1e-4, atol=k * rounding)
         torch.testing.assert_close(squares, psi.square().sum(0), rtol=1e-3, atol=len(x) * rounding**2)
+
+
+def check_powers(spreads: torch.Tensor, x: torch.Tensor) -> None:
+    """Spreads of rows and their powers against their definitions."""
+    wide = x.double()
+    expected = (wide - wide.mean(1, keepdim=True)).square().sum(1)
+    held = (expected > 1e-30) & (expected < 1e30)  # by float32
+    rounding = 1e-8 * wide.square().sum(1)[held]
+    assert bool(((spreads.double()[held] - expected[held]).abs() <= 1e-4 * expected[held] + rounding).all())
+    centre, powers = spreads[0].double(), torch.zeros(4, spreads.shape[1], dtype=torch.float64)
+    on_sum = kernels.add_powers(spreads, 0.5, centre, powers)
+    values = spreads.double() / 2
+    torch.testing.assert_close(on_sum, values.sum(1), equal_nan=True)
+    each = torch.stack([((values - centre) ** power).sum(0) for power in (1, 2, 3, 4)])
+    torch.testing.assert_close(powers, each, rtol=1e-6, atol=0, equal_nan=True)
 
 
 def main() -> int:

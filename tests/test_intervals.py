@@ -14,6 +14,7 @@ from torch import nn
 from lightning_invariance import InvarianceResult, evaluate, quarter_turns, rotations
 from lightning_invariance.measures import (
     Anova,
+    Consistency,
     DistanceSameEquivariance,
     Goodfellow,
     NormalizedDistance,
@@ -71,7 +72,15 @@ DEFINITIONS = {
         NormalizedVariance(squared=False),
         lambda w, x: weighted_means(w, x.std(1, ddof=1)) / np.sqrt(column_variances(w, x)).mean(0),
     ),
+    "TV, sum": (TransformationVariance(aggregate="sum"), lambda w, x: 16 * of_channels(tv(w, x))),
+    "TV, max": (TransformationVariance(aggregate="max"), lambda w, x: largest(tv(w, x))),
+    "TV, deviations": (TransformationVariance(squared=False), lambda w, x: weighted_means(w, x.std(1, ddof=1))),
     "TD": (TransformationDistance(), average_distances),
+    "TD, squared": (
+        TransformationDistance("squared"),
+        lambda w, x: 2 * (x.shape[1] - 1) / x.shape[1] * tv(w, x),
+    ),
+    "TD, a function": (TransformationDistance(lambda x, y: (x - y).abs()), average_distances),
     "ND, squared": (
         NormalizedDistance("squared"),
         lambda w, x: 2 * (x.shape[1] - 1) / x.shape[1] * tv(w, x) / (2 * (len(x) - 1) / len(x) * sv(w, x)),
@@ -142,8 +151,12 @@ def test_standard_errors_of_float32_at_any_scale(scale, offset, size):
     st = turns(x).double().numpy()
     w = np.full(30, 1 / 30)
     rows, centred = st.var(1, ddof=1), ((st - st.mean(0)) ** 2).mean(1) * 30 / 29
-    value = {"NV": tv(w, st) / sv(w, st), "SV": sv(w, st)}
-    psi = {"NV": (rows - value["NV"] * centred) / value["SV"], "SV": centred - value["SV"]}
+    value = {"NV": tv(w, st) / sv(w, st), "SV": sv(w, st), "TV": tv(w, st)}
+    psi = {
+        "NV": (rows - value["NV"] * centred) / value["SV"],
+        "SV": centred - value["SV"],
+        "TV": rows - value["TV"],
+    }
     order = torch.randperm(30, generator=torch.Generator().manual_seed(0)).numpy()
     for name, expected in psi.items():
         errors = np.sqrt((expected**2).sum(0) / (30 * 29))
@@ -156,7 +169,7 @@ def test_standard_errors_of_float32_at_any_scale(scale, offset, size):
 
 
 def of_variances():
-    return {"NV": NormalizedVariance(), "SV": SampleVariance()}
+    return {"NV": NormalizedVariance(), "SV": SampleVariance(), "TV": TransformationVariance()}
 
 
 def test_units_that_are_not_finite_do_not_count_in_c():
@@ -288,8 +301,10 @@ def test_standard_errors_of_sample_distances_are_those_of_groups(measure):
 def several():
     return {
         "NV": NormalizedVariance(),
+        "TV": TransformationVariance(),
         "TD": TransformationDistance(),
         "ND": NormalizedDistance(),
+        "agreement": Consistency(),
         "SE": VarianceSameEquivariance(),
     }
 
