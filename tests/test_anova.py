@@ -165,15 +165,55 @@ def test_paired_f_of_nearly_invariant_units(scale, outlier, n, dtype):
     np.testing.assert_allclose(metric.compute().numpy(), exact_f(st), rtol=1e-3)
 
 
+def pooled_epsilon(st):
+    """Greenhouse and Geisser's ε of the finite rows of every activation, in float64."""
+    products = 0
+    for unit in st.double().flatten(2).movedim(2, 0).numpy():
+        rows = unit[np.isfinite(unit).all(1)]
+        if not len(rows):
+            continue
+        rest = rows - rows.mean(1, keepdims=True)
+        rest = rest - rest.mean(0)
+        products = products + rest.T @ rest
+    return np.trace(products) ** 2 / ((len(products) - 1) * (products**2).sum())
+
+
 @pytest.mark.parametrize("special", [float("nan"), float("inf")])
-def test_a_unit_that_is_not_finite_from_the_first_block_on_is_left_out_of_the_paired_test_of_the_others(special):
+@pytest.mark.parametrize("sample", [0, 1, 8])
+def test_rows_that_are_not_finite_are_left_out_of_the_paired_test_of_the_others(special, sample):
     st = cube(effect=0.2)
-    st[1, 1, 3] = special
+    n, m = st.shape[:2]
+    st[sample, 1, 3] = special
     others = torch.arange(st.shape[2]) != 3
-    expected = definitions.anova(st[..., others].numpy().astype(np.longdouble), "p", True)
+    f = measured(st, statistic="f", paired=True)
+    expected = definitions.anova(st[..., others].numpy().astype(np.longdouble), "f", True)
+    np.testing.assert_allclose(f[others].numpy(), expected.astype(float), rtol=1e-9)
+    epsilon = pooled_epsilon(st)
     p = measured(st, statistic="p", paired=True)
+    expected = scipy.stats.f.sf(expected.astype(float), epsilon * (m - 1), epsilon * (m - 1) * (n - 1))
     np.testing.assert_allclose(p[others].numpy(), expected, rtol=1e-9)
-    assert p[3].isnan()
+    for statistic in ("f", "p", "effect", "reject"):
+        assert measured(st, statistic=statistic, paired=True)[3].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_epsilon_with_rows_that_are_not_finite_does_not_depend_on_order_splits_and_merges(dtype):
+    st = nulls("smooth", n=30, k=20).to(dtype)
+    for sample, unit in ((0, 0), (7, 1), (8, 1), (29, 2), (0, 3), (29, 3)):
+        st[sample, sample % 3, unit] = (float("nan"), float("inf"), -float("inf"))[unit % 3]
+    st[:, 0, 4] = float("nan")  # no row is finite
+    expected = pooled_epsilon(st)
+    for order in (torch.arange(30), torch.arange(29, -1, -1), torch.randperm(30, generator=torch.manual_seed(0))):
+        for sizes in ([30], [1] * 30, [7, 7, 16]):
+            metric = Anova("epsilon", paired=True)
+            for rows in st[order].split(sizes):
+                metric.update(rows)
+            assert metric.compute()[5].item() == pytest.approx(expected, rel=1e-9 if dtype == torch.float64 else 1e-6)
+        left, right = Anova("epsilon", paired=True), Anova("epsilon", paired=True)
+        left.update(st[order][:1])
+        right.update(st[order][1:])
+        left.merge_state(right)
+        assert left.compute()[5].item() == pytest.approx(expected, rel=1e-9 if dtype == torch.float64 else 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -127,14 +127,17 @@ def test_a_map_that_is_lit_late_counts_in_one_pass():
         return torch.cat([x, torch.where(bright, x[:, :1], 0.0)], 1)
 
     x = torch.cat([images(37, channels=1, size=6) * 0.5, images(3, channels=1, size=6) * 0.4 + 0.6]).double()
-    turns, measure = quarter_turns(), [VarianceSameEquivariance(normalize=False)]
+    turns, measure = quarter_turns(), [VarianceSameEquivariance()]
     weights = torch.rand(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     model = Counted(lambda x: late(x) * weights)
     result = evaluate(model, x, turns, measure, layers=["inner"], batch_size=4, confidence=0.95)
     maps = torch.stack([late(column) * weights for column in turns(x).unbind(1)], 1)
-    rows = turns.inverse(maps).numpy().var(1, ddof=1).sum((2, 3))
+    back = turns.inverse(maps).numpy()
+    norms = np.sqrt((back**2).sum((3, 4), keepdims=True))
+    rows = (back / np.where(norms > 0, norms, 1)).var(1, ddof=1).sum((2, 3))
     errors = result.standard_errors["VarianceSameEquivariance"]["inner"].numpy()
     np.testing.assert_allclose(errors, errors_of(rows), rtol=1e-9)
+    assert model.inputs < 2 * 160
 
 
 def test_a_measure_that_only_says_that_it_is_a_mean_takes_a_second_pass():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,10 +21,11 @@ class PairedDeviations(Accumulator):
     however small it is beside the value. For k activations and m transformations:
 
     - ``paired_means`` ``(m, k)``: :math:`\bar c_{\cdot j}`, in float32 where blocks of a large layer are.
-    - ``paired_error`` ``(k,)``: :math:`\sum_i \sum_j (c_{ij} - \bar c_{\cdot j})^2`, float64.
+    - ``paired_rows`` ``(k,)``: the number of rows without infinite values or NaN, of which these means are.
+    - ``paired_error`` ``(k,)``: :math:`\sum_i \sum_j (c_{ij} - \bar c_{\cdot j})^2`, float64; NaN where not all rows are
+      finite.
     - ``paired_products`` ``(m, m)``: :math:`\sum_u \sum_i (c_{iju} - \bar c_{\cdot ju})(c_{ilu} - \bar c_{\cdot lu})`
-      over all activations u of the layer, float64. Of an activation that becomes infinite or NaN, those of the blocks
-      before remain.
+      over all activations u of the layer and their finite rows, float64.
     - ``paired_origin`` ``(k,)``, ``paired_moves`` ``(k,)``: the first value of the first row, and whether that of
       another row differs.
     """
@@ -35,6 +35,7 @@ class PairedDeviations(Accumulator):
         vector, matrix = torch.zeros(0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64)
         return {
             "paired_means": matrix,
+            "paired_rows": vector,
             "paired_error": vector,
             "paired_products": matrix,
             "paired_origin": vector,
@@ -49,24 +50,24 @@ class PairedDeviations(Accumulator):
             m, k = x.shape[1:]
             kept = x.dtype if x.is_cpu and m * k >= FEWEST_FLOAT32_VALUES else wide
             states = {
-                "paired_means": _centred(x[:1].to(wide))[0].to(kept),  # constant columns deviate by exactly 0
+                # Constant columns then deviate by exactly 0.
+                "paired_means": torch.nan_to_num(_centred(x[:1], wide)[0][0], 0, 0, 0).to(kept),
+                "paired_rows": torch.zeros(k, dtype=wide, device=x.device),
                 "paired_error": torch.zeros(k, dtype=wide, device=x.device),
                 "paired_products": torch.zeros(m, m, dtype=wide, device=x.device),
                 "paired_origin": x[0, 0].to(wide),
                 "paired_moves": torch.zeros(k, dtype=torch.bool, device=x.device),
             }
-        means, error, products = [], [], states["paired_products"]
-        length = chunk_length(x)
-        split = (torch.split(each, length, -1) for each in (x, states["paired_means"], states["paired_error"]))
-        for values, mean, squares in zip(*split, strict=True):
-            found = _added(values.to(squares.dtype), mean, squares, products, rows.before)
-            means.append(found[0])
-            error.append(found[1])
-            products = found[2]
+        parts, products, length = [], states["paired_products"], chunk_length(x)
+        names = ("paired_means", "paired_rows", "paired_error")
+        split = (torch.split(each, length, -1) for each in (x, *(states[name] for name in names)))
+        for values, *sums in zip(*split, strict=True):
+            *found, added = _added(values, *sums)
+            parts.append(found)
+            products = products + added
         moves = (x[:, 0] != states["paired_origin"]).any(0)
         return {
-            "paired_means": _joined(means),
-            "paired_error": _joined(error),
+            **{name: _joined(part) for name, part in zip(names, zip(*parts, strict=True), strict=True)},
             "paired_products": products,
             "paired_origin": states["paired_origin"],
             "paired_moves": states["paired_moves"] | moves,
@@ -74,15 +75,16 @@ class PairedDeviations(Accumulator):
 
     def merge(self, a: States, b: States) -> States:
         """The states after the rows of both (Chan, Golub and LeVeque 1983, the paper's reference 20)."""
-        n, n_other = (states[N_SAMPLES].to(a["paired_error"].dtype) for states in (a, b))
+        n, n_other = a["paired_rows"], b["paired_rows"]
         kept = torch.promote_types(a["paired_means"].dtype, b["paired_means"].dtype)
         means, others = (states["paired_means"].to(n.dtype) for states in (a, b))
-        apart, share = others - means, n_other / (n + n_other)
-        weight = n * share
+        apart, share = others - means, n_other / (n + n_other).clamp_min(1)
+        moved = apart * (n * share).sqrt()
         return {
             "paired_means": (means + share * apart).to(kept),
-            "paired_error": a["paired_error"] + b["paired_error"] + weight * apart.square().sum(0),
-            "paired_products": a["paired_products"] + b["paired_products"] + weight * _products(apart),
+            "paired_rows": n + n_other,
+            "paired_error": a["paired_error"] + b["paired_error"] + moved.square().sum(0),
+            "paired_products": a["paired_products"] + b["paired_products"] + moved @ moved.mT,
             "paired_origin": a["paired_origin"],
             "paired_moves": a["paired_moves"] | b["paired_moves"] | (a["paired_origin"] != b["paired_origin"]),
         }
@@ -93,30 +95,35 @@ class PairedDeviations(Accumulator):
         return still & ~states["paired_moves"]
 
 
-def _centred(x: Tensor) -> Tensor:
-    """Rows (n, m, k) without their means; taken from its first value first, a constant row becomes exactly 0."""
-    x = x - x[:, :1]
-    return x.sub_(x.mean(1, keepdim=True))
+def _centred(x: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows (n, m, k) in a wider type without their means; and 0 for rows whose values are all finite, else NaN, (n, k).
+
+    Taken from its first value first, a constant row becomes exactly 0.
+    """
+    x = x - x[:, :1].to(wide)
+    means = x.mean(1, keepdim=True)
+    return x.sub_(means), (means - means)[:, 0]
 
 
-def _added(x: Tensor, means: Tensor, error: Tensor, products: Tensor, before: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Means, error and products after rows x (n, m, k) of some activations."""
+def _added(x: Tensor, means: Tensor, rows: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Means, rows and error after rows x (n, m, k) of some activations, and the products that these add."""
     n = len(x)
-    deviations = _centred(x).sub_(means)
-    shift, share = deviations.mean(0), n / (before + n)
+    deviations, flaws = _centred(x, error.dtype)
+    deviations.sub_(means)
+    finite, flaw = (flaws == 0)[:, None], flaws.sum(0)
+    if not x.is_cpu or bool(flaw.isnan().any()):  # reading this from a GPU would synchronise
+        deviations = torch.where(finite, deviations, 0.0)
+    added = finite.sum((0, 1), dtype=rows.dtype)
+    rows_now = rows + added
+    # Where there is no row, what is divided is 0.
+    shift, share = deviations.sum(0).div_(added.clamp(min=1)), added / rows_now.clamp(min=1)
     # As far as sums of squares and products go, the means that move are one more row.
     every = shift.new_empty(n + 1, *shift.shape)
-    torch.sub(deviations, shift, out=every[:n])
-    torch.mul(shift, math.sqrt(before * share), out=every[n])
+    torch.addcmul(deviations, shift, finite, value=-1, out=every[:n])
+    torch.mul(shift, (rows * share).sqrt_(), out=every[n])
     length = torch.linalg.vector_norm(every, dim=(0, 1))
-    error = torch.addcmul(error, length, length)
-    return torch.add(means, shift, alpha=share).to(means.dtype), error, products + _products(every).sum(0)
-
-
-def _products(x: Tensor) -> Tensor:
-    """Sums of products of all pairs of columns (..., m, k), without what is not finite."""
-    finite = torch.nan_to_num(x, 0, 0, 0)
-    return finite @ finite.mT
+    error = torch.addcmul(error + flaw, length, length)
+    return torch.addcmul(means, shift, share).to(means.dtype), rows_now, error, (every @ every.mT).sum(0)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
