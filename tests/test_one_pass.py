@@ -207,7 +207,7 @@ def test_merges_in_any_order(places, way):
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("n, k", [(0, 5), (1, 1), (3, 64), (7, 1500), (40, 5000)])
+@pytest.mark.parametrize(("n", "k"), [(0, 5), (1, 1), (3, 64), (7, 1500), (40, 5000)])
 def test_powers_of_shares(dtype, n, k):
     generator = torch.Generator().manual_seed(n + k)
     shares, centre = torch.rand(n, k, dtype=dtype, generator=generator), torch.rand(k, generator=generator).double()

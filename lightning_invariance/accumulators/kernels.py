@@ -69,6 +69,9 @@ class Beside(NamedTuple):
         return self if self.spreads is None else self._replace(spreads=self.spreads[rows])
 
 
+NOTHING = Beside()
+
+
 def parts_of(k: int) -> int:
     """In how many parts C should take k activations where each has sums of its own."""
     return min(torch.get_num_threads(), -(-k // SHARE))
@@ -87,7 +90,7 @@ def add_deviations(
     centres: Tensor,
     offsets: Tensor,
     limits: Limits,
-    beside: Beside = Beside(),
+    beside: Beside = NOTHING,
 ) -> bool | None:
     """Add rows to the squared deviations and column means of those before, in place.
 

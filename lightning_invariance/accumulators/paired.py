@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators.base import N_SAMPLES, Accumulator, Rows, States
+from lightning_invariance.accumulators.base import Accumulator, Rows, States
 from lightning_invariance.accumulators.deviations import FEWEST_FLOAT32_VALUES
 from lightning_invariance.accumulators.memory import chunk_length
 
@@ -22,7 +22,7 @@ class PairedDeviations(Accumulator):
 
     - ``paired_means`` ``(m, k)``: :math:`\bar c_{\cdot j}`, in float32 where blocks of a large layer are.
     - ``paired_rows`` ``(k,)``: the number of rows without infinite values or NaN, of which these means are.
-    - ``paired_error`` ``(k,)``: :math:`\sum_i \sum_j (c_{ij} - \bar c_{\cdot j})^2`, float64; NaN where not all rows are
+    - ``paired_error`` ``(k,)``: :math:`\sum_i \sum_j (c_{ij} - \bar c_{\cdot j})^2`, float64; NaN where a row is not
       finite.
     - ``paired_products`` ``(m, m)``: :math:`\sum_u \sum_i (c_{iju} - \bar c_{\cdot ju})(c_{ilu} - \bar c_{\cdot lu})`
       over all activations u of the layer and their finite rows, float64.

@@ -21,9 +21,9 @@ def absolute_differences(x: Tensor, of_rows: bool = False) -> Tensor:
     Of the values in order, the r-th smallest is larger than r − 1 others and smaller than m − r.
     """
     m = x.shape[1]
-    if x.is_cpu and m <= kernels.MOST_SORTED:
-        if (found := kernels.absolute_differences(x, _network(m), of_rows)) is not None:
-            return found
+    found = kernels.absolute_differences(x, _network(m), of_rows) if m <= kernels.MOST_SORTED else None
+    if found is not None:
+        return found
     if not x.is_cpu:
         return _sorted_differences(x, of_rows)
     each = torch.cat([_absolute_differences(part) for part in chunks(x)], -1)
@@ -53,7 +53,10 @@ def _absolute_differences(x: Tensor) -> Tensor:
 
 
 def _sorted_differences(x: Tensor, of_rows: bool) -> Tensor:
-    """Those of :func:`absolute_differences` on other devices, which sort along any axis, and launch a kernel for each operation of a network."""
+    """Those of :func:`absolute_differences` on other devices, which sort along any axis.
+
+    A sorting network would launch a kernel for each of its operations.
+    """
     m = x.shape[1]
     wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
     weights = torch.arange(1 - m, m, 2, dtype=x.dtype, device=x.device)

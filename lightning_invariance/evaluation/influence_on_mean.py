@@ -1,7 +1,7 @@
 r"""How much each sample moves a measure that is a mean over samples: found in the first pass.
 
-With :math:`\theta_i` the value of sample i by itself, the value is :math:`\theta = \frac{1}{n} \sum_i \theta_i`, and the
-influence of sample i is :math:`\psi_i = \theta_i - \theta`. Of each unit it is enough to keep the sums over samples of
+With :math:`\theta_i` the value of sample i by itself, the value is :math:`\theta = \frac{1}{n} \sum_i \theta_i`, and
+the influence of sample i is :math:`\psi_i = \theta_i - \theta`. Of each unit it is enough to keep the sums over samples of
 :math:`d, d^2, d^3` and :math:`d^4` with :math:`d = \theta_i - c`; they give :math:`\sum_i \psi_i^2` and
 :math:`\sum_i \psi_i^4` about any c. Taking :math:`\theta_i` of one of the samples for c loses few digits: then
 :math:`\sum_i \psi_i^2 \ge (c - \theta)^2`, so that no term is larger than about n times the result.
@@ -47,7 +47,7 @@ class InfluenceOnMean:
     def __init__(self, measure: Measure, accumulators: Sequence[Accumulator], sums: Callable[[], Sums]) -> None:
         self.waits = True
         self._measure, self._accumulators, self._sums_so_far = measure, accumulators, sums
-        self._at: Sums | None = None
+        self._at = Sums({}, 1, 1, ())  # of one sample
         self._weights: States = {}
         self._weight: float | None = None  # of all activations, where they are the units; C then adds the powers
         self._numbers, self._on_sum = [torch.zeros(0, dtype=torch.long)], [torch.zeros(0, dtype=torch.float64)]
@@ -75,7 +75,7 @@ class InfluenceOnMean:
         shares: States = {}
         for accumulator in self._accumulators:
             shares.update(accumulator.shares(rows, None))
-        if self._at is None:
+        if not self._weights:
             self._begin(shares)
         self._numbers.append(rows.indices.cpu())
         if self._weight is not None:
@@ -138,7 +138,6 @@ class InfluenceOnMean:
 
     def _values(self, shares: States) -> Tensor:
         """The value of each sample by itself, ``(samples, units)``."""
-        assert self._at is not None
         units, mapped = math.prod(self._measure.value_shape(self._at)), is_mapped(self._accumulators)
         parts = [shares[name].to(weight.dtype) * weight for name, weight in self._weights.items()]
         return torch.stack([of_units(part, self._at, units, mapped) for part in parts]).sum(0)
