@@ -58,8 +58,8 @@ class Rows:
         memo: what the accumulators of this layer have computed of these rows; see :meth:`once`.
         block_memo: what the accumulators of all layers have computed of these samples.
         channel_axis: which axis of the activation holds the channels.
-        keep_shares: whether :meth:`Accumulator.shares` of these rows follow: :meth:`Accumulator.add` may then leave what
-            it finds of each row in ``memo``.
+        keep_shares: whether :meth:`Accumulator.shares` of these rows follow; :meth:`Accumulator.add` may then leave
+            what it finds of each row in ``memo``.
     """
 
     values: Tensor

@@ -1,8 +1,8 @@
 r"""How much each sample moves a measure that is a mean over samples: found in the first pass.
 
 With :math:`\theta_i` the value of sample i by itself, the value is :math:`\theta = \frac{1}{n} \sum_i \theta_i`, and
-the influence of sample i is :math:`\psi_i = \theta_i - \theta`. Of each unit it is enough to keep the sums over samples of
-:math:`d, d^2, d^3` and :math:`d^4` with :math:`d = \theta_i - c`; they give :math:`\sum_i \psi_i^2` and
+the influence of sample i is :math:`\psi_i = \theta_i - \theta`. Of each unit it is enough to keep the sums over samples
+of :math:`d, d^2, d^3` and :math:`d^4` with :math:`d = \theta_i - c`; they give :math:`\sum_i \psi_i^2` and
 :math:`\sum_i \psi_i^4` about any c. Taking :math:`\theta_i` of one of the samples for c loses few digits: then
 :math:`\sum_i \psi_i^2 \ge (c - \theta)^2`, so that no term is larger than about n times the result.
 """
