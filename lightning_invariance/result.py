@@ -38,6 +38,7 @@ PLAIN = (
     "ratios",
     "units",
     "response",
+    "response_bounds",
     "scores",
     "confidence",
     "sparse",
@@ -105,6 +106,8 @@ class InvarianceResult(LayerIntervals):
         units: measure → unit of its values; empty where there is none.
         response: measure → layer → what each transformation does to the layer, where the measure was asked for it
             (``NormalizedVariance(response=True)``).
+        response_bounds: measure → layer → lower and upper bounds of the response under each transformation, of
+            intervals over samples with ``confidence``.
         scores: the trainer's metrics of that moment, such as an accuracy.
         standard_errors: measure → layer → standard error of each value, for samples drawn at random. Without
             ``confidence`` only measures have it that are estimated from pairs of samples.
@@ -119,8 +122,8 @@ class InvarianceResult(LayerIntervals):
     Attributes:
         n_samples: see Args. So are ``transformations``, ``parameters``, ``epoch``, ``step``, ``floor``, ``skipped``,
             ``left_out``, ``reached``, ``channel_axis``, ``convergence``, ``higher_is_better``, ``ratios``, ``units``,
-            ``response``, ``scores``, ``standard_errors``, ``confidence``, ``freedom``, ``influences``,
-            ``sample_keys``, ``sparse`` and ``outputs``.
+            ``response``, ``response_bounds``, ``scores``, ``standard_errors``, ``confidence``, ``freedom``,
+            ``influences``, ``sample_keys``, ``sparse`` and ``outputs``.
     """
 
     #: How :meth:`plot` draws; set by ``lightning_invariance.plots``, which knows results.
@@ -146,6 +149,7 @@ class InvarianceResult(LayerIntervals):
         ratios: Mapping[str, bool] | None = None,
         units: Mapping[str, str] | None = None,
         response: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+        response_bounds: Mapping[str, Mapping[str, Sequence[Sequence[float]]]] | None = None,
         scores: Mapping[str, float] | None = None,
         standard_errors: Mapping[str, Mapping[str, Tensor]] | None = None,
         confidence: float | None = None,
@@ -172,6 +176,7 @@ class InvarianceResult(LayerIntervals):
         self.ratios = {m: m.startswith("Normalized") for m in self._values} if ratios is None else dict(ratios)
         self.units = dict(units or {})
         self.response = {measure: dict(layers) for measure, layers in (response or {}).items()}
+        self.response_bounds = {measure: dict(layers) for measure, layers in (response_bounds or {}).items()}
         self.scores = dict(scores or {})
         self.convergence = {
             measure: {layer: {int(n): value for n, value in found.items()} for layer, found in layers.items()}

@@ -119,7 +119,9 @@ def check_influences(x: torch.Tensor, m: int, k: int) -> None:
     means, weights = torch.randn(m, k), torch.rand(3, k)
     counts = -(torch.rand(k) > 0.2).int()
     squares, fourths = torch.zeros(k, dtype=torch.float64), torch.zeros(k, dtype=torch.float64)
-    on_sum = kernels.add_influences(x, means, weights, counts, squares, fourths)
+    of_changes = kernels.ChangesOfSamples(torch.rand(k), m // 2) if k % 2 and m <= kernels.MOST_COLUMNS else None
+    found = kernels.add_influences(x, means, weights, counts, squares, fourths, of_changes)
+    on_sum = found.on_sum
     wide, (w, v, b) = x.double(), weights.double()
     of_rows = (wide - wide.mean(1, keepdim=True)).square().sum(1)
     psi = torch.where(counts < 0, w * of_rows + v * (wide - means).square().sum(1) - b, 0.0)
@@ -127,6 +129,10 @@ def check_influences(x: torch.Tensor, m: int, k: int) -> None:
         rounding = 1e-5 * psi.abs().max().item()
         torch.testing.assert_close(on_sum, psi.sum(1), rtol=1e-4, atol=k * rounding)
         torch.testing.assert_close(squares, psi.square().sum(0), rtol=1e-3, atol=len(x) * rounding**2)
+        if of_changes is not None:
+            changes = (wide - wide[:, [m // 2]]).square() @ of_changes.factors.double()
+            torch.testing.assert_close(found.changes, changes, rtol=1e-4, atol=0)
+            torch.testing.assert_close(found.spreads.double(), (wide - means).square().sum(1), rtol=1e-4, atol=0)
 
 
 def check_powers(spreads: torch.Tensor, x: torch.Tensor) -> None:

@@ -183,7 +183,8 @@ def on_rows(measure, blocks):
 
 
 def assert_is_mean_of(influence, values, rtol):
-    assert influence.finish(torch.from_numpy(values.mean(0)))
+    spreads = {"row_spread": torch.from_numpy(7 * values.sum(0)), "column_spread": torch.ones(1, 30).double()}
+    assert influence.finish(Sums(spreads, len(values), 8, (30,)))
     psi = values - values.mean(0)
     np.testing.assert_allclose(influence.states["squares"], (psi**2).sum(0), rtol=rtol)
     np.testing.assert_allclose(influence.states["fourths"], (psi**4).sum(0), rtol=rtol)
@@ -245,3 +246,27 @@ def test_absolute_differences_of_each_row(k):
     np.testing.assert_allclose(pairs.absolute_differences(x, of_rows=True).numpy(), expected, rtol=1e-5)
     np.testing.assert_allclose(pairs.absolute_differences(x.double(), of_rows=True).numpy(), expected, rtol=1e-12)
     np.testing.assert_allclose(pairs.absolute_differences(x).numpy(), expected.sum(0), rtol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("n", "m", "k"), [(1, 16, 64), (5, 3, 200), (40, 16, 1500), (3, 256, 70)])
+def test_changes_of_samples_from_any_column(n, m, k):
+    """In C, in more than one step where there are more values than at once."""
+    generator = torch.Generator().manual_seed(n + k)
+    x, means, weights = (torch.rand(*size, generator=generator) for size in ((n, m, k), (m, k), (3, k)))
+    counts, factors = -torch.ones(k, dtype=torch.int32), torch.rand(k, generator=generator)
+    squares, fourths = torch.zeros(k, dtype=torch.float64), torch.zeros(k, dtype=torch.float64)
+    of_changes = kernels.ChangesOfSamples(factors, m - 2)
+    found = kernels.add_influences(x, means, weights, counts, squares, fourths, of_changes)
+    wide, mean, (w, v, b) = x.double().numpy(), means.double().numpy(), weights.double().numpy()
+    spreads = ((wide - mean) ** 2).sum(1)
+    psi = w * m * wide.var(1) + v * spreads - b
+    np.testing.assert_allclose(found.on_sum.numpy(), psi.sum(1), rtol=1e-5)
+    np.testing.assert_allclose(squares.numpy(), (psi**2).sum(0), rtol=1e-4)
+    np.testing.assert_allclose(found.spreads.numpy(), spreads, rtol=1e-4)
+    changes = ((wide - wide[:, [m - 2]]) ** 2) @ factors.double().numpy()
+    np.testing.assert_allclose(found.changes.numpy(), changes, rtol=1e-5)
+    with pytest.raises(ValueError, match="factors, the changes or the spreads"):
+        kernels.add_influences(x, means, weights, counts, squares, fourths, of_changes._replace(reference=m))
+    with pytest.raises(ValueError, match="factors, the changes or the spreads"):
+        kernels.add_influences(x, means, weights, counts, squares, fourths, of_changes._replace(factors=factors[1:]))

@@ -41,8 +41,13 @@ class Changes(Accumulator):
 
     def shares(self, rows: Rows, totals: States | None) -> States:
         """The changes of each sample, ``(samples, m, channels)``."""
-        maps = torch.unbind(rows.channels_first.unsqueeze(1))
-        return {"changes": torch.stack([scaled_changes(rows.of(sample), self.reference) for sample in maps])}
+        return {"changes": changes_of_samples(rows, self.reference)}
+
+
+def changes_of_samples(rows: Rows, reference: int | None) -> Tensor:
+    """:func:`scaled_changes` of each sample, ``(samples, m, channels)``."""
+    maps = torch.unbind(rows.channels_first.unsqueeze(1))
+    return torch.stack([scaled_changes(rows.of(sample), reference) for sample in maps])
 
 
 def scaled_changes(rows: Rows, reference: int | None) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_invariance.accumulators import devices, kernels
 from lightning_invariance.accumulators.base import N_SAMPLES, Accumulator, Context, Rows, States
-from lightning_invariance.accumulators.changes import scaled_changes
+from lightning_invariance.accumulators.changes import changes_of_samples, scaled_changes
 from lightning_invariance.accumulators.memory import chunk_length, scratch
 from lightning_invariance.accumulators.shares import deviations_of_samples
 
@@ -130,9 +130,11 @@ class Deviations(Accumulator):
 
     def shares(self, rows: Rows, totals: States | None) -> States:
         """Those of each sample."""
+        changes = {"changes": changes_of_samples(rows, self.reference)} if self.response else {}
         if totals is None and self.squared and SPREADS in rows.memo:
-            return {"row_spread": rows.memo[SPREADS]}
-        return deviations_of_samples(rows.flat, None if totals is None else means_of(totals), self.squared)
+            return {"row_spread": rows.memo[SPREADS], **changes}
+        means = None if totals is None else means_of(totals)
+        return {**deviations_of_samples(rows.flat, means, self.squared), **changes}
 
     def prepared(self, context: Context) -> Accumulator:
         """With changes from the identity, where the set knows of one."""

@@ -190,9 +190,42 @@ def absolute_differences(x: Tensor, network: Tensor, of_rows: bool = False) -> T
     return total.view(n, k) if of_rows else total
 
 
+class ChangesOfSamples(NamedTuple):
+    """What :func:`add_influences` finds of changes from a column.
+
+    Attributes:
+        factors: ``(k,)`` in float32: f.
+        reference: the column r.
+    """
+
+    factors: Tensor
+    reference: int
+
+
+class FoundInfluences(NamedTuple):
+    r"""What :func:`add_influences` found.
+
+    Attributes:
+        on_sum: :math:`\sum_u \psi_{iu}` over activations, ``(n,)`` in float64.
+        changes: :math:`\sum_u f_u (x_{iju} - x_{iru})^2`, ``(n, m)`` in float64; empty without factors.
+        spreads: squared deviations of each row from the means of the columns, ``(n, k)`` in float32; empty without
+            factors.
+    """
+
+    on_sum: Tensor
+    changes: Tensor
+    spreads: Tensor
+
+
 def add_influences(
-    x: Tensor, means: Tensor, weights: Tensor, counts: Tensor, squares: Tensor, fourths: Tensor
-) -> Tensor | None:
+    x: Tensor,
+    means: Tensor,
+    weights: Tensor,
+    counts: Tensor,
+    squares: Tensor,
+    fourths: Tensor,
+    of_changes: ChangesOfSamples | None = None,
+) -> FoundInfluences | None:
     r"""Add what samples change in values that are made of squared deviations.
 
     For every activation :math:`\psi_i = w R_i + v C_i - b`, with the squared deviations within row i and of row i from
@@ -205,24 +238,31 @@ def add_influences(
         counts: ``(k,)`` in int32: −1 for activations that count, 0 for others.
         squares: ``(k,)`` in float64, to which :math:`\sum_i \psi_i^2` is added.
         fourths: the same for :math:`\sum_i \psi_i^4`.
+        of_changes: what changes are also wanted.
 
     Returns:
-        The sum over activations for each sample, ``(n,)`` in float64; None where C cannot, and nothing was changed.
+        None where C cannot, and nothing was changed.
     """
-    if not takes(x) or not hasattr(_kernels, "add_influences"):
-        return None
     n, m = x.shape[:2]
-    if not n:
-        return torch.zeros(0, dtype=torch.float64)
-    x, k = x.contiguous(), counts.shape[0]
-    on_mean = torch.zeros(parts_of(k), n, dtype=torch.float64)
+    if not takes(x) or not hasattr(_kernels, "add_influences") or (of_changes and m > MOST_COLUMNS):
+        return None
+    x, k, parts = x.contiguous(), counts.shape[0], parts_of(counts.shape[0])
+    found = FoundInfluences(torch.zeros(parts, n, dtype=torch.float64), torch.zeros(0), torch.zeros(0))
+    factors, reference = (torch.zeros(0), 0) if of_changes is None else of_changes
+    if of_changes is not None:
+        changes, spreads = torch.zeros(parts, n, m, dtype=torch.float64), torch.empty(n, k)
+        found = found._replace(changes=changes, spreads=spreads)
     tensors = (x, means.contiguous(), weights.contiguous(), counts.contiguous(), squares, fourths)
-    _kernels.add_influences(  # type: ignore[union-attr]
-        *(n, m, k, torch.get_num_threads()),
-        *(number for tensor in tensors for number in (tensor.data_ptr(), tensor.numel())),
-        *(on_mean.data_ptr(), len(on_mean)),
-    )
-    return on_mean.sum(0)
+    beside = (factors, found.changes, found.spreads)
+    if n:
+        _kernels.add_influences(  # type: ignore[union-attr]
+            *(n, m, k, torch.get_num_threads()),
+            *(number for tensor in tensors for number in (tensor.data_ptr(), tensor.numel())),
+            *(found.on_sum.data_ptr(), parts),
+            *(number for tensor in beside for number in (tensor.data_ptr(), tensor.numel())),
+            reference,
+        )
+    return FoundInfluences(found.on_sum.sum(0), found.changes.sum(0), found.spreads)
 
 
 def add_powers(shares: Tensor, weight: float, centre: Tensor, powers: Tensor) -> Tensor | None:

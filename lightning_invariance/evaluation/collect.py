@@ -21,6 +21,7 @@ from lightning_invariance.measures.base import names_accumulators
 from lightning_invariance.measures.sums import Sums, dead_of
 from lightning_invariance.result import InvarianceResult
 from lightning_invariance.runs import groups_of
+from lightning_invariance.students_t import t_quantiles
 from lightning_invariance.table import LayerStatistics
 from lightning_invariance.transforms import TransformationSet
 
@@ -57,7 +58,7 @@ def collect(registry: Registry) -> InvarianceResult:
         if name != INPUT and (found := _dead(layer, len(registry.transformations))) is not None:
             dead[name] = found
         for key, influence in layer.influences.items():
-            found_influences.add(key, name, influence, values[key][name])
+            found_influences.add(key, name, influence, values[key][name], response.get(key, {}).get(name))
         layer.first, layer.second, layer.metrics, layer.influences = [], [], {}, {}
     values = {key: _over_layers(registry, key, of_layers) for key, of_layers in values.items()}
     return make_result(
@@ -68,6 +69,7 @@ def collect(registry: Registry) -> InvarianceResult:
         n_samples=registry.n_samples,
         floor=floor,
         response=response,
+        response_bounds=found_influences.response_bounds,
         standard_errors={**errors, **found_influences.standard_errors},
         freedom=found_influences.freedom,
         influences=found_influences.on_means,
@@ -102,6 +104,7 @@ class Influences:
         on_means: measure → layer → influence of each sample, or group, on the mean; NaN where it did not reach it.
         sample_keys: measure → digest of each sample, or group of samples.
         sparse: measure → layer → share of the units that few samples decide, or none.
+        response_bounds: measure → layer → lower and upper bounds of the response.
     """
 
     def __init__(self, registry: Registry) -> None:
@@ -110,11 +113,20 @@ class Influences:
         self.on_means: Values = {}
         self.sample_keys: dict[str, Tensor] = {}
         self.sparse: dict[str, dict[str, float]] = {}
+        self.response_bounds: dict[str, dict[str, list[list[float]]]] = {}
+        self._confidence = registry.confidence
         self._numbers = torch.tensor(sorted(registry.sample_keys), dtype=torch.long)
         self._keys = torch.tensor([registry.sample_keys[i] for i in self._numbers.tolist()], dtype=torch.long)
 
-    def add(self, measure: str, layer: str, influence: Influence | InfluenceOnMean, value: Tensor) -> None:
-        """Add those on a measure of a layer with this value."""
+    def add(
+        self,
+        measure: str,
+        layer: str,
+        influence: Influence | InfluenceOnMean,
+        value: Tensor,
+        response: list[float] | None,
+    ) -> None:
+        """Add those on a measure of a layer with this value and response."""
         own, squares, fourths = (influence.states[name].cpu() for name in ("numbers", "squares", "fourths"))
         n = len(own)
         numbers, keys = self._numbers, self._keys
@@ -133,6 +145,12 @@ class Influences:
         self.freedom.setdefault(measure, {})[layer] = freedom
         self.on_means.setdefault(measure, {})[layer] = on_mean
         self.sample_keys[measure] = keys
+        squares, fourths = (influence.states[f"response_{name}"].cpu().double() for name in ("squares", "fourths"))
+        if response is not None and len(squares) and self._confidence is not None:
+            quantiles = t_quantiles(self._confidence, degrees_of_freedom(n, squares, fourths))
+            half, middle = quantiles * (squares / (n * (n - 1))).sqrt(), torch.tensor(response, dtype=torch.float64)
+            bounds = [(middle - half).tolist(), (middle + half).tolist()]
+            self.response_bounds.setdefault(measure, {})[layer] = bounds
 
 
 def make_result(

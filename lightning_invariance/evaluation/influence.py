@@ -28,6 +28,7 @@ from lightning_invariance.accumulators import (
 )
 from lightning_invariance.accumulators.base import started
 from lightning_invariance.accumulators.grouped_pairs import ADDED, PAIRS, WAITING, Part
+from lightning_invariance.evaluation.response_influence import ResponseInfluence, has_intervals
 from lightning_invariance.measures import Measure
 from lightning_invariance.measures.sums import Sums
 
@@ -49,7 +50,8 @@ class Influence:
     Attributes:
         states: ``numbers`` ``(clusters,)``: which sample, or group of samples; ``on_mean`` ``(clusters,)``: its
             influence on the mean over the units with a finite value; ``squares`` and ``fourths`` ``(units,)``: Σ ψ² and
-            Σ ψ⁴ of each unit, 0 where its value is not finite.
+            Σ ψ⁴ of each unit, 0 where its value is not finite; ``response_squares`` and ``response_fourths`` ``(m,)``:
+            those of the response, empty where it has no intervals.
         pairs: what forms the groups; None where samples are apart.
         waits: that rows of the second pass are still added.
     """
@@ -66,6 +68,8 @@ class Influence:
         self._all_finite, self._units = bool(self._finite.all()), max(1, int(self._finite.sum()))
         self._weights: States = {}
         self._prepared: tuple[Tensor, ...] | None = None  # for C; empty where it cannot
+        self._of_changes: kernels.ChangesOfSamples | None = None  # what C takes for the response
+        self._response = ResponseInfluence(measure, sums) if has_intervals(measure, sums) else None
         self._group: States = {}  # the shares of the group that is not complete
         self._states_of_pairs: States = {} if self.pairs is None else started(self.pairs, value.device)
         self.states: States = {
@@ -73,6 +77,8 @@ class Influence:
             "on_mean": torch.zeros(0, dtype=torch.float64),
             "squares": torch.zeros_like(value),
             "fourths": torch.zeros_like(value),
+            "response_squares": value.new_zeros(0 if self._response is None else sums.n_transformations),
+            "response_fourths": value.new_zeros(0 if self._response is None else sums.n_transformations),
         }
 
     def add(self, rows: Rows) -> None:
@@ -82,8 +88,10 @@ class Influence:
         if self.pairs is None and self._add_in_c(rows):
             return
         if self.pairs is None:
-            n = self._sums.n_samples
-            self._add(rows.indices, self._shares(rows), n, 1 / n)
+            n, shares = self._sums.n_samples, self._shares(rows)
+            if self._response is not None:
+                self._add_response(self._response.of(shares))
+            self._add(rows.indices, shares, n, 1 / n)
             return
         row = 0
         for part in self.pairs.parts(rows.indices, {}):
@@ -104,9 +112,12 @@ class Influence:
             return False
         sums = (self.states["squares"], self.states["fourths"])
         means, weights, counts = self._prepared
-        if (on_sum := kernels.add_influences(rows.values, means, weights, counts, *sums)) is None:
+        found = kernels.add_influences(rows.values, means, weights, counts, *sums, self._of_changes)
+        if found is None:
             return False
-        self._note(rows.indices, on_sum)  # type: ignore[arg-type]
+        if self._response is not None:
+            self._add_response(self._response.of_found(found))
+        self._note(rows.indices, found.on_sum)  # type: ignore[arg-type]
         return True
 
     def _for_c(self) -> tuple[Tensor, ...]:
@@ -129,6 +140,9 @@ class Influence:
         weights = torch.stack([n * of_rows, n * of_columns, of_rows * rows + of_columns * columns])
         if bool((weights.abs() > LARGEST).any()):
             return ()
+        if self._response is not None and (of_changes := self._response.for_c(deviations)) is None:
+            return ()
+        self._of_changes = None if self._response is None else of_changes
         return means.float(), weights.float(), -self._finite.int()
 
     def _note(self, numbers: Tensor, on_sum: Tensor) -> None:
@@ -177,10 +191,16 @@ class Influence:
         self.states["fourths"] += squares.square_().sum(0)
         self._note(numbers, influence.sum(1))
 
+    def _add_response(self, influence: Tensor) -> None:
+        """Add the influences of samples on the response, ``(samples, m)``."""
+        squares = influence.square()
+        self.states["response_squares"] += squares.sum(0)
+        self.states["response_fourths"] += squares.square().sum(0)
+
     @staticmethod
     def merged(a: States, b: States) -> States:
         """The states of two processes."""
-        added = {name: a[name] + b[name] for name in ("squares", "fourths")}
+        added = {name: a[name] + b[name] for name in a if name not in ("numbers", "on_mean")}
         return {**{name: torch.cat([a[name], b[name]]) for name in ("numbers", "on_mean")}, **added}
 
 

@@ -1,10 +1,8 @@
 r"""How much each sample moves a measure that is a mean over samples: found in the first pass.
 
 With :math:`\theta_i` the value of sample i by itself, the value is :math:`\theta = \frac{1}{n} \sum_i \theta_i`, and
-the influence of sample i is :math:`\psi_i = \theta_i - \theta`. Of each unit it is enough to keep the sums over samples
-of :math:`d, d^2, d^3` and :math:`d^4` with :math:`d = \theta_i - c`; they give :math:`\sum_i \psi_i^2` and
-:math:`\sum_i \psi_i^4` about any c. Taking :math:`\theta_i` of one of the samples for c loses few digits: then
-:math:`\sum_i \psi_i^2 \ge (c - \theta)^2`, so that no term is larger than about n times the result.
+the influence of sample i is :math:`\psi_i = \theta_i - \theta`. Of each unit it is enough to keep sums over samples of
+powers of :math:`\theta_i`, and of each sample the sum over units.
 """
 
 from __future__ import annotations
@@ -16,8 +14,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators import Accumulator, Rows, States, kernels
-from lightning_invariance.evaluation.influence import derivatives, is_mapped, of_units
+from lightning_invariance.accumulators import Accumulator, Rows, States
+from lightning_invariance.evaluation.influence import derivatives, is_mapped, of_units, wide
+from lightning_invariance.evaluation.powers import Powers
+from lightning_invariance.evaluation.response_influence import has_intervals, response_weights
 from lightning_invariance.measures import Measure
 from lightning_invariance.measures.sums import Sums
 
@@ -50,9 +50,9 @@ class InfluenceOnMean:
         self._at = Sums({}, 1, 1, ())  # of one sample
         self._weights: States = {}
         self._weight: float | None = None  # of all activations, where they are the units; C then adds the powers
+        self._weights_of_response: Tensor | None = None
         self._numbers, self._on_sum = [torch.zeros(0, dtype=torch.long)], [torch.zeros(0, dtype=torch.float64)]
-        self._centre = torch.zeros(0, dtype=torch.float64)
-        self._powers = torch.zeros(4, 0, dtype=torch.float64)
+        self._powers, self._of_response = Powers(), Powers()
         self._found: States = {}
 
     @property
@@ -61,12 +61,14 @@ class InfluenceOnMean:
         if self._found:
             return self._found
         on_sum = torch.cat([each.cpu() for each in self._on_sum])
-        return {"numbers": torch.cat(self._numbers), "on_sum": on_sum, "centre": self._centre, "powers": self._powers}
+        powers = {**self._powers.states(), **self._of_response.states("response_")}
+        return {"numbers": torch.cat(self._numbers), "on_sum": on_sum, **powers}
 
     @states.setter
     def states(self, states: States) -> None:
         self._numbers, self._on_sum = [states["numbers"]], [states["on_sum"]]
-        self._centre, self._powers = states["centre"], states["powers"]
+        self._powers.load(states)
+        self._of_response.load(states, "response_")
 
     def add(self, rows: Rows) -> None:
         """Add rows that were just added to the accumulators."""
@@ -78,45 +80,57 @@ class InfluenceOnMean:
         if not self._weights:
             self._begin(shares)
         self._numbers.append(rows.indices.cpu())
+        if self._weights_of_response is not None:
+            self._of_response.add((shares["changes"] * self._weights_of_response).sum(2))
+        on_sum = None
         if self._weight is not None:
-            [share] = shares.values()
-            if (on_sum := kernels.add_powers(share, self._weight, self._centre, self._powers)) is not None:
-                self._on_sum.append(on_sum)
-                return
-        values = self._values(shares)
-        self._on_sum.append(values.sum(1))
-        deviations = values - self._centre
-        squares = deviations.square()
-        powers = (deviations, squares, squares * deviations, squares.square())
-        self._powers += torch.stack([power.sum(0) for power in powers])
+            [name] = self._weights
+            on_sum = self._powers.add_in_c(shares[name], self._weight)
+        if on_sum is None:
+            values = self._values(shares)
+            on_sum = values.sum(1)
+            self._powers.add(values)
+        self._on_sum.append(on_sum)
 
-    def finish(self, value: Tensor) -> bool:
+    def finish(self, sums: Sums) -> bool:
         """Turn powers into influences, once they are those of all samples.
+
+        Args:
+            sums: what all samples came to.
 
         Returns:
             Whether they are. Otherwise a second pass must find the influences: the value is not the mean of those of
             the samples, it is not finite, or the samples are :data:`TOO_ALIKE`.
         """
         states, n = self.states, len(self.states["numbers"])
-        mean, second, third, fourth = self._powers / n
+        value = wide(self._measure.value(sums).flatten())
+        mean, second, fourth = self._powers.moments(n)
         finite = value.isfinite()
-        same = (self._centre + mean - value).abs() <= TOLERANCE * value.abs()
-        none = (self._centre == 0) & (self._powers == 0).all(0)
-        variance = (second - mean.square()).clamp_min(0)
-        alike = (variance > 0) & (variance < (TOO_ALIKE * value).square())
+        same = (mean - value).abs() <= TOLERANCE * value.abs()
+        none = (self._powers.centre == 0) & (self._powers.sums == 0).all(0)
+        alike = (second > 0) & (second < (TOO_ALIKE * value).square())
         if not bool((same & ~alike | ~finite & none).all()):
             return False
         units = max(1, int(finite.sum()))
-        about_mean = fourth - 4 * mean * third + 6 * mean.square() * second - 3 * mean**4
+        response = self._measure.response_of(sums) if self._weights_of_response is not None else None
         self._found = {
             "numbers": states["numbers"],
             "on_mean": (states["on_sum"] - states["on_sum"].mean()) / units,
-            "squares": n * variance,
-            "fourths": n * about_mean.clamp_min(0),
+            "squares": n * second,
+            "fourths": n * fourth,
+            **self._found_of_response(response, n),
         }
-        self.waits = False
-        self._centre, self._powers = torch.zeros(0), torch.zeros(0)
+        self.waits, self._powers = False, Powers()
         return True
+
+    def _found_of_response(self, response: Tensor | None, n: int) -> States:
+        """Σ ψ² and Σ ψ⁴ of the response; empty where it has no intervals.
+
+        Channels that turned out to have no value count in the sums of samples, as 0, and not in the response.
+        """
+        mean, second, fourth = self._of_response.moments(n)
+        scale = 1.0 if response is None else torch.where(mean == 0, 1.0, response / mean)
+        return {"response_squares": n * second * scale**2, "response_fourths": n * fourth * scale**4}
 
     def _begin(self, shares: States) -> None:
         """Find the weights, and take the first sample for the centre.
@@ -128,12 +142,15 @@ class InfluenceOnMean:
         ones = {name: torch.ones_like(state) for name, state in sums.states.items()}
         self._at = replace(sums, states=ones, n_samples=1)
         self._weights = derivatives(self._measure, self._at, list(shares))
-        self._centre = self._values({name: share[:1] for name, share in shares.items()})[0]
-        self._powers = self._centre.new_zeros(4, len(self._centre))
-        if len(shares) == 1 and self._centre.is_cpu:
-            [weight], [share] = self._weights.values(), shares.values()
+        first = self._values({name: share[:1] for name, share in shares.items()})[0]
+        self._powers = Powers(first)
+        if "changes" in shares and has_intervals(self._measure, self._at):
+            self._weights_of_response = response_weights(self._measure, self._at)
+            self._of_response = Powers((shares["changes"][0] * self._weights_of_response).sum(1))
+        if len(self._weights) == 1 and first.is_cpu:
+            [(name, weight)] = self._weights.items()
             moved = is_mapped(self._accumulators) and sums.channel_axis != 0
-            if share.shape[1:] == self._centre.shape and not moved and bool((weight == weight.flatten()[0]).all()):
+            if shares[name].shape[1:] == first.shape and not moved and bool((weight == weight.flatten()[0]).all()):
                 self._weight = float(weight.flatten()[0])
 
     def _values(self, shares: States) -> Tensor:
@@ -147,13 +164,6 @@ class InfluenceOnMean:
         """The states of two processes, about the centre of the first one."""
         if not len(a["numbers"]) or not len(b["numbers"]):
             return a if len(a["numbers"]) else b
-        shift, n = b["centre"] - a["centre"], len(b["numbers"])
-        first, second, third, fourth = b["powers"]
-        moved = (
-            first + n * shift,
-            second + shift * (2 * first + n * shift),
-            third + shift * (3 * second + shift * (3 * first + n * shift)),
-            fourth + shift * (4 * third + shift * (6 * second + shift * (4 * first + n * shift))),
-        )
+        n = len(b["numbers"])
         joined = {name: torch.cat([a[name], b[name]]) for name in ("numbers", "on_sum")}
-        return {**joined, "centre": a["centre"], "powers": a["powers"] + torch.stack(moved)}
+        return {**joined, **Powers.merged(a, b, n), **Powers.merged(a, b, n, "response_")}

@@ -25,7 +25,7 @@ from lightning_invariance.accumulators.still import Still
 from lightning_invariance.agreement import keys_of
 from lightning_invariance.distributed import gather_or_raise, merge_over_ranks
 from lightning_invariance.evaluation.assembly import Assembly
-from lightning_invariance.evaluation.influence import Influence, wide
+from lightning_invariance.evaluation.influence import Influence
 from lightning_invariance.evaluation.influence_on_mean import InfluenceOnMean
 from lightning_invariance.evaluation.needed import INPUT, Needed
 from lightning_invariance.evaluation.tallies import Layer, Tally, distinct
@@ -240,7 +240,7 @@ class Registry:
                 continue
             if sums.n_samples >= max(2, measure.least_samples) and self._m >= measure.least_transformations:
                 of_mean = layer.influences.get(key)
-                if isinstance(of_mean, InfluenceOnMean) and of_mean.finish(wide(measure.value(sums).flatten())):
+                if isinstance(of_mean, InfluenceOnMean) and of_mean.finish(sums):
                     found[key] = of_mean
                 else:
                     found[key] = Influence(measure, self.needs.first[key], sums)

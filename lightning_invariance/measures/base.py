@@ -79,6 +79,10 @@ class Measure(AccumulatingMetric):
     #: Whether the value is the mean over samples of what each gives by itself: intervals then need no second pass.
     is_mean_over_samples: bool = False
 
+    #: Whether its response has intervals, too: it is linear in the state ``changes``, and of a ratio inverse to the sum
+    #: of ``column_spread`` over the positions of the channel.
+    has_response_intervals: ClassVar[bool] = False
+
     @abstractmethod
     def value(self, sums: Sums) -> Tensor:
         """What the measure is for every activation, given the states of ``needs`` (and of ``needs_again``) by name.

@@ -144,6 +144,8 @@ class VarianceSameEquivariance(SameEquivariance):
         tensor([0., 0., 0.], dtype=torch.float64)
     """
 
+    has_response_intervals = True
+
     def __init__(
         self,
         transformations: TransformationSet | None = None,

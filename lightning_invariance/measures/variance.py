@@ -112,6 +112,7 @@ class TransformationVariance(MeasureOfVariances):
     """
 
     unit = "activation²"
+    has_response_intervals = True
 
     @property
     def is_mean_over_samples(self) -> bool:  # type: ignore[override]
@@ -204,6 +205,7 @@ class NormalizedVariance(MeasureOfVariances):
     """
 
     is_ratio = True
+    has_response_intervals = True
     least_samples = 2
 
     def of_variances(self, transformation: Tensor, sample: Tensor) -> Tensor:

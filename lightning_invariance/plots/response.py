@@ -61,7 +61,7 @@ def response(
 ) -> Figure:
     """Which angles break it? What each transformation does to each layer, against its parameter.
 
-    A line for each layer, dark for the first and light for the last; for more than two dozen layers a row of colours
+    A line for each layer, dark for the first and light for the last, with a band where it has intervals; for more than two dozen layers a row of colours
     for each. For two parameters, such as the shifts of translations, a map for each layer. Above lines and rows stands
     what ``evaluate(outputs=...)`` found, such as the accuracy, with bands where it has intervals. What is drawn is said
     at :meth:`NormalizedVariance.response <lightning_invariance.measures.NormalizedVariance.response>`.
@@ -110,6 +110,9 @@ def _lines(
     for (layer, values), colour in zip(lines.items(), depth_colours(len(lines)), strict=True):
         style = "o-" if count <= MOST_LABELS else "-"
         axes.plot(x[order], values[order], style, color=colour, ms=3, linewidth=1.2, label=layer)
+        if (bounds := result.response_bounds.get(measure, {}).get(layer)) is not None:
+            low, high = np.array(bounds)[:, order]
+            axes.fill_between(x[order], low, high, color=colour, alpha=0.2, linewidth=0)
     if name == "transformation":
         axes.set_xticks(ticks, labels, rotation=90, parse_math=False)
     elif name == "angle":

@@ -2,7 +2,10 @@
  *
  * psi_i = w sum_j (x_ij - mean of row i)^2 + v sum_j (x_ij - mu_j)^2 - b for every activation, with a w, a v and a b of
  * its own. What is kept: sum_i psi_i^2 and sum_i psi_i^4 of each activation, and the sum over activations of each
- * sample's psi_i. Rows deviate from their first value, as in deviations.c. */
+ * sample's psi_i. Rows deviate from one of their values, as in deviations.c.
+ *
+ * With changes, also sum_u f_u (x_iju - x_iru)^2 over activations u for each sample and column j, r being a reference
+ * column, with a factor f of each activation; and sum_j (x_ij - mu_j)^2 of each sample and activation. */
 
 #include "kernels.h"
 
@@ -14,8 +17,9 @@ typedef int bits __attribute__((vector_size(LANES * sizeof(int))));
 typedef lanes unaligned __attribute__((aligned(sizeof(float)), may_alias));
 typedef bits unaligned_bits __attribute__((aligned(sizeof(int)), may_alias));
 
-/* Those of WIDTH activations. */
-INLINE void influences_of(const job *j, Py_ssize_t a, double *on_mean)
+/* Those of WIDTH activations. `changed` (n, m) holds lanes whose sum is that of the changes; `with_changes` is a
+ * constant. */
+INLINE void influences_of(const job *j, Py_ssize_t a, double *on_mean, lanes *changed, int with_changes)
 {
     const Py_ssize_t k = j->k, m = j->m;
     const float length = (float)m;
@@ -23,26 +27,38 @@ INLINE void influences_of(const job *j, Py_ssize_t a, double *on_mean)
     double squares[WIDTH] = {0}, fourths[WIDTH] = {0};
     for (Py_ssize_t i = 0; i < j->n; i++) {
         const float *const row = j->x + i * m * k + a;
-        lanes first[REGISTERS], sum[REGISTERS], of_row[REGISTERS], of_columns[REGISTERS], total = none;
+        const float *const reference = row + (with_changes ? j->reference * k : 0);
+        lanes first[REGISTERS], sum[REGISTERS], of_row[REGISTERS], of_columns[REGISTERS], factor[REGISTERS], total = none;
         float influence[WIDTH];
         for (int v = 0; v < REGISTERS; v++) {
-            first[v] = *(const unaligned *)(row + v * LANES);
+            first[v] = *(const unaligned *)(reference + v * LANES);
             sum[v] = of_row[v] = of_columns[v] = none;
+            if (with_changes)
+                factor[v] = *(const unaligned *)(j->factors + a + v * LANES);
         }
-        for (Py_ssize_t t = 0; t < m; t++)
+        for (Py_ssize_t t = 0; t < m; t++) {
+            lanes of_column = none;
             for (int v = 0; v < REGISTERS; v++) {
                 const lanes value = *(const unaligned *)(row + t * k + v * LANES);
                 const lanes d = value - first[v], e = value - *(const unaligned *)(j->means + t * k + a + v * LANES);
+                const lanes square = d * d;
                 sum[v] += d;
-                of_row[v] += d * d;
+                of_row[v] += square;
                 of_columns[v] += e * e;
+                if (with_changes)
+                    of_column += factor[v] * square;
             }
+            if (with_changes)
+                changed[i * m + t] += of_column;
+        }
         for (int v = 0; v < REGISTERS; v++) {
             const Py_ssize_t at = a + v * LANES;
             const lanes w = *(const unaligned *)(j->weights + at), u = *(const unaligned *)(j->weights + k + at);
             const lanes expected = *(const unaligned *)(j->weights + 2 * k + at);
             lanes psi = w * (of_row[v] - sum[v] * sum[v] / length) + u * of_columns[v] - expected;
             psi = (lanes)((bits)psi & *(const unaligned_bits *)(j->counts + at));
+            if (with_changes)
+                *(unaligned *)(j->spreads + i * k + at) = of_columns[v];
             total += psi;
             memcpy(influence + v * LANES, &psi, sizeof psi);
         }
@@ -63,18 +79,24 @@ INLINE void influences_of(const job *j, Py_ssize_t a, double *on_mean)
 }
 
 /* That of a single activation. */
-INLINE void influence_of_one(const job *j, Py_ssize_t a, double *on_mean)
+INLINE void influence_of_one(const job *j, Py_ssize_t a, double *on_mean, lanes *changed)
 {
     const Py_ssize_t k = j->k, m = j->m;
-    for (Py_ssize_t i = 0; j->counts[a] && i < j->n; i++) {
-        const float *const row = j->x + i * m * k + a;
+    for (Py_ssize_t i = 0; i < j->n; i++) {
+        const float *const row = j->x + i * m * k + a, reference = row[changed ? j->reference * k : 0];
         double sum = 0, of_row = 0, of_columns = 0;
         for (Py_ssize_t t = 0; t < m; t++) {
-            const double d = (double)row[t * k] - row[0], e = (double)row[t * k] - j->means[t * k + a];
+            const double d = (double)row[t * k] - reference, e = (double)row[t * k] - j->means[t * k + a];
             sum += d;
             of_row += d * d;
             of_columns += e * e;
+            if (changed)
+                changed[i * m + t][0] += (float)(j->factors[a] * d * d);
         }
+        if (changed)
+            j->spreads[i * k + a] = (float)of_columns;
+        if (!j->counts[a])
+            continue;
         const double psi = j->weights[a] * (of_row - sum * sum / (double)m) + j->weights[k + a] * of_columns
                            - j->weights[2 * k + a];
         on_mean[i] += psi;
@@ -86,10 +108,23 @@ INLINE void influence_of_one(const job *j, Py_ssize_t a, double *on_mean)
 FOR_EACH_PROCESSOR
 void influences(job *j, Py_ssize_t from, Py_ssize_t to)
 {
-    double *const on_mean = j->on_mean + from / j->share * j->n;
+    double *const on_mean = j->on_mean + from / j->share * j->rows;
+    lanes changed[MOST_VALUES];
     Py_ssize_t a = from;
+    if (!j->factors) {
+        for (; to - a >= WIDTH; a += WIDTH)
+            influences_of(j, a, on_mean, NULL, 0);
+        for (; a < to; a++)
+            influence_of_one(j, a, on_mean, NULL);
+        return;
+    }
+    memset(changed, 0, sizeof changed);
     for (; to - a >= WIDTH; a += WIDTH)
-        influences_of(j, a, on_mean);
+        influences_of(j, a, on_mean, changed, 1);
     for (; a < to; a++)
-        influence_of_one(j, a, on_mean);
+        influence_of_one(j, a, on_mean, changed);
+    double *const changes = j->changes + from / j->share * j->rows * j->m;
+    for (Py_ssize_t at = 0; at < j->n * j->m; at++)
+        for (int l = 0; l < LANES; l++)
+            changes[at] += changed[at][l];
 }

@@ -64,7 +64,9 @@ typedef struct job {
     const float *means, *weights; /* (m, k); (3, k): w, v and b */
     const int *counts;            /* (k,): all bits where an activation counts, else none */
     double *squares, *fourths;    /* (k,) */
-    double *on_mean;              /* (parts, n); of add_powers, too */
+    double *on_mean;              /* (parts, rows); of add_powers, too */
+    Py_ssize_t rows;              /* of all steps */
+    const float *factors;         /* (k,), or NULL: then there are no changes (parts, rows, m) and spreads (rows, k) */
     /* of add_powers */
     const double *shares, *centre; /* (n, k) where x is NULL; (k,) */
     double *powers;                /* (4, k) */

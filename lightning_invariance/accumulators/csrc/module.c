@@ -148,11 +148,12 @@ static PyObject *absolute_differences(PyObject *self, PyObject *const *args, Py_
 }
 
 /* n, m, k, threads, x, its values, means, their values, weights, their values, counts, their values, squares, their
- * values, fourths, their values, on_mean, parts. */
+ * values, fourths, their values, on_mean, parts, factors (or 0), their values, changes, their values, spreads, their
+ * values, reference. */
 static PyObject *add_influences(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    Py_ssize_t v[18];
-    if (!read_numbers(args, given, 18, v, 0, NULL))
+    Py_ssize_t v[25];
+    if (!read_numbers(args, given, 25, v, 0, NULL))
         return NULL;
     const Py_ssize_t n = v[0], m = v[1], k = v[2], parts = v[17];
     if (!is_block(n, m, k, v[5]))
@@ -162,10 +163,23 @@ static PyObject *add_influences(PyObject *self, PyObject *const *args, Py_ssize_
     for (int i = 4; i < 18; i += 2)
         if (!v[i])
             return refuse("a pointer is missing");
-    job j = {.task = influences, .x = (const float *)v[4], .n = n, .m = m, .k = k, .means = (const float *)v[6],
+    if (v[18] && (m > MOST_VALUES || v[19] != k || !v[20] || v[21] / parts != n * m || v[21] % parts || !v[22]
+                  || v[23] != n * k || v[24] < 0 || v[24] >= m))
+        return refuse("the factors, the changes or the spreads are of other sizes");
+    job j = {.task = influences, .x = (const float *)v[4], .m = m, .k = k, .means = (const float *)v[6],
              .weights = (const float *)v[8], .counts = (const int *)v[10], .squares = (double *)v[12],
-             .fourths = (double *)v[14], .on_mean = (double *)v[16], .share = ((k - 1) / parts / WIDTH + 1) * WIDTH};
-    run(&j, v[3]);
+             .fourths = (double *)v[14], .on_mean = (double *)v[16], .rows = n, .factors = (const float *)v[18],
+             .changes = (double *)v[20], .spreads = (float *)v[22], .reference = v[24],
+             .share = ((k - 1) / parts / WIDTH + 1) * WIDTH};
+    const Py_ssize_t step = j.factors ? MOST_VALUES / m : n;
+    for (Py_ssize_t left = n; left > 0; left -= j.n, j.x += j.n * m * k, j.on_mean += j.n) {
+        j.n = left < step ? left : step;
+        run(&j, v[3]);
+        if (j.factors) {
+            j.changes += j.n * m;
+            j.spreads += j.n * k;
+        }
+    }
     Py_RETURN_NONE;
 }
 
@@ -185,7 +199,7 @@ static PyObject *add_powers(PyObject *self, PyObject *const *args, Py_ssize_t gi
         if (!v[i])
             return refuse("a pointer is missing");
     job j = {.task = powers, .x = v[3] ? NULL : (const float *)v[4], .shares = v[3] ? (const double *)v[4] : NULL, .n = n,
-             .m = 1, .k = k, .centre = (const double *)v[6], .powers = (double *)v[8], .on_mean = (double *)v[10],
+             .rows = n, .m = 1, .k = k, .centre = (const double *)v[6], .powers = (double *)v[8], .on_mean = (double *)v[10],
              .weight = weight, .share = ((k - 1) / parts / WIDTH + 1) * WIDTH};
     run(&j, v[2]);
     Py_RETURN_NONE;

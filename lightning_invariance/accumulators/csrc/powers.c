@@ -35,7 +35,7 @@ INLINE void powers_of(const job *j, Py_ssize_t a, double *on_mean, int width)
 FOR_EACH_PROCESSOR
 void powers(job *j, Py_ssize_t from, Py_ssize_t to)
 {
-    double *const on_mean = j->on_mean + from / j->share * j->n;
+    double *const on_mean = j->on_mean + from / j->share * j->rows;
     Py_ssize_t a = from;
     for (; to - a >= WIDTH; a += WIDTH)
         powers_of(j, a, on_mean, WIDTH);
