@@ -129,7 +129,7 @@ def check_influences(x: torch.Tensor, m: int, k: int) -> None:
         rounding = 1e-5 * psi.abs().max().item()
         torch.testing.assert_close(on_sum, psi.sum(1), rtol=1e-4, atol=k * rounding)
         torch.testing.assert_close(squares, psi.square().sum(0), rtol=1e-3, atol=len(x) * rounding**2)
-        if of_changes is not None:
+        if of_changes is not None and 1e-10 < wide.abs().max() < 1e10:  # float32 holds the squares
             changes = (wide - wide[:, [m // 2]]).square() @ of_changes.factors.double()
             torch.testing.assert_close(found.changes, changes, rtol=1e-4, atol=0)
             torch.testing.assert_close(found.spreads.double(), (wide - means).square().sum(1), rtol=1e-4, atol=0)

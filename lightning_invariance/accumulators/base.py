@@ -58,8 +58,7 @@ class Rows:
         memo: what the accumulators of this layer have computed of these rows; see :meth:`once`.
         block_memo: what the accumulators of all layers have computed of these samples.
         channel_axis: which axis of the activation holds the channels.
-        keep_shares: whether :meth:`Accumulator.shares` of these rows follow; :meth:`Accumulator.add` may then leave
-            what it finds of each row in ``memo``.
+        keep_shares: whether :meth:`Accumulator.shares` of these rows follow, for which :meth:`once` may keep things.
     """
 
     values: Tensor
@@ -278,8 +277,7 @@ def check_state(accumulator: str, name: str, value: Any) -> None:
 def configuration_of(accumulators: Iterable[Accumulator]) -> Tensor:
     """Numbers ``(8,)`` that tell apart accumulators that differ in any argument, in every process alike.
 
-    Functions that have no name of their own (lambdas, and those defined in functions) and objects of other classes are
-    told apart by their identity.
+    Lambdas, functions within functions and objects of other classes are told apart by their identity.
     """
     digest = hashlib.sha256(_described(tuple(accumulators)).encode()).digest()
     return torch.tensor([int.from_bytes(digest[i : i + 4], "big") for i in range(0, 32, 4)])

@@ -133,8 +133,7 @@ class Deviations(Accumulator):
         changes = {"changes": changes_of_samples(rows, self.reference)} if self.response else {}
         if totals is None and self.squared and SPREADS in rows.memo:
             return {"row_spread": rows.memo[SPREADS], **changes}
-        means = None if totals is None else means_of(totals)
-        return {**deviations_of_samples(rows.flat, means, self.squared), **changes}
+        return deviations_of_samples(rows.flat, means_of(totals) if totals else None, self.squared) | changes
 
     def prepared(self, context: Context) -> Accumulator:
         """With changes from the identity, where the set knows of one."""

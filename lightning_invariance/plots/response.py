@@ -61,10 +61,11 @@ def response(
 ) -> Figure:
     """Which angles break it? What each transformation does to each layer, against its parameter.
 
-    A line for each layer, dark for the first and light for the last, with a band where it has intervals; for more than two dozen layers a row of colours
-    for each. For two parameters, such as the shifts of translations, a map for each layer. Above lines and rows stands
-    what ``evaluate(outputs=...)`` found, such as the accuracy, with bands where it has intervals. What is drawn is said
-    at :meth:`NormalizedVariance.response <lightning_invariance.measures.NormalizedVariance.response>`.
+    A line for each layer, dark for the first and light for the last, with a band where it has an interval; for more
+    than two dozen layers a row of colours for each. For two parameters, such as the shifts of translations, a map for
+    each layer. Above lines and rows stands what ``evaluate(outputs=...)`` found, such as the accuracy, with bands where
+    it has intervals. What is drawn is said at
+    :meth:`NormalizedVariance.response <lightning_invariance.measures.NormalizedVariance.response>`.
 
     Args:
         result: an evaluation with ``NormalizedVariance(response=True)`` or ``TransformationVariance(response=True)``.
