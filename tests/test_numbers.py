@@ -198,3 +198,23 @@ def test_curves_tell_the_shares_of_infinite_and_dead_units(tmp_path):
     assert logged.Scalars("NormalizedVariance_dead/mixed.seen")[-1].value == pytest.approx(row.share_dead)
     assert row.share_dead >= 0.75 > share >= 0
     assert not any("_infinite/" in tag for tag in logged.Tags()["scalars"])
+
+
+@pytest.mark.parametrize("batch_size", [4, 16, 256])
+def test_a_unit_that_moves_once_is_not_dead(batch_size):
+    """For one sample, early or late; one unit never moves, another is always NaN."""
+
+    class Sparse(nn.Module):
+        def forward(self, x):
+            flat = x.flatten(1)
+            loud = (flat > flat.new_tensor(0.9999)).to(x.dtype).amax(1, keepdim=True)
+            return torch.cat([flat[:, :3], flat[:, :3] * 0 + 5, loud, loud * torch.nan], 1)
+
+    x = torch.rand(40, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 0.9
+    for sample in (0, 17, 39):
+        marked = x.clone()
+        marked[sample, 0, 1, 2] = 1.0
+        for measure in (TransformationDistance(), SampleDistance()):
+            with pytest.warns(UserWarning, match="NaN"):
+                result = evaluate(nn.Sequential(Sparse()), marked, quarter_turns(), [measure], batch_size=batch_size)
+            assert result.dead["0"].tolist() == [False] * 3 + [True] * 3 + [False, False]

@@ -25,8 +25,15 @@ class Still(Accumulator):
         """The states after more rows."""
         x = rows.flat
         first = states["still_value"] if rows.before else x[0, 0].clone()
-        moved = (x != first).flatten(0, 1).any(0)
-        return {"still_value": first, "moved": moved | states["moved"] if rows.before else moved}
+        if not rows.before:
+            return {"still_value": first, "moved": _differ(x, first)}
+        moved = states["moved"]
+        if not x.is_cpu:  # where reading which ones have not moved would synchronise
+            return {"still_value": first, "moved": moved | _differ(x, first)}
+        if (still := (~moved).nonzero()[:, 0]).numel():  # after some rows few activations, or none
+            few = _differ(x.index_select(2, still), first[still])
+            moved = moved.index_put((still,), few)
+        return {"still_value": first, "moved": moved}
 
     def merge(self, a: States, b: States) -> States:
         """The states after the rows of both."""
@@ -36,3 +43,8 @@ class Still(Accumulator):
     def dead(self, states: States) -> Tensor:
         """Which activations never changed, over all samples and transformations."""
         return ~states["moved"]
+
+
+def _differ(x: Tensor, value: Tensor) -> Tensor:
+    """Which activations of rows (n, m, k) have another value than this one, (k,), anywhere."""
+    return (x != value).flatten(0, 1).any(0)
