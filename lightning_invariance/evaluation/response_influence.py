@@ -41,11 +41,16 @@ class ResponseInfluence:
     def of(self, shares: States) -> Tensor:
         """ψ of some samples, ``(samples, m)``, given ``changes`` ``(samples, m, channels)`` and ``column_spread``."""
         changes = torch.where(self._weights != 0, shares["changes"] * self._weights, 0.0).sum(2)
-        return self._of(changes, shares["column_spread"].sum(1) if self._of_spreads is not None else changes)
+        if self._of_spreads is None:
+            return changes - self._response
+        spreads = self._of_channels(shares["column_spread"].sum(1))
+        return changes - torch.where(self._of_spreads.any(0), spreads, 0.0) @ self._of_spreads.mT
 
     def of_found(self, found: FoundInfluences) -> Tensor:
-        """The same, given what C found of some samples."""
-        return self._of(found.changes, found.spreads)
+        """The same, given what C found of some samples, which is finite."""
+        if self._of_spreads is None:
+            return found.changes - self._response
+        return found.changes - self._of_channels(found.spreads).double() @ self._of_spreads.mT
 
     def for_c(self, deviations: Deviations) -> ChangesOfSamples | None:
         """What C needs to find the same; None where it cannot."""
@@ -59,13 +64,6 @@ class ResponseInfluence:
             ends[axis] = -1
         factors = (self._weights[0] / 2).view(ends or (1,)).expand(shape or (1,))
         return ChangesOfSamples(factors.reshape(-1).float(), deviations.reference)
-
-    def _of(self, changes: Tensor, spreads: Tensor) -> Tensor:
-        """The same, given the weighted changes ``(samples, m)`` and the squared deviations ``(samples, k)``."""
-        if self._of_spreads is None:
-            return changes - self._response
-        of_channels = self._of_channels(spreads).to(changes.dtype)
-        return changes - torch.where(self._of_spreads.any(0), of_channels, 0.0) @ self._of_spreads.mT
 
     def _of_channels(self, values: Tensor) -> Tensor:
         """``(rows, activations)`` → ``(rows, channels)``, summed over positions."""

@@ -233,7 +233,8 @@ def real_network(images: Path, weights: Path, subsets: int, transformations: int
     """Coverage of the values of all images by intervals of subsets, and tests of two subsets of them."""
     model, x = trained_resnet(images, weights)
     turns, start = rotations(transformations), time.perf_counter()
-    exact = evaluate(model, x, turns, progress=False)
+    measure = NormalizedVariance(response=True)
+    exact = evaluate(model, x, turns, measure, progress=False)
     truth = exact.per_layer()
     print(f"\nResNet-20, {len(x)} images, {transformations} rotations: {time.perf_counter() - start:.0f} s", flush=True)
     results: list[list[InvarianceResult]] = []
@@ -241,7 +242,8 @@ def real_network(images: Path, weights: Path, subsets: int, transformations: int
     for number in range(-(-subsets // per_order)):
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(number))
         parts = order.split(n)[: min(per_order, subsets - number * per_order)]
-        results.append([evaluate(model, x[part], turns, progress=False, confidence=0.95).reduced() for part in parts])
+        results.append([evaluate(model, x[part], turns, measure, progress=False, confidence=0.95) for part in parts])
+        results[-1] = [result.reduced() for result in results[-1]]
         print(f"  {sum(map(len, results))} subsets, {time.perf_counter() - start:.0f} s", flush=True)
     every = [result for some in results for result in some]
     intervals = [result.interval() for result in every]
@@ -255,6 +257,17 @@ def real_network(images: Path, weights: Path, subsets: int, transformations: int
     inside = sum(0.92 <= share <= 0.98 for share in covers.values())
     network = np.mean([each.network.low <= exact.mean() <= each.network.high for each in intervals])
     print(f"{inside} of {len(covers)} layers between .92 and .98, {len(every)} subsets; network {network:.3f}")
+    responses, bounds = (
+        exact.response["NormalizedVariance"],
+        [each.response_bounds["NormalizedVariance"] for each in every],
+    )
+    found = [
+        np.mean([(each[layer][0][j] <= value) & (value <= each[layer][1][j]) for each in bounds])
+        for layer, response in responses.items()
+        for j, value in enumerate(response[1:], 1)  # the identity is exactly 0
+    ]
+    quantiles = np.quantile(found, [0, 0.1, 0.5, 0.9, 1])
+    print(f"responses: covered {np.round(quantiles, 3)}, the least, the tenths and the most of {len(found)}")
     tests = [compare(a, b) for some in results for a, b in zip(some[::2], some[1::2], strict=False)]
     tests += [compare(a, b) for some in results for a, b in zip(some[1::2], some[2::2], strict=False)]
     single = np.mean([test.network.p < 0.05 for test in tests])

@@ -107,6 +107,7 @@ class Case(NamedTuple):
         measures: makes the measures.
         target: the largest ratio that is accepted.
         part: of the samples, for models that take long.
+        confidence: of intervals, which may need a second pass.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Case(NamedTuple):
     measures: Callable[[], list[Metric]]
     target: float
     part: float = 1.0
+    confidence: float | None = None
 
 
 CASES = [
@@ -129,6 +131,8 @@ CASES = [
     Case("default", "MobileNetV3-small, 64×64", default, 1.6),
     Case("and TD, SD, ND", "SimpleConv-32", distances, 1.8),
     Case("all measures", "SimpleConv-32", all_measures, 3.0),
+    Case("TV, intervals", "SimpleConv-32", lambda: [TransformationVariance()], 1.3, confidence=0.95),
+    Case("NV, intervals", "SimpleConv-32", lambda: [NormalizedVariance()], 2.2, confidence=0.95),
 ]
 
 
@@ -172,22 +176,27 @@ def transformed(images: torch.Tensor) -> list[torch.Tensor]:
     return [block.inputs.flatten(0, 1) for block in STLoader(images, TRANSFORMATIONS)]
 
 
-def time_of_ours(model: nn.Module, images: torch.Tensor, measures: list[Metric] | None = None) -> float:
+def time_of_ours(
+    model: nn.Module,
+    images: torch.Tensor,
+    measures: list[Metric] | None = None,
+    confidence: float | None = None,
+) -> float:
     """Seconds of evaluate()."""
     start = time.perf_counter()
-    evaluate(model, images, TRANSFORMATIONS, measures, progress=False)
+    evaluate(model, images, TRANSFORMATIONS, measures, confidence=confidence, progress=False)
     return time.perf_counter() - start
 
 
 def ratios(case: int, samples: int, rounds: int) -> tuple[list[float], str]:
     """Time of evaluate() over time of the bare forward passes, round by round, and the latter's median."""
-    _, name, measures, _, part = CASES[case]
+    _, name, measures, _, part, confidence = CASES[case]
     warnings.simplefilter("ignore")  # of NaN, which some units of an untrained network are for some measures
     model, images = model_and_images(name, samples * part)
     batches = transformed(images)
-    times = [(time_of_passes(model, batches), time_of_ours(model, images, measures())) for _ in range(rounds + 1)][
-        1:
-    ]  # the first warms up
+    times = [
+        (time_of_passes(model, batches), time_of_ours(model, images, measures(), confidence)) for _ in range(rounds + 1)
+    ][1:]  # the first warms up
     return [own / bare for bare, own in times], f"{statistics.median(bare for bare, _ in times):.2f} s"
 
 
