@@ -206,6 +206,24 @@ def test_merges_in_any_order(places, way):
     assert_is_mean_of(whole, rows[order], rtol=1e-10)
 
 
+def test_a_process_that_saw_no_row_finds_the_same():
+    measure = VarianceSameEquivariance(quarter_turns())
+    [accumulator] = measure.needs
+    maps = torch.rand(20, 4, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    maps[:, :, 1] = 0  # has no value, so that responses are those of two channels
+    rows, states = Rows(maps, torch.arange(20), keep_shares=True), accumulator.empty()
+    accumulator.add_(states, rows)
+    sums = Sums(states, 20, 4, (3, 6, 6))
+    seen, unseen = (InfluenceOnMean(measure, [accumulator], lambda: sums) for _ in range(2))
+    seen.add(rows)
+    unseen.states = {name: state.clone() for name, state in InfluenceOnMean.merged(unseen.states, seen.states).items()}
+    assert seen.finish(sums)
+    assert unseen.finish(sums)
+    assert len(seen.states["response_squares"]) == 4
+    for name, state in seen.states.items():
+        torch.testing.assert_close(unseen.states[name], state, rtol=0, atol=0)
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("n", "k"), [(0, 5), (1, 1), (3, 64), (7, 1500), (40, 5000)])

@@ -112,7 +112,8 @@ class InfluenceOnMean:
         if not bool((same & ~alike | ~finite & none).all()):
             return False
         units = max(1, int(finite.sum()))
-        response = self._measure.response_of(sums) if self._weights_of_response is not None else None
+        # Told by the merged states, since other processes may have seen all rows of this layer.
+        response = self._measure.response_of(sums) if self._of_response.sums.numel() else None
         self._found = {
             "numbers": states["numbers"],
             "on_mean": (states["on_sum"] - states["on_sum"].mean()) / units,
