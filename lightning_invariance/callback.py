@@ -91,7 +91,7 @@ class InvarianceMonitor(Callback):
         histograms: whether TensorBoard gets the distribution over channels.
         channel_axis: where the units stand in the activations of some layers; see :func:`evaluate`.
         operations: whether to measure operations, too; see there.
-        confidence: of intervals over samples, such as 0.95, which cost a second pass: also logs
+        confidence: of intervals over samples, such as 0.95, which cost most measures a second pass: also logs
             ``{Measure}_low/{layer}`` and ``{Measure}_high/{layer}``, which TensorBoard draws as bands (Custom Scalars),
             and marks in the evolution picture what differs from the untrained network. By default there are none.
         outputs: metrics of predictions and targets, such as an accuracy, of the network under each transformation; see

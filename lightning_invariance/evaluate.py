@@ -103,8 +103,9 @@ def evaluate(
             fit, the variances are computed in two walks instead, samples first and then some transformations at a
             time: the same values from twice as many forward passes, and more passes over the data. By default 2 GiB
             for rows longer than a batch, and else what is free.
-        confidence: of intervals over samples, such as 0.95: a second pass finds the standard error of every unit, and
-            how much each sample moves the mean of each layer, of the variances, distances and same-equivariances. See
+        confidence: of intervals over samples, such as 0.95: the standard error of every unit, and how much each sample
+            moves the mean of each layer, of the variances, distances and same-equivariances. Means over samples, such
+            as TransformationVariance, have them from one pass, quotients from a second one. See
             :meth:`InvarianceResult.interval` and :func:`compare`. By default there are none.
         outputs: metrics of predictions and targets, such as an accuracy: what the network's output (its logits, or the
             first tensor) is worth under each transformation, as ``result.outputs``. They need targets in the data.

@@ -6,7 +6,8 @@
  *     C = sum over columns j of sum_i (x_ij - mu_j)^2                                  (column_spread; SV, eq. 3)
  *     mu_j = c + o_j, the mean of column j over the N0 rows so far                     (centre and offsets)
  *
- * Rows. With a_j = x_ij - x_i1 (or from another column), a row adds sum a_j^2 - (sum a_j)^2 / m. A constant row adds exactly 0. No row adds less
+ * Rows. With a_j = x_ij - x_i1 (or from another column), a row adds sum a_j^2 - (sum a_j)^2 / m. A constant row adds
+ * exactly 0. No row adds less
  * than 0: one of its m deviations is 0, so that (sum a_j)^2 <= (m - 1) sum a_j^2.
  *
  * Columns. float32 does not hold c + o_j exactly. Let M = fl(c + o_j) and r = (c + o_j) - M, its rounding error, which

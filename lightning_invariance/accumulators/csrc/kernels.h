@@ -2,8 +2,8 @@
  *
  * A block x is (n, m, k) float32: n samples, m transformations and k activations, contiguous; that of differences.c may
  * be a part of a larger one, whose rows and columns lie further apart than they are long. deviations.c,
- * differences.c, influences.c and powers.c hold one of the sums each, with its derivation. module.c is the boundary to Python: it checks again what
- * kernels.py describes and passes, before a pointer is used. */
+ * differences.c, influences.c and powers.c hold one of the sums each, with its derivation. module.c is the boundary to
+ * Python: it checks again what kernels.py describes and passes, before a pointer is used. */
 
 #ifndef LIGHTNING_INVARIANCE_KERNELS_H
 #define LIGHTNING_INVARIANCE_KERNELS_H

@@ -64,8 +64,8 @@ static PyObject *refuse(const char *what)
 
 /* Pointers come with the number of elements behind them:
  * n, m, k, threads, before, width, wide, x, its values, row_spread, its values, column_spread, its values, centres, their
- * values, offsets, their values, changes (or 0), parts, channels, inner, reference, spreads (or 0), their values; smallest, largest, far, rows_for_far,
- * far_of_few. Returns whether columns are far apart. */
+ * values, offsets, their values, changes (or 0), parts, channels, inner, reference, spreads (or 0), their values;
+ * smallest, largest, far, rows_for_far, far_of_few. Returns whether columns are far apart. */
 static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     Py_ssize_t v[24];
@@ -95,7 +95,8 @@ static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_
              .wide = v[6] != 0, .row_spread = (double *)v[9], .column_spread = (double *)v[11],
              .centres = (const void *)v[13], .offsets = (void *)v[15],
              .limits = {(float)limit[0], (float)limit[1], limit[2], limit[3], limit[4]},
-             .spreads = (float *)v[22], .changes = (double *)v[17], .reference = v[17] ? reference : 0, .channels = channels, .inner = inner,
+             .spreads = (float *)v[22], .changes = (double *)v[17], .reference = v[17] ? reference : 0,
+             .channels = channels, .inner = inner,
              .share = share};
     for (Py_ssize_t left = n; left > 0; left -= j.n, j.x += j.n * m * k) {
         j.n = left <= MOST_VALUES / m ? left : MOST_VALUES / m;
