@@ -166,6 +166,18 @@ def test_channels_that_are_not_finite_stay_out_of_the_bounds():
     np.testing.assert_allclose(broken.response_bounds["NV"]["0"], plain.response_bounds["NV"]["0"], rtol=1e-4)
 
 
+@pytest.mark.parametrize("parent", [NormalizedVariance, TransformationVariance])
+def test_a_response_that_is_not_linear_has_no_bounds(parent):
+    class Root(parent):
+        def response_of(self, sums):
+            return super().response_of(sums).sqrt()
+
+    result = evaluate(nn.Sequential(nn.Identity()), images(20), rotations(8), [Root(response=True)], confidence=0.95)
+    assert len(result.response["Root"]["0"]) == 8
+    assert result.response_bounds == {}
+    assert result.interval()["0"].standard_error > 0
+
+
 def test_the_file_keeps_the_bounds_and_the_picture_has_bands(tmp_path):
     measure = {"NV": NormalizedVariance(response=True)}
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).double()

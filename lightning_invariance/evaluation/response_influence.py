@@ -73,8 +73,12 @@ class ResponseInfluence:
 
 
 def has_intervals(measure: Measure, sums: Sums) -> bool:
-    """Whether the response of a measure has intervals, and this layer has a response."""
-    return measure.has_response_intervals and measure.response_of(sums) is not None
+    """Whether this layer has a response, and it is linear in the changes as the measure says: a subclass may not be."""
+    response = measure.response_of(sums) if measure.has_response_intervals else None
+    if response is None:
+        return False
+    linear = (response_weights(measure, sums) * sums["changes"]).nansum(1)
+    return bool(((linear - response).abs() <= 1e-4 * response.abs()).logical_or(response.isnan()).all())
 
 
 def response_weights(measure: Measure, sums: Sums) -> Tensor:
