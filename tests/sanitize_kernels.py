@@ -23,7 +23,7 @@ import torch
 from lightning_invariance.accumulators import Deviations, Rows, kernels, means_of, pairs
 
 SOURCES = Path(kernels.__file__).parent / "csrc"
-FLAGS = ["-O1", "-g", "-fPIC", "-shared", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
+FLAGS = ["-O1", "-g", "-fPIC", "-shared", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-Wall", "-Werror"]
 FLAGS += ["-fno-sanitize-recover=undefined", "-DPy_LIMITED_API=0x030A0000", "-DFOR_EACH_PROCESSOR="]
 
 

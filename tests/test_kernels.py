@@ -296,7 +296,7 @@ def test_sums_that_c_cannot_add_to_are_left_alone():
 def test_c_refuses_sizes_that_do_not_fit_before_it_uses_a_pointer():
     x, tensors = torch.rand(4, 16, 128), sums()
     pointers = [number for tensor in (x, *tensors) for number in (tensor.data_ptr(), tensor.numel())]
-    fine = [4, 16, 128, 1, 0, 64, False, *pointers, *[0] * 7, *LIMITS]
+    fine = [4, 16, 128, 1, 0, 64, False, *pointers, *[0] * 6, *LIMITS]
     assert kernels._kernels.add_deviations(*fine) is False
     for place, value, words in [
         (0, 5, "another number of values"),
@@ -311,7 +311,7 @@ def test_c_refuses_sizes_that_do_not_fit_before_it_uses_a_pointer():
     ]:
         with pytest.raises(ValueError, match=words):
             kernels._kernels.add_deviations(*fine[:place], value, *fine[place + 1 :])
-    with pytest.raises(TypeError, match="Expected 29 arguments"):
+    with pytest.raises(TypeError, match="Expected 28 arguments"):
         kernels._kernels.add_deviations(*fine[1:])
     network = torch.tensor([[0, 1], [1, 200]], dtype=torch.int32)
     total = torch.zeros(128, dtype=torch.float64)
@@ -402,14 +402,14 @@ def test_c_refuses_spreads_and_powers_of_other_sizes():
     pointers = [number for tensor in (x, *tensors) for number in (tensor.data_ptr(), tensor.numel())]
     with pytest.raises(ValueError, match="spreads are of another size"):
         kernels._kernels.add_deviations(
-            4, 16, 128, 1, 0, 64, False, *pointers, *[0] * 5, spreads.data_ptr(), 3 * 128, *LIMITS
+            4, 16, 128, 1, 0, 64, False, *pointers, *[0] * 4, spreads.data_ptr(), 3 * 128, *LIMITS
         )
     shares, centre = torch.rand(4, 128), torch.zeros(128, dtype=torch.float64)
-    powers, on_sum = torch.zeros(4, 128, dtype=torch.float64), torch.zeros(1, 4, dtype=torch.float64)
+    powers, on_sum = torch.zeros(4, 128, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     pointers = [number for tensor in (shares, centre, powers) for number in (tensor.data_ptr(), tensor.numel())]
-    fine = [4, 128, 1, False, *pointers, on_sum.data_ptr(), 1, 0.5]
+    fine = [4, 128, 1, False, *pointers, on_sum.data_ptr(), 4, 0.5]
     kernels._kernels.add_powers(*fine)
-    torch.testing.assert_close(on_sum[0], shares.double().sum(1) / 2)
+    torch.testing.assert_close(on_sum, shares.double().sum(1) / 2)
     for place, value, words in [
         (0, 5, "another number of values"),
         (7, 64, "other sizes"),

@@ -100,8 +100,6 @@ class Deviations(Accumulator):
         if self.response and not (in_c and beside.changes is not None):
             added = scaled_changes(rows, self.reference)
             states["changes"] = states["changes"] + added if states["changes"].numel() else added
-        elif beside.changes is not None and beside.changes.shape[0] > 1:
-            states["changes"] += beside.changes.sum(0)
 
     def merge(self, a: States, b: States) -> States:
         r"""The states after the rows of both (Chan, Golub and LeVeque 1983, the paper's reference 20).
@@ -150,7 +148,7 @@ class Deviations(Accumulator):
         return (states["row_spread"] == 0) & (states["column_spread"] == 0).all(0)
 
     def _beside(self, states: States, rows: Rows) -> kernels.Beside:
-        """What C is to find beside the sums, and where it adds changes: to the state itself, if one thread does."""
+        """What C is to find beside the sums."""
         n, m, *shape = rows.values.shape
         if not self.squared or not kernels.takes(rows.values) or m > MOST_VALUES:
             return kernels.Beside()
@@ -160,9 +158,7 @@ class Deviations(Accumulator):
         channels, inner = (shape[rows.channel_axis], math.prod(shape[rows.channel_axis + 1 :])) if shape else (1, 1)
         if not states["changes"].numel():
             states["changes"] = torch.zeros(m, channels, dtype=torch.float64)
-        number = kernels.parts_of(math.prod(shape))
-        parts = states["changes"][None] if number == 1 else torch.zeros(number, m, channels, dtype=torch.float64)
-        return kernels.Beside(parts, self.reference, inner, spreads)
+        return kernels.Beside(states["changes"], self.reference, inner, spreads)
 
     def _add(self, states: States, x: Tensor, before: int, beside: kernels.Beside) -> bool:
         """Add rows ``x`` (n, m, k) to those before; whether C did."""

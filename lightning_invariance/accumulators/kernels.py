@@ -21,9 +21,6 @@ except ImportError:
 #: How many activations C reads together; offsets may lie in tiles of a multiple of it.
 WIDTH: int = getattr(_kernels, "WIDTH", 64)
 
-#: How many activations a thread takes at a time.
-SHARE: int = getattr(_kernels, "SHARE", 1024)
-
 #: The most columns of :func:`add_deviations` and of :func:`absolute_differences`.
 MOST_COLUMNS: int = getattr(_kernels, "MOST_VALUES", 256)
 MOST_SORTED: int = getattr(_kernels, "MOST_SORTED", 64)
@@ -52,8 +49,8 @@ class Beside(NamedTuple):
     """What :func:`add_deviations` finds beside its sums.
 
     Attributes:
-        changes: ``(parts, m, channels)`` in float64, to which half the squared deviations from a column are added,
-            summed over the positions of each channel; each part of the activations has its own, for as many threads.
+        changes: ``(m, channels)`` in float64, to which half the squared deviations from a column are added, summed
+            over the positions of each channel.
         reference: which column.
         inner: how many neighbouring activations belong to one channel, before the next one's follow.
         spreads: ``(n, k)`` in float32, which then hold the squared deviations within each row.
@@ -70,11 +67,6 @@ class Beside(NamedTuple):
 
 
 NOTHING = Beside()
-
-
-def parts_of(k: int) -> int:
-    """In how many parts C should take k activations where each has sums of its own."""
-    return min(torch.get_num_threads(), -(-k // SHARE))
 
 
 def takes(x: Tensor) -> bool:
@@ -130,7 +122,7 @@ def add_deviations(
         and column_spread.is_cpu
         and centres.is_cpu
         and offsets.is_cpu
-        and (changes is None or (changes.is_contiguous() and changes.shape[1] == m and changes.dtype == torch.float64))
+        and (changes is None or (changes.is_contiguous() and changes.shape[0] == m and changes.dtype == torch.float64))
     ):
         return None
     x = x.contiguous()
@@ -152,7 +144,7 @@ def add_deviations(
         centres.numel(),
         offsets.data_ptr(),
         offsets.numel(),
-        *((0, 0, 0, 0) if changes is None else (changes.data_ptr(), changes.shape[0], changes.shape[2], inner)),
+        *((0, 0, 0) if changes is None else (changes.data_ptr(), changes.shape[1], inner)),
         reference,
         *((0, 0) if spreads is None else (spreads.data_ptr(), spreads.numel())),
         *limits,
@@ -246,23 +238,22 @@ def add_influences(
     n, m = x.shape[:2]
     if not takes(x) or not hasattr(_kernels, "add_influences") or (of_changes and m > MOST_COLUMNS):
         return None
-    x, k, parts = x.contiguous(), counts.shape[0], parts_of(counts.shape[0])
-    found = FoundInfluences(torch.zeros(parts, n, dtype=torch.float64), torch.zeros(0), torch.zeros(0))
+    x, k = x.contiguous(), counts.shape[0]
+    found = FoundInfluences(torch.zeros(n, dtype=torch.float64), torch.zeros(0), torch.zeros(0))
     factors, reference = (torch.zeros(0), 0) if of_changes is None else of_changes
     if of_changes is not None:
-        changes, spreads = torch.zeros(parts, n, m, dtype=torch.float64), torch.empty(n, k)
+        changes, spreads = torch.zeros(n, m, dtype=torch.float64), torch.empty(n, k)
         found = found._replace(changes=changes, spreads=spreads)
-    tensors = (x, means.contiguous(), weights.contiguous(), counts.contiguous(), squares, fourths)
+    tensors = (x, means.contiguous(), weights.contiguous(), counts.contiguous(), squares, fourths, found.on_sum)
     beside = (factors, found.changes, found.spreads)
     if n:
         _kernels.add_influences(  # type: ignore[union-attr]
             *(n, m, k, torch.get_num_threads()),
             *(number for tensor in tensors for number in (tensor.data_ptr(), tensor.numel())),
-            *(found.on_sum.data_ptr(), parts),
             *(number for tensor in beside for number in (tensor.data_ptr(), tensor.numel())),
             reference,
         )
-    return FoundInfluences(found.on_sum.sum(0), found.changes.sum(0), found.spreads)
+    return found
 
 
 def add_powers(shares: Tensor, weight: float, centre: Tensor, powers: Tensor) -> Tensor | None:
@@ -284,12 +275,12 @@ def add_powers(shares: Tensor, weight: float, centre: Tensor, powers: Tensor) ->
     if _kernels is None or not shares.is_cpu or not (wide or shares.dtype == torch.float32):
         return None
     n, k = shares.shape
-    on_sum = torch.zeros(parts_of(k), n, dtype=torch.float64)
+    on_sum = torch.zeros(n, dtype=torch.float64)
     if n:
-        tensors = (shares.contiguous(), centre, powers)
+        tensors = (shares.contiguous(), centre, powers, on_sum)
         _kernels.add_powers(
             *(n, k, torch.get_num_threads(), wide),
             *(number for tensor in tensors for number in (tensor.data_ptr(), tensor.numel())),
-            *(on_sum.data_ptr(), len(on_sum), weight),
+            weight,
         )
-    return on_sum.sum(0)
+    return on_sum

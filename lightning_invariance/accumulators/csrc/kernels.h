@@ -16,7 +16,7 @@
 #define WIDTH (LANES * REGISTERS)
 #define MOST_VALUES 256 /* rows times columns of one step: bounds the rounding of a float32 sum */
 #define MOST_SORTED 64  /* columns of a row that is sorted in the first cache */
-#define SHARE 1024      /* activations that a thread takes at a time, a multiple of WIDTH; with changes, k / parts */
+#define SHARE 1024      /* activations that a thread takes at a time, a multiple of WIDTH; in `cut`, k / parts */
 
 /* A copy of a function for each generation of processors, of which the loader takes the best. */
 #if defined(FOR_EACH_PROCESSOR) /* by whoever compiles */

@@ -28,6 +28,35 @@ static void run(job *j, Py_ssize_t threads)
     Py_END_ALLOW_THREADS
 }
 
+/* Cuts the activations into a part for each thread, so that each part can have sums over activations of its own: they do
+ * not depend on which thread takes which part. Returns the number of parts. */
+static Py_ssize_t cut(job *j, Py_ssize_t threads)
+{
+    const Py_ssize_t most = (j->k - 1) / SHARE + 1, parts = threads < most ? (threads > 1 ? threads : 1) : most;
+    j->share = ((j->k - 1) / parts / WIDTH + 1) * WIDTH;
+    return parts;
+}
+
+/* Room for `size` sums of each part, which are 0; the sums themselves where there is one part. */
+static double *apart(double *sums, Py_ssize_t parts, Py_ssize_t size)
+{
+    double *const own = parts == 1 || !sums ? sums : PyMem_Calloc((size_t)(parts * size), sizeof(double));
+    if (sums && !own)
+        PyErr_NoMemory();
+    return own;
+}
+
+/* Adds what the parts came to, and frees their room. */
+static void join(double *sums, double *own, Py_ssize_t parts, Py_ssize_t size)
+{
+    if (own == sums)
+        return;
+    for (Py_ssize_t part = 0; own && part < parts; part++)
+        for (Py_ssize_t at = 0; at < size; at++)
+            sums[at] += own[part * size + at];
+    PyMem_Free(own);
+}
+
 /* Reads `count` integers from the arguments, and after them `doubles` numbers. */
 static int read_numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t count, Py_ssize_t *numbers, int doubles,
                         double *values)
@@ -64,13 +93,12 @@ static PyObject *refuse(const char *what)
 
 /* Pointers come with the number of elements behind them:
  * n, m, k, threads, before, width, wide, x, its values, row_spread, its values, column_spread, its values, centres, their
- * values, offsets, their values, changes (or 0), parts, channels, inner, reference, spreads (or 0), their values;
- * smallest, largest, far, rows_for_far, far_of_few. Returns whether columns are far apart. */
+ * values, offsets, their values, changes (or 0), channels, inner, reference, spreads (or 0), their values; smallest, largest, far, rows_for_far, far_of_few. Returns whether columns are far apart. */
 static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    Py_ssize_t v[24];
+    Py_ssize_t v[23];
     double limit[5];
-    if (!read_numbers(args, given, 24, v, 5, limit))
+    if (!read_numbers(args, given, 23, v, 5, limit))
         return NULL;
     const Py_ssize_t n = v[0], m = v[1], k = v[2], width = v[5];
     if (!is_block(n, m, k, v[8]))
@@ -83,21 +111,23 @@ static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_
         return refuse("the offsets lie in tiles of another width");
     if (v[4] < 0 || !v[7] || !v[9] || !v[11] || !v[13] || !v[15])
         return refuse("a pointer or the number of rows is missing");
-    const Py_ssize_t parts = v[18], channels = v[19], inner = v[20], reference = v[21];
-    if (v[17] && (parts <= 0 || channels <= 0 || inner <= 0 || k % channels || k / channels % inner || reference < 0
+    const Py_ssize_t channels = v[18], inner = v[19], reference = v[20];
+    if (v[17] && (channels <= 0 || inner <= 0 || k % channels || k / channels % inner || reference < 0
                   || reference >= m))
         return refuse("the changes are of other sizes");
-    if (v[22] && v[23] != n * k)
+    if (v[21] && v[22] != n * k)
         return refuse("the spreads are of another size");
-    /* Each part of the activations is added to changes of its own, whichever thread takes it. */
-    const Py_ssize_t share = v[17] ? ((k - 1) / parts / WIDTH + 1) * WIDTH : SHARE;
     job j = {.task = deviations, .x = (const float *)v[7], .m = m, .k = k, .total = (double)v[4], .width = width,
              .wide = v[6] != 0, .row_spread = (double *)v[9], .column_spread = (double *)v[11],
              .centres = (const void *)v[13], .offsets = (void *)v[15],
              .limits = {(float)limit[0], (float)limit[1], limit[2], limit[3], limit[4]},
-             .spreads = (float *)v[22], .changes = (double *)v[17], .reference = v[17] ? reference : 0,
-             .channels = channels, .inner = inner,
-             .share = share};
+             .spreads = (float *)v[21], .reference = v[17] ? reference : 0, .channels = channels, .inner = inner,
+             .share = SHARE};
+    double *const changes = (double *)v[17];
+    const Py_ssize_t parts = changes ? cut(&j, v[3]) : 1;
+    j.changes = apart(changes, parts, m * channels);
+    if (changes && !j.changes)
+        return NULL;
     for (Py_ssize_t left = n; left > 0; left -= j.n, j.x += j.n * m * k) {
         j.n = left <= MOST_VALUES / m ? left : MOST_VALUES / m;
         j.before = j.total;
@@ -106,6 +136,7 @@ static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_
         if (j.spreads)
             j.spreads += j.n * k;
     }
+    join(changes, j.changes, parts, m * channels);
     return PyBool_FromLong(j.far);
 }
 
@@ -149,29 +180,37 @@ static PyObject *absolute_differences(PyObject *self, PyObject *const *args, Py_
 }
 
 /* n, m, k, threads, x, its values, means, their values, weights, their values, counts, their values, squares, their
- * values, fourths, their values, on_mean, parts, factors (or 0), their values, changes, their values, spreads, their
- * values, reference. */
+ * values, fourths, their values, on_mean, its values, factors (or 0), their values, changes, their values, spreads,
+ * their values, reference. */
 static PyObject *add_influences(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     Py_ssize_t v[25];
     if (!read_numbers(args, given, 25, v, 0, NULL))
         return NULL;
-    const Py_ssize_t n = v[0], m = v[1], k = v[2], parts = v[17];
+    const Py_ssize_t n = v[0], m = v[1], k = v[2];
     if (!is_block(n, m, k, v[5]))
         return refuse("the block has another number of values");
-    if (v[7] != m * k || v[9] / 3 != k || v[9] % 3 || v[11] != k || v[13] != k || v[15] != k || parts <= 0)
+    if (v[7] != m * k || v[9] / 3 != k || v[9] % 3 || v[11] != k || v[13] != k || v[15] != k || v[17] != n)
         return refuse("the means, the weights or the sums are of other sizes");
     for (int i = 4; i < 18; i += 2)
         if (!v[i])
             return refuse("a pointer is missing");
-    if (v[18] && (m > MOST_VALUES || v[19] != k || !v[20] || v[21] / parts != n * m || v[21] % parts || !v[22]
-                  || v[23] != n * k || v[24] < 0 || v[24] >= m))
+    if (v[18] && (m > MOST_VALUES || v[19] != k || !v[20] || v[21] != n * m || !v[22] || v[23] != n * k || v[24] < 0
+                  || v[24] >= m))
         return refuse("the factors, the changes or the spreads are of other sizes");
     job j = {.task = influences, .x = (const float *)v[4], .m = m, .k = k, .means = (const float *)v[6],
              .weights = (const float *)v[8], .counts = (const int *)v[10], .squares = (double *)v[12],
-             .fourths = (double *)v[14], .on_mean = (double *)v[16], .rows = n, .factors = (const float *)v[18],
-             .changes = (double *)v[20], .spreads = (float *)v[22], .reference = v[24],
-             .share = ((k - 1) / parts / WIDTH + 1) * WIDTH};
+             .fourths = (double *)v[14], .rows = n, .factors = (const float *)v[18], .spreads = (float *)v[22],
+             .reference = v[24]};
+    double *const on_mean = (double *)v[16], *const changes = j.factors ? (double *)v[20] : NULL;
+    const Py_ssize_t parts = cut(&j, v[3]);
+    double *const own = apart(on_mean, parts, n), *const own_changes = own ? apart(changes, parts, n * m) : NULL;
+    if (!own || (changes && !own_changes)) {
+        join(on_mean, own, 0, 0);
+        return NULL;
+    }
+    j.on_mean = own;
+    j.changes = own_changes;
     const Py_ssize_t step = j.factors ? MOST_VALUES / m : n;
     for (Py_ssize_t left = n; left > 0; left -= j.n, j.x += j.n * m * k, j.on_mean += j.n) {
         j.n = left < step ? left : step;
@@ -181,28 +220,35 @@ static PyObject *add_influences(PyObject *self, PyObject *const *args, Py_ssize_
             j.spreads += j.n * k;
         }
     }
+    join(on_mean, own, parts, n);
+    join(changes, own_changes, parts, n * m);
     Py_RETURN_NONE;
 }
 
-/* n, k, threads, wide, shares, their values, centre, its values, powers, their values, on_mean, parts; weight. */
+/* n, k, threads, wide, shares, their values, centre, its values, powers, their values, on_mean, its values; weight. */
 static PyObject *add_powers(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     Py_ssize_t v[12];
     double weight;
     if (!read_numbers(args, given, 12, v, 1, &weight))
         return NULL;
-    const Py_ssize_t n = v[0], k = v[1], parts = v[11];
+    const Py_ssize_t n = v[0], k = v[1];
     if (!is_block(n, 1, k, v[5]))
         return refuse("the block has another number of values");
-    if (v[7] != k || v[9] / 4 != k || v[9] % 4 || parts <= 0)
+    if (v[7] != k || v[9] / 4 != k || v[9] % 4 || v[11] != n)
         return refuse("the centre or the sums are of other sizes");
     for (int i = 4; i < 12; i += 2)
         if (!v[i])
             return refuse("a pointer is missing");
     job j = {.task = powers, .x = v[3] ? NULL : (const float *)v[4], .shares = v[3] ? (const double *)v[4] : NULL, .n = n,
-             .rows = n, .m = 1, .k = k, .centre = (const double *)v[6], .powers = (double *)v[8], .on_mean = (double *)v[10],
-             .weight = weight, .share = ((k - 1) / parts / WIDTH + 1) * WIDTH};
+             .rows = n, .m = 1, .k = k, .centre = (const double *)v[6], .powers = (double *)v[8], .weight = weight};
+    double *const on_mean = (double *)v[10];
+    const Py_ssize_t parts = cut(&j, v[2]);
+    j.on_mean = apart(on_mean, parts, n);
+    if (!j.on_mean)
+        return NULL;
     run(&j, v[2]);
+    join(on_mean, j.on_mean, parts, n);
     Py_RETURN_NONE;
 }
 
