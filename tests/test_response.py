@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_invariance import TransformationSet, evaluate, functional, quarter_turns, rotations, scales, translations
-from lightning_invariance.accumulators import Deviations, Rows, kernels
+from lightning_invariance.accumulators import Deviations, Rows, deviations, kernels
 from lightning_invariance.measures import NormalizedVariance, SampleVariance, TransformationVariance
 
 IMAGES = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -100,6 +100,8 @@ def test_it_must_be_asked_for_and_makes_sense():
 #: Activations and the axis of their channels: maps in tiles of one channel and of several, tokens, and single units.
 ACTIVATIONS = [((3, 16, 16), 0), ((40, 7, 7), 0), ((5, 4, 4), 0), ((100,), 0)]
 ACTIVATIONS += [((64, 128), 1), ((9, 130), 1), ((6, 5, 64), 1)]
+# Channels that end within a tile and begin again: of as many neighbours as halve a tile, and of others.
+ACTIVATIONS += [((40, 3, 4), 1), ((70, 3), 1), ((24, 3, 5), 1), ((32, 2, 2), 0), ((16, 2, 4), 0), ((12, 4, 8), 0)]
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -107,6 +109,7 @@ ACTIVATIONS += [((64, 128), 1), ((9, 130), 1), ((6, 5, 64), 1)]
 @pytest.mark.parametrize("reference", [0, 2, None])
 @pytest.mark.parametrize(("shape", "axis"), ACTIVATIONS)
 def test_changes_of_any_activation_are_the_definition(shape, axis, reference, threads, scale, compiled, monkeypatch):
+    monkeypatch.setattr(deviations, "FEWEST_FLOAT32_VALUES", 0)
     if not compiled:
         monkeypatch.setattr(kernels, "_kernels", None)
     generator = torch.Generator().manual_seed(0)
@@ -126,6 +129,26 @@ def test_changes_of_any_activation_are_the_definition(shape, axis, reference, th
     torch.testing.assert_close(states["changes"], expected, rtol=1e-5, atol=0)
     spread = states["row_spread"].view(shape).movedim(axis, 0).reshape(shape[axis], -1)
     torch.testing.assert_close(spread, of_rows.square().sum((0, 1)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_first_block_whose_columns_are_far_apart(compiled, monkeypatch):
+    """Its sums are taken again in float64, and count once."""
+    if not compiled:
+        monkeypatch.setattr(kernels, "_kernels", None)
+    generator = torch.Generator().manual_seed(0)
+    far = 1e4 * torch.randn(1, 8, 16, 16, 16, generator=generator)
+    st = far + torch.randn(24, 8, 16, 16, 16, generator=generator)
+    accumulator = Deviations(response=True, reference=0)
+    states = accumulator.empty()
+    for before, block in zip((0, 8, 16), st.split(8), strict=True):
+        accumulator.add_(states, Rows(block, before=before))
+        assert states["offsets"].dtype == torch.float64
+    x = st.double()
+    apart = (x - x[:, [0]]).square().sum((0, 3, 4)) / 2
+    torch.testing.assert_close(states["changes"], apart, rtol=1e-5, atol=0)
+    torch.testing.assert_close(states["row_spread"], 7 * x.var(1).sum(0).flatten(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(states["column_spread"][0], 23 * x.var(0).sum(0).flatten(), rtol=1e-5, atol=0)
 
 
 def test_a_nan_stays_in_its_channel_and_transformation():

@@ -6,7 +6,8 @@ A measure of your own names one of these, or an :class:`Accumulator` of its own.
 from lightning_invariance.accumulators.base import Accumulator, Context, Rows, States
 from lightning_invariance.accumulators.by_class import ByClass
 from lightning_invariance.accumulators.changes import Changes
-from lightning_invariance.accumulators.deviations import Deviations, means_of
+from lightning_invariance.accumulators.column_means import means_of
+from lightning_invariance.accumulators.deviations import Deviations
 from lightning_invariance.accumulators.distances import RowDistances
 from lightning_invariance.accumulators.grouped_pairs import GroupedPairs
 from lightning_invariance.accumulators.long_rows import LongRows

@@ -8,7 +8,6 @@ have their own operations in ``devices.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from lightning_invariance.accumulators import devices, kernels
 from lightning_invariance.accumulators.base import N_SAMPLES, Accumulator, Context, Rows, States
 from lightning_invariance.accumulators.changes import changes_of_samples, scaled_changes
+from lightning_invariance.accumulators.column_means import far_apart, means_of, narrow, widen
 from lightning_invariance.accumulators.memory import chunk_length, scratch
 from lightning_invariance.accumulators.shares import deviations_of_samples
 
@@ -50,7 +50,8 @@ class Deviations(Accumulator):
     - ``row_spread`` ``(k,)``: :math:`\sum_i \sum_j (x_{ij} - \bar x_{i \cdot})^2`, float64.
     - ``column_spread`` ``(1, k)``: :math:`\sum_j \sum_i (x_{ij} - \mu_j)^2`, float64, about the means as they are kept.
     - ``centres`` ``(k,)`` and ``offsets`` ``(k / width, m, width)``: the column means, :math:`\mu_j = c + o_j`; see
-      :func:`means_of`. In float32 where that suffices, which halves the memory.
+      :func:`~lightning_invariance.accumulators.column_means.means_of`. In float32 where that suffices, which halves
+      the memory.
 
     With ``squared=False``, ``row_spread`` is the sum of the rows' standard deviations, and ``column_spread`` ``(m, k)``
     is kept for each column. With ``response``, ``changes`` ``(m, channels)`` tells what each transformation changes;
@@ -80,21 +81,15 @@ class Deviations(Accumulator):
 
     def add_(self, states: States, rows: Rows) -> None:
         """Add rows in place: on the CPU in C where it takes them, and elsewhere as ``devices.py`` does."""
-        x, most, before = rows.flat, max(1, MOST_VALUES // rows.values.shape[1]), rows.before
+        x = rows.flat
         if not states["centres"].numel():
             states.update(self._first(x))
         if not x.is_cpu:
             devices.add_deviations(states, rows, LIMITS, self.squared, self.response, self.reference)
             return
-        beside, in_c = self._beside(states, rows), True
-        if rows.before < 2:  # how far columns are apart cannot be told of fewer than two rows
-            some, x = x[:most], x[most:]
-            before += some.shape[0]
-            _widen(states)
-            in_c = self._add(states, some, rows.before, beside.of(slice(most)))
-            if some.dtype == torch.float32 and states["offsets"].numel() >= FEWEST_FLOAT32_VALUES:
-                _narrow(states, before)
-        in_c = self._add(states, x, before, beside.of(slice(before - rows.before, None))) if x.shape[0] else in_c
+        beside = self._beside(states, rows)
+        add = self._add if rows.before > 1 else self._add_first
+        in_c = add(states, x, rows.before, beside)
         if in_c and beside.spreads is not None:
             rows.memo[SPREADS] = beside.spreads
         if self.response and not (in_c and beside.changes is not None):
@@ -123,7 +118,7 @@ class Deviations(Accumulator):
             **response,
         }
         if a["offsets"].dtype == b["offsets"].dtype != means.dtype:
-            _narrow(states, int(n + n_other))
+            narrow(states, LIMITS, int(n + n_other))
         return states
 
     def shares(self, rows: Rows, totals: States | None) -> States:
@@ -160,30 +155,49 @@ class Deviations(Accumulator):
             states["changes"] = torch.zeros(m, channels, dtype=torch.float64)
         return kernels.Beside(states["changes"], self.reference, inner, spreads)
 
+    def _add_first(self, states: States, x: Tensor, before: int, beside: kernels.Beside) -> bool:
+        """Add rows after fewer than two, of which cannot be told how far columns are apart; whether C did."""
+        if not before and states["offsets"].dtype == torch.float32:
+            in_c = self._add(states, x, before, beside)
+            if states["offsets"].dtype == torch.float32:
+                return in_c
+            states.update(self._first(x, wide=True))  # columns are so far apart that the sums have lost digits
+            if beside.changes is not None:
+                beside.changes.zero_()
+        most = max(1, MOST_VALUES // x.shape[1])
+        some, x = x[:most], x[most:]
+        widen(states)
+        in_c = self._add(states, some, before, beside.of(slice(most)))
+        before += len(some)
+        if some.dtype == torch.float32 and states["offsets"].numel() >= FEWEST_FLOAT32_VALUES:
+            narrow(states, LIMITS, before)
+        return self._add(states, x, before, beside.of(slice(most, None))) if len(x) else in_c
+
     def _add(self, states: States, x: Tensor, before: int, beside: kernels.Beside) -> bool:
         """Add rows ``x`` (n, m, k) to those before; whether C did."""
         if x.dtype == torch.float64 != states["offsets"].dtype:
-            _widen(states)
+            widen(states)
         sums = (states["row_spread"], states["column_spread"], states["centres"], states["offsets"])
         far = kernels.add_deviations(x, before, *sums, LIMITS, beside) if self.squared else None
         if far is None:
             for part in torch.split(x, max(1, MOST_VALUES // x.shape[1])):
                 if self._add_by_pytorch(states, part, before):
-                    _widen(states)
+                    widen(states)
                 before += len(part)
         elif far:
-            _widen(states)
+            widen(states)
         return far is not None
 
-    def _first(self, x: Tensor) -> States:
+    def _first(self, x: Tensor, wide: bool = False) -> States:
         """States without rows whose means are the first row of ``x``: constant columns then deviate by exactly 0."""
-        _, m, k = x.shape
-        wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
-        first = x[0].to(wide)
+        n, m, k = x.shape
+        double = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
+        in_float32 = not wide and x.is_cpu and n > 1 and m * k >= FEWEST_FLOAT32_VALUES
+        first = x[0].to(x.dtype if in_float32 else double)
         low, high = first.amin(0), first.amax(0)
         # The differences of close numbers are exact. Columns that are not close have no centre.
         centres = torch.where(high - low <= CLOSE * first[0].abs(), first[0], 0)
-        squares = torch.zeros(1 if self.squared else m, k, dtype=wide, device=x.device)
+        squares = torch.zeros(1 if self.squared else m, k, dtype=double, device=x.device)
         if kernels.takes(x):
             tiles = k // kernels.WIDTH if k % kernels.WIDTH == 0 else 1
         else:  # a tile for each of PyTorch's threads, which then read what they wrote themselves; elsewhere one
@@ -194,8 +208,8 @@ class Deviations(Accumulator):
     def _add_by_pytorch(self, states: States, x: Tensor, before: int) -> bool:
         """Add rows ``x`` (n, m, k); whether columns are so far apart that float32 offsets are too coarse."""
         offsets, spread = states["offsets"], states["row_spread"]
-        narrow = offsets.dtype == torch.float32 and max(x.shape[:2]) <= MOST_VALUES
-        dtype = torch.float32 if narrow else spread.dtype
+        in_float32 = offsets.dtype == torch.float32 and max(x.shape[:2]) <= MOST_VALUES
+        dtype = torch.float32 if in_float32 else spread.dtype
         tiles, _, width = offsets.shape
         axis = 0 if tiles > width else -1
         length = max(1, chunk_length(x) // (width if axis == 0 else tiles))
@@ -209,7 +223,7 @@ class Deviations(Accumulator):
         states["row_spread"] = spread + rows.flatten()
         states["column_spread"] = states["column_spread"] + squares.movedim(1, 0).flatten(1)
         states["offsets"] = moved
-        return offsets.dtype != spread.dtype and _far_apart(states, before + len(x))
+        return offsets.dtype != spread.dtype and far_apart(states, LIMITS, before + len(x))
 
     def _sums_of_piece(self, piece: _Piece, wide: torch.dtype, kept: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """What some activations add to ``row_spread`` and ``column_spread``, and their new offsets.
@@ -262,30 +276,6 @@ class _Piece(NamedTuple):
     def to(self, dtype: torch.dtype) -> _Piece:
         """The same in another type."""
         return _Piece(self.x.to(dtype), self.centres.to(dtype), self.offsets.to(dtype), self.before)
-
-
-def means_of(states: Mapping[str, Tensor]) -> Tensor:
-    """The means of the columns, ``(m, k)`` in the type of ``row_spread``."""
-    return states["offsets"].movedim(1, 0).flatten(1).to(states["row_spread"].dtype) + states["centres"]
-
-
-def _widen(states: States) -> None:
-    """Make the means float64."""
-    for name in ("centres", "offsets"):
-        states[name] = states[name].to(states["row_spread"].dtype)
-
-
-def _narrow(states: States, n: int) -> None:
-    """Make the means float32, where that is not too coarse for the squared deviations of n rows."""
-    if not _far_apart(states, n):
-        states.update({name: states[name].float() for name in ("centres", "offsets")})
-
-
-def _far_apart(states: States, n: int) -> bool:
-    """Whether float32 offsets are too coarse for the squared deviations of n rows."""
-    far = LIMITS.far if n >= LIMITS.rows_for_far else LIMITS.far_of_few
-    spread, squares = states["column_spread"].sum(0), states["offsets"].double().square().sum(1).flatten()
-    return bool(((spread > 0) & (spread < far * n * squares)).any())
 
 
 def _lost(squares: Tensor, sums: Tensor) -> bool:

@@ -106,7 +106,8 @@ def isolated_random_state(seed: int) -> Iterator[None]:
     try:
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        # Without an accelerator, torch.manual_seed would note the seed and its caller for CUDA, once more each time.
+        (torch if torch.accelerator.is_available() else torch.default_generator).manual_seed(seed)
         yield
     finally:
         random.setstate(states[0])

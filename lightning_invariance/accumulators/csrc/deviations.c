@@ -7,8 +7,7 @@
  *     mu_j = c + o_j, the mean of column j over the N0 rows so far                     (centre and offsets)
  *
  * Rows. With a_j = x_ij - x_i1 (or from another column), a row adds sum a_j^2 - (sum a_j)^2 / m. A constant row adds
- * exactly 0. No row adds less
- * than 0: one of its m deviations is 0, so that (sum a_j)^2 <= (m - 1) sum a_j^2.
+ * exactly 0. No row adds less than 0: one of its m deviations is 0, so that (sum a_j)^2 <= (m - 1) sum a_j^2.
  *
  * Columns. float32 does not hold c + o_j exactly. Let M = fl(c + o_j) and r = (c + o_j) - M, its rounding error, which
  * float32 does hold (Knuth's two-sum). The deviations of the n new rows are taken from M: d_i = x_ij - M. The N0 rows
@@ -31,43 +30,10 @@
  * WIDTH activations at a time go through all rows and columns, so that their sums stay in registers. Offsets may lie
  * WIDTH by WIDTH, (k / width, m, width), so that all that is needed at a time is close together in memory. */
 
-#include "kernels.h"
+#include "changes.h"
+#include "tiles.h"
 
-#include <stdint.h>
 #include <string.h>
-
-typedef float lanes __attribute__((vector_size(LANES * sizeof(float))));
-typedef int bits __attribute__((vector_size(LANES * sizeof(int))));
-typedef lanes unaligned __attribute__((aligned(sizeof(float)), may_alias)); /* loads from any float address */
-
-/* Prefetches an address `distance` elements further into the second cache. A prefetch of an address past the end of an
- * array has no effect; the arithmetic on uintptr_t is defined there, that on pointers would not be. */
-#define PREFETCH(pointer, distance, for_writing)                                                                        \
-    __builtin_prefetch((const void *)((uintptr_t)(pointer) + (uintptr_t)(distance) * sizeof *(pointer)), for_writing, 2)
-
-INLINE int any(const bits *mask)
-{
-    int found = 0;
-    for (int l = 0; l < LANES; l++)
-        found |= (*mask)[l];
-    return found != 0;
-}
-
-/* Whether changes are wanted, and whether WIDTH neighbours belong to one channel. */
-enum changes { NO_CHANGES, OF_ONE_CHANNEL, OF_CHANNELS };
-
-/* Where up to WIDTH neighbouring activations and their sums lie. */
-typedef struct tile {
-    const float *x;
-    Py_ssize_t first; /* which activation is the first one */
-    double *changes;  /* (m, channels) of this part, or NULL */
-    Py_ssize_t row_stride, column_stride;
-    double *row_spread, *column_spread;
-    float *spreads; /* of each row, k apart, or NULL */
-    const void *centres;
-    void *offsets;
-    Py_ssize_t offset_stride; /* from one column's offsets to the next one's */
-} tile;
 
 INLINE int far_apart(const double *column_spread, const float *offset_squares, const job *j, int width)
 {
@@ -76,48 +42,6 @@ INLINE int far_apart(const double *column_spread, const float *offset_squares, c
     for (int l = 0; l < width; l++)
         far |= (column_spread[l] > 0) & (column_spread[l] < part * j->total * offset_squares[l]);
     return far;
-}
-
-/* Adds half of what changed of up to WIDTH activations under one transformation to their channels. */
-INLINE void add_to_channels(const double *changed, double *channels, Py_ssize_t first, const job *j, int width)
-{
-    if (j->inner == 1) /* neighbours belong to different channels */
-        for (int l = 0; l < width;) {
-            const Py_ssize_t channel = (first + l) % j->channels;
-            const int end = width - l < j->channels - channel ? width : l + (int)(j->channels - channel);
-            for (double *sum = channels + channel; l < end; l++)
-                *sum++ += changed[l] / 2;
-        }
-    else
-        for (int l = 0; l < width;) {
-            const Py_ssize_t left = j->inner - (first + l) % j->inner;
-            const int end = width - l < left ? width : l + (int)left;
-            double *const sum = channels + (first + l) / j->inner % j->channels;
-            double sums[4] = {0};
-            for (; l + 4 <= end; l += 4)
-                for (int i = 0; i < 4; i++)
-                    sums[i] += changed[l + i];
-            for (; l < end; l++)
-                sums[0] += changed[l];
-            *sum += ((sums[0] + sums[1]) + (sums[2] + sums[3])) / 2;
-        }
-}
-
-/* The changes of up to WIDTH activations in double. */
-INLINE void changes_in_double(tile p, const job *j, int width)
-{
-    for (Py_ssize_t t = 0; t < j->m; t++) {
-        double changed[WIDTH] = {0};
-        for (Py_ssize_t i = 0; i < j->n; i++) {
-            const float *const value = p.x + i * p.row_stride + t * p.column_stride;
-            const float *const reference = p.x + i * p.row_stride + j->reference * p.column_stride;
-            for (int l = 0; l < width; l++) {
-                const double a = (double)value[l] - reference[l];
-                changed[l] += a * a;
-            }
-        }
-        add_to_channels(changed, p.changes + t * j->channels, p.first, j, width);
-    }
 }
 
 /* The sums of up to WIDTH activations in double: where float32 does not hold all squares, where the means are wide, and
@@ -198,14 +122,58 @@ INLINE void move_means(tile p, const job *j, lanes means[][REGISTERS], lanes sum
         }
 }
 
+/* Adds row i of WIDTH activations to sums in float32; `begins` is a constant: whether it is the first row. */
+INLINE void add_row(tile p, const job *j, Py_ssize_t i, const lanes *centre, lanes means[][REGISTERS],
+                    lanes sums[][REGISTERS], lanes changed[][REGISTERS], lanes *row_spread, lanes *squares,
+                    bits *rows_vary, bits *columns_vary, enum changes changes, int begins)
+{
+    const float *const row = p.x + i * p.row_stride;
+    const float inverse = 1 / (float)j->m;
+    const lanes none = {0};
+    lanes first[REGISTERS], sum[REGISTERS], sum_of_squares[REGISTERS];
+    for (int v = 0; v < REGISTERS; v++) {
+        first[v] = *(const unaligned *)(row + (changes ? j->reference * p.column_stride : 0) + v * LANES);
+        sum[v] = sum_of_squares[v] = none;
+    }
+    for (Py_ssize_t t = 0; t < j->m; t++) {
+        lanes of_channel = none;
+        for (int v = 0; v < REGISTERS; v++) {
+            const unaligned *const value = (const unaligned *)(row + t * p.column_stride + v * LANES);
+            PREFETCH(value, 2 * REGISTERS, 0);
+            if (begins) {
+                const unaligned *const offset = (unaligned *)((float *)p.offsets + t * p.offset_stride + v * LANES);
+                PREFETCH(offset, j->m * REGISTERS, 1); /* those of the next tile */
+                means[t][v] = centre[v] + *offset;
+            }
+            const lanes a = *value - first[v], d = *value - means[t][v], square = a * a;
+            sum[v] += a;
+            sum_of_squares[v] += square;
+            if (changes == OF_CHANNELS)
+                changed[t][v] = begins ? square : changed[t][v] + square;
+            else if (changes == OF_ONE_CHANNEL)
+                of_channel += square;
+            sums[t][v] = begins ? d : sums[t][v] + d;
+            squares[v] += d * d;
+            columns_vary[v] |= (bits)d;
+        }
+        if (changes == OF_ONE_CHANNEL)
+            changed[t][0] = begins ? of_channel : changed[t][0] + of_channel;
+    }
+    for (int v = 0; v < REGISTERS; v++) {
+        const lanes spread = sum_of_squares[v] - sum[v] * sum[v] * inverse;
+        row_spread[v] += spread;
+        if (p.spreads)
+            *(unaligned *)(p.spreads + i * j->k + v * LANES) = spread;
+        rows_vary[v] |= (bits)sum[v];
+    }
+}
+
 /* The sums of WIDTH activations in float32, or in double where it does not hold the squares.
  *
  * `means`, `sums` and `changed` take 192 kB of the stack of each thread. OpenMP's have 2 MB at least on Linux; elsewhere
  * this runs in the calling thread. `changes` is a constant. */
 INLINE int deviations_of(tile p, const job *j, enum changes changes)
 {
-    const Py_ssize_t n = j->n, m = j->m;
-    const float length = (float)m;
     const lanes none = {0};
     lanes means[MOST_VALUES][REGISTERS], sums[MOST_VALUES][REGISTERS];
     lanes changed[MOST_VALUES][REGISTERS];
@@ -218,52 +186,13 @@ INLINE int deviations_of(tile p, const job *j, enum changes changes)
         found |= centre[v] != 0;
     }
     const int centred = any(&found);
-    for (Py_ssize_t t = 0; t < m; t++)
-        for (int v = 0; v < REGISTERS; v++) {
-            means[t][v] = centre[v] + *(const unaligned *)((float *)p.offsets + t * p.offset_stride + v * LANES);
-            sums[t][v] = none;
-            if (changes == OF_CHANNELS || (changes == OF_ONE_CHANNEL && !v))
-                changed[t][v] = none;
-            PREFETCH((float *)p.offsets, (t + m) * p.offset_stride + v * LANES, 1);
-        }
     for (int l = 0; l < WIDTH; l += 8) {
         PREFETCH(p.row_spread, 2 * WIDTH + l, 1);
         PREFETCH(p.column_spread, 2 * WIDTH + l, 1);
     }
-    for (Py_ssize_t i = 0; i < n; i++) {
-        const float *row = p.x + i * p.row_stride;
-        lanes first[REGISTERS], sum[REGISTERS], sum_of_squares[REGISTERS];
-        for (int v = 0; v < REGISTERS; v++) {
-            first[v] = *(const unaligned *)(row + (changes ? j->reference * p.column_stride : 0) + v * LANES);
-            sum[v] = sum_of_squares[v] = none;
-        }
-        for (Py_ssize_t t = 0; t < m; t++) {
-            lanes of_channel = none;
-            for (int v = 0; v < REGISTERS; v++) {
-                const unaligned *const value = (const unaligned *)(row + t * p.column_stride + v * LANES);
-                PREFETCH(value, 2 * REGISTERS, 0);
-                const lanes a = *value - first[v], d = *value - means[t][v], square = a * a;
-                sum[v] += a;
-                sum_of_squares[v] += square;
-                if (changes == OF_CHANNELS)
-                    changed[t][v] += square;
-                else if (changes == OF_ONE_CHANNEL)
-                    of_channel += square;
-                sums[t][v] += d;
-                squares[v] += d * d;
-                columns_vary[v] |= (bits)d;
-            }
-            if (changes == OF_ONE_CHANNEL)
-                changed[t][0] += of_channel;
-        }
-        for (int v = 0; v < REGISTERS; v++) {
-            const lanes spread = sum_of_squares[v] - sum[v] * sum[v] / length;
-            row_spread[v] += spread;
-            if (p.spreads)
-                *(unaligned *)(p.spreads + i * j->k + v * LANES) = spread;
-            rows_vary[v] |= (bits)sum[v];
-        }
-    }
+    add_row(p, j, 0, centre, means, sums, changed, row_spread, squares, rows_vary, columns_vary, changes, 1);
+    for (Py_ssize_t i = 1; i < j->n; i++)
+        add_row(p, j, i, centre, means, sums, changed, row_spread, squares, rows_vary, columns_vary, changes, 0);
     found = (bits)none;
     for (int v = 0; v < REGISTERS; v++) { /* masked with INT32_MAX, the bits of -0 are those of 0 */
         const bits held = (row_spread[v] <= j->limits.largest) & (squares[v] <= j->limits.largest); /* false for NaN */
@@ -273,15 +202,8 @@ INLINE int deviations_of(tile p, const job *j, enum changes changes)
     }
     if (any(&found))
         return deviations_in_double(p, j, WIDTH, 0);
-    for (Py_ssize_t t = 0; changes && t < m; t++) {
-        const int width = changes == OF_ONE_CHANNEL ? LANES : WIDTH;
-        float narrow[WIDTH];
-        double values[WIDTH];
-        memcpy(narrow, changed[t], sizeof narrow);
-        for (int l = 0; l < WIDTH; l++)
-            values[l] = narrow[l];
-        add_to_channels(values, p.changes + t * j->channels, p.first, j, width);
-    }
+    if (changes)
+        add_changes(p, j, changed, changes);
     if (centred)
         move_means(p, j, means, sums, centre, squares, offset_squares, 1);
     else

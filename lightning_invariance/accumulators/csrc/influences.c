@@ -7,15 +7,9 @@
  * With changes, also sum_u f_u (x_iju - x_iru)^2 over activations u for each sample and column j, r being a reference
  * column, with a factor f of each activation; and sum_j (x_ij - mu_j)^2 of each sample and activation. */
 
-#include "kernels.h"
+#include "tiles.h"
 
-#include <stdint.h>
 #include <string.h>
-
-typedef float lanes __attribute__((vector_size(LANES * sizeof(float))));
-typedef int bits __attribute__((vector_size(LANES * sizeof(int))));
-typedef lanes unaligned __attribute__((aligned(sizeof(float)), may_alias));
-typedef bits unaligned_bits __attribute__((aligned(sizeof(int)), may_alias));
 
 /* Those of WIDTH activations. `changed` (n, m) holds lanes whose sum is that of the changes; `with_changes` is a
  * constant. */

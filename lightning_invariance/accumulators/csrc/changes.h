@@ -1,0 +1,87 @@
+/* What each transformation changes in the channels of a tile: half the squared deviations from a reference column. */
+
+#ifndef LIGHTNING_INVARIANCE_CHANGES_H
+#define LIGHTNING_INVARIANCE_CHANGES_H
+
+#include "tiles.h"
+
+#include <string.h>
+
+/* Adds half of what changed of up to WIDTH activations under one transformation to their channels. */
+INLINE void add_to_channels(const double *changed, double *channels, Py_ssize_t first, const job *j, int width)
+{
+    Py_ssize_t channel = first / j->inner % j->channels, left = j->inner - first % j->inner;
+    for (int l = 0; l < width;) {
+        const int end = width - l < left ? width : l + (int)left;
+        double sums[4] = {0};
+        for (; l + 4 <= end; l += 4)
+            for (int i = 0; i < 4; i++)
+                sums[i] += changed[l + i];
+        for (; l < end; l++)
+            sums[0] += changed[l];
+        channels[channel] += ((sums[0] + sums[1]) + (sums[2] + sums[3])) / 2;
+        channel = channel + 1 < j->channels ? channel + 1 : 0;
+        left = j->inner;
+    }
+}
+
+/* Sums of neighbours, first those of a and then those of b. */
+INLINE void add_pairs(lanes *sums, const lanes *a, const lanes *b)
+{
+#ifdef __clang__
+    *sums = __builtin_shufflevector(*a, *b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+            + __builtin_shufflevector(*a, *b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
+    const bits even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+    *sums = __builtin_shuffle(*a, *b, even) + __builtin_shuffle(*a, *b, even + 1);
+#endif
+}
+
+/* Adds half of what changed of WIDTH activations under each transformation to their channels. Where WIDTH neighbours
+ * belong to one channel, `changed[t][0]` holds all of them. */
+INLINE void add_changes(tile p, const job *j, lanes changed[][REGISTERS], enum changes changes)
+{
+    const Py_ssize_t inner = changes == OF_ONE_CHANNEL ? LANES : j->inner;
+    const Py_ssize_t channel = p.first / j->inner % j->channels;
+    for (Py_ssize_t t = 0; t < j->m; t++) {
+        double *const channels = p.changes + t * j->channels, values[WIDTH];
+        const int halving = WIDTH % inner == 0; /* then tiles begin with a channel, and `inner` is a power of 2 */
+        lanes sums[REGISTERS];
+        memcpy(sums, changed[t], sizeof sums);
+        for (Py_ssize_t left = inner; halving && left > 1; left /= 2)
+            for (int v = 0; v < REGISTERS; v += 2) /* sums of `left` neighbours come first; what follows is not used */
+                add_pairs(sums + v / 2, sums + v, sums + v + 1);
+        float narrow[WIDTH];
+        memcpy(narrow, sums, sizeof narrow);
+        for (int l = 0; l < WIDTH; l++)
+            values[l] = narrow[l];
+        const int number = changes == OF_ONE_CHANNEL ? 1 : WIDTH / (int)(inner < WIDTH ? inner : WIDTH);
+        if (!halving)
+            add_to_channels(values, channels, p.first, j, WIDTH);
+        else if (channel + number <= j->channels)
+            for (int l = 0; l < number; l++)
+                channels[channel + l] += values[l] / 2;
+        else
+            for (int l = 0; l < number; l++)
+                channels[(channel + l) % j->channels] += values[l] / 2;
+    }
+}
+
+/* The changes of up to WIDTH activations in double. */
+INLINE void changes_in_double(tile p, const job *j, int width)
+{
+    for (Py_ssize_t t = 0; t < j->m; t++) {
+        double changed[WIDTH] = {0};
+        for (Py_ssize_t i = 0; i < j->n; i++) {
+            const float *const value = p.x + i * p.row_stride + t * p.column_stride;
+            const float *const reference = p.x + i * p.row_stride + j->reference * p.column_stride;
+            for (int l = 0; l < width; l++) {
+                const double a = (double)value[l] - reference[l];
+                changed[l] += a * a;
+            }
+        }
+        add_to_channels(changed, p.changes + t * j->channels, p.first, j, width);
+    }
+}
+
+#endif
