@@ -20,6 +20,8 @@ from lightning_invariance.outputs import tensors_of
 #: the module does not say).
 Consumer: TypeAlias = Callable[[str, Tensor, int | None], None]
 
+NOTHING = nullcontext()
+
 
 class Catcher:
     """Hands the outputs of selected modules to a consumer, inside the forward hook, before anything can change them.
@@ -90,7 +92,7 @@ class Catcher:
     def _give(self, layer: str, origin: str, module: nn.Module | None, args: Any, output: Any) -> None:
         """Give every tensor of an output to the consumer, whose own operations are not those of the model."""
         # Leaving a function mode unseen costs less than having it ignore every function of the consumer.
-        with nullcontext() if self.operations is None else torch._C.DisableTorchFunction():
+        with NOTHING if self.operations is None else torch._C.DisableTorchFunction():
             for place, tensor in tensors_of(output):
                 if layer + place not in self._origins:
                     self._origins[layer + place] = origin

@@ -34,8 +34,8 @@ LIMITS = kernels.Limits(smallest=1e-24, largest=1e30, far=1e-4, rows_for_far=8, 
 #: Where rows keep the squared deviations within each of them, ``(n, k)`` in float32.
 SPREADS = "row_spread"
 
-#: Layers with fewer values a row than this have float64 means, which cost nothing there.
-FEWEST_FLOAT32_VALUES = 2**14
+#: Layers with fewer values a row than this have float64 means, which cost little there.
+FEWEST_FLOAT32_VALUES = 2**11
 
 #: Columns have a common centre where the range of the first row is within this fraction of its first value.
 CLOSE = 1 / 4

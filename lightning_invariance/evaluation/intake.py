@@ -97,8 +97,10 @@ class Intake:
         else:
             st = values.reshape(rows, columns, *values.shape[1:])
             known = self._registry.layers.get(layer)
-            shape = tuple(values.shape[1:])
-            axis = known.channel_axis if known else channel_axis_in(layer, shape, channel_axis, self._channel_axes)
+            if known:
+                axis = known.channel_axis
+            else:
+                axis = channel_axis_in(layer, tuple(values.shape[1:]), channel_axis, self._channel_axes)
             fits = self._registry.add(layer, st, axis)
         if not fits and self.findings is not None:
             self.findings[layer] = RAGGED

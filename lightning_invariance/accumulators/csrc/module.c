@@ -121,10 +121,9 @@ static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_
              .wide = v[6] != 0, .row_spread = (double *)v[9], .column_spread = (double *)v[11],
              .centres = (const void *)v[13], .offsets = (void *)v[15],
              .limits = {(float)limit[0], (float)limit[1], limit[2], limit[3], limit[4]},
-             .spreads = (float *)v[21], .reference = v[17] ? reference : 0, .channels = channels, .inner = inner,
-             .share = SHARE};
+             .spreads = (float *)v[21], .reference = v[17] ? reference : 0, .channels = channels, .inner = inner};
     double *const changes = (double *)v[17];
-    const Py_ssize_t parts = changes ? cut(&j, v[3]) : 1;
+    const Py_ssize_t parts = cut(&j, v[3]);
     j.changes = apart(changes, parts, m * channels);
     if (changes && !j.changes)
         return NULL;
