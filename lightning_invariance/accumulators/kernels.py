@@ -21,7 +21,7 @@ except ImportError:
 #: How many activations C reads together; offsets may lie in tiles of a multiple of it.
 WIDTH: int = getattr(_kernels, "WIDTH", 64)
 
-#: The most columns of :func:`add_deviations` and of :func:`absolute_differences`.
+#: The most columns of :func:`add_deviations` and :func:`add_influences`, and of :func:`absolute_differences`.
 MOST_COLUMNS: int = getattr(_kernels, "MOST_VALUES", 256)
 MOST_SORTED: int = getattr(_kernels, "MOST_SORTED", 64)
 
@@ -236,7 +236,7 @@ def add_influences(
         None where C cannot, and nothing was changed.
     """
     n, m = x.shape[:2]
-    if not takes(x) or not hasattr(_kernels, "add_influences") or (of_changes and m > MOST_COLUMNS):
+    if not takes(x) or m > MOST_COLUMNS:
         return None
     x, k = x.contiguous(), counts.shape[0]
     found = FoundInfluences(torch.zeros(n, dtype=torch.float64), torch.zeros(0), torch.zeros(0))

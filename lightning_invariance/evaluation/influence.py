@@ -129,10 +129,10 @@ class Influence:
         if len(rows) != len(self.states["squares"]) or rows.dtype != torch.float64:
             return ()
         means, values = means_of(sums.states), sums.n_samples * sums.n_transformations
-        both = torch.stack([rows, columns])[:, self._finite] / values
+        both = torch.stack([rows, columns]) / values
         held = (both == 0) | ((both > SMALLEST) & (both < LARGEST))
-        far = (columns > 0) & (columns < FAR * values * means.square().amax(0))
-        if not bool(held.all()) or bool(far[self._finite].any()):
+        far = (columns > 0) & (columns < FAR * values * means.abs().amax(0).square())
+        if bool(((~held.all(0) | far) & self._finite).any()):
             return ()
         found = derivatives(self._measure, sums, ["row_spread", "column_spread"])
         zeros, n = torch.zeros_like(rows), sums.n_samples

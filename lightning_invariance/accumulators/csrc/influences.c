@@ -19,6 +19,13 @@ INLINE void influences_of(const job *j, Py_ssize_t a, double *on_mean, lanes *ch
     const float length = (float)m;
     const lanes none = {0};
     double squares[WIDTH] = {0}, fourths[WIDTH] = {0};
+    lanes means[MOST_VALUES][REGISTERS]; /* close together: columns may lie a power of 2 apart, in one set of a cache */
+    for (Py_ssize_t t = 0; t < m; t++)
+        for (int v = 0; v < REGISTERS; v++) {
+            const unaligned *const mean = (const unaligned *)(j->means + t * k + a + v * LANES);
+            means[t][v] = *mean;
+            PREFETCH(mean, REGISTERS, 0);
+        }
     for (Py_ssize_t i = 0; i < j->n; i++) {
         const float *const row = j->x + i * m * k + a;
         const float *const reference = row + (with_changes ? j->reference * k : 0);
@@ -33,9 +40,9 @@ INLINE void influences_of(const job *j, Py_ssize_t a, double *on_mean, lanes *ch
         for (Py_ssize_t t = 0; t < m; t++) {
             lanes of_column = none;
             for (int v = 0; v < REGISTERS; v++) {
-                const lanes value = *(const unaligned *)(row + t * k + v * LANES);
-                const lanes d = value - first[v], e = value - *(const unaligned *)(j->means + t * k + a + v * LANES);
-                const lanes square = d * d;
+                const unaligned *const value = (const unaligned *)(row + t * k + v * LANES);
+                PREFETCH(value, 2 * REGISTERS, 0);
+                const lanes d = *value - first[v], e = *value - means[t][v], square = d * d;
                 sum[v] += d;
                 of_row[v] += square;
                 of_columns[v] += e * e;

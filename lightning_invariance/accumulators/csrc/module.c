@@ -194,7 +194,9 @@ static PyObject *add_influences(PyObject *self, PyObject *const *args, Py_ssize_
     for (int i = 4; i < 18; i += 2)
         if (!v[i])
             return refuse("a pointer is missing");
-    if (v[18] && (m > MOST_VALUES || v[19] != k || !v[20] || v[21] != n * m || !v[22] || v[23] != n * k || v[24] < 0
+    if (m > MOST_VALUES)
+        return refuse("the block has too many columns");
+    if (v[18] && (v[19] != k || !v[20] || v[21] != n * m || !v[22] || v[23] != n * k || v[24] < 0
                   || v[24] >= m))
         return refuse("the factors, the changes or the spreads are of other sizes");
     job j = {.task = influences, .x = (const float *)v[4], .m = m, .k = k, .means = (const float *)v[6],
