@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torchmetrics import Metric
 
+from lightning_invariance.hints import given
 from lightning_invariance.measures import NormalizedVariance
 from lightning_invariance.transforms import TransformationSet
 
@@ -31,7 +32,7 @@ def named_metrics(
         if not isinstance(measure, Metric):
             hint = f": call it, as in `{measure.__name__}()`" if isinstance(measure, type) else ""
             raise TypeError(
-                f"Expected argument `{argument}` to hold torchmetrics.Metric objects, but got {measure!r}{hint}."
+                f"Expected argument `{argument}` to hold torchmetrics.Metric objects, but got {given(measure)}{hint}."
             )
         if name in named:
             raise ValueError(
@@ -67,7 +68,7 @@ def check_transformations(transformations: TransformationSet) -> None:
             else "write `rotations(16)`, or make one of functions with `TransformationSet.from_callables`"
         )
         raise TypeError(
-            f"Expected argument `transformations` to be a TransformationSet, but got {transformations!r}: {hint}."
+            f"Expected argument `transformations` to be a TransformationSet, but got {given(transformations)}: {hint}."
         )
     if len(transformations) < 2:
         raise ValueError(

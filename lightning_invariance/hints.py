@@ -1,12 +1,16 @@
-"""A few names of many, for messages."""
+"""What messages say of names and of other things that were given."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 #: As many names as a message holds.
 FEW = 6
+
+#: As many characters as a message holds of what a thing looks like.
+FEW_CHARACTERS = 80
 
 
 def some(names: Iterable[str]) -> str:
@@ -20,3 +24,11 @@ def instead_of(name: str, known: Iterable[str], there: str = "There are") -> str
     names = list(known)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return f"Did you mean {', '.join(map(repr, near))}?" if near else f"{there} {some(names)}."
+
+
+def given(value: Any) -> str:
+    """What was given where something else was expected: ``'a'``, ``Tensor of shape (8, 3)``, ``[1, 2, 3, …``."""
+    if isinstance(shape := getattr(value, "shape", None), tuple):
+        return f"{type(value).__name__} of shape {tuple(shape)}"
+    told = " ".join(repr(value).split())
+    return told if len(told) <= FEW_CHARACTERS else told[:FEW_CHARACTERS] + "…"

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from lightning_invariance.hints import instead_of, some
+from lightning_invariance.hints import given, instead_of, some
 
 #: What selects layers: see :func:`layer_names`.
 Layers: TypeAlias = (
@@ -152,7 +152,7 @@ def _select_modules(model: nn.Module, layers: Layers) -> Selection:
     else:
         raise TypeError(
             "Expected argument `layers` to be names, glob patterns, module types, a predicate or a dict,"
-            f" but got {layers!r}."
+            f" but got {given(layers)}."
         )
     chosen = {name for names in requests.values() for name in names}
     if not chosen:
@@ -203,7 +203,7 @@ def _resolve(item: Any, everything: Mapping[str, nn.Module], leaves: Mapping[str
             )
         return names
     if not isinstance(item, str):
-        raise TypeError(f"Expected argument `layers` to hold names, patterns or module types, but got {item!r}.")
+        raise TypeError(f"Expected argument `layers` to hold names, patterns or module types, but got {given(item)}.")
     if _is_pattern(item) and item not in everything:
         names = [name for name in leaves if fnmatchcase(name, item)]
         return names or [_known(item, everything)]

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from lightning_invariance.agreement import Fingerprint, fingerprint_of, warn_of_randomness
 from lightning_invariance.batches import Samples, input_of, label_of
+from lightning_invariance.hints import given
 from lightning_invariance.runs import share_of
 from lightning_invariance.samplers import indices_of
 from lightning_invariance.transforms import TransformationSet
@@ -92,7 +93,7 @@ class STLoader:
     ) -> None:
         if not isinstance(transformations, TransformationSet):
             raise TypeError(
-                f"Expected argument `transformations` to be a TransformationSet, but got {transformations!r};"
+                f"Expected argument `transformations` to be a TransformationSet, but got {given(transformations)};"
                 " make one of functions with `TransformationSet.from_callables`."
             )
         if not isinstance(batch_size, int) or batch_size < 1:
@@ -138,7 +139,9 @@ class STLoader:
         if isinstance(data, IterableDataset):
             return self._limited(DataLoader(data, **options), data, max_samples), None
         if not (hasattr(data, "__getitem__") and isinstance(data, Sized)):
-            raise TypeError(f"Expected argument `data` to be a Dataset, a DataLoader or a tensor, but got {data!r}.")
+            raise TypeError(
+                f"Expected argument `data` to be a Dataset, a DataLoader or a tensor, but got {given(data)}."
+            )
         indices = range(len(data)) if indices is None else indices
         if len(indices) == 0:
             raise ValueError("Expected argument `data` to hold samples, but it is empty.")

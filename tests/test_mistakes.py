@@ -25,6 +25,8 @@ def network():
         (rotations, "call it, as in `rotations\\(16\\)`"),
         ([v2.RandomRotation(30), v2.GaussianBlur(3)], "TransformationSet.from_callables"),
         (None, "but got None: write `rotations\\(16\\)`"),
+        (IMAGES, r"^.{0,80}but got Tensor of shape \(12, 3, 8, 8\): write"),
+        ([IMAGES] * 2, r"^.{0,80}but got \[tensor\(.{0,80}…: write"),
     ],
 )
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.distributed import DTYPES
+from lightning_invariance.hints import given
 from lightning_invariance.transforms import TransformationSet
 
 #: The sums of one accumulator by name.
@@ -224,7 +225,7 @@ def check_declaration(accumulator: Accumulator) -> States:
     """
     if not isinstance(accumulator, Accumulator):
         hint = f": write {accumulator.__name__}()" if isinstance(accumulator, type) else ""
-        raise TypeError(f"Expected argument `needs` to hold accumulators, but got {accumulator!r}{hint}.")
+        raise TypeError(f"Expected argument `needs` to hold accumulators, but got {given(accumulator)}{hint}.")
     name = type(accumulator).__name__
     parameters = vars(type(accumulator)).get("__dataclass_params__")
     if parameters is None or not parameters.frozen:
@@ -236,7 +237,7 @@ def check_declaration(accumulator: Accumulator) -> States:
         if isinstance(value, Tensor | list | dict | set):
             raise TypeError(
                 f"Expected field {argument.name!r} of accumulator {name} to be immutable, such as a number or a tuple,"
-                f" but got {value!r}."
+                f" but got {given(value)}."
             )
     states = accumulator.empty()
     for state, value in states.items():
@@ -253,11 +254,10 @@ def check_states(accumulator: Accumulator, states: Any, method: str) -> None:
     """
     name, empty = type(accumulator).__name__, accumulator.empty()
     if not isinstance(states, dict):
-        raise TypeError(f"Expected {name}.{method} to return a dict of states, but got {states!r}.")
+        raise TypeError(f"Expected {name}.{method} to return a dict of states, but got {given(states)}.")
     if missing := empty.keys() - states.keys():
-        raise ValueError(
-            f"Expected {name}.{method} to return the states {[*empty]}, but {sorted(missing)} are missing."
-        )
+        states_of = f"{name}.{method} to return the states {[*empty]}"
+        raise ValueError(f"Expected {states_of}, but {sorted(missing)} are missing.")
     for state, value in empty.items():
         check_state(name, state, states[state])
         if states[state].ndim != value.ndim:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics.utilities.prints import rank_zero_warn
 
 from lightning_invariance.accumulators import ByClass
+from lightning_invariance.hints import given
 from lightning_invariance.measures.base import Measure
 from lightning_invariance.measures.sums import Sums
 
@@ -55,7 +56,7 @@ class Stratified(Measure):
 
     def __init__(self, measure: Measure, num_classes: int, weighted: bool = False, **kwargs: Any) -> None:
         if not isinstance(measure, Measure):
-            raise TypeError(f"Expected argument `measure` to be a measure of this package, but got {measure!r}.")
+            raise TypeError(f"Expected argument `measure` to be a measure of this package, but got {given(measure)}.")
         if measure.needs_again:
             raise ValueError(f"Expected argument `measure` to need one pass, but got {measure!r}.")
         if not isinstance(num_classes, int) or num_classes < 1:

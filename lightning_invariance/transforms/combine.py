@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 
+from lightning_invariance.hints import given
 from lightning_invariance.transforms.affine import AffineSet, combine_affine, combined_parameters
 from lightning_invariance.transforms.base import TransformationSet
 from lightning_invariance.transforms.callables import CallableSet, Chain
@@ -32,7 +33,7 @@ def combine(*sets: TransformationSet) -> TransformationSet:
         raise ValueError("Expected at least one transformation set, but got none.")
     for transformations in sets:
         if not isinstance(transformations, TransformationSet):
-            raise TypeError(f"Expected transformation sets, but got {transformations!r}.")
+            raise TypeError(f"Expected transformation sets, but got {given(transformations)}.")
     affine = [s for s in sets if isinstance(s, AffineSet)]
     if len(affine) == len(sets):
         return combine_affine(affine)
