@@ -23,8 +23,8 @@
  *
  * Spreads. What each row adds to R may be kept, for the influences of samples.
  *
- * Changes. With a_j taken from a reference column, sum a_j^2 / 2 over rows and over the positions of a channel is what each
- * transformation changes in it: the variance of the pair of columns. A row adds the same to R whichever column its
+ * Changes. With a_j taken from a reference column, sum a_j^2 / 2 over rows and over the positions of a channel is what
+ * each transformation changes in it: the variance of the pair of columns. A row adds the same to R whichever column its
  * deviations are taken from.
  *
  * WIDTH activations at a time go through all rows and columns, so that their sums stay in registers. Offsets may lie

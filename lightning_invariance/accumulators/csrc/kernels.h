@@ -2,8 +2,9 @@
  *
  * A block x is (n, m, k) float32: n samples, m transformations and k activations, contiguous; that of differences.c may
  * be a part of a larger one, whose rows and columns lie further apart than they are long. deviations.c,
- * differences.c, influences.c and powers.c hold one of the sums each, with its derivation. module.c is the boundary to
- * Python: it checks again what kernels.py describes and passes, before a pointer is used. */
+ * differences.c, influences.c and powers.c hold one of the sums each, with its derivation; tiles.h and changes.h what
+ * they share. module.c is the boundary to Python: it checks again what kernels.py describes and passes, before a pointer
+ * is used. */
 
 #ifndef LIGHTNING_INVARIANCE_KERNELS_H
 #define LIGHTNING_INVARIANCE_KERNELS_H
@@ -16,7 +17,7 @@
 #define WIDTH (LANES * REGISTERS)
 #define MOST_VALUES 256 /* rows times columns of one step: bounds the rounding of a float32 sum */
 #define MOST_SORTED 64  /* columns of a row that is sorted in the first cache */
-#define SHARE 1024      /* activations that a thread takes at a time, a multiple of WIDTH; in `cut`, k / parts */
+#define SHARE 1024      /* activations that a thread takes at a time at least, a multiple of WIDTH */
 
 /* A copy of a function for each generation of processors, of which the loader takes the best. */
 #if defined(FOR_EACH_PROCESSOR) /* by whoever compiles */

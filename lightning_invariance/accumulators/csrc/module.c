@@ -28,8 +28,8 @@ static void run(job *j, Py_ssize_t threads)
     Py_END_ALLOW_THREADS
 }
 
-/* Cuts the activations into a part for each thread, so that each part can have sums over activations of its own: they do
- * not depend on which thread takes which part. Returns the number of parts. */
+/* Cuts the activations into a part for each thread, whose sums over activations then do not depend on which thread takes
+ * which part. Returns the number of parts. Smaller parts would spread what neighbours share over more processors. */
 static Py_ssize_t cut(job *j, Py_ssize_t threads)
 {
     const Py_ssize_t most = (j->k - 1) / SHARE + 1, parts = threads < most ? (threads > 1 ? threads : 1) : most;
@@ -93,7 +93,8 @@ static PyObject *refuse(const char *what)
 
 /* Pointers come with the number of elements behind them:
  * n, m, k, threads, before, width, wide, x, its values, row_spread, its values, column_spread, its values, centres, their
- * values, offsets, their values, changes (or 0), channels, inner, reference, spreads (or 0), their values; smallest, largest, far, rows_for_far, far_of_few. Returns whether columns are far apart. */
+ * values, offsets, their values, changes (or 0), channels, inner, reference, spreads (or 0), their values; smallest,
+ * largest, far, rows_for_far, far_of_few. Returns whether columns are far apart. */
 static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     Py_ssize_t v[23];
@@ -171,8 +172,8 @@ static PyObject *absolute_differences(PyObject *self, PyObject *const *args, Py_
     for (Py_ssize_t c = 0; c < 2 * comparisons; c++)
         if (network[c] < 0 || network[c] >= m)
             return refuse("the sorting network compares columns that the block does not have");
-    job j = {.task = differences, .x = (const float *)v[7], .n = n, .m = m, .k = k, .row = v[5], .column = v[6], .share = SHARE,
-             .network = network, .comparisons = comparisons, .differences = (double *)v[11],
+    job j = {.task = differences, .x = (const float *)v[7], .n = n, .m = m, .k = k, .row = v[5], .column = v[6],
+             .share = SHARE, .network = network, .comparisons = comparisons, .differences = (double *)v[11],
              .of_rows = v[13] != 0};
     run(&j, v[3]);
     Py_RETURN_NONE;
@@ -196,8 +197,7 @@ static PyObject *add_influences(PyObject *self, PyObject *const *args, Py_ssize_
             return refuse("a pointer is missing");
     if (m > MOST_VALUES)
         return refuse("the block has too many columns");
-    if (v[18] && (v[19] != k || !v[20] || v[21] != n * m || !v[22] || v[23] != n * k || v[24] < 0
-                  || v[24] >= m))
+    if (v[18] && (v[19] != k || !v[20] || v[21] != n * m || !v[22] || v[23] != n * k || v[24] < 0 || v[24] >= m))
         return refuse("the factors, the changes or the spreads are of other sizes");
     job j = {.task = influences, .x = (const float *)v[4], .m = m, .k = k, .means = (const float *)v[6],
              .weights = (const float *)v[8], .counts = (const int *)v[10], .squares = (double *)v[12],
@@ -266,7 +266,7 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", NULL, 0, 
 PyMODINIT_FUNC PyInit__kernels(void)
 {
     PyObject *made = PyModule_Create(&module);
-    if (made && (PyModule_AddIntMacro(made, WIDTH) || PyModule_AddIntMacro(made, SHARE) || PyModule_AddIntMacro(made, MOST_VALUES)
+    if (made && (PyModule_AddIntMacro(made, WIDTH) || PyModule_AddIntMacro(made, MOST_VALUES)
                  || PyModule_AddIntMacro(made, MOST_SORTED))) {
         Py_DECREF(made);
         return NULL;
