@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import pdist
@@ -211,3 +212,19 @@ def test_cosines_of_small_angles_keep_their_digits(angle):
             unit = torch.nn.functional.normalize(row[:, channel].flatten(1), dim=1)
             expected[channel] += (1 - unit @ unit.T).mean() / 5
     torch.testing.assert_close(value, expected, rtol=2e-4, atol=0)
+
+
+@pytest.mark.parametrize("difference", [1e-2, 1e-4, 1e-6])
+def test_the_cosine_distance_of_maps_that_are_nearly_parallel(difference):
+    """float32 holds their values, but not the differences of unit vectors made of them."""
+    generator = torch.Generator().manual_seed(0)
+    st = 10 * (1 + difference * torch.randn(6, 4, 3, 5, 5, generator=generator))
+    maps = st.numpy().astype(np.longdouble).reshape(6, 4, 3, 25)
+    units = maps / np.sqrt((maps**2).sum(-1, keepdims=True))
+    apart = units[:, :, None] - units[:, None]
+    expected = ((apart**2).sum(-1) / 2).mean((0, 1, 2)).astype(np.float64)
+    metric = TransformationDistance("cosine", over="channel")
+    metric.update(st)
+    np.testing.assert_allclose(metric.compute().numpy(), expected, rtol=1e-6)
+    value = functional.transformation_distance(st, "cosine", over="channel")
+    np.testing.assert_allclose(value.numpy(), expected, rtol=1e-6)

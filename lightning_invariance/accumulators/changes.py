@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_invariance.accumulators.base import Accumulator, Rows, States
 from lightning_invariance.accumulators.memory import chunk_length, scratch
+from lightning_invariance.accumulators.precision import wide_of
 
 #: The range of float32 sums of squares that have not lost digits: its smallest normal number is 1e-38, its largest
 #: 3e38.
@@ -90,6 +91,6 @@ def _by_few_operations(maps: Tensor, reference: int | None) -> Tensor:
     deviations = torch.sub(maps, maps[:, first : first + 1])
     if reference is None:
         deviations.sub_(deviations.mean(1, keepdim=True))
-    wide = torch.float32 if maps.device.type == "mps" else torch.float64  # MPS has no float64
+    wide = wide_of(maps)
     norms: Tensor = torch.linalg.vector_norm(deviations, dim=(0, 3), dtype=wide)
     return norms.square()

@@ -19,6 +19,7 @@ from lightning_invariance.accumulators.base import N_SAMPLES, Accumulator, Conte
 from lightning_invariance.accumulators.changes import changes_of_samples, scaled_changes
 from lightning_invariance.accumulators.column_means import far_apart, means_of, narrow, widen
 from lightning_invariance.accumulators.memory import chunk_length, scratch
+from lightning_invariance.accumulators.precision import wide_of
 from lightning_invariance.accumulators.shares import deviations_of_samples
 
 #: Rows times columns of one step, which bounds the rounding of a float32 sum; longer rows are summed in float64.
@@ -191,7 +192,7 @@ class Deviations(Accumulator):
     def _first(self, x: Tensor, wide: bool = False) -> States:
         """States without rows whose means are the first row of ``x``: constant columns then deviate by exactly 0."""
         n, m, k = x.shape
-        double = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
+        double = wide_of(x)
         in_float32 = not wide and x.is_cpu and n > 1 and m * k >= FEWEST_FLOAT32_VALUES
         first = x[0].to(x.dtype if in_float32 else double)
         low, high = first.amin(0), first.amax(0)

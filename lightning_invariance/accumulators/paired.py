@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_invariance.accumulators.base import Accumulator, Rows, States
 from lightning_invariance.accumulators.deviations import FEWEST_FLOAT32_VALUES
 from lightning_invariance.accumulators.memory import chunk_length
+from lightning_invariance.accumulators.precision import wide_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class PairedDeviations(Accumulator):
         """The states after more rows."""
         x = rows.flat
         if not rows.before:
-            wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
+            wide = wide_of(x)
             m, k = x.shape[1:]
             kept = x.dtype if x.is_cpu and m * k >= FEWEST_FLOAT32_VALUES else wide
             states = {

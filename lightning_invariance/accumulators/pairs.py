@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_invariance.accumulators import kernels
 from lightning_invariance.accumulators.changes import LARGEST_FLOAT32_SQUARE, SMALLEST_FLOAT32_SQUARE
 from lightning_invariance.accumulators.memory import CHUNK, chunks, scratch
+from lightning_invariance.accumulators.precision import wide_of
 
 #: ‖x‖² + ‖y‖² − 2 x·y cancels where it is below this fraction of ‖x‖² + ‖y‖²: x − y is then taken itself.
 CANCELS = 1e-2
@@ -58,7 +59,7 @@ def _sorted_differences(x: Tensor, of_rows: bool) -> Tensor:
     A sorting network would launch a kernel for each of its operations.
     """
     m = x.shape[1]
-    wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
+    wide = wide_of(x)
     weights = torch.arange(1 - m, m, 2, dtype=x.dtype, device=x.device)
     ordered = torch.sub(x, x[:, :1]).sort(1).values
     return 2 * ordered.mul_(weights[:, None]).sum(1 if of_rows else (0, 1), dtype=wide)
@@ -94,7 +95,7 @@ def euclidean_distances(maps: Tensor) -> Tensor:
 
 def _all_euclidean_distances(maps: Tensor) -> Tensor:
     """The same from the difference of each pair, in float64 where the device has it."""
-    wide = torch.float32 if maps.device.type == "mps" else torch.float64
+    wide = wide_of(maps)
     rows = maps.transpose(1, 2).to(wide, memory_format=torch.contiguous_format)
     return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").sum((2, 3)) / 2
 

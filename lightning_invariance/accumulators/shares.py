@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_invariance.accumulators.base import States
 from lightning_invariance.accumulators.memory import chunk_length
+from lightning_invariance.accumulators.precision import wide_of
 
 
 def deviations_of_samples(x: Tensor, means: Tensor | None, squared: bool) -> States:
@@ -18,7 +19,7 @@ def deviations_of_samples(x: Tensor, means: Tensor | None, squared: bool) -> Sta
         squared: whether rows add their variance or their standard deviation, and columns are summed or apart.
     """
     m, length = x.shape[1], chunk_length(x)
-    wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
+    wide = wide_of(x)
     of_rows, of_columns = [], []
     for start in range(0, x.shape[2], length):
         values = x[:, :, start : start + length].to(wide)

@@ -34,10 +34,9 @@ def distance_between(x: Tensor, y: Tensor, distance: Distance = "abs", over: str
         found: Tensor = distance(x, y)
         return found
     if distance == "cosine":
-        dot, size = (x * y).sum(-1), x.norm(dim=-1) * y.norm(dim=-1)
-        both_zero = (x == 0).all(-1) & (y == 0).all(-1)
-        cosine = torch.where(size == 0, both_zero.to(dot.dtype), dot / size)  # NaN stays NaN
-        return torch.where((x == y).all(-1), 0.0, (1 - cosine).clamp_min(0))
+        one_zero = (x == 0).all(-1) ^ (y == 0).all(-1)  # NaN is not 0
+        apart = _unit(x) - _unit(y)
+        return torch.where(one_zero, 1.0, apart.square().sum(-1) / 2).to(x.dtype)
     if over == "activation":
         return (x - y).square() if distance == "squared" else (x - y).abs()
     if distance == "euclidean":
@@ -108,6 +107,20 @@ def normalized_distance(st: Tensor, distance: Distance = "abs", over: str = "act
         Tensor of ``activation_shape``, or ``(channels,)``, in ``[0, inf]``; 0 is invariant.
     """
     return quotient(transformation_distance(st, distance, over), sample_distance(st, distance, over))
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Vectors along the last axis divided by their norms; 1 − cos is then half the square of their difference.
+
+    In float64, since float32 rounds unit vectors that are nearly parallel. 0 stays 0, and what is infinite becomes NaN.
+    """
+    parts = x if x.device.type == "mps" else x.double()
+    parts = parts / _or_one(parts.abs().amax(-1, keepdim=True))  # whose squares neither vanish nor overflow
+    return parts / _or_one(parts.norm(dim=-1, keepdim=True))
+
+
+def _or_one(sizes: Tensor) -> Tensor:
+    return sizes.masked_fill(sizes == 0, 1)
 
 
 def _channels_first(st: Tensor) -> Tensor:
