@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators.base import Accumulator, Rows, States
-from lightning_invariance.accumulators.deviations import FEWEST_FLOAT32_VALUES
 from lightning_invariance.accumulators.memory import chunk_length
 from lightning_invariance.accumulators.precision import wide_of
+
+#: Layers with fewer values a row than this have float64 means: rounding a mean is not made up for here.
+FEWEST_FLOAT32_VALUES = 2**14
 
 
 @dataclass(frozen=True)
