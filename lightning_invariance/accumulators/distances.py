@@ -84,10 +84,11 @@ def row_distances(values: Tensor, distance: Distance, over: str) -> Tensor:
     if distance == "cosine":  # the angle does not depend on the norm, whose square float32 may not hold
         maps = unit_maps(maps.to(wide_of(maps)))[0]  # float32 would round maps that are nearly parallel
     m = maps.shape[1]
-    total = torch.zeros_like(distance_between(maps[:, 0], maps[:, 0], distance, over), dtype=maps.dtype).sum(0).double()
+    like = distance_between(maps[:, 0], maps[:, 0], distance, over)
+    total = like.new_zeros(like.shape[1:], dtype=wide_of(maps))
     for shift in range(1, m):  # every unordered pair once: j and j + shift
         found = distance_between(maps[:, : m - shift], maps[:, shift:], distance, over)
-        total = total + found.double().sum((0, 1))
+        total = total + found.sum((0, 1), dtype=total.dtype)
     return 2 * total.flatten()
 
 
