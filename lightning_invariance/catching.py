@@ -20,6 +20,7 @@ from lightning_invariance.outputs import tensors_of
 #: the module does not say).
 Consumer: TypeAlias = Callable[[str, Tensor, int | None], None]
 
+#: Entered in the hook of every module, where there is no function mode to leave: making one each time takes longer.
 NOTHING = nullcontext()
 
 

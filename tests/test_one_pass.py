@@ -288,3 +288,7 @@ def test_changes_of_samples_from_any_column(n, m, k):
         kernels.add_influences(x, means, weights, counts, squares, fourths, of_changes._replace(reference=m))
     with pytest.raises(ValueError, match="factors, the changes or the spreads"):
         kernels.add_influences(x, means, weights, counts, squares, fourths, of_changes._replace(factors=factors[1:]))
+    many = torch.rand(2, kernels.MOST_COLUMNS + 1, k, generator=generator)
+    before = squares.clone()
+    assert kernels.add_influences(many, many[0], weights, counts, squares, fourths) is None
+    torch.testing.assert_close(squares, before, rtol=0, atol=0)

@@ -91,6 +91,5 @@ def _by_few_operations(maps: Tensor, reference: int | None) -> Tensor:
     deviations = torch.sub(maps, maps[:, first : first + 1])
     if reference is None:
         deviations.sub_(deviations.mean(1, keepdim=True))
-    wide = wide_of(maps)
-    norms: Tensor = torch.linalg.vector_norm(deviations, dim=(0, 3), dtype=wide)
+    norms: Tensor = torch.linalg.vector_norm(deviations, dim=(0, 3), dtype=wide_of(maps))
     return norms.square()
