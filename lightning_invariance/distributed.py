@@ -89,7 +89,7 @@ def pack(dicts: Sequence[Tensors], device: torch.device) -> tuple[Tensor, Tensor
     """A header of types and shapes, and all values as bytes."""
     tensors = [tensor for each in dicts for tensor in each.values()]
     about = [number for tensor in tensors for number in (DTYPES.index(tensor.dtype), *tensor.shape)]
-    values = [tensor.to(device).contiguous().flatten().view(torch.uint8) for tensor in tensors]
+    values = [tensor.contiguous().flatten().view(torch.uint8).to(device) for tensor in tensors]
     return torch.tensor(about, dtype=torch.int64, device=device), torch.cat(values)
 
 
@@ -108,7 +108,7 @@ def unpack(like: Sequence[Tensors], header: Tensor, message: Callable[[int], Ten
     parts = torch.split(message(sum(lengths)), lengths)
     # Copied, since a part need not begin at a multiple of the size of its type.
     values = iter(
-        part.clone().view(dtype).view(shape).to(tensor.device)
+        part.clone().to(tensor.device).view(dtype).view(shape)
         for tensor, (dtype, shape), part in zip(own, kinds, parts, strict=True)
     )
     return [{name: next(values) for name in each} for each in like]

@@ -212,8 +212,7 @@ def started(accumulator: Accumulator, device: torch.device) -> States:
     """The states before the first row, on a device."""
     states, on_cpu = accumulator.empty(), accumulator.cpu_states
     for name in states.keys() - {*on_cpu}:
-        narrow = device.type == "mps" and states[name].dtype == torch.float64  # which MPS does not have
-        states[name] = states[name].to(device, torch.float32 if narrow else states[name].dtype)
+        states[name] = states[name].to(device)
     return states
 
 

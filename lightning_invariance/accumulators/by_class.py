@@ -111,13 +111,15 @@ class ByClass(Accumulator):
         n = len(rows.values)
         if labels.shape != (n,):
             raise ValueError(f"Expected argument `labels` of shape ({n},), but got {tuple(labels.shape)}.")
-        labels = labels.cpu()
-        if n and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+        if "labels" not in rows.block_memo:
+            rows.block_memo["labels"] = labels.cpu()  # synchronises, once for all layers
+        classes: Tensor = rows.block_memo["labels"]
+        if n and not 0 <= int(classes.min()) <= int(classes.max()) < self.num_classes:
             raise ValueError(
-                f"Expected argument `labels` to be in [0, {self.num_classes}), but got values from {int(labels.min())}"
-                f" to {int(labels.max())}."
+                f"Expected argument `labels` to be in [0, {self.num_classes}), but got values from {int(classes.min())}"
+                f" to {int(classes.max())}."
             )
-        return labels
+        return classes
 
 
 def _own(states: States, label: int, accumulator: Accumulator) -> States:

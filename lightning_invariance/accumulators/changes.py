@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lightning_invariance.accumulators.base import Accumulator, Rows, States
 from lightning_invariance.accumulators.memory import chunk_length, scratch
-from lightning_invariance.accumulators.precision import wide_of
 
 #: The range of float32 sums of squares that have not lost digits: its smallest normal number is 1e-38, its largest
 #: 3e38.
@@ -91,5 +90,5 @@ def _by_few_operations(maps: Tensor, reference: int | None) -> Tensor:
     deviations = torch.sub(maps, maps[:, first : first + 1])
     if reference is None:
         deviations.sub_(deviations.mean(1, keepdim=True))
-    norms: Tensor = torch.linalg.vector_norm(deviations, dim=(0, 3), dtype=wide_of(maps))
+    norms: Tensor = torch.linalg.vector_norm(deviations, dim=(0, 3), dtype=torch.float64)
     return norms.square()

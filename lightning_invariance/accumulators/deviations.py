@@ -19,7 +19,6 @@ from lightning_invariance.accumulators.base import N_SAMPLES, Accumulator, Conte
 from lightning_invariance.accumulators.changes import changes_of_samples, scaled_changes
 from lightning_invariance.accumulators.column_means import far_apart, means_of, narrow, widen
 from lightning_invariance.accumulators.memory import chunk_length, scratch
-from lightning_invariance.accumulators.precision import wide_of
 from lightning_invariance.accumulators.shares import deviations_of_samples
 
 #: Rows times columns of one step, which bounds the rounding of a float32 sum; longer rows are summed in float64.
@@ -192,13 +191,12 @@ class Deviations(Accumulator):
     def _first(self, x: Tensor, wide: bool = False) -> States:
         """States without rows whose means are the first row of ``x``: constant columns then deviate by exactly 0."""
         n, m, k = x.shape
-        double = wide_of(x)
         in_float32 = not wide and x.is_cpu and n > 1 and m * k >= FEWEST_FLOAT32_VALUES
-        first = x[0].to(x.dtype if in_float32 else double)
+        first = x[0].to(x.dtype if in_float32 else torch.float64)
         low, high = first.amin(0), first.amax(0)
         # The differences of close numbers are exact. Columns that are not close have no centre.
         centres = torch.where(high - low <= CLOSE * first[0].abs(), first[0], 0)
-        squares = torch.zeros(1 if self.squared else m, k, dtype=double, device=x.device)
+        squares = torch.zeros(1 if self.squared else m, k, dtype=torch.float64, device=x.device)
         if kernels.takes(x):
             tiles = k // kernels.WIDTH if k % kernels.WIDTH == 0 else 1
         else:  # a tile for each of PyTorch's threads, which then read what they wrote themselves; elsewhere one

@@ -30,8 +30,8 @@ def add_deviations(
     """Add rows to the states of :class:`~lightning_invariance.accumulators.deviations.Deviations`, in place.
 
     Args:
-        states: of any kind; from now on with float64 means (on MPS, which has no float64, all are float32) in one tile.
-        rows: of another device than the CPU.
+        states: of any kind; from now on with float64 means in one tile.
+        rows: of another device than the CPU, with float64.
         limits: when float32 is not good enough for sums of squares.
         squared: whether variances or standard deviations are averaged.
         response: whether to add what each transformation changes.

@@ -13,7 +13,6 @@ from torch import Tensor
 from lightning_invariance.accumulators.base import Accumulator, Rows, States
 from lightning_invariance.accumulators.deviations import MOST_VALUES
 from lightning_invariance.accumulators.pairs import absolute_differences, euclidean_distances
-from lightning_invariance.accumulators.precision import wide_of
 
 #: A distance by name, or a function of two broadcast tensors; see :func:`distance_between`.
 Distance: TypeAlias = str | Callable[[Tensor, Tensor], Tensor]
@@ -82,10 +81,10 @@ def row_distances(values: Tensor, distance: Distance, over: str) -> Tensor:
     if distance == "euclidean":
         return 2 * euclidean_distances(maps).sum(0)
     if distance == "cosine":  # the angle does not depend on the norm, whose square float32 may not hold
-        maps = unit_maps(maps.to(wide_of(maps)))[0]  # float32 would round maps that are nearly parallel
+        maps = unit_maps(maps.double())[0]  # float32 would round maps that are nearly parallel
     m = maps.shape[1]
     like = distance_between(maps[:, 0], maps[:, 0], distance, over)
-    total = like.new_zeros(like.shape[1:], dtype=wide_of(maps))
+    total = like.new_zeros(like.shape[1:], dtype=torch.float64)
     for shift in range(1, m):  # every unordered pair once: j and j + shift
         found = distance_between(maps[:, : m - shift], maps[:, shift:], distance, over)
         total = total + found.sum((0, 1), dtype=total.dtype)

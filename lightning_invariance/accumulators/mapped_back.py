@@ -10,7 +10,6 @@ from torch.nn.functional import max_pool2d
 
 from lightning_invariance.accumulators.base import Accumulator, Context, Rows, States, states_of
 from lightning_invariance.accumulators.distances import Distance, distance_between, unit_maps
-from lightning_invariance.accumulators.precision import wide_of
 from lightning_invariance.transforms import TransformationSet
 
 #: A pixel is seen where at least this part of it comes from inside the frame.
@@ -256,8 +255,8 @@ def direct_distances(
         inside = 1 - _widened(transformations(ones, mapping.input_size)[0] < SEEN, mapping.mask)
         expected, found = expected * inside, found * inside
     if mapping.normalize or distance == "cosine":
-        wide = wide_of(maps) if distance == "cosine" else maps.dtype
-        expected, found = unit_maps(expected.to(wide))[0], unit_maps(found.to(wide))[0]
+        dtype = torch.float64 if distance == "cosine" else maps.dtype
+        expected, found = unit_maps(expected.to(dtype))[0], unit_maps(found.to(dtype))[0]
     return distance_between(found.flatten(3), expected.flatten(3), distance, over)
 
 

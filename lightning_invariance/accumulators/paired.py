@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lightning_invariance.accumulators.base import Accumulator, Rows, States
 from lightning_invariance.accumulators.memory import chunk_length
-from lightning_invariance.accumulators.precision import wide_of
 
 #: Layers with fewer values a row than this have float64 means: rounding a mean is not made up for here.
 FEWEST_FLOAT32_VALUES = 2**14
@@ -49,16 +48,15 @@ class PairedDeviations(Accumulator):
         """The states after more rows."""
         x = rows.flat
         if not rows.before:
-            wide = wide_of(x)
             m, k = x.shape[1:]
-            kept = x.dtype if x.is_cpu and m * k >= FEWEST_FLOAT32_VALUES else wide
+            kept = x.dtype if x.is_cpu and m * k >= FEWEST_FLOAT32_VALUES else torch.float64
             states = {
                 # Constant columns then deviate by exactly 0.
-                "paired_means": torch.nan_to_num(_centred(x[:1], wide)[0][0], 0, 0, 0).to(kept),
-                "paired_rows": torch.zeros(k, dtype=wide, device=x.device),
-                "paired_error": torch.zeros(k, dtype=wide, device=x.device),
-                "paired_products": torch.zeros(m, m, dtype=wide, device=x.device),
-                "paired_origin": x[0, 0].to(wide),
+                "paired_means": torch.nan_to_num(_centred(x[:1])[0][0], 0, 0, 0).to(kept),
+                "paired_rows": torch.zeros(k, dtype=torch.float64, device=x.device),
+                "paired_error": torch.zeros(k, dtype=torch.float64, device=x.device),
+                "paired_products": torch.zeros(m, m, dtype=torch.float64, device=x.device),
+                "paired_origin": x[0, 0].double(),
                 "paired_moves": torch.zeros(k, dtype=torch.bool, device=x.device),
             }
         parts, products, length = [], states["paired_products"], chunk_length(x)
@@ -98,12 +96,12 @@ class PairedDeviations(Accumulator):
         return still & ~states["paired_moves"]
 
 
-def _centred(x: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows (n, m, k) in a wider type without their means; and 0 for rows whose values are all finite, else NaN, (n, k).
+def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (n, m, k) in float64 without their means; and 0 for rows whose values are all finite, else NaN, (n, k).
 
     Taken from its first value first, a constant row becomes exactly 0.
     """
-    x = x - x[:, :1].to(wide)
+    x = x - x[:, :1].double()
     means = x.mean(1, keepdim=True)
     return x.sub_(means), (means - means)[:, 0]
 
@@ -111,7 +109,7 @@ def _centred(x: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
 def _added(x: Tensor, means: Tensor, rows: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Means, rows and error after rows x (n, m, k) of some activations, and the products that these add."""
     n = len(x)
-    deviations, flaws = _centred(x, error.dtype)
+    deviations, flaws = _centred(x)
     deviations.sub_(means)
     finite, flaw = (flaws == 0)[:, None], flaws.sum(0)
     if not x.is_cpu or bool(flaw.isnan().any()):  # reading this from a GPU would synchronise

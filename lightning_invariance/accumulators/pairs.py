@@ -10,7 +10,6 @@ from torch import Tensor
 from lightning_invariance.accumulators import kernels
 from lightning_invariance.accumulators.changes import LARGEST_FLOAT32_SQUARE, SMALLEST_FLOAT32_SQUARE
 from lightning_invariance.accumulators.memory import CHUNK, chunks, scratch
-from lightning_invariance.accumulators.precision import wide_of
 
 #: ‖x‖² + ‖y‖² − 2 x·y cancels where it is below this fraction of ‖x‖² + ‖y‖²: x − y is then taken itself.
 CANCELS = 1e-2
@@ -59,10 +58,9 @@ def _sorted_differences(x: Tensor, of_rows: bool) -> Tensor:
     A sorting network would launch a kernel for each of its operations.
     """
     m = x.shape[1]
-    wide = wide_of(x)
     weights = torch.arange(1 - m, m, 2, dtype=x.dtype, device=x.device)
     ordered = torch.sub(x, x[:, :1]).sort(1).values
-    return 2 * ordered.mul_(weights[:, None]).sum(1 if of_rows else (0, 1), dtype=wide)
+    return 2 * ordered.mul_(weights[:, None]).sum(1 if of_rows else (0, 1), dtype=torch.float64)
 
 
 def euclidean_distances(maps: Tensor) -> Tensor:
@@ -94,9 +92,8 @@ def euclidean_distances(maps: Tensor) -> Tensor:
 
 
 def _all_euclidean_distances(maps: Tensor) -> Tensor:
-    """The same from the difference of each pair, in float64 where the device has it."""
-    wide = wide_of(maps)
-    rows = maps.transpose(1, 2).to(wide, memory_format=torch.contiguous_format)
+    """The same from the difference of each pair, in float64."""
+    rows = maps.transpose(1, 2).to(torch.float64, memory_format=torch.contiguous_format)
     return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").sum((2, 3)) / 2
 
 

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from lightning_invariance.accumulators.base import States
 from lightning_invariance.accumulators.memory import chunk_length
-from lightning_invariance.accumulators.precision import wide_of
 
 
 def deviations_of_samples(x: Tensor, means: Tensor | None, squared: bool) -> States:
@@ -19,10 +18,9 @@ def deviations_of_samples(x: Tensor, means: Tensor | None, squared: bool) -> Sta
         squared: whether rows add their variance or their standard deviation, and columns are summed or apart.
     """
     m, length = x.shape[1], chunk_length(x)
-    wide = wide_of(x)
     of_rows, of_columns = [], []
     for start in range(0, x.shape[2], length):
-        values = x[:, :, start : start + length].to(wide)
+        values = x[:, :, start : start + length].double()
         deviations = torch.sub(values, values[:, :1])
         rows = deviations.sub_(deviations.mean(1, keepdim=True)).square_().sum(1)
         of_rows.append(rows if squared else rows.div_(m - 1).sqrt_())

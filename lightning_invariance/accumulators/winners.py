@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators.base import Accumulator, Rows, States
-from lightning_invariance.accumulators.precision import wide_of
 
 
 @dataclass(frozen=True)
@@ -44,5 +43,5 @@ def agreements(maps: Tensor) -> Tensor:
     wins = torch.zeros(n, channels, positions, dtype=torch.int32, device=maps.device)
     wins.scatter_add_(1, largest.indices, wins.new_ones(1).expand(n, m, positions))
     equal = (wins * (wins - 1)).sum(1)
-    found = equal.to(wide_of(maps)).mean(1) / (m * (m - 1))
+    found = equal.double().mean(1) / (m * (m - 1))
     return torch.where(largest.values.isnan().flatten(1).any(1), torch.nan, found)

@@ -59,7 +59,7 @@ class Influence:
     waits = True
 
     def __init__(self, measure: Measure, accumulators: Sequence[Accumulator], sums: Sums) -> None:
-        value = wide(measure.value(sums).flatten())
+        value = measure.value(sums).flatten().double()
         self._measure, self._sums = measure, sums
         self._others = [a for a in accumulators if not isinstance(a, GroupedPairs)]
         self.pairs = next((a for a in accumulators if isinstance(a, GroupedPairs)), None)
@@ -235,8 +235,3 @@ def of_units(influence: Tensor, sums: Sums, units: int, mapped: bool) -> Tensor:
 def is_mapped(accumulators: Sequence[Accumulator]) -> bool:
     """Whether sums are of maps that were mapped back, which have the channels first."""
     return any(isinstance(a, MappedBack | DirectDistances) for a in accumulators)
-
-
-def wide(value: Tensor) -> Tensor:
-    """A value in float64, where the device has it."""
-    return value if value.device.type == "mps" else value.double()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators import Accumulator, Rows, States
-from lightning_invariance.evaluation.influence import derivatives, is_mapped, of_units, wide
+from lightning_invariance.evaluation.influence import derivatives, is_mapped, of_units
 from lightning_invariance.evaluation.powers import Powers
 from lightning_invariance.evaluation.response_influence import has_intervals, response_weights
 from lightning_invariance.measures import Measure
@@ -103,7 +103,7 @@ class InfluenceOnMean:
             the samples, it is not finite, or the samples are :data:`TOO_ALIKE`.
         """
         states, n = self.states, len(self.states["numbers"])
-        value = wide(self._measure.value(sums).flatten())
+        value = self._measure.value(sums).flatten().double()
         mean, second, fourth = self._powers.moments(n)
         finite = value.isfinite()
         same = (mean - value).abs() <= TOLERANCE * value.abs()

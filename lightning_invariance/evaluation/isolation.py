@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -102,7 +102,8 @@ def _version(tensor: Tensor) -> int:
 def isolated_random_state(seed: int) -> Iterator[None]:
     """Seed every random generator, and put back their states afterwards, also when an error is raised."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    get, put = _generators_of_accelerator()
+    of_accelerator = get()
     try:
         random.seed(seed)
         np.random.seed(seed % 2**32)
@@ -113,5 +114,13 @@ def isolated_random_state(seed: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
+        put(of_accelerator)
+
+
+def _generators_of_accelerator() -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    """What gets and puts back the states of its random generators; CUDA and XPU have several, MPS has one."""
+    module = torch.get_device_module() if torch.accelerator.is_available() else None
+    for name in ("rng_state_all", "rng_state"):
+        if hasattr(module, f"get_{name}"):
+            return getattr(module, f"get_{name}"), getattr(module, f"set_{name}")
+    return lambda: None, lambda states: None

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators.precision import wide_of
+from lightning_invariance.precision import summed_on
 
 #: Inputs of the two passes, as positions in a batch. The first is the same in both, for models that look at it. The
 #: second pass is shorter, so that axes that are as long as the batch show; one input comes twice, so that what differs
@@ -157,7 +157,7 @@ def _equal(a: Tensor, b: Tensor | None) -> bool:
 def _each_close(a: Tensor, b: Tensor) -> bool:
     """Whether each slice along the first axis is close to that of the other."""
     if a.numel():
-        values, others = (each.detach().to(wide_of(each)).reshape(len(a), -1) for each in (a, b))
+        values, others = (each.detach().to(summed_on(each.device)).double().reshape(len(a), -1) for each in (a, b))
         apart, size = (values - others).abs().amax(1), others.abs().amax(1)
         if bool((apart <= ABSOLUTE * size).all()):  # most are, and this takes fewer operations
             return True
@@ -166,6 +166,6 @@ def _each_close(a: Tensor, b: Tensor) -> bool:
 
 def _close(a: Tensor, b: Tensor) -> bool:
     """Equal up to the rounding of different kernels; NaN are equal to NaN."""
-    a, b = a.detach().to(wide_of(a)), b.detach().to(wide_of(b))
+    a, b = (each.detach().to(summed_on(each.device)).double() for each in (a, b))
     size = float(torch.cat([a.flatten(), b.flatten()]).nan_to_num(0, 0, 0).abs().amax()) if a.numel() else 0.0
     return torch.allclose(a, b, rtol=RELATIVE, atol=ABSOLUTE * size, equal_nan=True)

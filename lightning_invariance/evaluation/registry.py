@@ -33,6 +33,7 @@ from lightning_invariance.loader import STBlock
 from lightning_invariance.maps import usual_channel_axis
 from lightning_invariance.measures import Measure, Sums
 from lightning_invariance.measures.base import names_accumulators
+from lightning_invariance.precision import summed_on
 from lightning_invariance.transforms import TransformationSet
 
 
@@ -123,6 +124,8 @@ class Registry:
         """
         if (block := self._block) is None:
             raise RuntimeError("Expected a block before its activations.")
+        if not st.is_cpu:
+            st = st.to(summed_on(st.device))
         if st.dtype not in (torch.float32, torch.float64):
             st = st.float()
         layer = self.layers.get(name)
@@ -214,8 +217,9 @@ class Registry:
         for *_, left_out, keys in reversed(told):  # the reason that the first process found
             self.left_out.update(left_out)
             self.sample_keys.update(keys)
+        home = summed_on(device)
         if len(told) > 1:
-            self._add_unseen(told, device)
+            self._add_unseen(told, home)
             self._merge(device)
         if not self.in_first_pass:
             self.finished = True
@@ -223,7 +227,7 @@ class Registry:
         self.n_samples = sum(n for _, n, *_ in told)
         self.in_first_pass = False
         for name, layer in self.layers.items():
-            self._begin_second_pass(name, layer, device)
+            self._begin_second_pass(name, layer, home)
             if self.confidence is not None and name != INPUT:
                 layer.influences = self._new_influences(name, layer)
         self.finished = not any(layer.second or layer.waiting for layer in self.layers.values())

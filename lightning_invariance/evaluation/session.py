@@ -32,6 +32,7 @@ from lightning_invariance.evaluation.probe import CONSTANT, Finding, Layout, Out
 from lightning_invariance.evaluation.registry import Registry
 from lightning_invariance.layers import select_layers
 from lightning_invariance.loader import STBlock, STLoader
+from lightning_invariance.precision import summed_on
 from lightning_invariance.result import OutputValues
 from lightning_invariance.transforms import TransformationSet
 
@@ -165,7 +166,7 @@ class Session:
         intake.start_block(block)
         if first_of_walk:
             activations = activations_of(self._outputs, self._findings, self.options.channel_axis or {})
-            check_memory(registry, activations, self.batch_size, self.device, self.options.state_budget)
+            check_memory(registry, activations, self.batch_size, summed_on(self.device), self.options.state_budget)
         with catcher.forward_pass():
             output = self._call(block, block.inputs.flatten(0, 1))
         if registry.in_first_pass and self._predictions is not None:

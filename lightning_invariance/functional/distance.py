@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.functional.variance import quotient
+from lightning_invariance.precision import has_float64
 
 #: A distance by name, or a function of two broadcast tensors; see :func:`distance_between`.
 Distance: TypeAlias = str | Callable[[Tensor, Tensor], Tensor]
@@ -114,7 +115,7 @@ def _unit(x: Tensor) -> Tensor:
 
     In float64, since float32 rounds unit vectors that are nearly parallel. 0 stays 0, and what is infinite becomes NaN.
     """
-    parts = x if x.device.type == "mps" else x.double()
+    parts = x.double() if has_float64(x.device) else x
     parts = parts / _or_one(parts.abs().amax(-1, keepdim=True))  # whose squares neither vanish nor overflow
     return parts / _or_one(parts.norm(dim=-1, keepdim=True))
 

@@ -60,7 +60,7 @@ def inside_mask(
     for j in range(len(transformations)):
         there = transformations(white, input_size)[:, j]
         outside |= transformations[j].inverse(there, input_size)[0, 0] < 1 - 1e-4
-    return ~_near(outside, int(mask) - 1)
+    return ~_near(outside, int(mask) - 1).to(st.device)
 
 
 def _near(outside: Tensor, reach: int) -> Tensor:
@@ -159,7 +159,8 @@ def _direct(
         expected = transformations(st[:, transformations.identity], input_size)[:, j]
         if mask:
             white = torch.ones(1, 1, *st.shape[-2:], dtype=torch.float64)
-            inside = ~_near(transformations(white, input_size)[0, j, 0] < 1 - 1e-4, int(mask) - 1)
+            outside = transformations(white, input_size)[0, j, 0] < 1 - 1e-4
+            inside = ~_near(outside, int(mask) - 1).to(st.device)
             found, expected = torch.where(inside, found, 0.0), torch.where(inside, expected, 0.0)
         if normalize:
             found, expected = unit_vectors(found), unit_vectors(expected)

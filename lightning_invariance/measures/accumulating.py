@@ -24,6 +24,7 @@ from lightning_invariance.accumulators.base import (
     states_of,
 )
 from lightning_invariance.distributed import merge_over_ranks
+from lightning_invariance.precision import has_float64, summed_on
 from lightning_invariance.transforms import TransformationSet
 
 
@@ -226,11 +227,15 @@ class AccumulatingMetric(Metric):
         self.set_states(states)
 
     def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = ()) -> Module:
-        return super()._apply(fn, (*exclude_state, *self.read_states))
+        """Move the states, or leave them on the CPU where :func:`~lightning_invariance.precision.summed_on` says so."""
+        before, after = (has_float64(each.device) for each in (self, fn(torch.zeros(1, device=self.device))))
+        if not (before and after):
+            self._computed = self._forward_cache = None  # which is in another type there
+        return super()._apply(fn, (*exclude_state, *(self.read_states if after else self._defaults)))
 
 
 def checked_block(st_block: Any) -> Tensor:
-    """An ST block as accumulators take it: in float32 or float64, without gradients.
+    """An ST block as accumulators take it: in float32 or float64, without gradients, on a device with float64.
 
     Raises:
         ValueError: If it has fewer than two dimensions, or no activations.
@@ -244,7 +249,7 @@ def checked_block(st_block: Any) -> Tensor:
             "Expected non-empty argument `st_block` of shape (samples, transformations, *activation_shape),"
             f" but got {tuple(st_block.shape)}."
         )
-    values = st_block.detach()
+    values = st_block.detach().to(summed_on(st_block.device))
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 

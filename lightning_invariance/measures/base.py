@@ -18,6 +18,7 @@ from lightning_invariance.accumulators.base import States, check_states
 from lightning_invariance.maps import aggregate_maps
 from lightning_invariance.measures.accumulating import AccumulatingMetric
 from lightning_invariance.measures.sums import Sums, dead_of
+from lightning_invariance.precision import has_float64
 from lightning_invariance.style import draw_bars
 
 
@@ -144,8 +145,7 @@ class Measure(AccumulatingMetric):
                     f"Expected {type(self).__name__}.value to return a tensor of {math.prod(shape)} values, for the"
                     f" shape {shape}, but got {got}."
                 )
-            value = value.reshape(shape)
-            return value if value.device.type == "mps" else value.double()  # MPS has no float64
+            return value.reshape(shape).double()
         rank_zero_warn(
             f"{type(self).__name__} needs at least {self.least_samples} samples and {self.least_transformations}"
             f" transformations, but got {n} and {m}: the value is NaN.",
@@ -154,7 +154,7 @@ class Measure(AccumulatingMetric):
         return torch.full(shape, torch.nan, dtype=torch.float64)
 
     def compute(self) -> Tensor:
-        """The value of every activation.
+        """The value of every activation, in float64 where :attr:`device` has it.
 
         Raises:
             RuntimeError: Before a second pass that is needed.
@@ -164,7 +164,8 @@ class Measure(AccumulatingMetric):
                 f"{type(self).__name__} needs two passes for {int(self.n_samples)} samples: call `end_pass()`, and"
                 " update with all blocks again."
             )
-        return self.evaluated(self.sums()).to(self.device)
+        value = self.evaluated(self.sums())
+        return (value if has_float64(self.device) else value.float()).to(self.device)
 
     def response(self) -> Tensor | None:
         """The part of each transformation in the value of the layer, ``(m,)``; None where it is not measured."""

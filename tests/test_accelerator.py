@@ -1,0 +1,186 @@
+"""Whole evaluations on an accelerator, emulated by the CPU, with float64 as CUDA has it and without as MPS."""
+
+from functools import partial
+
+import pytest
+import torch
+from emulated import NAME, Emulation, process_with_device
+from torch import nn
+from torch.utils import backend_registration
+from torch.utils.data import TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_invariance import evaluate, functional, rotations
+from lightning_invariance.measures import (
+    Anova,
+    Consistency,
+    DistanceSameEquivariance,
+    Goodfellow,
+    NormalizedDistance,
+    NormalizedVariance,
+    SampleDistance,
+    Stratified,
+    TransformationDistance,
+    TransformationVariance,
+    VarianceSameEquivariance,
+)
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="PyTorch is too old"
+)
+
+MEASURES = {
+    "NV": lambda: NormalizedVariance(response=True),
+    "TV of standard deviations": lambda: TransformationVariance(squared=False),
+    "rejections": Anova,
+    "p": lambda: Anova("p"),
+    "paired F": lambda: Anova("f", paired=True),
+    "ND": NormalizedDistance,
+    "SD": SampleDistance,
+    "TD of maps": lambda: TransformationDistance("euclidean", over="channel"),
+    "TD of angles": lambda: TransformationDistance("cosine", over="channel"),
+    "Goodfellow": lambda: Goodfellow(0.1),
+    "Goodfellow in two passes": lambda: Goodfellow(0.1, capacity=4),
+    "Goodfellow's quantile": lambda: Goodfellow(0.1, threshold="quantile"),
+    "same-equivariance": lambda: VarianceSameEquivariance(mask=True),
+    "distance same-equivariance": lambda: DistanceSameEquivariance(mask=True, normalize=True),
+    "Consistency": Consistency,
+    "Stratified": lambda: Stratified(NormalizedVariance(), 2),
+}
+
+#: With which networks are made.
+SEED = 7
+
+#: Labels are read, once a block; and p-values take as many steps as they need, once.
+WAITS = {"Stratified", "p"}
+
+
+def network():
+    torch.manual_seed(SEED)  # of the device, too
+    layers = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 64, 2)
+    return nn.Sequential(*layers).eval()
+
+
+def result_of(name, device, confidence, samples=12, **options):
+    data = TensorDataset(
+        torch.rand(samples, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(samples) % 2
+    )
+    options |= {"outputs": {"accuracy": MulticlassAccuracy(2, average="micro")}} if confidence else {}
+    return evaluate(
+        network().to(device),
+        data,
+        rotations(4),
+        {"measure": MEASURES[name]()},
+        batch_size=16,
+        progress=False,
+        confidence=confidence,
+        **options,
+    )
+
+
+def numbers_of(result):
+    """Everything that a result holds of numbers, as plain lists, which travel between processes."""
+    found = {f"value of {layer}": value.tolist() for layer, value in result["measure"].items()}
+    found |= {f"error of {layer}": e.tolist() for layer, e in result.standard_errors.get("measure", {}).items()}
+    found |= {f"response of {layer}": r for layer, r in result.response.get("measure", {}).items()}
+    return found | {f"output {name}": output.values for name, output in result.outputs.items()}
+
+
+def on_device(name, confidence):
+    with Emulation() as emulation:
+        found = numbers_of(result_of(name, NAME, confidence))
+    return found, emulation.operations, torch.get_device_module(NAME).get_rng_state().item()
+
+
+def reads_of(name, samples):
+    with Emulation() as emulation:
+        result_of(name, NAME, None, samples)
+    return emulation.read
+
+
+def by_hand():
+    x = torch.rand(8, 4, 6, generator=torch.Generator().manual_seed(1))
+    with Emulation():
+        measure, other = (NormalizedVariance().to(NAME) for _ in range(2))
+        measure.update(x[:3].to(NAME))
+        other.update(x[3:].to(NAME))
+        measure.merge_state(other)
+        value = measure.compute()
+        return value.device.type, value.dtype, value.tolist(), measure.cpu().compute().tolist()
+
+
+#: Functions of a whole ST tensor of feature maps.
+FUNCTIONS = {
+    "TV": functional.transformation_variance,
+    "NV": functional.normalized_variance,
+    "NV of standard deviations": partial(functional.normalized_variance, squared=False),
+    "ND": functional.normalized_distance,
+    "TD of angles": partial(functional.transformation_distance, distance="cosine", over="channel"),
+    "F": lambda st: functional.anova(st)[0],
+    "Goodfellow": partial(functional.goodfellow, alpha=0.1),
+    "same-equivariance": partial(functional.variance_same_equivariance, transformations=rotations(4), mask=2),
+    "distance same-equivariance": partial(
+        functional.distance_same_equivariance, transformations=rotations(4), normalize=True, mask=True
+    ),
+    "direct same-equivariance": partial(
+        functional.distance_same_equivariance, transformations=rotations(4), formulation="direct", mask=True
+    ),
+}
+
+
+def values_of_functions():
+    st = torch.rand(5, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with Emulation():
+        return {name: function(st.to(NAME)).tolist() for name, function in FUNCTIONS.items()}
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["with float64", "without float64"])
+def process(request):
+    with process_with_device(request.param) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def process_with_float64():
+    with process_with_device(True) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("confidence", [None, 0.95])
+@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.filterwarnings("ignore:NaN, and left out:UserWarning")
+def test_an_evaluation_gives_the_same_on_an_accelerator(name, confidence, process):
+    found, operations, seed = process.submit(on_device, name, confidence).result()
+    expected = numbers_of(result_of(name, "cpu", confidence))
+    assert operations > 50, "the network did not run on the device"
+    assert seed == SEED, "the state of the device's random generator was not put back"
+    assert found.keys() == expected.keys()
+    for what, value in expected.items():
+        own = torch.tensor(found[what], dtype=torch.float64)
+        torch.testing.assert_close(own, torch.tensor(value, dtype=torch.float64), rtol=1e-5, atol=1e-9, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", sorted(MEASURES.keys() - WAITS))
+def test_no_block_makes_the_cpu_wait_for_the_accelerator(name, process_with_float64):
+    few, many = (process_with_float64.submit(reads_of, name, samples).result() for samples in (12, 24))
+    assert many == few
+
+
+def test_a_metric_moves_to_an_accelerator_and_back(process, request):
+    device, dtype, value, again = process.submit(by_hand).result()
+    assert (device, dtype) == (NAME, torch.float32 if "without" in request.node.name else torch.float64)
+    measure = NormalizedVariance()
+    measure.update(torch.rand(8, 4, 6, generator=torch.Generator().manual_seed(1)))
+    torch.testing.assert_close(torch.tensor(value, dtype=torch.float64), measure.compute(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.tensor(again, dtype=torch.float64), measure.compute(), rtol=1e-12, atol=0)
+
+
+def test_functions_give_the_same_on_an_accelerator(process):
+    found = process.submit(values_of_functions).result()
+    st = torch.rand(5, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    for name, function in FUNCTIONS.items():
+        value = function(st)
+        own = torch.tensor(found[name], dtype=value.dtype)
+        torch.testing.assert_close(
+            own, value, rtol=1e-4, atol=1e-6, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}"
+        )
