@@ -2,15 +2,18 @@
 
 from functools import partial
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from emulated import NAME, Emulation, process_with_device
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.utils import backend_registration
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_invariance import evaluate, functional, rotations
+from lightning_invariance import InvarianceMonitor, evaluate, functional, rotations
 from lightning_invariance.measures import (
     Anova,
     Consistency,
@@ -61,14 +64,16 @@ def network():
     return nn.Sequential(*layers).eval()
 
 
+def data_of(samples):
+    images = torch.rand(samples, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    return TensorDataset(images, torch.arange(samples) % 2)
+
+
 def result_of(name, device, confidence, samples=12, **options):
-    data = TensorDataset(
-        torch.rand(samples, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(samples) % 2
-    )
     options |= {"outputs": {"accuracy": MulticlassAccuracy(2, average="micro")}} if confidence else {}
     return evaluate(
         network().to(device),
-        data,
+        data_of(samples),
         rotations(4),
         {"measure": MEASURES[name]()},
         batch_size=16,
@@ -107,6 +112,74 @@ def by_hand():
         measure.merge_state(other)
         value = measure.compute()
         return value.device.type, value.dtype, value.tolist(), measure.cpu().compute().tolist()
+
+
+class Emulated(Accelerator):
+    """The device for Lightning."""
+
+    def setup_device(self, device):
+        pass
+
+    def teardown(self):
+        pass
+
+    def get_device_stats(self, device):
+        return {}
+
+    @staticmethod
+    def parse_devices(devices):
+        return devices
+
+    @staticmethod
+    def get_parallel_devices(devices):
+        return [torch.device(NAME, 0)]
+
+    @staticmethod
+    def auto_device_count():
+        return 1
+
+    @staticmethod
+    def is_available():
+        return True
+
+    @staticmethod
+    def name():
+        return NAME
+
+
+class Classifier(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.network = network()
+
+    def forward(self, x):
+        return self.network(x)
+
+    def training_step(self, batch, batch_idx):
+        x, label = batch
+        return nn.functional.cross_entropy(self(x), label)
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1, foreach=False)
+
+
+def train(folder, **options):
+    loader = DataLoader(data_of(16), 8)
+    measures = [NormalizedVariance(response=True), Goodfellow(0.1)]
+    monitor = InvarianceMonitor(rotations(4), measures, confidence=0.95)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
+    trainer = pl.Trainer(max_epochs=2, callbacks=[monitor], default_root_dir=folder, **quiet, **options)
+    trainer.fit(Classifier(), loader, loader)
+    return {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+
+def train_on_device(folder):
+    with Emulation() as emulation:
+        strategy = SingleDeviceStrategy(torch.device(NAME, 0), accelerator=Emulated())
+        return train(folder, strategy=strategy), emulation.operations
 
 
 #: Functions of a whole ST tensor of feature maps.
@@ -184,3 +257,11 @@ def test_functions_give_the_same_on_an_accelerator(process):
         torch.testing.assert_close(
             own, value, rtol=1e-4, atol=1e-6, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}"
         )
+
+
+def test_a_monitor_logs_the_same_while_a_network_trains_on_an_accelerator(process, tmp_path):
+    found, operations = process.submit(train_on_device, tmp_path / "device").result()
+    expected = train(tmp_path / "cpu", accelerator="cpu")
+    assert operations > 500
+    assert len(expected) > 20
+    assert found == pytest.approx(expected, rel=1e-4, nan_ok=True)
