@@ -150,7 +150,7 @@ class Emulated(Accelerator):
 class Classifier(pl.LightningModule):
     def __init__(self):
         super().__init__()
-        self.network = network()
+        self.network = network().train()
 
     def forward(self, x):
         return self.network(x)
@@ -259,6 +259,7 @@ def test_functions_give_the_same_on_an_accelerator(process):
         )
 
 
+@pytest.mark.filterwarnings("ignore:NaN, and left out:UserWarning")
 def test_a_monitor_logs_the_same_while_a_network_trains_on_an_accelerator(process, tmp_path):
     found, operations = process.submit(train_on_device, tmp_path / "device").result()
     expected = train(tmp_path / "cpu", accelerator="cpu")
