@@ -47,6 +47,7 @@ MEASURES = {
     "Goodfellow's quantile": lambda: Goodfellow(0.1, threshold="quantile"),
     "same-equivariance": lambda: VarianceSameEquivariance(mask=True),
     "distance same-equivariance": lambda: DistanceSameEquivariance(mask=True, normalize=True),
+    "direct same-equivariance": lambda: DistanceSameEquivariance(formulation="direct", mask=True),
     "Consistency": Consistency,
     "Stratified": lambda: Stratified(NormalizedVariance(), 2),
 }

@@ -38,12 +38,13 @@ MEASURES = {
     "paired Anova": (Anova(paired=True), 35),  # 32 operations, in float64 throughout
     "TD": (TransformationDistance(), 24),
     "TD of maps": (TransformationDistance("euclidean", over="channel"), 24),
+    "TD of angles": (TransformationDistance("cosine", over="channel"), 20),
     "SD": (SampleDistance(), 24),
     "ND": (NormalizedDistance(), 24),
     "Goodfellow": (Goodfellow(), 24),
     "Consistency": (Consistency(), 24),
-    "same-equivariance": (VarianceSameEquivariance(transformations=rotations(16)), 24),
-    "distance same-equivariance": (DistanceSameEquivariance(transformations=rotations(16)), 24),
+    "same-equivariance": (VarianceSameEquivariance(transformations=rotations(16)), 22),
+    "distance same-equivariance": (DistanceSameEquivariance(transformations=rotations(16)), 22),
 }
 
 

@@ -61,6 +61,8 @@ class RowDistances(Accumulator):
     def _of_each(self, rows: Rows) -> Tensor:
         if self.distance == "abs" and self.over == "activation":
             return absolute_differences(rows.flat, of_rows=True)
+        if self.distance == "cosine":
+            return _cosine_distances(rows.maps)
         values = self._values(rows)[:, None]
         return torch.stack([row_distances(row, self.distance, self.over) for row in values])
 
@@ -80,8 +82,8 @@ def row_distances(values: Tensor, distance: Distance, over: str) -> Tensor:
     maps = as_maps(values)
     if distance == "euclidean":
         return 2 * euclidean_distances(maps).sum(0)
-    if distance == "cosine":  # the angle does not depend on the norm, whose square float32 may not hold
-        maps = unit_maps(maps.double())[0]  # float32 would round maps that are nearly parallel
+    if distance == "cosine":
+        return _cosine_distances(maps).sum(0)
     m = maps.shape[1]
     like = distance_between(maps[:, 0], maps[:, 0], distance, over)
     total = like.new_zeros(like.shape[1:], dtype=torch.float64)
@@ -89,6 +91,21 @@ def row_distances(values: Tensor, distance: Distance, over: str) -> Tensor:
         found = distance_between(maps[:, : m - shift], maps[:, shift:], distance, over)
         total = total + found.sum((0, 1), dtype=total.dtype)
     return 2 * total.flatten()
+
+
+def _cosine_distances(maps: Tensor) -> Tensor:
+    r"""1 − cos of all ordered pairs within rows ``(n, m, channels, positions)``: ``(n, channels)`` in float64.
+
+    Of unit vectors u it is \|u − u'\|² / 2, so that all pairs of a row come to m Σ \|u_j − u_1\|² − \|Σ (u_j − u_1)\|².
+    Zero maps have u = 0, and where one of two is zero 1/2 is missing.
+    """
+    m = maps.shape[1]
+    unit, zero = _unit_vectors(maps, torch.float64)  # float32 would round maps that are nearly parallel
+    apart = torch.sub(unit, unit[:, :1])
+    dark = zero.sum(1)
+    squares, of_sum = (torch.linalg.vector_norm(each, dim=axes) for each, axes in ((apart, (1, 3)), (apart.sum(1), 2)))
+    found: Tensor = m * squares.square() - of_sum.square() + dark * (m - dark)
+    return found
 
 
 def as_maps(values: Tensor) -> Tensor:
@@ -137,8 +154,28 @@ def unit_maps(maps: Tensor) -> tuple[Tensor, Tensor]:
     return unit.view(maps.shape), doubtful
 
 
-def _unit_vectors(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors divided by their norms, taken of parts of the largest value, and which are zero."""
+def zero_maps(maps: Tensor) -> Tensor:
+    """Which feature maps are zero everywhere, (samples, transformations, channels)."""
+    flat = maps.flatten(3)
+    if not maps.is_cpu:
+        largest: Tensor = torch.linalg.vector_norm(flat, torch.inf, dim=3)
+        return largest == 0
+    zero: Tensor = flat.norm(dim=3) == 0
+    if bool(zero.any()):  # or their squares have vanished
+        zero[zero.clone()] = (flat[zero] == 0).all(-1)
+    return zero
+
+
+def _unit_vectors(flat: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Vectors divided by their norms, in their type or another one, and which are zero.
+
+    Norms are float64, which holds all squares of float32; those of float64 are taken of parts of the largest value.
+    """
+    if flat.dtype == torch.float32:
+        norm = torch.linalg.vector_norm(flat, dim=-1, keepdim=True, dtype=torch.float64)
+        zero = norm == 0
+        found = torch.empty_like(flat, dtype=dtype)
+        return torch.div(flat, norm.masked_fill_(zero, 1), out=found), zero[..., 0]
     largest = torch.linalg.vector_norm(flat, torch.inf, dim=-1, keepdim=True)
     zero = largest == 0
     parts = flat / largest.masked_fill_(zero, 1)

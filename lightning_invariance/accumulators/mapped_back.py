@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from lightning_invariance.accumulators.base import Accumulator, Context, Rows, States, states_of
-from lightning_invariance.accumulators.distances import Distance, distance_between, unit_maps
+from lightning_invariance.accumulators.distances import Distance, distance_between, unit_maps, zero_maps
 from lightning_invariance.transforms import TransformationSet
 
 #: A pixel is seen where at least this part of it comes from inside the frame.
@@ -157,8 +157,8 @@ class MappedBack(Accumulator):
                 if not inside.numel():
                     inside = seen(maps, transformations, mapping.mask, mapping.input_size) > 0
                 back = back * inside
-            unit, zero = unit_maps(back)
-            return inside, _Mapped(rows.of(unit if mapping.normalize else back), (~zero).sum((0, 1)))
+            back, zero = unit_maps(back) if mapping.normalize else (back, zero_maps(back))
+            return inside, _Mapped(rows.of(back), (~zero).sum((0, 1)))
 
         return rows.once(mapping, mapped)
 
@@ -197,7 +197,7 @@ class DirectDistances(Accumulator):
         maps = rows.channels_first
         found = direct_distances(maps, self.mapping.checked(rows), self.mapping, self.distance, self.over)
         added = found.double().sum((0, 1)).flatten()
-        before, lit = states["row_distances"], (~unit_maps(maps)[1]).sum((0, 1))
+        before, lit = states["row_distances"], (~zero_maps(maps)).sum((0, 1))
         return {"row_distances": before + added if before.numel() else added, **_lit(states, lit)}
 
     def shares(self, rows: Rows, totals: States | None) -> States:
@@ -244,12 +244,10 @@ def direct_distances(
     Raises:
         ValueError: If no transformation of the set is the identity.
     """
-    probe = torch.rand(1, *maps.shape[2:], generator=torch.Generator().manual_seed(0)).to(maps.device)
-    moved = transformations(probe, mapping.input_size)[0]
-    same = [j for j, image in enumerate(moved) if torch.equal(image, probe[0])]
-    if not same:
-        raise ValueError(f'Expected the identity among the transformations for "direct", but got {transformations!r}.')
-    expected, found = transformations(maps[:, same[0]], mapping.input_size), maps
+    same = transformations.identity
+    if same is None:
+        same = _identity_among(transformations, maps, mapping.input_size)
+    expected, found = transformations(maps[:, same], mapping.input_size), maps
     if mapping.mask:
         ones = torch.ones(1, 1, *maps.shape[-2:], dtype=torch.float64, device=maps.device)
         inside = 1 - _widened(transformations(ones, mapping.input_size)[0] < SEEN, mapping.mask)
@@ -258,6 +256,16 @@ def direct_distances(
         dtype = torch.float64 if distance == "cosine" else maps.dtype
         expected, found = unit_maps(expected.to(dtype))[0], unit_maps(found.to(dtype))[0]
     return distance_between(found.flatten(3), expected.flatten(3), distance, over)
+
+
+def _identity_among(transformations: TransformationSet, maps: Tensor, input_size: tuple[int, int] | None) -> int:
+    """Which transformation leaves a random feature map as it is, in a set that knows of none."""
+    probe = torch.rand(1, *maps.shape[2:], generator=torch.Generator().manual_seed(0)).to(maps.device)
+    moved = transformations(probe, input_size)[0]
+    same = [j for j, image in enumerate(moved) if torch.equal(image, probe[0])]
+    if not same:
+        raise ValueError(f'Expected the identity among the transformations for "direct", but got {transformations!r}.')
+    return same[0]
 
 
 def seen(maps: Tensor, transformations: TransformationSet, mask: int, input_size: tuple[int, int] | None) -> Tensor:
