@@ -162,7 +162,18 @@ def test_paired_f_of_nearly_invariant_units(scale, outlier, n, dtype):
     metric = Anova("f", paired=True)
     for rows in st.split(37):
         metric.update(rows)
-    np.testing.assert_allclose(metric.compute().numpy(), exact_f(st), rtol=1e-3)
+    np.testing.assert_allclose(metric.compute().numpy(), exact_f(st), rtol=1e-7)
+
+
+@pytest.mark.parametrize("of_transformations", [0.0, 10.0, 1e3])
+def test_paired_f_of_large_layers_that_all_samples_change_alike(of_transformations):
+    generator = torch.Generator().manual_seed(4)
+    st = 100 * torch.randn(20, 1, 1500, generator=generator) + 1e-4 * torch.randn(20, 16, 1500, generator=generator)
+    st += of_transformations * torch.randn(1, 16, 1500, generator=generator)
+    metric = Anova("f", paired=True)
+    for rows in st.split(7):
+        metric.update(rows)
+    np.testing.assert_allclose(metric.compute().numpy(), exact_f(st), rtol=1e-8)
 
 
 def pooled_epsilon(st):

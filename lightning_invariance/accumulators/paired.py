@@ -11,23 +11,20 @@ from torch import Tensor
 from lightning_invariance.accumulators.base import Accumulator, Rows, States
 from lightning_invariance.accumulators.memory import chunk_length
 
-#: Layers with fewer values a row than this have float64 means: rounding a mean is not made up for here.
-FEWEST_FLOAT32_VALUES = 2**14
-
 
 @dataclass(frozen=True)
 class PairedDeviations(Accumulator):
-    r"""Means of the columns of the centred rows :math:`c_{ij} = x_{ij} - \bar x_{i \cdot}`, and deviations from them.
+    r"""Means of the columns of :math:`d_{ij} = x_{ij} - x_{i1}`, and deviations from them.
 
     A unit that hardly varies with the transformation varies much between samples; what it varies by is exact here,
     however small it is beside the value. For k activations and m transformations:
 
-    - ``paired_means`` ``(m, k)``: :math:`\bar c_{\cdot j}`, in float32 where blocks of a large layer are.
+    - ``paired_means`` ``(m, k)``: :math:`\bar d_{\cdot j}`, float64.
     - ``paired_rows`` ``(k,)``: the number of rows without infinite values or NaN, of which these means are.
-    - ``paired_error`` ``(k,)``: :math:`\sum_i \sum_j (c_{ij} - \bar c_{\cdot j})^2`, float64; NaN where a row is not
-      finite.
-    - ``paired_products`` ``(m, m)``: :math:`\sum_u \sum_i (c_{iju} - \bar c_{\cdot ju})(c_{ilu} - \bar c_{\cdot lu})`
-      over all activations u of the layer and their finite rows, float64.
+    - ``paired_error`` ``(k,)``: :math:`\sum_i \sum_j (e_{ij} - \bar e_{i \cdot})^2` of :math:`e_{ij} = d_{ij} - \bar
+      d_{\cdot j}`, float64; NaN where a row is not finite.
+    - ``paired_products`` ``(m, m)``: :math:`\sum_u \sum_i e_{iju} e_{ilu}` over all activations u of the layer and
+      their finite rows, float64.
     - ``paired_origin`` ``(k,)``, ``paired_moves`` ``(k,)``: the first value of the first row, and whether that of
       another row differs.
     """
@@ -49,10 +46,9 @@ class PairedDeviations(Accumulator):
         x = rows.flat
         if not rows.before:
             m, k = x.shape[1:]
-            kept = x.dtype if x.is_cpu and m * k >= FEWEST_FLOAT32_VALUES else torch.float64
             states = {
                 # Constant columns then deviate by exactly 0.
-                "paired_means": torch.nan_to_num(_centred(x[:1])[0][0], 0, 0, 0).to(kept),
+                "paired_means": torch.nan_to_num(_apart(x[0]), 0, 0, 0),
                 "paired_rows": torch.zeros(k, dtype=torch.float64, device=x.device),
                 "paired_error": torch.zeros(k, dtype=torch.float64, device=x.device),
                 "paired_products": torch.zeros(m, m, dtype=torch.float64, device=x.device),
@@ -77,14 +73,12 @@ class PairedDeviations(Accumulator):
     def merge(self, a: States, b: States) -> States:
         """The states after the rows of both (Chan, Golub and LeVeque 1983, the paper's reference 20)."""
         n, n_other = a["paired_rows"], b["paired_rows"]
-        kept = torch.promote_types(a["paired_means"].dtype, b["paired_means"].dtype)
-        means, others = (states["paired_means"].to(n.dtype) for states in (a, b))
-        apart, share = others - means, n_other / (n + n_other).clamp_min(1)
+        apart, share = b["paired_means"] - a["paired_means"], n_other / (n + n_other).clamp_min(1)
         moved = apart * (n * share).sqrt()
         return {
-            "paired_means": (means + share * apart).to(kept),
+            "paired_means": a["paired_means"] + share * apart,
             "paired_rows": n + n_other,
-            "paired_error": a["paired_error"] + b["paired_error"] + moved.square().sum(0),
+            "paired_error": a["paired_error"] + b["paired_error"] + (moved - moved.mean(0)).square().sum(0),
             "paired_products": a["paired_products"] + b["paired_products"] + moved @ moved.mT,
             "paired_origin": a["paired_origin"],
             "paired_moves": a["paired_moves"] | b["paired_moves"] | (a["paired_origin"] != b["paired_origin"]),
@@ -96,35 +90,38 @@ class PairedDeviations(Accumulator):
         return still & ~states["paired_moves"]
 
 
-def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (n, m, k) in float64 without their means; and 0 for rows whose values are all finite, else NaN, (n, k).
-
-    Taken from its first value first, a constant row becomes exactly 0.
-    """
-    x = x - x[:, :1].double()
-    means = x.mean(1, keepdim=True)
-    return x.sub_(means), (means - means)[:, 0]
+def _apart(x: Tensor) -> Tensor:
+    """Differences from the first column, ``(..., m, k)``, in float64."""
+    return torch.sub(x, x[..., :1, :].double())
 
 
 def _added(x: Tensor, means: Tensor, rows: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Means, rows and error after rows x (n, m, k) of some activations, and the products that these add."""
-    n = len(x)
-    deviations, flaws = _centred(x)
-    deviations.sub_(means)
-    finite, flaw = (flaws == 0)[:, None], flaws.sum(0)
-    if not x.is_cpu or bool(flaw.isnan().any()):  # reading this from a GPU would synchronise
-        deviations = torch.where(finite, deviations, 0.0)
-    added = finite.sum((0, 1), dtype=rows.dtype)
-    rows_now = rows + added
-    # Where there is no row, what is divided is 0.
-    shift, share = deviations.sum(0).div_(added.clamp(min=1)), added / rows_now.clamp(min=1)
-    # As far as sums of squares and products go, the means that move are one more row.
-    every = shift.new_empty(n + 1, *shift.shape)
-    torch.addcmul(deviations, shift, finite, value=-1, out=every[:n])
-    torch.mul(shift, (rows * share).sqrt_(), out=every[n])
-    length = torch.linalg.vector_norm(every, dim=(0, 1))
-    error = torch.addcmul(error + flaw, length, length)
-    return torch.addcmul(means, shift, share).to(means.dtype), rows_now, error, (every @ every.mT).sum(0)
+    r"""Means, rows and error after rows x (n, m, k) of some activations, and the products that these add.
+
+    With e from the means so far and their sums S over the n rows added, the products of e about the new means of all N
+    rows are :math:`\sum_i e_i e_i^T - S S^T / N`; S is at most about as large as what remains, since the first row is
+    one of those that the means are of. The error is the trace of these products without their mean over columns.
+    """
+    deviations = _apart(x).sub_(means)
+    of_rows = deviations.sum(1)
+    flaws = of_rows - of_rows  # NaN where a value of the row is not finite
+    finite = flaws == 0
+    if not x.is_cpu or bool(flaws.isnan().any()):  # reading this from a GPU would synchronise
+        deviations.masked_fill_(~finite[:, None], 0)
+        of_rows = of_rows + flaws
+    rows_now = rows + finite.sum(0, dtype=rows.dtype)
+    divisor = rows_now.clamp(min=1)  # where there is no row, what is divided is 0
+    sums = deviations.sum(0)
+    moved = sums / divisor.sqrt()
+    products = torch.addmm((deviations @ deviations.mT).sum(0), moved, moved.mT, alpha=-1)
+    for values, axes, part in (
+        (deviations, (0, 1), 1.0),
+        (of_rows, 0, -1 / x.shape[1]),
+        (moved - moved.mean(0), 0, -1.0),
+    ):
+        length = torch.linalg.vector_norm(values, dim=axes)
+        error = torch.addcmul(error, length, length, value=part)
+    return torch.addcdiv(means, sums, divisor), rows_now, error, products
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

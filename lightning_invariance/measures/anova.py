@@ -100,12 +100,12 @@ class Anova(Measure):
 
     def _statistic(self, sums: Sums, statistic: str) -> Tensor:
         n, m = sums.n_samples, sums.n_transformations
-        means = sums["paired_means"].to(sums["paired_error"].dtype) if self.paired else means_of(sums)
+        means = sums["paired_means"] if self.paired else means_of(sums)
         means = means - means[0]  # exactly 0 where columns are alike; so is `between` then
         between = n * (means - means.mean(0)).square_().sum(0)
         if not self.paired:  # the same values in every column may have been summed in another order
             between = torch.where(sums["row_spread"] == 0, 0.0, between)
-        within = sums["paired_error"] if self.paired else sums["column_spread"][0].clamp_min(0)
+        within = (sums["paired_error"] if self.paired else sums["column_spread"][0]).clamp_min(0)
         epsilon = _sphericity(sums["paired_products"]) if self.paired else 1.0
         d1, d2 = m - 1, (m - 1) * (n - 1) if self.paired else m * (n - 1)
         constant = (between == 0) & (within == 0)
@@ -140,7 +140,9 @@ class Anova(Measure):
 
 
 def _sphericity(products: Tensor) -> float:
-    """Greenhouse and Geisser's ε of sums of products of centred columns, (m, m); 1 where nothing varies."""
+    """Greenhouse and Geisser's ε of sums of products of columns, (m, m); 1 where nothing varies."""
+    products = products - products.mean(0)  # those of rows without their means
+    products = products - products.mean(1, keepdim=True)
     total = float(products.trace())
     if not total > 0:
         return 1.0
