@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from lightning_invariance import functional
 from lightning_invariance.measures import (
     Anova,
+    IntraclassCorrelation,
+    MainEffect,
     NormalizedDistance,
     NormalizedVariance,
     SampleDistance,
@@ -110,3 +112,50 @@ def test_one_bad_value_spoils_its_own_activation_only(name, data):
 def test_layers_without_activations_are_refused(measure):
     with pytest.raises(ValueError, match=r"non-empty argument `st_block` .* but got \(4, 5, 3, 0\)"):
         measure().update(torch.zeros(4, 5, 3, 0))
+
+
+@pytest.fixture(params=["cpu", "device"])
+def anywhere(request, monkeypatch):
+    """On the CPU, and with the operations of other devices."""
+    if request.param == "device":
+        monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False), raising=False)
+
+
+def value_of(measure, st, rows):
+    for block in st.split(rows):
+        measure.update(block)
+    return measure.compute()
+
+
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("m", [16, 33, 100, 256])
+@pytest.mark.parametrize("k", [64, 2048])
+def test_variances_where_the_first_transformation_alone_changes_the_activation(m, k, squared, anywhere):
+    st = torch.zeros(8, m, k)
+    st[:, 0] = torch.rand(8, k, generator=torch.Generator().manual_seed(0)) + 0.1
+    found = value_of(TransformationVariance(squared), st, 4)
+    expected = st[:, 0].double().square() / m  # v^2 (1 - 1 / m) / (m - 1)
+    expected = (expected if squared else expected.sqrt()).mean(0)
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=0)
+
+
+def two_way(st):
+    """ICC(C,1) and the main effect by the two-way layout in float64."""
+    x = st.double()
+    n, m = x.shape[:2]
+    of_rows, of_columns, grand = x.mean(1, keepdim=True), x.mean(0, keepdim=True), x.mean((0, 1), keepdim=True)
+    rest = (x - of_rows - of_columns + grand).square().sum((0, 1)) / ((n - 1) * (m - 1))
+    samples = m * (of_rows - grand).square().sum((0, 1)) / (n - 1)
+    effect = n * (of_columns - grand).square().sum((0, 1)) / (x - of_rows).square().sum((0, 1))
+    return (samples - rest) / (samples + (m - 1) * rest), effect
+
+
+@pytest.mark.parametrize(("shift", "change"), [(1000.0, 1.0), (0.0, 1e-5), (3.0, 1e-3)])
+@pytest.mark.parametrize("k", [64, 2048])
+def test_components_of_variance_that_are_small_beside_the_others(k, shift, change, anywhere):
+    generator = torch.Generator().manual_seed(0)
+    st = torch.randn(60, 1, k, generator=generator) + change * torch.randn(60, 4, k, generator=generator)
+    st += shift * torch.arange(4.0).view(1, 4, 1)
+    correlation, effect = two_way(st)
+    torch.testing.assert_close(value_of(IntraclassCorrelation(), st, 7), correlation, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(value_of(MainEffect(), st, 7), effect, rtol=1e-6, atol=1e-9)

@@ -37,6 +37,10 @@ SPREADS = "row_spread"
 #: Layers with fewer values a row than this have float64 means, which cost little there.
 FEWEST_FLOAT32_VALUES = 2**11
 
+#: Where the squared deviations within a row are less than those from one of its columns over this, float32 has lost as
+#: much of their digits as that factor: float64 takes their place. With fewer columns they cannot be.
+MOST_LOST = 20
+
 #: Columns have a common centre where the range of the first row is within this fraction of its first value.
 CLOSE = 1 / 4
 
@@ -61,11 +65,13 @@ class Deviations(Accumulator):
         squared: whether variances or standard deviations are averaged.
         response: whether ``changes`` are kept.
         reference: the column that changes are taken from; None for the mean of the row.
+        exact: whether means and all sums are float64, for values that are small differences of these.
     """
 
     squared: bool = True
     response: bool = False
     reference: int | None = None
+    exact: bool = False
 
     def empty(self) -> States:
         """The states before the first row."""
@@ -81,9 +87,11 @@ class Deviations(Accumulator):
 
     def add_(self, states: States, rows: Rows) -> None:
         """Add rows in place: on the CPU in C where it takes them, and elsewhere as ``devices.py`` does."""
+        if self.exact and not rows.values.is_cpu:
+            rows = replace(rows, values=rows.values.double())
         x = rows.flat
         if not states["centres"].numel():
-            states.update(self._first(x))
+            states.update(self._first(x, self.exact))
         if not x.is_cpu:
             devices.add_deviations(states, rows, LIMITS, self.squared, self.response, self.reference)
             return
@@ -133,10 +141,10 @@ class Deviations(Accumulator):
         return replace(self, reference=context.transformations.identity) if self.response else self
 
     def includes(self, other: Accumulator) -> bool:
-        """One with a response also serves measures without."""
-        return self == other or (
-            isinstance(other, Deviations) and self.squared == other.squared and self.response and not other.response
-        )
+        """One with a response also serves measures without, and an exact one those that need not be."""
+        if not isinstance(other, Deviations) or self.exact < other.exact or self.response < other.response:
+            return False
+        return self.squared == other.squared and (self.reference == other.reference or not other.response)
 
     def dead(self, states: States) -> Tensor:
         """Which activations never changed, over all samples and transformations."""
@@ -169,7 +177,7 @@ class Deviations(Accumulator):
         widen(states)
         in_c = self._add(states, some, before, beside.of(slice(most)))
         before += len(some)
-        if some.dtype == torch.float32 and states["offsets"].numel() >= FEWEST_FLOAT32_VALUES:
+        if not self.exact and some.dtype == torch.float32 and states["offsets"].numel() >= FEWEST_FLOAT32_VALUES:
             narrow(states, LIMITS, before)
         return self._add(states, x, before, beside.of(slice(most, None))) if len(x) else in_c
 
@@ -237,13 +245,14 @@ class Deviations(Accumulator):
         # Proved not to be negative, but the squares of tiny deviations may have vanished in float32.
         variances = torch.addcmul(squares, of_rows, of_rows, value=-1 / m).clamp_min_(0)
         rows = variances.sum(1)
+        cancels = m > MOST_LOST and x.dtype != wide and bool((MOST_LOST * variances < squares).any())
 
         means = offsets + centres
         torch.sub(x, means[:, None], out=deviations)
         sums = deviations.sum(1)
         torch.mul(deviations, deviations, out=deviations)
         squares = deviations.flatten(1, 2).sum(1, keepdim=True) if self.squared else deviations.sum(1)
-        if x.dtype != wide and (_lost(rows, of_rows) or _lost(squares.sum(1), sums)):
+        if cancels or (x.dtype != wide and (_lost(rows, of_rows) or _lost(squares.sum(1), sums))):
             return self._sums_of_piece(piece.to(wide), wide, kept)
         rows = rows if self.squared else variances.div_(m - 1).sqrt_().sum(1)
 

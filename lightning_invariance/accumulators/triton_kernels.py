@@ -173,11 +173,10 @@ def _add_rows(
             d = value - mean
             of_row = tl.sum(a, 0)
             largest_a = tl.maximum(largest_a, tl.max(tl.abs(a), 0))
+            centred = _masked(a - (of_row / m)[None, :], mask, FULL)
+            some_rows += tl.sum(centred * centred, 0)
             if CENTRED:
-                a = _masked(a - (of_row / m)[None, :], mask, FULL)
-                some_rows += tl.sum(a * a, 0)
-            else:
-                some_rows += tl.sum(a * a, 0) - of_row * of_row / m
+                a = centred
             if CHANGES:
                 changed += a * a
             sums += d

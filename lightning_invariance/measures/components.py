@@ -27,7 +27,7 @@ class MeanSquares(NamedTuple):
 
 
 def mean_squares(sums: Sums) -> MeanSquares:
-    """The mean squares, given the states of ``Deviations()``."""
+    """The mean squares, given the states of ``Deviations(exact=True)``: the rest is a difference of sums."""
     n, m = sums.n_samples, sums.n_transformations
     means = means_of(sums.states)
     between = n * (means - means.mean(0)).square().sum(0)
@@ -45,8 +45,9 @@ class IntraclassCorrelation(Measure):
     .. math:: ICC(C,1) = \frac{R - E}{R + (m - 1) E}, \qquad
         ICC(A,1) = \frac{R - E}{R + (m - 1) E + \frac{m}{n} (C - E)}
 
-    It lies in ``[-1 / (m - 1), 1]`` and has no unit. Higher is more invariant: 1 is invariant, around 0 transformations
-    leave nothing of the sample. ICC(C,1) forgives a transformation that shifts all samples alike, ICC(A,1) does not.
+    ICC(C,1) lies in ``[-1 / (m - 1), 1]``, ICC(A,1) in ``[-inf, 1]``; they have no unit. Higher is more invariant: 1 is
+    invariant, around 0 transformations leave nothing of the sample. ICC(C,1) forgives a transformation that shifts all
+    samples alike, ICC(A,1) does not.
     The normalised variance is :math:`1 - ICC(C,1) + \frac{\sigma_T^2}{\sigma_S^2 + \sigma_E^2}`, with the variance
     components of transformations, samples and the rest, estimated from the mean squares: a unit is above 1 exactly
     where the common effect of the transformations exceeds that of the samples.
@@ -72,7 +73,7 @@ class IntraclassCorrelation(Measure):
         tensor(1., dtype=torch.float64)
     """
 
-    needs = (Deviations(),)
+    needs = (Deviations(exact=True),)
     higher_is_better = True
     least_samples = 2
 
@@ -115,7 +116,7 @@ class MainEffect(Measure):
         tensor(1., dtype=torch.float64)
     """
 
-    needs = (Deviations(),)
+    needs = (Deviations(exact=True),)
     higher_is_better = None
     least_samples = 2
 

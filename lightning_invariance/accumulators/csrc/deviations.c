@@ -159,11 +159,14 @@ INLINE void add_row(tile p, const job *j, Py_ssize_t i, const lanes *centre, lan
         if (changes == OF_ONE_CHANNEL)
             changed[t][0] = begins ? of_channel : changed[t][0] + of_channel;
     }
+    lanes spread[REGISTERS];
+    for (int v = 0; v < REGISTERS; v++)
+        spread[v] = sum_of_squares[v] - sum[v] * sum[v] * inverse;
+    keep_digits(row, p.column_stride, j->m, first, sum, sum_of_squares, spread);
     for (int v = 0; v < REGISTERS; v++) {
-        const lanes spread = sum_of_squares[v] - sum[v] * sum[v] * inverse;
-        row_spread[v] += spread;
+        row_spread[v] += spread[v];
         if (p.spreads)
-            *(unaligned *)(p.spreads + i * j->k + v * LANES) = spread;
+            *(unaligned *)(p.spreads + i * j->k + v * LANES) = spread[v];
         rows_vary[v] |= (bits)sum[v];
     }
 }

@@ -16,7 +16,7 @@
 INLINE void influences_of(const job *j, Py_ssize_t a, double *on_mean, lanes *changed, int with_changes)
 {
     const Py_ssize_t k = j->k, m = j->m;
-    const float length = (float)m;
+    const float inverse = 1 / (float)m;
     const lanes none = {0};
     double squares[WIDTH] = {0}, fourths[WIDTH] = {0};
     lanes means[MOST_VALUES][REGISTERS]; /* close together: columns may lie a power of 2 apart, in one set of a cache */
@@ -52,11 +52,15 @@ INLINE void influences_of(const job *j, Py_ssize_t a, double *on_mean, lanes *ch
             if (with_changes)
                 changed[i * m + t] += of_column;
         }
+        lanes spread[REGISTERS];
+        for (int v = 0; v < REGISTERS; v++)
+            spread[v] = of_row[v] - sum[v] * sum[v] * inverse;
+        keep_digits(row, k, m, first, sum, of_row, spread);
         for (int v = 0; v < REGISTERS; v++) {
             const Py_ssize_t at = a + v * LANES;
             const lanes w = *(const unaligned *)(j->weights + at), u = *(const unaligned *)(j->weights + k + at);
             const lanes expected = *(const unaligned *)(j->weights + 2 * k + at);
-            lanes psi = w * (of_row[v] - sum[v] * sum[v] / length) + u * of_columns[v] - expected;
+            lanes psi = w * spread[v] + u * of_columns[v] - expected;
             psi = (lanes)((bits)psi & *(const unaligned_bits *)(j->counts + at));
             if (with_changes)
                 *(unaligned *)(j->spreads + i * k + at) = of_columns[v];

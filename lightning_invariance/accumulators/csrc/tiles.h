@@ -25,6 +25,34 @@ INLINE int any(const bits *mask)
     return found != 0;
 }
 
+/* sum a^2 - (sum a)^2 / m loses up to a factor m of its digits, where one column alone differs. Where it loses more than
+ * this factor, the row is read once more: the sum is taken of deviations from its mean. */
+enum { MOST_LOST = 20 };
+
+/* sum (a_t - mean of a)^2 of WIDTH activations of a row, where `spread` has lost digits; a_t deviates from `first`. */
+INLINE void keep_digits(const float *row, Py_ssize_t column_stride, Py_ssize_t m, const lanes *first, const lanes *sum,
+                        const lanes *sum_of_squares, lanes *spread)
+{
+    const float inverse = 1 / (float)m;
+    bits cancelled = {0};
+    if (m <= MOST_LOST)
+        return;
+    for (int v = 0; v < REGISTERS; v++)
+        cancelled |= spread[v] * MOST_LOST < sum_of_squares[v];
+    if (!any(&cancelled))
+        return;
+    for (int v = 0; v < REGISTERS; v++) {
+        const lanes mean = sum[v] * inverse;
+        lanes rest = {0}, squares = {0};
+        for (Py_ssize_t t = 0; t < m; t++) {
+            const lanes c = (*(const unaligned *)(row + t * column_stride + v * LANES) - first[v]) - mean;
+            rest += c;
+            squares += c * c;
+        }
+        spread[v] = squares - rest * rest * inverse;
+    }
+}
+
 /* Whether changes are wanted, and whether WIDTH neighbours belong to one channel. */
 enum changes { NO_CHANGES, OF_ONE_CHANNEL, OF_CHANNELS };
 
