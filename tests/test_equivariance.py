@@ -223,6 +223,35 @@ def test_the_first_formulation_compares_with_the_transformed_map():
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
 
 
+def direct(st, t, **options):
+    measure = DistanceSameEquivariance(t, formulation="direct", normalize=False, **options)
+    measure.update(st)
+    return measure.compute()
+
+
+def test_pixels_are_compared_under_the_transformations_under_which_they_are_seen():
+    st = torch.randn(4, 8, 2, 9, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t, total, seen = rotations(8), torch.zeros(2, 9, 9, dtype=torch.float64), torch.zeros(9, 9, dtype=torch.float64)
+    for j in range(8):
+        inside = t(torch.ones(1, 1, 9, 9, dtype=torch.float64))[0, j, 0] > 1 - 1e-4
+        total += (st[:, j] - t(st[:, 0])[:, j]).abs().mean(0) * inside
+        seen += inside
+    assert seen[0, 0] < seen[4, 4] == 8
+    torch.testing.assert_close(direct(st, t, over="activation", mask=True), total / seen, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-22, 1e19])
+def test_the_first_formulation_of_maps_whose_squares_leave_float32(scale):
+    st = torch.randn(4, 8, 2, 9, 9, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(direct(scale * st, rotations(8)), scale * direct(st, rotations(8)), rtol=1e-5, atol=0)
+
+
+def test_an_infinite_value_makes_the_first_formulation_nan():
+    st = torch.randn(4, 8, 2, 9, 9, generator=torch.Generator().manual_seed(0))
+    st[1, 2, 0, 4, 4] = torch.inf
+    assert direct(st, rotations(8)).isnan().tolist() == [True, False]
+
+
 @pytest.mark.parametrize("measure", BOTH)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_nan_in_a_feature_map_is_not_averaged_away(measure, normalize):

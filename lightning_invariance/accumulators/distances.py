@@ -131,7 +131,7 @@ def distance_between(x: Tensor, y: Tensor, distance: Distance, over: str) -> Ten
         return _cosine_distance(x, y)
     difference = torch.sub(x, y)
     if distance == "euclidean":
-        norm: Tensor = difference.norm(dim=-1)
+        norm: Tensor = torch.linalg.vector_norm(difference, dim=-1, dtype=torch.float64)  # which holds all squares
         return norm
     return difference.abs_() if over == "activation" else difference.abs_().sum(-1)
 

@@ -241,6 +241,9 @@ def direct_distances(
 ) -> Tensor:
     """The distance of A(t(x)) and t(A(x)) for every sample and transformation, (samples, transformations, ...).
 
+    NaN where it is infinite. The mean over the transformations is that over those under which a pixel is seen: where it
+    is not, the distance is 0, and it is as much larger where it is.
+
     Raises:
         ValueError: If no transformation of the set is the identity.
     """
@@ -248,14 +251,18 @@ def direct_distances(
     if same is None:
         same = _identity_among(transformations, maps, mapping.input_size)
     expected, found = transformations(maps[:, same], mapping.input_size), maps
+    weight: Tensor | float = 1.0
     if mapping.mask:
         ones = torch.ones(1, 1, *maps.shape[-2:], dtype=torch.float64, device=maps.device)
         inside = 1 - _widened(transformations(ones, mapping.input_size)[0] < SEEN, mapping.mask)
         expected, found = expected * inside, found * inside
+        if over == "activation":
+            weight = (len(inside) / inside.sum(0)).flatten(1)
     if mapping.normalize or distance == "cosine":
         dtype = torch.float64 if distance == "cosine" else maps.dtype
         expected, found = unit_maps(expected.to(dtype))[0], unit_maps(found.to(dtype))[0]
-    return distance_between(found.flatten(3), expected.flatten(3), distance, over)
+    apart = distance_between(found.flatten(3), expected.flatten(3), distance, over)
+    return apart.masked_fill(apart.isinf(), torch.nan) * weight
 
 
 def _identity_among(transformations: TransformationSet, maps: Tensor, input_size: tuple[int, int] | None) -> int:

@@ -153,7 +153,7 @@ def _direct(
     """The mean distance of A(t(x)) and t(A(x)) over samples and transformations; A(x) is the identity's column."""
     if transformations.identity is None:
         raise ValueError(f"Expected transformations that know their identity, but got {transformations!r}.")
-    total = torch.zeros(())
+    total, columns = torch.zeros(()), torch.zeros(())
     for j in range(len(transformations)):
         found = st[:, j]
         expected = transformations(st[:, transformations.identity], input_size)[:, j]
@@ -162,11 +162,15 @@ def _direct(
             outside = transformations(white, input_size)[0, j, 0] < 1 - 1e-4
             inside = ~_near(outside, int(mask) - 1).to(st.device)
             found, expected = torch.where(inside, found, 0.0), torch.where(inside, expected, 0.0)
+            columns = columns + inside.to(st.dtype)
         if normalize:
             found, expected = unit_vectors(found), unit_vectors(expected)
         total = total + distance_between(found.flatten(2), expected.flatten(2), distance, over).mean(0)
-    mean = total / len(transformations)
-    return mean if over == "channel" else mean.view(st.shape[2:])
+    total = torch.where(total.isinf(), torch.nan, total)
+    if over == "channel":
+        return total / len(transformations)
+    # A pixel is compared under the transformations under which it is seen.
+    return total.view(st.shape[2:]) / (columns if mask else len(transformations))
 
 
 def _undefined_where_zero(
