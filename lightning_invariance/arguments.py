@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-from torchmetrics import Metric
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
 
 from lightning_invariance.hints import given
 from lightning_invariance.measures import NormalizedVariance
@@ -26,6 +26,12 @@ def named_metrics(
         return {}
     if isinstance(measures, Metric | type):
         measures = [measures]
+    if isinstance(measures, MetricCollection):
+        measures = dict(measures.items())
+    if not isinstance(measures, Sequence | Mapping):
+        raise TypeError(
+            f"Expected argument `{argument}` to be a metric, or a list or dict of metrics, but got {given(measures)}."
+        )
     pairs = list(measures.items()) if isinstance(measures, Mapping) else [(type(m).__name__, m) for m in measures]
     named: dict[str, Metric] = {}
     for name, measure in pairs:
@@ -56,6 +62,16 @@ def check_model(model: Any) -> None:
         raise ValueError(
             "Expected argument `model` to hold values, but some of its parameters are on the meta device: load them, or"
             " materialise it with `model.to_empty(device=...)`."
+        )
+
+
+def check_data(data: Any) -> None:
+    """Raise for tensors of inputs and targets that are no dataset."""
+    tensors = isinstance(data, tuple | list) and len(data) > 1 and all(isinstance(each, Tensor) for each in data)
+    if isinstance(data, Mapping) or (tensors and len({each.ndim for each in data}) > 1):
+        raise TypeError(
+            f"Expected argument `data` to be a dataset, a DataLoader or a tensor of inputs, but got a"
+            f" {type(data).__name__}: give `torch.utils.data.TensorDataset(x, y)`."
         )
 
 

@@ -123,6 +123,7 @@ class LayerIntervals(LayerValues):
         if measure not in self.influences:
             raise ValueError(
                 f"Expected a result with influences of samples on {measure}: measure with"
-                " `evaluate(..., confidence=0.95)`. Variances, distances and same-equivariances have them."
+                " `evaluate(..., confidence=0.95)`. Variances, distances, same-equivariances and Consistency have them;"
+                " other measures do not."
             )
         return self.influences[measure]

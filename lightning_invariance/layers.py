@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -113,6 +114,11 @@ def select_layers(model: nn.Module, layers: Layers = None, operations: bool = Fa
         layers: what to select.
         operations: whether all operations are selected, too.
     """
+    if isinstance(layers, nn.Module):
+        raise TypeError(
+            f"Expected argument `layers` to be names, glob patterns, module types, a predicate or a dict, but got a"
+            f" {type(layers).__name__}: give its name, which `layer_names(model)` tells."
+        )
     if isinstance(layers, str | type):
         layers = [layers]
     patterns = ["*"] if operations else []
@@ -132,6 +138,8 @@ def select_layers(model: nn.Module, layers: Layers = None, operations: bool = Fa
 def _select_modules(model: nn.Module, layers: Layers) -> Selection:
     """Resolve a request for modules."""
     model = unwrapped(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise RuntimeError(f"Expected at least one layer that can be measured, but none ran. {NOTHING_RAN}")
     everything = {name: module for name, module in model.named_modules() if name and not _is_parametrization(name)}
     leaves = {name: module for name, module in everything.items() if _is_leaf(module)}
     if not everything:  # the model itself is the only layer

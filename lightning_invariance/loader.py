@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from lightning_invariance.agreement import Fingerprint, fingerprint_of, warn_of_randomness
+from lightning_invariance.arguments import check_data
 from lightning_invariance.batches import Samples, input_of, label_of
 from lightning_invariance.hints import given
 from lightning_invariance.runs import share_of
@@ -100,6 +101,7 @@ class STLoader:
             raise ValueError(f"Expected argument `batch_size` to be an int larger than 0, but got {batch_size}.")
         if max_samples is not None and (not isinstance(max_samples, int) or max_samples < 1):
             raise ValueError(f"Expected argument `max_samples` to be an int larger than 0, but got {max_samples}.")
+        check_data(data)
         self.transformations = transformations
         self.batch_size = batch_size
         self.input_fn = input_fn

@@ -5,11 +5,13 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
-from lightning_invariance import InvarianceMonitor, evaluate, rotations
-from lightning_invariance.measures import NormalizedVariance, Stratified
+from lightning_invariance import InvarianceMonitor, TransformationSet, evaluate, rotations, scales, translations
+from lightning_invariance.measures import Goodfellow, NormalizedVariance, Stratified
 
 IMAGES = torch.rand(12, 3, 8, 8)
 
@@ -138,3 +140,63 @@ def test_images_with_channels_first_are_not(shape):
 def test_a_channel_axis_without_names():
     with pytest.raises(TypeError, match=r'but got 0: write \{"\*": 0\} for all layers'):
         evaluate(nn.Conv2d(1, 2, 3), torch.rand(8, 1, 6, 6), rotations(4), channel_axis=0)
+
+
+@pytest.mark.parametrize("data", [(IMAGES, torch.arange(12)), {"x": IMAGES, "y": torch.arange(12)}])
+def test_tensors_that_are_no_dataset(data):
+    with pytest.raises(TypeError, match=r"but got a (tuple|dict): give `torch.utils.data.TensorDataset\(x, y\)`"):
+        evaluate(network(), data, rotations(4))
+
+
+@pytest.mark.parametrize("measures", [DataLoader(TensorDataset(IMAGES)), 3])
+def test_measures_that_are_none(measures):
+    with pytest.raises(TypeError, match=r"argument `measures` to be a metric, or a list or dict of metrics, but got"):
+        InvarianceMonitor(rotations(4), measures)
+
+
+def test_a_collection_of_metrics_is_its_metrics():
+    pairs = TensorDataset(torch.rand(12, 3), torch.arange(12) % 2)
+    halves = TransformationSet.from_callables({"same": lambda x: x, "half": lambda x: x / 2})
+    result = evaluate(nn.Linear(3, 2), pairs, halves, outputs=MetricCollection([MulticlassAccuracy(2)]), progress=False)
+    assert [*result.outputs] == ["MulticlassAccuracy"]
+
+
+def test_a_module_for_its_name():
+    model = network()
+    with pytest.raises(TypeError, match="argument `layers` .* but got a Conv2d: give its name"):
+        evaluate(model, IMAGES, rotations(4), layers=model[0])
+
+
+def test_a_scripted_model():
+    with pytest.raises(RuntimeError, match="scripted, traced or exported models have none"):
+        evaluate(torch.jit.script(network()), IMAGES, rotations(4))
+
+
+def test_a_model_that_takes_a_dict():
+    class Keyed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network()
+
+        def forward(self, batch):
+            return self.network(batch["image"])
+
+    with pytest.raises((IndexError, TypeError), match=r"If it is not called as `model\(x\)`, give `forward="):
+        evaluate(Keyed(), IMAGES, rotations(4))
+
+
+@pytest.mark.parametrize(("make", "argument"), [(scales, "factors"), (translations, "pixels")])
+def test_a_number_for_a_list(make, argument):
+    with pytest.raises(TypeError, match=f"argument `{argument}` to be a list of numbers, but got 3"):
+        make(3)
+
+
+def test_angles_that_are_no_numbers():
+    with pytest.raises(ValueError, match="argument `angles` to hold finite numbers"):
+        rotations(angles=[0.0, float("nan")])
+
+
+def test_intervals_of_a_measure_without():
+    result = evaluate(network(), IMAGES, rotations(4), Goodfellow(0.2), confidence=0.95, progress=False)
+    with pytest.raises(ValueError, match="Consistency have them; other measures do not"):
+        result.interval()

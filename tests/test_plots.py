@@ -88,3 +88,13 @@ def test_pictures_change_nothing_and_need_no_pyplot(recwarn):
     assert repr(one) == before
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
     assert [str(w.message) for w in recwarn if w.category is UserWarning] == []
+
+
+def test_a_channel_of_the_heatmap_leaves_out_nan_as_the_mean_of_the_layer_does():
+    values = torch.tensor([[[2.0, math.nan, 4.0]], [[math.nan, math.nan, math.nan]], [[1.0, math.inf, math.nan]]])
+    axes = heatmap(InvarianceResult({"Goodfellow": {"conv": values.double()}})).axes[0]
+    shown, infinite = axes.images[0].get_array(), axes.images[1].get_array()
+    of_channels = shown[:: len(shown) // 3, 0].filled(math.nan)
+    assert of_channels[0] == 3.0
+    assert math.isnan(of_channels[1])
+    assert (~infinite.mask)[:: len(shown) // 3, 0].tolist() == [False, False, True]

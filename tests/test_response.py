@@ -157,3 +157,21 @@ def test_a_nan_stays_in_its_channel_and_transformation():
     accumulator = Deviations(response=True, reference=0)
     states = accumulator.add(accumulator.empty(), Rows(st))
     assert states["changes"].isnan().tolist() == [[False, False], [False, False], [False, True]]
+
+
+def test_functions_have_an_identity_where_one_is_named():
+    functions = {"half": lambda x: x / 2, "same": lambda x: x, "double": lambda x: 2 * x}
+    named = TransformationSet.from_callables(functions, identity="same")
+    assert (named.identity, named[1:].identity, named[:1].identity) == (1, 0, None)
+    assert named != TransformationSet.from_callables(functions)
+    x = torch.randn(12, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    result = evaluate(nn.Sequential(nn.Identity()), x, named, NormalizedVariance(response=True), progress=False)
+    # Half the mean squared change over the mean of the sample variances, of x / 2, x and 2 x.
+    scale = (1 / 4 + 1 + 4) / 3 * x.var(0)
+    of_half, of_same, of_double = result.response["NormalizedVariance"]["0"]
+    square = x.square().mean(0)
+    assert of_same == 0
+    assert of_half == pytest.approx(float((square / 4 / 2 / scale).mean()))
+    assert of_double == pytest.approx(float((square / 2 / scale).mean()))
+    with pytest.raises(ValueError, match="`identity` to be one of the labels"):
+        TransformationSet.from_callables(functions, identity="none")

@@ -44,6 +44,9 @@ KEPT_MEMORY = 2**25 - 2**14
 #: A progress bar appears when a walk takes longer than this, in seconds.
 PROGRESS_DELAY = 3.0
 
+#: Errors of a model that is called otherwise than it is made for, whose message can be added to.
+FAILURES = (TypeError, NotImplementedError, RuntimeError, IndexError, AttributeError, ValueError)
+
 #: Inputs in the first batch that ``batch_size="auto"`` tries.
 AUTO_BATCH_SIZE = {"cpu": 128}
 AUTO_BATCH_SIZE_OF_ACCELERATORS = 1024
@@ -191,8 +194,8 @@ class Session:
             with isolated_random_state(self.options.seed + seed), catcher.forward_pass():
                 try:
                     self._call(block, inputs[chosen], positions[chosen])
-                except (TypeError, NotImplementedError, RuntimeError) as error:
-                    if type(error) in (TypeError, NotImplementedError, RuntimeError):
+                except FAILURES as error:
+                    if type(error) in FAILURES:
                         raise type(error)(f"{error}\n{_how_called((len(chosen), *block.inputs.shape[2:]))}") from error
                     raise
             return outputs

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
@@ -47,8 +48,9 @@ def heatmap(
 ) -> Figure:
     """Which units are invariant? A column for each layer, a cell for each channel, in the order of the network.
 
-    A cell is the mean over the spatial axes (paper, figure 8). Each column is as high as the figure, however many
-    channels its layer has. Infinite values are green, dead units black, NaN grey; the legend counts them.
+    A cell is the mean over the spatial axes (paper, figure 8), without NaN unless there is nothing else. Each column is
+    as high as the figure, however many channels its layer has. Infinite values are green, dead units black, NaN grey;
+    the legend counts them.
 
     Args:
         result: an evaluation.
@@ -60,7 +62,7 @@ def heatmap(
     """
     measure = measure or result.measures[0]
     layers = list(result[measure])
-    columns = {layer: result.per_channel(measure, layer).numpy() for layer in layers}
+    columns = {layer: _of_channels(result, measure, layer) for layer in layers}
     dead = {layer: result.dead_channels(layer).numpy() for layer in layers}
     if sort:
         orders = {layer: np.lexsort((values, dead[layer])) for layer, values in columns.items()}
@@ -89,6 +91,15 @@ def heatmap(
     if patches:
         figure.legend(handles=patches, loc="lower right", ncols=len(patches), frameon=False, borderaxespad=0.2)
     return figure
+
+
+def _of_channels(result: InvarianceResult, measure: str, layer: str) -> npt.NDArray[np.float64]:
+    """The mean of each channel over its values that are not NaN, as that of the layer."""
+    values = result.per_channel(measure, layer)
+    if bool(values.isnan().any()) and result[measure][layer].ndim > 1:
+        axis = result.channel_axis.get(layer, 0)
+        values = result[measure][layer].movedim(axis, 0).flatten(1).nanmean(1)
+    return values.numpy()
 
 
 def _draw_cells(

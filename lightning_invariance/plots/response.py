@@ -122,7 +122,11 @@ def _lines(
     about = f"{measure}\nof one transformation"
     axes.set_ylabel(about, fontsize=fitting(about, height))
     if is_ratio([result], measure):
-        title = "0: the layer does not notice; 1: as large a change as to another sample"
+        title = (
+            "0: the layer does not notice; 1: as large a change as to another sample"
+            if (np.stack([*lines.values()]) == 0).all(0).any()
+            else "change from the mean over the transformations; 1: as large as to another sample"
+        )
         axes.set_title(title, fontsize=fitting(title, width))
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from lightning_invariance.maps import warn_of_channels_last
-from lightning_invariance.transforms.base import TransformationSet
+from lightning_invariance.transforms.base import TransformationSet, combined_parameters
 
 #: The factors of the paper's scale set (section 3.1.2).
 PAPER_FACTORS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.05, 1.1, 1.15, 1.2, 1.25)
@@ -202,7 +202,7 @@ def rotations(n: int | None = None, *, angles: Sequence[float] | None = None) ->
         angles: the angles themselves, in degrees, counter-clockwise, as in torchvision's ``rotate``.
 
     Raises:
-        ValueError: If not exactly one of ``n`` and ``angles`` is given, or there is no angle.
+        ValueError: If not exactly one of ``n`` and ``angles`` is given, there is no angle, or one is not finite.
 
     Example:
         >>> rotations(4).labels
@@ -214,6 +214,8 @@ def rotations(n: int | None = None, *, angles: Sequence[float] | None = None) ->
         if not isinstance(n, int) or n < 1:
             raise ValueError(f"Expected argument `n` to be an int larger than 0, but got {n!r}.")
         angles = [360 * j / n for j in range(n)]
+    if not all(map(math.isfinite, angles)):
+        raise ValueError(f"Expected argument `angles` to hold finite numbers, but got {angles}.")
     linear = [[[c, s], [-s, c]] for c, s in map(_cos_sin, angles)]
     shift = torch.zeros(len(angles), 2, dtype=torch.float64)
     matrices = _matrices(torch.tensor(linear, dtype=torch.float64).view(-1, 2, 2), shift)
@@ -242,9 +244,7 @@ def scales(factors: Sequence[float] = PAPER_FACTORS) -> AffineSet:
         >>> scales(factors=[0.5, 1]).labels
         ['×0.5', '×1']
     """
-    for factor in factors:
-        if not factor > 0:
-            raise ValueError(f"Expected argument `factors` to hold numbers above 0, but got {factor}.")
+    _check_sizes("factors", factors)
     size = torch.tensor(list(factors), dtype=torch.float64)
     matrices = _matrices(size[:, None, None] * torch.eye(2, dtype=torch.float64), torch.zeros(len(size), 2))
     return AffineSet(matrices, [f"×{factor:g}" for factor in factors], {"scale": factors})
@@ -264,15 +264,21 @@ def translations(pixels: Sequence[float] = (1, 2, 4)) -> AffineSet:
         >>> len(translations()), translations(pixels=[2]).labels[:2]
         (24, ['(-2,-2)', '(-2,2)'])
     """
-    for distance in pixels:
-        if not distance > 0:
-            raise ValueError(f"Expected argument `pixels` to hold numbers above 0, but got {distance}.")
+    _check_sizes("pixels", pixels)
     directions = ((-1, -1), (-1, 1), (1, -1), (1, 1), (0, 1), (1, 0), (0, -1), (-1, 0))
     shifts = [(d * x, d * y) for d in pixels for x, y in directions]
     linear = torch.eye(2, dtype=torch.float64).repeat(len(shifts), 1, 1)
     matrices = _matrices(linear, torch.tensor(shifts, dtype=torch.float64).view(-1, 2))
     xs, ys = [float(x) for x, _ in shifts], [float(y) for _, y in shifts]
     return AffineSet(matrices, [f"({x:g},{y:g})" for x, y in shifts], {"x": xs, "y": ys})
+
+
+def _check_sizes(argument: str, sizes: Sequence[float]) -> None:
+    if isinstance(sizes, int | float):
+        raise TypeError(f"Expected argument `{argument}` to be a list of numbers, but got {sizes!r}.")
+    for size in sizes:
+        if not size > 0:
+            raise ValueError(f"Expected argument `{argument}` to hold numbers above 0, but got {size}.")
 
 
 def combine_affine(sets: Sequence[AffineSet]) -> AffineSet:
@@ -287,13 +293,3 @@ def combine_affine(sets: Sequence[AffineSet]) -> AffineSet:
         combined_parameters(sets, columns),
         square=any(s.square for s in sets),
     )
-
-
-def combined_parameters(sets: Sequence[TransformationSet], columns: Sequence[Sequence[int]]) -> dict[str, list[float]]:
-    """The parameters of all products; of two sets that use one name, the later is numbered."""
-    parameters: dict[str, list[float]] = {}
-    for position, transformations in enumerate(sets):
-        for name, values in transformations.parameters.items():
-            unique = name if name not in parameters else f"{name} {position + 1}"
-            parameters[unique] = [values[column[position]] for column in columns]
-    return parameters

@@ -74,6 +74,7 @@ class TransformationSet(ABC, Sequence[Transformation]):
         transformations: Mapping[str, Callable[..., Tensor]] | Sequence[Callable[..., Tensor]],
         inverses: Mapping[str, Callable[..., Tensor]] | Sequence[Callable[..., Tensor]] | None = None,
         parameters: Mapping[str, Sequence[float]] | None = None,
+        identity: str | None = None,
     ) -> TransformationSet:
         """Make a set of functions from batch to batch, for any modality.
 
@@ -84,21 +85,24 @@ class TransformationSet(ABC, Sequence[Transformation]):
             inverses: the same labels (or order) → function that maps a transformed batch back. Without them the
                 set has no inverse.
             parameters: numbers for the axes of plots, one list of length m for each parameter.
+            identity: the label of the function that changes nothing, if there is one: responses are the changes from
+                it. Without one they are those from the mean over the transformations.
 
         Raises:
-            ValueError: If there is no transformation, or the inverses do not match the transformations.
+            ValueError: If there is no transformation, the inverses do not match the transformations, or there is no
+                such label.
             TypeError: If something is not callable.
 
         Example:
             >>> import torch
-            >>> t = TransformationSet.from_callables({"same": lambda x: x, "half": lambda x: x / 2})
+            >>> t = TransformationSet.from_callables({"same": lambda x: x, "half": lambda x: x / 2}, identity="same")
             >>> t(torch.ones(1, 2))
             tensor([[[1.0000, 1.0000],
                      [0.5000, 0.5000]]])
         """
         from lightning_invariance.transforms.callables import CallableSet
 
-        return CallableSet(transformations, inverses, parameters)
+        return CallableSet(transformations, inverses, parameters, identity)
 
     def __call__(self, x: Tensor, input_size: tuple[int, int] | None = None) -> Tensor:
         """Apply every transformation to a batch: ``(batch, ...)`` → ``(batch, m, ...)``.
@@ -178,3 +182,13 @@ class TransformationSet(ABC, Sequence[Transformation]):
     def __repr__(self) -> str:
         shown = self.labels if len(self) <= 6 else [*self.labels[:3], "…", self.labels[-1]]
         return f"{type(self).__name__}({len(self)}: {', '.join(shown)})"
+
+
+def combined_parameters(sets: Sequence[TransformationSet], columns: Sequence[Sequence[int]]) -> dict[str, list[float]]:
+    """The parameters of all products; of two sets that use one name, the later is numbered."""
+    parameters: dict[str, list[float]] = {}
+    for position, transformations in enumerate(sets):
+        for name, values in transformations.parameters.items():
+            unique = name if name not in parameters else f"{name} {position + 1}"
+            parameters[unique] = [values[column[position]] for column in columns]
+    return parameters

@@ -22,9 +22,13 @@ class CallableSet(TransformationSet):
         transformations: Functions,
         inverses: Functions | None = None,
         parameters: Mapping[str, Sequence[float]] | None = None,
+        identity: str | None = None,
     ) -> None:
         named = _named(transformations, "transformations")
         super().__init__(list(named), parameters)
+        if identity is not None and identity not in named:
+            raise ValueError(f"Expected argument `identity` to be one of the labels {[*named]}, but got {identity!r}.")
+        self.identity = None if identity is None else self.labels.index(identity)
         self._functions = list(named.values())
         self._inverses: list[BatchFunction] | None = None
         if inverses is not None:
@@ -33,8 +37,8 @@ class CallableSet(TransformationSet):
 
     @property
     def signature(self) -> tuple[Hashable, ...]:
-        """The labels and the functions."""
-        return (*self.labels, *self._functions, *(self._inverses or ()))
+        """The labels and the functions, and which of them is the identity."""
+        return (*self.labels, *self._functions, *(self._inverses or ()), self.identity)
 
     def _apply(self, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
         return self._stack([function(x) for function in self._functions], x)
@@ -51,7 +55,8 @@ class CallableSet(TransformationSet):
         labels = [self.labels[j] for j in columns]
         inverses = self._inverses and {label: self._inverses[j] for label, j in zip(labels, columns, strict=True)}
         functions = {label: self._functions[j] for label, j in zip(labels, columns, strict=True)}
-        return CallableSet(functions, inverses, self._selected_parameters(columns))
+        same = None if self.identity not in columns else self.labels[self.identity or 0]
+        return CallableSet(functions, inverses, self._selected_parameters(columns), same)
 
     def _stack(self, results: list[Tensor], x: Tensor) -> Tensor:
         first = results[0]

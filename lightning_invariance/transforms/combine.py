@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import product
 
 from lightning_invariance.hints import given
-from lightning_invariance.transforms.affine import AffineSet, combine_affine, combined_parameters
-from lightning_invariance.transforms.base import TransformationSet
+from lightning_invariance.transforms.affine import AffineSet, combine_affine
+from lightning_invariance.transforms.base import TransformationSet, combined_parameters
 from lightning_invariance.transforms.callables import CallableSet, Chain
 
 
