@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils.data import TensorDataset
 
 from lightning_invariance import TransformationSet, evaluate, flips, functional, layer_names, quarter_turns, rotations
 from lightning_invariance.measures import NormalizedDistance, NormalizedVariance
@@ -322,6 +323,33 @@ def test_a_tower_that_sees_no_input_is_constant():
         result = evaluate(Towers().double(), IMAGES, TURNS, progress=False)
     assert result.layers == ["image", "dead"]  # which is the same for every input, but computed from it
     assert result.dead["dead"].all()
+
+
+class TextTower(nn.Module):
+    """A tower that sees the text of each sample, beside that of the images."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.image, self.words, self.text, self.both = (
+            nn.Linear(3, 4),
+            nn.Embedding(10, 5),
+            nn.Linear(5, 4),
+            nn.Linear(4, 2),
+        )
+
+    def forward(self, x, words):
+        return self.both(self.image(x.mean((2, 3))) * self.text(self.words(words)))
+
+
+@pytest.mark.parametrize("images", [IMAGES, torch.ones_like(IMAGES)], ids=["images", "equal images"])
+def test_what_a_model_makes_of_the_rest_of_a_batch_is_constant(images):
+    data = TensorDataset(images, torch.arange(len(images)) % 10)
+    with pytest.warns(UserWarning, match=r"2 layers are left out: 2 constant \((words, text|text, words)\)"):
+        result = evaluate(
+            TextTower().double(), data, TURNS, forward=lambda model, x, batch: model(x, batch[1]), progress=False
+        )
+    assert result.layers == ["image", "both"]
 
 
 def test_a_network_that_is_dead_keeps_its_layers():

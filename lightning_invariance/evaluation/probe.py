@@ -78,18 +78,22 @@ def few_of(inputs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def probe(
-    outputs_of: Callable[[Sequence[int], int], Outputs], independent: Callable[[], set[str]]
+    outputs_of: Callable[[Sequence[int], int], Outputs],
+    independent: Callable[[], set[str]],
+    of_other_inputs: Callable[[Sequence[int], int], Outputs] | None = None,
 ) -> dict[str, Finding]:
     """Find the layout of every layer that two forward passes reach.
 
     Where values of a layer do not agree, a third pass over the inputs of the second tells whether it is random. Where
-    they are the same for all inputs, another one tells whether they are computed from the input: those of a layer that
-    is dead are.
+    they are the same for all inputs, or for other inputs, another one tells whether they are computed from the input:
+    those of a layer that is dead are.
 
     Args:
         outputs_of: runs the model on some of a few inputs, given their numbers, with a number for the seed of all
             randomness, and gives the outputs of its layers.
         independent: runs the model and gives the layers whose outputs are not computed from the input.
+        of_other_inputs: as ``outputs_of``, of other inputs with what else of the batch belongs to these: what a layer
+            makes of that alone is not computed from the input either. None where the model gets the inputs only.
     """
     first, second = PASSES
     one, other = outputs_of(first, 0), outputs_of(second, 1)
@@ -106,6 +110,9 @@ def probe(
     if doubtful:
         again = outputs_of(second, 2)
         found |= {layer: RANDOM for layer, output in doubtful.items() if not _equal(output, again.get(layer))}
+    if of_other_inputs is not None:
+        same = of_other_inputs(second, 1)
+        repeated |= {layer for layer, output in same.items() if _equal(output, other.get(layer))}
     if repeated:
         found |= dict.fromkeys(independent() & repeated, CONSTANT)
     return found

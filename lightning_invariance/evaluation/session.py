@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -182,9 +183,10 @@ class Session:
         """Where the inputs of a batch stand in the output of each layer, by two forward passes of a few inputs."""
         inputs, positions = few_of(block.inputs.flatten(0, 1))
 
-        def outputs_of(numbers: Sequence[int], seed: int) -> Outputs:
+        def outputs_of(numbers: Sequence[int], seed: int, shift: int = 0) -> Outputs:
             outputs: Outputs = {}
             chosen = list(numbers)
+            shown = inputs.roll(shift, 0)[chosen] if shift else inputs[chosen]
 
             def consumer(layer: str, output: Tensor, axis: int | None) -> None:
                 outputs[layer] = output.clone()  # later modules may change it in place
@@ -193,7 +195,7 @@ class Session:
             catcher.consumer = consumer
             with isolated_random_state(self.options.seed + seed), catcher.forward_pass():
                 try:
-                    self._call(block, inputs[chosen], positions[chosen])
+                    self._call(block, shown, positions[chosen])
                 except FAILURES as error:
                     if type(error) in FAILURES:
                         raise type(error)(f"{error}\n{_how_called((len(chosen), *block.inputs.shape[2:]))}") from error
@@ -215,7 +217,8 @@ class Session:
 
         consumer = catcher.consumer
         try:
-            found = probe(outputs_of, independent)
+            others = partial(outputs_of, shift=1) if takes_batch(self.options.forward) else None
+            found = probe(outputs_of, independent, others)
         finally:
             catcher.consumer = consumer
         if catcher.operations is not None:
