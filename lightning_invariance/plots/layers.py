@@ -63,7 +63,7 @@ def layers(
             axes.errorbar(at, [row.mean for row in known], bounds, fmt="none", ecolor=colour, capsize=3)
         low = np.maximum(mean - std, 0) if (mean[np.isfinite(mean)] >= 0).all() else mean - std
         axes.fill_between(x, low, mean + std, color=colour, alpha=0.12, linewidth=0)
-    axes.set_ylabel(f"{measure}, mean of the layer")
+    axes.set_ylabel(f"{measure}\nmean of the layer")
     if len(found) > 1:
         axes.legend()
     return _finished(axes, list(found.values()), measure)
@@ -98,7 +98,7 @@ def stability(results: Results, measure: str | None = None, *, depth: bool = Fal
     std = [float(np.std(lines[place], ddof=1)) if len(lines[place]) > 1 else 0.0 for place in at]
     label = f"mean and standard deviation of {len(found)}"
     axes.errorbar(at, mean, std, fmt="--", color="#d55e00", capsize=3, linewidth=2, label=label)
-    axes.set_ylabel(f"{measure}, mean of the layer")
+    axes.set_ylabel(f"{measure}\nmean of the layer")
     axes.legend()
     return _finished(axes, list(found.values()), measure)
 
