@@ -97,7 +97,7 @@ def evaluate(
         operations: also measure what functions and operators compute in forward: ``layer1.0/add`` is the sum in the
             forward of ``layer1.0``, ``features/relu#1`` the second ``relu`` in that of ``features``. Views, and what
             a measured module returns, are left out. Some of them are chosen with patterns in ``layers``.
-        convergence: also report the value of each layer after 1/8, 1/4 and 1/2 of the samples, as
+        convergence: also report the value of each layer after 1/8, 1/4 and 1/2 of the samples in whole blocks, as
             ``result.convergence``; of measures of this package that need one pass, in a single process.
         state_budget: bytes that the states of all layers may take. Where the means of the columns of a large set do not
             fit, the variances are computed in two walks instead, samples first and then some transformations at a

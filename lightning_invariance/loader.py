@@ -48,9 +48,10 @@ class STLoader:
 
     Args:
         data: a map-style or iterable ``Dataset``, a ``DataLoader``, or a tensor of inputs. Samples are a tensor ``x``,
-            a pair ``(x, y)``, or a dict with the input under ``image``, ``x``, ``input`` or ``pixel_values`` (or as its
-            only tensor). Of a loader of a map-style dataset the samples of its sampler or batch sampler are taken, with
-            its ``collate_fn`` and workers, but in other batches; Lightning's distribution of a sampler is taken off.
+            a pair ``(x, y)``, or a dict with the input under ``image``, ``x``, ``input``, ``pixel_values`` or the like
+            (or as its only tensor). Of a loader of a map-style dataset the samples of its sampler or batch sampler are
+            taken, with its ``collate_fn`` and workers, but in other batches; Lightning's distribution of a sampler is
+            taken off.
         transformations: the columns.
         batch_size: largest number of transformed inputs in a block.
         max_samples: how many samples to take: a random choice without regard to classes, the same at every call and

@@ -53,7 +53,7 @@ def convergence(results: InvarianceResult | Sequence[InvarianceResult], measure:
         right.plot(x[:-1], error, "o-", color=colour, ms=3, linewidth=1.2)
     known = np.isfinite(errors).all(1)
     if known.any():
-        right.plot(x[:-1], errors[known].mean(0), "k--", linewidth=2, label="mean of all layers")
+        right.plot(x[:-1], errors[known].mean(0), "ko--", ms=4, linewidth=2, label="mean of all layers")
         right.legend(fontsize="small")
     for axes, label in ((left, f"{measure}, mean of the layer"), (right, f"error relative to {x[-1]} {what}")):
         axes.set_xscale("log", base=2)

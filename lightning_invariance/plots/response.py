@@ -65,7 +65,7 @@ def response(
     than two dozen layers a row of colours for each. For two parameters, such as the shifts of translations, a map for
     each layer. Above lines and rows stands what ``evaluate(outputs=...)`` found, such as the accuracy, with bands where
     it has intervals. What is drawn is said at
-    :meth:`NormalizedVariance.response <lightning_invariance.measures.NormalizedVariance.response>`.
+    :meth:`NormalizedVariance.response_of <lightning_invariance.measures.NormalizedVariance.response_of>`.
 
     Args:
         result: an evaluation with ``NormalizedVariance(response=True)`` or ``TransformationVariance(response=True)``.
