@@ -80,6 +80,8 @@ def row_distances(values: Tensor, distance: Distance, over: str) -> Tensor:
         flat = values.flatten(2) if values.ndim > 2 else values[..., None]
         return absolute_differences(flat)
     maps = as_maps(values)
+    if distance == "euclidean" and maps.shape[3] == 1:
+        return absolute_differences(maps[..., 0])
     if distance == "euclidean":
         return 2 * euclidean_distances(maps).sum(0)
     if distance == "cosine":

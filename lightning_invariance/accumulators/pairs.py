@@ -87,7 +87,7 @@ def euclidean_distances(maps: Tensor) -> Tensor:
     lost = ((squares < SMALLEST_FLOAT32_SQUARE) | ~(squares <= LARGEST_FLOAT32_SQUARE)).any(-1)
     if maps.dtype == torch.float32 and bool(lost.any()):  # their products may have lost digits, be 0 or infinite
         few = maps.transpose(1, 2)[lost]
-        total[lost] = euclidean_distances(few[:, :, None].double())[:, 0]
+        total[lost] = euclidean_distances(few.transpose(0, 1)[None].double())[0]  # as the channels of one row
     return total
 
 
