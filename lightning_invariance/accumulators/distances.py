@@ -101,6 +101,8 @@ def _cosine_distances(maps: Tensor) -> Tensor:
     Of unit vectors u it is \|u − u'\|² / 2, so that all pairs of a row come to m Σ \|u_j − u_1\|² − \|Σ (u_j − u_1)\|².
     Zero maps have u = 0, and where one of two is zero 1/2 is missing.
     """
+    if maps.is_cpu and len(maps) > 1:  # a row at a time fits into the caches
+        return torch.cat([_cosine_distances(row) for row in torch.split(maps, 1)])
     m = maps.shape[1]
     unit, zero = _unit_vectors(maps, torch.float64)  # float32 would round maps that are nearly parallel
     apart = torch.sub(unit, unit[:, :1])
