@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from definitions import LONG, td
 from scipy.spatial.distance import pdist
 from torch import nn
 
@@ -228,3 +229,14 @@ def test_the_cosine_distance_of_maps_that_are_nearly_parallel(difference):
     np.testing.assert_allclose(metric.compute().numpy(), expected, rtol=1e-6)
     value = functional.transformation_distance(st, "cosine", over="channel")
     np.testing.assert_allclose(value.numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+@pytest.mark.parametrize("shape", [(5,), (5, 1, 1), (5, 3, 2)], ids=str)
+def test_distances_of_maps_some_of_which_are_zero(distance, shape):
+    st = torch.randn(4, 6, *shape, generator=torch.Generator().manual_seed(0))
+    st[:, 2:4, 1] = 0  # some maps of the rows
+    st[1, :, 2] = 0  # all of one
+    st[2, :5, 3] = 0  # all but one
+    found = measured(TransformationDistance(distance, over="channel"), st[:3], st[3:])
+    np.testing.assert_allclose(found.numpy(), td(st.numpy().astype(LONG), distance, "channel").astype(float), rtol=1e-6)

@@ -354,3 +354,14 @@ def test_maps_too_small_for_a_norm_are_not_dead(on_cpu, monkeypatch):
     metric = VarianceSameEquivariance(rotations(4))
     metric.update(maps)
     assert metric.dead()[:, 0, 0].tolist() == [True, False]
+
+
+@pytest.mark.parametrize("measure", BOTH)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_maps_whose_squares_vanish_are_not_dead(measure, normalize):
+    t = quarter_turns()
+    st = 1e-30 * torch.rand(3, 4, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+    st[:, :, 1] = 0
+    metric = measure(t, normalize=normalize)
+    metric.update(st)
+    assert metric.dead()[:, 0, 0].tolist() == [False, True]

@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_invariance import TransformationSet, evaluate, functional, quarter_turns, rotations, scales, translations
+from lightning_invariance import (
+    TransformationSet,
+    evaluate,
+    functional,
+    plots,
+    quarter_turns,
+    rotations,
+    scales,
+    translations,
+)
 from lightning_invariance.accumulators import Deviations, Rows, deviations, kernels
 from lightning_invariance.measures import NormalizedVariance, SampleVariance, TransformationVariance
 
@@ -175,3 +184,14 @@ def test_functions_have_an_identity_where_one_is_named():
     assert of_double == pytest.approx(float((square / 2 / scale).mean()))
     with pytest.raises(ValueError, match="`identity` to be one of the labels"):
         TransformationSet.from_callables(functions, identity="none")
+
+
+@pytest.mark.parametrize(
+    ("identity", "title"), [("same", "0: the layer does not notice"), (None, "change from the mean")]
+)
+def test_the_picture_says_what_responses_are_the_changes_from(identity, title):
+    functions = TransformationSet.from_callables({"same": lambda x: x, "half": lambda x: x / 2}, identity=identity)
+    x = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+    measure = NormalizedVariance(response=True)
+    result = evaluate(nn.Sequential(nn.Identity(), nn.ReLU()), x, functions, measure, progress=False)
+    assert plots.response(result).axes[0].get_title().startswith(title)
