@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from lightning_invariance.accumulators import devices
+from lightning_invariance.measures.accumulating import AccumulatingMetric
+from lightning_invariance.measures.base import Measure
 
 
 @pytest.fixture(autouse=True)
@@ -14,7 +16,7 @@ def _same_random_numbers_in_any_order():
     torch.manual_seed(0)
 
 
-if os.environ.get("TRITON_INTERPRET") == "1":  # tests/test_triton.py runs others with Triton's interpreter
+if os.environ.get("TRITON_INTERPRET") == "1":  # tests/test_devices.py runs others with Triton's interpreter
 
     @pytest.fixture(autouse=True)
     def _sums_by_triton(monkeypatch):
@@ -24,3 +26,17 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # tests/test_triton.py runs other
         monkeypatch.setattr(devices, "_kernels_for", lambda x: triton_kernels if triton_kernels.takes(x) else None)
         monkeypatch.setattr(triton_kernels, "MOST_WIDTH", 2**12)  # it takes as long for wide tiles as for narrow ones
         monkeypatch.setattr(triton_kernels, "MOST_OF_TILE", 2**16)
+
+
+if DEVICE := os.environ.get("LIGHTNING_INVARIANCE_DEVICE"):  # tests/test_devices.py runs others on a GPU
+    _add_rows, _compute = AccumulatingMetric._add_rows, Measure.compute
+
+    def _add_rows_there(self, st_block, *args, **kwargs):
+        """Rows of the CPU, added on the device."""
+        self.to(DEVICE)
+        return _add_rows(self, st_block.to(DEVICE), *args, **kwargs)
+
+    def _compute_there(self):
+        return _compute(self).cpu()
+
+    AccumulatingMetric._add_rows, Measure.compute = _add_rows_there, _compute_there

@@ -1,6 +1,10 @@
-"""An accelerator that this machine does not have, emulated by the CPU: as strict with its tensors as a GPU is."""
+"""An accelerator that this machine does not have, emulated by the CPU: as strict with its tensors as a GPU is.
 
-from concurrent.futures import ProcessPoolExecutor
+And what its tests need of an NVIDIA GPU where there is one.
+"""
+
+import warnings
+from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 
 import torch
@@ -130,3 +134,48 @@ _installed: list[torch.library.Library] = []
 def process_with_device(float64: bool) -> ProcessPoolExecutor:
     """A process of its own that has the device, since a device type cannot be taken away again."""
     return ProcessPoolExecutor(1, get_context("spawn"), _install, (float64,))
+
+
+class Watched(TorchDispatchMode):
+    """Operations on an NVIDIA GPU, with float32 products as exact as those of the CPU.
+
+    Attributes:
+        operations: how many there were.
+        read: what PyTorch said each time that the CPU waited for the GPU.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations, self._recorded = 0, warnings.catch_warnings(record=True)
+
+    def __enter__(self):
+        self._rounded = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = False
+        self._said = self._recorded.__enter__()
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        torch.cuda.set_sync_debug_mode("default")
+        self._recorded.__exit__(*error)
+        torch.backends.cudnn.allow_tf32 = self._rounded
+
+    @property
+    def read(self) -> list[str]:
+        return [str(each.message) for each in self._said if "synchronizing CUDA operation" in str(each.message)]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self.operations += any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in tree_leaves(found))
+        return found
+
+
+class ThisProcess:
+    """An executor that calls functions at once."""
+
+    def submit(self, function, *args) -> Future:
+        future = Future()
+        future.set_result(function(*args))
+        return future
