@@ -17,6 +17,9 @@ from lightning_invariance.runs import share_of
 from lightning_invariance.samplers import indices_of
 from lightning_invariance.transforms import TransformationSet
 
+#: Samples that are fetched together, if that makes whole blocks: while a GPU computes the next ones are fetched.
+FETCHED = 64
+
 NEEDS_MAX_SAMPLES = "Expected argument `max_samples` with an iterable dataset that has no length."
 
 
@@ -138,7 +141,7 @@ class STLoader:
             data = data.dataset
         if isinstance(data, Tensor):
             data = TensorDataset(data)
-        options["batch_size"] = self.rows * max(1, self.batch_size // self.rows)
+        options["batch_size"] = self.rows * max(1, FETCHED // self.rows)
         if isinstance(data, IterableDataset):
             return self._limited(DataLoader(data, **options), data, max_samples), None
         if not (hasattr(data, "__getitem__") and isinstance(data, Sized)):
@@ -165,6 +168,10 @@ class STLoader:
     def fingerprint(self) -> Fingerprint:
         """What processes with the same data agree on."""
         return fingerprint_of(self.n_samples, lambda: input_of(self._first_item(), self.input_fn)[0], self._seed)
+
+    def bytes_of_input(self) -> int | None:
+        """Bytes of one input as it is loaded; None for a stream, of which each sample comes once."""
+        return None if self.n_samples is None else input_of(self._first_item(), self.input_fn)[0].nbytes
 
     def take_own_stream(self) -> None:
         """Take all samples of this process, whose stream holds others than those of the other processes."""

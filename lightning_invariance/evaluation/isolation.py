@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,8 +71,8 @@ def unchanged_tensors(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for name, copy in copies.items():
-            _restore(model, name, tensors[name], copy)
+        for name, same in _equal(tensors, copies).items():
+            _restore(model, name, tensors[name], None if same else copies[name])
     changed = [name for name in parameters if name not in copies and _version(parameters[name]) != versions[name]]
     if changed:
         raise RuntimeError(
@@ -81,14 +81,29 @@ def unchanged_tensors(model: nn.Module) -> Iterator[None]:
         )
 
 
-def _restore(model: nn.Module, name: str, tensor: Tensor, copy: Tensor) -> None:
-    """Put a tensor back where it was, with the values it had; untouched ones stay untouched."""
+def _equal(tensors: Mapping[str, Tensor], copies: Mapping[str, Tensor]) -> dict[str, bool]:
+    """By name, whether a tensor has the values of its copy: one reading for each device, since each would wait for it."""
+    found: dict[str, bool] = {}
+    flags: dict[torch.device, dict[str, Tensor]] = {}
+    for name, copy in copies.items():
+        tensor = tensors[name]
+        if tensor.is_cpu or tensor.layout != torch.strided or tensor.shape != copy.shape:
+            found[name] = torch.equal(tensor, copy)
+        else:
+            flags.setdefault(copy.device, {})[name] = (tensor == copy).all()
+    for of_device in flags.values():
+        found |= zip(of_device, torch.stack([*of_device.values()]).tolist(), strict=True)
+    return found
+
+
+def _restore(model: nn.Module, name: str, tensor: Tensor, copy: Tensor | None) -> None:
+    """Put a tensor back where it was, with the values of the copy, if it has others than before."""
     place, _, attribute = name.rpartition(".")
     owner = model.get_submodule(place)
     if not isinstance(owner, torch.jit.ScriptModule) and getattr(owner, attribute, None) is not tensor:
         own: dict[str, Any] = owner._buffers if attribute in owner._buffers else owner._parameters
         own[attribute] = tensor  # it was assigned anew
-    if not torch.equal(tensor, copy):
+    if copy is not None:
         with torch.no_grad():
             tensor.copy_(copy)
 

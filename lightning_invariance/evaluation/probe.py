@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,8 +16,14 @@ from lightning_invariance.precision import summed_on
 #: between equal inputs of a batch shows; the others come in another order, so that the order of slices shows.
 PASSES = ((0, 1, 2, 3, 4), (0, 3, 1, 3))
 
-#: Kernels for batches of different sizes may round differently.
+#: Kernels for batches of different sizes may round differently, by so much relative to the value, and to the largest.
 RELATIVE, ABSOLUTE = 1e-3, 1e-4
+
+#: They differ by so many units in the last place of the largest value, where these are more.
+LAST_PLACES = 8
+
+#: Unit in the last place of what kernels for float32 multiply: GPUs may round factors to TF32.
+TF32 = 2.0**-10
 
 #: Values that differ by fewer units in the last place than this are the same.
 ROUNDING = 8
@@ -97,34 +103,116 @@ def probe(
     """
     first, second = PASSES
     one, other = outputs_of(first, 0), outputs_of(second, 1)
+    tolerance = Tolerance.of(one.values())
     found: dict[str, Finding] = dict.fromkeys([*one, *other], RAGGED)  # where only one pass reaches the layer
     doubtful: Outputs = {}
-    repeated: set[str] = set()
-    for layer in one.keys() & other.keys():
+    usual = _with_batch_first(one, other, tolerance)
+    repeated = {layer for layer, is_repeated in usual.items() if is_repeated}
+    found |= dict.fromkeys(usual, Layout())
+    for layer in (one.keys() & other.keys()) - usual.keys():
         output = one.pop(layer)
-        found[layer] = layout = finding_of(output, other[layer], first, second)
+        found[layer] = layout = _finding_of(output, other[layer], tolerance)
         if isinstance(layout, Layout) and _is_repeated(layout, output, len(first)):
             repeated.add(layer)
         elif layout == MIXED:
             doubtful[layer] = other[layer]
     if doubtful:
         again = outputs_of(second, 2)
-        found |= {layer: RANDOM for layer, output in doubtful.items() if not _equal(output, again.get(layer))}
+        found |= {name: RANDOM for name, output in doubtful.items() if not tolerance.equal(output, again.get(name))}
     if of_other_inputs is not None:
         same = of_other_inputs(second, 1)
-        repeated |= {layer for layer, output in same.items() if _equal(output, other.get(layer))}
+        repeated |= {layer for layer, output in same.items() if tolerance.equal(output, other.get(layer))}
     if repeated:
         found |= dict.fromkeys(independent() & repeated, CONSTANT)
     return found
 
 
-def finding_of(one: Tensor, other: Tensor, first: Sequence[int], second: Sequence[int]) -> Finding:
-    """Compare what a layer made of two batches of different lengths, whose inputs are ``first`` and ``second``."""
+@dataclass(frozen=True)
+class Tolerance:
+    """How far apart two outputs may be that kernels for batches of different lengths have rounded differently.
+
+    Attributes:
+        relative: to the value.
+        absolute: as a fraction of the largest value.
+    """
+
+    relative: float
+    absolute: float
+
+    @classmethod
+    def of(cls, outputs: Iterable[Tensor]) -> Tolerance:
+        """That of a network with these outputs, each of which may be computed from any of the others."""
+        rounding = max((_unit_of(output) for output in outputs), default=0.0)
+        return cls(max(RELATIVE, LAST_PLACES * rounding), max(ABSOLUTE, LAST_PLACES * rounding))
+
+    def equal(self, a: Tensor, b: Tensor | None) -> bool:
+        """Whether both are there, of one shape, and :meth:`close`."""
+        return b is not None and a.shape == b.shape and self.close(a, b)
+
+    def close(self, a: Tensor, b: Tensor) -> bool:
+        """Whether two tensors of one shape are equal up to rounding; NaN are equal to NaN."""
+        a, b = _wide(a), _wide(b)
+        size = float(torch.cat([a.flatten(), b.flatten()]).nan_to_num(0, 0, 0).abs().amax()) if a.numel() else 0.0
+        return torch.allclose(a, b, rtol=self.relative, atol=self.absolute * size, equal_nan=True)
+
+    def each_close(self, a: Tensor, b: Tensor) -> bool:
+        """Whether each slice along the first axis is close to that of the other."""
+        return (a.numel() > 0 and bool(self.slices_close(_wide(a), _wide(b)))) or all(map(self.close, a, b))
+
+    def slices_close(self, a: Tensor, b: Tensor) -> Tensor:
+        """:meth:`each_close` without NaN, of float64 that is not empty, as a scalar where the tensors are."""
+        a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+        of_each = b.abs()
+        sizes = of_each.amax(1, keepdim=True)
+        return ((a - b).abs_() <= of_each.mul_(self.relative).add_(sizes, alpha=self.absolute)).all()
+
+
+def _unit_of(output: Tensor) -> float:
+    """The unit in the last place of what the kernels for an output's type multiply, relative to the value."""
+    if not output.is_floating_point():
+        return 0.0
+    return TF32 if output.dtype == torch.float32 and not output.is_cpu else torch.finfo(output.dtype).eps
+
+
+def _wide(output: Tensor) -> Tensor:
+    """An output in float64, where that is there."""
+    return output.detach().to(summed_on(output.device)).double()
+
+
+def _with_batch_first(one: Outputs, other: Outputs, tolerance: Tolerance) -> dict[str, bool]:
+    """The layers whose outputs have the batch first and one slice for each input, and whether it is always the same.
+
+    What is found of all of them is read together: to read each from a GPU would make the CPU wait as often.
+    """
+    first, second = PASSES
+    flags: dict[torch.device, dict[str, Tensor]] = {}
+    places: dict[torch.device, Tensor] = {}
+    for layer in one.keys() & other.keys():
+        a, b = one[layer], other[layer]
+        if a.is_complex() or not a.numel() or (len(first), *a.shape[1:]) != a.shape or a.shape[1:] != b.shape[1:]:
+            continue
+        if len(b) == len(second):
+            a, b = _wide(a), _wide(b)
+            if a.device not in places:
+                places[a.device] = torch.tensor([first.index(which) for which in second], device=a.device)
+            agree = tolerance.slices_close(a.index_select(0, places[a.device]), b)
+            flags.setdefault(a.device, {})[layer] = torch.stack([agree, _repeated(a, one[layer].dtype)])
+    found: dict[str, bool] = {}
+    for of_device in flags.values():
+        for layer, (agree, repeated) in zip(of_device, torch.stack([*of_device.values()]).tolist(), strict=True):
+            if agree:
+                found[layer] = repeated
+    return found
+
+
+def _finding_of(one: Tensor, other: Tensor, tolerance: Tolerance) -> Finding:
+    """Compare what a layer made of the two batches of :data:`PASSES`."""
+    first, second = PASSES
     if one.ndim != other.ndim:
         return RAGGED
     differing = [axis for axis in range(one.ndim) if one.shape[axis] != other.shape[axis]]
     if not differing:
-        return CONSTANT if _close(one, other) else MIXED
+        return CONSTANT if tolerance.close(one, other) else MIXED
     axis = differing[0]
     slices, rest = divmod(one.shape[axis], len(first))
     if len(differing) > 1 or rest or other.shape[axis] != slices * len(second):
@@ -134,7 +222,7 @@ def finding_of(one: Tensor, other: Tensor, first: Sequence[int], second: Sequenc
         a, b = layout.batch_first(one, len(first)), layout.batch_first(other, len(second))
         if a is None or b is None:
             continue
-        if _each_close(a[places], b):
+        if tolerance.each_close(a[places], b):
             return layout
     if one.ndim == 1 and slices > 1:  # a list whose lengths happen to be multiples of those of the batches
         return RAGGED
@@ -151,28 +239,10 @@ def _layouts(axis: int, slices: int) -> Iterator[Layout]:
 def _is_repeated(layout: Layout, output: Tensor, batch: int) -> bool:
     """Whether an output is the same for all inputs, up to rounding."""
     values = layout.batch_first(output, batch)
-    if values is None:
-        return False
-    apart = (values - values[:1]).abs().amax()
-    return bool(apart <= ROUNDING * torch.finfo(values.dtype).eps * values.abs().amax())
+    return values is not None and bool(_repeated(values, values.dtype))
 
 
-def _equal(a: Tensor, b: Tensor | None) -> bool:
-    return b is not None and a.shape == b.shape and _close(a, b)
-
-
-def _each_close(a: Tensor, b: Tensor) -> bool:
-    """Whether each slice along the first axis is close to that of the other."""
-    if a.numel():
-        values, others = (each.detach().to(summed_on(each.device)).double().reshape(len(a), -1) for each in (a, b))
-        apart, size = (values - others).abs().amax(1), others.abs().amax(1)
-        if bool((apart <= ABSOLUTE * size).all()):  # most are, and this takes fewer operations
-            return True
-    return all(map(_close, a, b))
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal up to the rounding of different kernels; NaN are equal to NaN."""
-    a, b = (each.detach().to(summed_on(each.device)).double() for each in (a, b))
-    size = float(torch.cat([a.flatten(), b.flatten()]).nan_to_num(0, 0, 0).abs().amax()) if a.numel() else 0.0
-    return torch.allclose(a, b, rtol=RELATIVE, atol=ABSOLUTE * size, equal_nan=True)
+def _repeated(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether values, computed in some type, are the same in all slices along the first axis, up to rounding."""
+    eps = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+    return (values - values[:1]).abs().amax() <= ROUNDING * eps * values.abs().amax()

@@ -48,9 +48,13 @@ PROGRESS_DELAY = 3.0
 #: Errors of a model that is called otherwise than it is made for, whose message can be added to.
 FAILURES = (TypeError, NotImplementedError, RuntimeError, IndexError, AttributeError, ValueError)
 
-#: Inputs in the first batch that ``batch_size="auto"`` tries.
-AUTO_BATCH_SIZE = {"cpu": 128}
-AUTO_BATCH_SIZE_OF_ACCELERATORS = 1024
+#: Inputs in the first batch that ``batch_size="auto"`` tries: on the CPU; elsewhere so many bytes of inputs, which keep
+#: a GPU busy for longer than it takes to launch their kernels, but no more than this, and this where a stream of
+#: samples does not tell their size.
+AUTO_ON_CPU = 128
+AUTO_BYTES = 2**29
+AUTO_MOST = 2**14
+AUTO_OF_STREAM = 2**10
 
 
 class Session:
@@ -69,7 +73,7 @@ class Session:
         self.model = model
         self.data = data
         self.device = torch.device(options.device) if options.device is not None else device_of(model)
-        largest = AUTO_BATCH_SIZE.get(self.device.type, AUTO_BATCH_SIZE_OF_ACCELERATORS)
+        largest = AUTO_ON_CPU if self.device.type == "cpu" else AUTO_OF_STREAM
         self.batch_size = largest if options.batch_size == "auto" else options.batch_size
         self.options = options
         self.selection = select_layers(model, options.layers, options.operations)
@@ -97,10 +101,10 @@ class Session:
         error: BaseException | None = None
         fingerprint = Fingerprint(None, None)
         try:
-            loader = STLoader(
+            loader_of = partial(
+                STLoader,
                 self.data,
                 transformations,
-                self.batch_size,
                 max_samples=self.options.max_samples,
                 input_fn=self.options.input_fn,
                 device=self.device,
@@ -111,6 +115,10 @@ class Session:
                 with_batch=takes_batch(self.options.forward) or bool(self.options.outputs),
                 run=run,
             )
+            loader = loader_of(self.batch_size)
+            if self.options.batch_size == "auto" and self.device.type != "cpu" and (size := loader.bytes_of_input()):
+                self.batch_size = max(1, min(AUTO_MOST, AUTO_BYTES // size))
+                loader = loader_of(self.batch_size)
             fingerprint = loader.fingerprint() if world_size > 1 else fingerprint
         except Exception as raised:  # the other processes must be told, or they would wait for ever
             error = raised

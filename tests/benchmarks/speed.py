@@ -1,6 +1,6 @@
 """What measuring costs: the time of evaluate() against the bare forward passes over the same inputs.
 
-    python tests/benchmarks/speed.py [--rounds 5] [--samples 256] [--only WORDS] [--device cuda]
+    python tests/benchmarks/speed.py [--rounds 5] [--samples N] [--only WORDS] [--device cuda]
 
 Each round runs the bare forward passes over the transformed inputs, batch for batch and without hooks, and then
 evaluate() over the same inputs, which it transforms itself; the ratio is taken in each round, and each case runs in a
@@ -35,8 +35,6 @@ from torch import nn
 from torchmetrics import Metric
 
 from lightning_invariance import STLoader, evaluate, rotations
-from lightning_invariance.evaluate import _FITTING
-from lightning_invariance.evaluation.session import AUTO_BATCH_SIZE, AUTO_BATCH_SIZE_OF_ACCELERATORS
 from lightning_invariance.measures import (
     Anova,
     DistanceSameEquivariance,
@@ -137,18 +135,27 @@ CASES = [
 
 
 class DeviceCase(NamedTuple):
-    """A row of the table of a device: a network, the size of its images and the largest ratio that is accepted."""
+    """A row of the table of a device.
+
+    Attributes:
+        name: of the network.
+        model: makes it.
+        size: of its images.
+        samples: how many there are where the user does not say.
+        target: the largest ratio that is accepted.
+    """
 
     name: str
     model: Callable[[], nn.Module]
     size: int
+    samples: int
     target: float = 1.25
 
 
 DEVICE_CASES = [
-    DeviceCase("ResNet-18, 224×224", torchvision.models.resnet18, 224),
-    DeviceCase("ResNet-50, 224×224", torchvision.models.resnet50, 224),
-    DeviceCase("SimpleConv-32", MODELS["SimpleConv-32"], 32),
+    DeviceCase("ResNet-18, 224×224", torchvision.models.resnet18, 224, 1024),
+    DeviceCase("ResNet-50, 224×224", torchvision.models.resnet50, 224, 1024),
+    DeviceCase("SimpleConv-32", MODELS["SimpleConv-32"], 32, 10_000),  # images of CIFAR-10's test set
 ]
 
 #: What a synchronisation is called in a profile.
@@ -211,9 +218,10 @@ def transform_ratios(size: int, images: int, rounds: int) -> tuple[list[float], 
     return [own / bare for own, bare in times[1:]], f"{statistics.median(bare for _, bare in times[1:]):.2f} s"
 
 
-def device_ratios(case: DeviceCase, device: str, samples: int, rounds: int) -> tuple[list[float], str, str]:
+def device_ratios(case: DeviceCase, device: str, samples: int | None, rounds: int) -> tuple[list[float], str, str]:
     """Time of evaluate() over that of the forward passes on a device, the median of those, and synchronisations."""
     torch.manual_seed(0)
+    samples = case.samples if samples is None else samples
     model, images = case.model().eval().to(device), torch.rand(samples, 3, case.size, case.size)
     module = torch.get_device_module(device)
     finish: Callable[[], None] = getattr(module, "synchronize", lambda: None)
@@ -222,7 +230,11 @@ def device_ratios(case: DeviceCase, device: str, samples: int, rounds: int) -> t
         return evaluate(model, images, TRANSFORMATIONS, default(), progress=False)
 
     ours()  # warms up, compiles, and finds the largest batch that fits
-    size = _FITTING.get(model, AUTO_BATCH_SIZE.get(device, AUTO_BATCH_SIZE_OF_ACCELERATORS))
+    sizes: list[int] = []
+    counting = model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    ours()
+    counting.remove()
+    size = max(sizes)
     loader = STLoader(images, TRANSFORMATIONS, size, device=torch.device(device))
     times = []
     for _ in range(rounds + 1):
@@ -243,14 +255,14 @@ def device_ratios(case: DeviceCase, device: str, samples: int, rounds: int) -> t
     counts = {event.key: event.count for event in profiler.key_averages()}
     found = {key: count for key, count in counts.items() if any(word in key for word in SYNCHRONISING)}
     blocks = -(-samples // loader.rows)
-    told = f"batches of {size}, {blocks} blocks; synchronisations of a whole evaluation: {found}"
+    told = f"n = {samples}, batches of {size}, {blocks} blocks; synchronisations of a whole evaluation: {found}"
     return [own / bare for bare, own in times[1:]], f"{statistics.median(bare for bare, _ in times[1:]):.2f} s", told
 
 
-def on_device(device: str, samples: int, rounds: int, only: str) -> int:
+def on_device(device: str, samples: int | None, rounds: int, only: str) -> int:
     """Print the rows of a device; 1 where a target is missed."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-    print(f"{name}, torch {torch.__version__}; m = {len(TRANSFORMATIONS)}, n = {samples}, the monitor's default\n")
+    print(f"{name}, torch {torch.__version__}; m = {len(TRANSFORMATIONS)}, the monitor's default\n")
     missed = False
     for case in DEVICE_CASES:
         if only in case.name:
@@ -370,15 +382,15 @@ def main() -> int:
     """Print every figure; 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--samples", type=int, help="by default 256, on a device what is usual for each network")
     parser.add_argument("--only", default="", help="run the rows whose names hold these words")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    n, rounds = options.samples, options.rounds
+    n, rounds = options.samples or 256, options.rounds
     if options.device != "cpu":
         if options.device.startswith("cuda") and not torch.cuda.is_available():
             parser.error("there is no CUDA device here")
-        return on_device(options.device, n, rounds, options.only)
+        return on_device(options.device, options.samples, rounds, options.only)
     rows: list[tuple[str, float, Callable[[], tuple[list[float], str]]]] = [
         (f"{case.name}: {case.model}", case.target, lambda i=i: alone(ratios, i, n, rounds))  # type: ignore[misc]
         for i, case in enumerate(CASES)
