@@ -46,8 +46,13 @@ class Changes(Accumulator):
 
 def changes_of_samples(rows: Rows, reference: int | None) -> Tensor:
     """:func:`scaled_changes` of each sample, ``(samples, m, channels)``."""
-    maps = torch.unbind(rows.channels_first.unsqueeze(1))
-    return torch.stack([scaled_changes(rows.of(sample), reference) for sample in maps])
+    maps, m = rows.maps, rows.values.shape[1]
+    if maps.is_cpu:
+        found = torch.stack([channel_changes(sample, reference) for sample in maps.unsqueeze(1)])
+    else:
+        some = torch.split(maps, chunk_length(maps.flatten(1).T))
+        found = torch.cat([_by_few_operations(samples, reference, (3,)) for samples in some])
+    return _scaled(found, m, reference)
 
 
 def scaled_changes(rows: Rows, reference: int | None) -> Tensor:
@@ -57,7 +62,10 @@ def scaled_changes(rows: Rows, reference: int | None) -> Tensor:
     Without, :math:`\frac{m}{m - 1} \sum (x_{ij} - \bar x_{i \cdot})^2`, whose mean over j is the variance. Sums over
     the positions of each feature map.
     """
-    m, changes = rows.values.shape[1], channel_changes(rows.maps, reference)
+    return _scaled(channel_changes(rows.maps, reference), rows.values.shape[1], reference)
+
+
+def _scaled(changes: Tensor, m: int, reference: int | None) -> Tensor:
     return changes / 2 if reference is not None else changes * (m / max(m - 1, 1))
 
 
@@ -67,7 +75,7 @@ def channel_changes(maps: Tensor, reference: int | None) -> Tensor:
     Float64 sums ``(m, channels)``.
     """
     if not maps.is_cpu:
-        return _by_few_operations(maps, reference)
+        return _by_few_operations(maps, reference, (0, 3))
     step = max(1, chunk_length(maps[..., 0]) // maps.shape[3])
     sums = []
     for start in range(0, maps.shape[2], step):
@@ -84,11 +92,11 @@ def channel_changes(maps: Tensor, reference: int | None) -> Tensor:
     return changes
 
 
-def _by_few_operations(maps: Tensor, reference: int | None) -> Tensor:
-    """The same on other devices: float64 holds all squares, so that nobody has to look at them."""
+def _by_few_operations(maps: Tensor, reference: int | None, over: tuple[int, ...]) -> Tensor:
+    """The same on other devices, summed over some axes: float64 holds all squares, so nobody has to look at them."""
     first = reference or 0
     deviations = torch.sub(maps, maps[:, first : first + 1])
     if reference is None:
         deviations.sub_(deviations.mean(1, keepdim=True))
-    norms: Tensor = torch.linalg.vector_norm(deviations, dim=(0, 3), dtype=torch.float64)
+    norms: Tensor = torch.linalg.vector_norm(deviations, dim=over, dtype=torch.float64)
     return norms.square()

@@ -16,17 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: The most values of a tile that a thread holds: they fit into its registers with three numbers for each. Fewer where
-#: some columns or activations of a tile are masked, which takes registers too.
+#: The most values of a tile that a thread holds: they fit into its registers with four numbers for each. Fewer where
+#: some columns or activations of a tile are masked, or several warps share a row, which takes registers too.
 VALUES_OF_THREAD = 16
 VALUES_OF_MASKED = 8
 
-#: The most values of a tile, if it has no more than the fewest activations.
-MOST_OF_TILE = 2048
+#: The most values of a tile of one warp, if it has no more than the fewest activations.
+MOST_OF_TILE = 512
 
-#: Activations of a tile: threads read neighbours together. Channels with fewer positions share tiles.
-MOST_WIDTH = 128
+#: Activations of a tile: threads read neighbours together. Small layers have narrow tiles, so that there are at least
+#: so many programs: a GPU runs hundreds at a time. Channels with few positions share tiles.
+MOST_WIDTH = 32
 FEWEST_WIDTH = 16
+FEWEST_PROGRAMS = 512
 FEWEST_POSITIONS = 32
 
 #: The most columns that a tile holds.
@@ -108,8 +110,9 @@ def _tile_of(m: int, k: int, inner: int, with_changes: bool) -> tuple[int, int, 
     """
     positions = inner if with_changes and inner >= FEWEST_POSITIONS else k
     columns = max(2, triton.next_power_of_2(m))
-    width = max(FEWEST_WIDTH, min(MOST_WIDTH, MOST_OF_TILE // columns, triton.next_power_of_2(positions)))
-    plain = columns == m and (positions == inner or not with_changes)
+    narrow = min(MOST_OF_TILE // columns, triton.next_power_of_2(max(1, k // FEWEST_PROGRAMS)))
+    width = max(FEWEST_WIDTH, min(MOST_WIDTH, narrow, triton.next_power_of_2(positions)))
+    plain = columns == m and columns * FEWEST_WIDTH <= MOST_OF_TILE and (positions == inner or not with_changes)
     values = min(columns, VALUES_OF_THREAD if plain else VALUES_OF_MASKED)
     return columns, width, max(1, columns * width // (32 * values)), positions
 
@@ -161,16 +164,24 @@ def _add_rows(
     largest_d = tl.zeros([WIDTH], tl.float32)
     place = at
     place_of_first = reference * k + unit
+    # A row is read while the one before is added, since a program would wait for the memory otherwise.
+    value = tl.load(x + place, mask, 0.0)
+    first = tl.load(x + place_of_first, inside, 0.0)
+    row = 1
     for start in range(0, n, ROWS):
         some_rows = tl.zeros([WIDTH], tl.float32)
         some_squares = tl.zeros([WIDTH], tl.float32)
         for _ in range(start, tl.minimum(start + ROWS, n)):
-            value = tl.load(x + place, mask, 0.0)
-            first = tl.load(x + place_of_first, inside, 0.0)
-            place += m * k
-            place_of_first += m * k
+            step = tl.where(row < n, m * k, 0)  # the last row is read twice
+            row += 1
+            place += step
+            place_of_first += step
+            next_value = tl.load(x + place, mask, 0.0)
+            next_first = tl.load(x + place_of_first, inside, 0.0)
             a = _masked(value - first[None, :], mask, FULL)
             d = value - mean
+            value = next_value
+            first = next_first
             of_row = tl.sum(a, 0)
             largest_a = tl.maximum(largest_a, tl.max(tl.abs(a), 0))
             centred = _masked(a - (of_row / m)[None, :], mask, FULL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
 
@@ -138,8 +139,12 @@ def _is_included(accumulator: Accumulator, others: Iterable[Accumulator]) -> boo
     return any(other != accumulator and other.includes(accumulator) for other in others)
 
 
+@lru_cache(maxsize=4096)
 def state_bytes(accumulator: Accumulator, activation: Activation, m: int, n: int, device: torch.device) -> int:
-    """Bytes of the states of an accumulator for one layer and n samples, from rows of zeros; of huge layers, about."""
+    """Bytes of the states of an accumulator for one layer and n samples, from rows of zeros; of huge layers, about.
+
+    Remembered, since a network that trains is evaluated many times.
+    """
     shape, dtype, axis = activation
     largest = max(1, LARGEST_ROW // (m * dtype.itemsize))
     parts = -(-math.prod(shape) // largest)

@@ -270,8 +270,7 @@ class Session:
 
     def _prepared(self, intake: Intake | None) -> ExitStack:
         """The model in eval mode on its device, without gradients; everything is put back afterwards."""
-        if self.device.type == "cpu":
-            torch.empty(KEPT_MEMORY, dtype=torch.uint8)
+        torch.empty(KEPT_MEMORY, dtype=torch.uint8)
         with ExitStack() as stack:
             stack.enter_context(on_device(self.model, self.device))
             stack.enter_context(unchanged_tensors(self.model))
