@@ -9,6 +9,7 @@ import torch
 from lightning_invariance.accumulators import devices
 from lightning_invariance.measures.accumulating import AccumulatingMetric
 from lightning_invariance.measures.base import Measure
+from lightning_invariance.measures.stratified import Stratified
 
 
 @pytest.fixture(autouse=True)
@@ -29,14 +30,20 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # tests/test_devices.py runs othe
 
 
 if DEVICE := os.environ.get("LIGHTNING_INVARIANCE_DEVICE"):  # tests/test_devices.py runs others on a GPU
-    _add_rows, _compute = AccumulatingMetric._add_rows, Measure.compute
+    _add_rows = AccumulatingMetric._add_rows
 
     def _add_rows_there(self, st_block, *args, **kwargs):
         """Rows of the CPU, added on the device."""
         self.to(DEVICE)
-        return _add_rows(self, st_block.to(DEVICE), *args, **kwargs)
+        return _add_rows(self, st_block.to(DEVICE) if isinstance(st_block, torch.Tensor) else st_block, *args, **kwargs)
 
-    def _compute_there(self):
-        return _compute(self).cpu()
+    def _back_from(method):
+        def on_cpu(self):
+            found = method(self)
+            return found if found is None else found.cpu()
 
-    AccumulatingMetric._add_rows, Measure.compute = _add_rows_there, _compute_there
+        return on_cpu
+
+    AccumulatingMetric._add_rows = _add_rows_there
+    Measure.compute, Measure.response = map(_back_from, (Measure.compute, Measure.response))
+    Stratified.per_class = _back_from(Stratified.per_class)

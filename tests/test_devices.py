@@ -219,6 +219,25 @@ def test_the_kernel_of_triton_passes_the_tests_of_the_sums(name):
     assert "passed" in found.stdout
 
 
+#: Tests of measures that are run on a GPU where there is one; without those that pretend to be elsewhere, and those of
+#: float32 means, which the CPU keeps.
+ON_GPU = "variance extremes response distance anova goodfellow equivariance stratified sample_pairs groups".split()
+NOT_ON_GPU = "not (small_for_a_norm or other_types or different_types)"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.parametrize("name", ON_GPU)
+def test_the_measures_pass_their_tests_on_a_gpu(name):
+    found = subprocess.run(
+        [sys.executable, *"-m pytest -q -n0 -p no:cacheprovider".split(), f"{TESTS}/test_{name}.py", "-k", NOT_ON_GPU],
+        env={**os.environ, "LIGHTNING_INVARIANCE_DEVICE": "cuda"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert found.returncode == 0, found.stdout[-5000:] + found.stderr[-2000:]
+
+
 #: Architectures of NVIDIA's cards from 2018 on; ptxas has names of its own for features of the last.
 CARDS = {75: "sm_75", 80: "sm_80", 89: "sm_89", 90: "sm_90a"}
 

@@ -82,7 +82,7 @@ def unchanged_tensors(model: nn.Module) -> Iterator[None]:
 
 
 def _equal(tensors: Mapping[str, Tensor], copies: Mapping[str, Tensor]) -> dict[str, bool]:
-    """By name, whether a tensor has the values of its copy: one reading for each device, since each would wait for it."""
+    """By name, whether a tensor has the values of its copy: read once for each device, since reading waits for it."""
     found: dict[str, bool] = {}
     flags: dict[torch.device, dict[str, Tensor]] = {}
     for name, copy in copies.items():
