@@ -83,8 +83,8 @@ def evaluate(
         layers: which layers to measure; by default every leaf module. Names, glob patterns, module types, a predicate,
             or a dict that renames: see :func:`layer_names`.
         batch_size: largest number of transformed inputs in one forward pass. ``"auto"`` begins with 128, on an
-            accelerator with 1024, and halves where the memory does not suffice, which it remembers for the next
-            evaluation of the model; values do not depend on it.
+            accelerator with as many as make half a gigabyte (at most 16,384), and halves where the memory does not
+            suffice, which it remembers for the next evaluation of the model; values do not depend on it.
         max_samples: how many samples to use, a random choice that is the same every time; by default all.
         device: where to run; by default where the model's parameters are. The model is moved there and back.
         forward: ``forward(model, x)`` runs the model where it is not simply called as ``model(x)``. One of three

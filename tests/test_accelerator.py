@@ -1,5 +1,7 @@
 """Whole evaluations on accelerators: emulated by the CPU, with float64 and without as MPS, and CUDA where it is."""
 
+import warnings
+from contextlib import nullcontext
 from functools import partial
 
 import lightning.pytorch as pl
@@ -94,7 +96,7 @@ def numbers_of(result):
 
 
 def using(device):
-    return Emulation() if device == NAME else Watched()
+    return {NAME: Emulation, "cuda": Watched, "cpu": nullcontext}[device]()
 
 
 def on_device(device, name, confidence):
@@ -109,6 +111,52 @@ def reads_of(device, name, samples):
     with using(device) as used:
         result_of(name, device, None, samples)
     return used.read
+
+
+class Rounded(nn.Module):
+    """As if other kernels ran for batches of other lengths: the values are some parts of the largest one apart."""
+
+    def __init__(self, apart):
+        super().__init__()
+        self.apart, self.seen = apart, nn.Identity()
+
+    def forward(self, x):
+        return self.seen(x + self.apart * x.abs().amax() * ((7 * x).sin() if len(x) % 2 else 0))
+
+
+class OfBatch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mixed = nn.Identity()
+
+    def forward(self, x):
+        return self.mixed(x - x.mean(0))
+
+
+def findings_of(device, apart, dtype):
+    model = nn.Sequential(Rounded(apart), OfBatch()).to(device)
+    images = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    with using(device), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = evaluate(
+            model, images, rotations(4), device=device, forward=lambda model, x: model(x.to(dtype)), progress=False
+        )
+    return result.layers, result.left_out
+
+
+def automatic(device, samples):
+    sizes = []
+
+    def forward(model, x):
+        sizes.append(len(x))
+        return model(x)
+
+    images = torch.rand(samples, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with using(device):
+        result = evaluate(
+            nn.Sequential(nn.AdaptiveAvgPool2d(4)), images, rotations(4), device=device, forward=forward, progress=False
+        )
+    return max(sizes), result["NormalizedVariance"]["0"].tolist()
 
 
 def by_hand(device):
@@ -254,6 +302,27 @@ def test_no_block_makes_the_cpu_wait_for_the_accelerator(name, there_with_float6
     device, process, _ = there_with_float64
     few, many = (process.submit(reads_of, device, name, samples).result() for samples in (12, 24))
     assert many == few
+
+
+@pytest.mark.parametrize(("dtype", "apart"), [(torch.float32, 5e-3), (torch.bfloat16, 0.03)])
+def test_rounding_of_other_kernels_is_not_taken_for_what_depends_on_the_batch(dtype, apart, there):
+    device, process, _ = there
+    layers, left_out = process.submit(findings_of, device, apart, dtype).result()
+    assert layers == ["0.seen"]
+    assert [*left_out] == ["1.mixed"]
+    assert "mixed" in left_out["1.mixed"]
+    if dtype == torch.float32:  # whose kernels on the CPU round nothing so coarsely
+        with pytest.raises(RuntimeError, match="2 mixed"):
+            findings_of("cpu", apart, dtype)
+
+
+def test_automatic_batches_of_an_accelerator_are_large_and_change_no_value(there):
+    device, process, tolerance = there
+    size, values = process.submit(automatic, device, 700).result()
+    assert size == 2800  # all of them, which are less than half a gigabyte
+    few, expected = automatic("cpu", 700)
+    assert few == 128
+    torch.testing.assert_close(torch.tensor(values), torch.tensor(expected), rtol=tolerance, atol=0)
 
 
 def test_a_metric_moves_to_an_accelerator_and_back(there, request):

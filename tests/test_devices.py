@@ -221,15 +221,17 @@ def test_the_kernel_of_triton_passes_the_tests_of_the_sums(name):
 
 #: Tests of measures that are run on a GPU where there is one; without those that pretend to be elsewhere, and those of
 #: float32 means, which the CPU keeps.
-ON_GPU = "variance extremes response distance anova goodfellow equivariance stratified sample_pairs groups".split()
+ON_GPU = ["variance", "extremes", "response", "distance", "anova", "goodfellow"]
+ON_GPU += ["equivariance", "stratified", "sample_pairs", "groups"]
 NOT_ON_GPU = "not (small_for_a_norm or other_types or different_types)"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 @pytest.mark.parametrize("name", ON_GPU)
 def test_the_measures_pass_their_tests_on_a_gpu(name):
+    pytest_of = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
     found = subprocess.run(
-        [sys.executable, *"-m pytest -q -n0 -p no:cacheprovider".split(), f"{TESTS}/test_{name}.py", "-k", NOT_ON_GPU],
+        [*pytest_of, f"{TESTS}/test_{name}.py", "-k", NOT_ON_GPU],
         env={**os.environ, "LIGHTNING_INVARIANCE_DEVICE": "cuda"},
         capture_output=True,
         text=True,
