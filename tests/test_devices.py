@@ -194,19 +194,22 @@ def test_without_a_working_triton_it_warns_once_and_takes_pytorch(monkeypatch):
     torch.testing.assert_close(metric.compute(), expected, rtol=1e-6, atol=0)
 
 
-#: Tests of the sums, by file: of splits, merges, extreme and special values, changes. Without those of what only the
-#: CPU does (float32 means), and of the largest cubes, over which the interpreter takes long.
+#: Tests of the sums, by file: of splits, merges, extreme and special values, changes, influences. Without those of what
+#: only the CPU does (float32 means), of the largest cubes, over which the interpreter takes long, and of units of which
+#: all samples change alike but for a millionth, which float32 sums do not hold well enough for standard errors.
 OF_SUMS = {
     "test_variance.py": "by_hand or any_block_size or merge_order or special_cases or out_of_range or nan_and"
     " or first_column or any_values",
     "test_extremes.py": "NV",
     "test_response.py": "identity or batches or merges or nan",
     "test_devices.py": "definition",
+    "test_intervals.py": "standard_errors_of_float32 and 12-100.0 or not_finite_do_not_count",
+    "test_response_intervals.py": "bounds_in_float32 and C-13-24-last",
 }
 
 
 @pytest.mark.parametrize("name", OF_SUMS)
-def test_the_kernel_of_triton_passes_the_tests_of_the_sums(name):
+def test_the_kernels_of_triton_pass_the_tests_of_the_sums(name):
     pytest.importorskip("triton")
     found = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(TESTS / name), "-k", OF_SUMS[name]],
@@ -244,44 +247,78 @@ def test_the_measures_pass_their_tests_on_a_gpu(name):
 CARDS = {75: "sm_75", 80: "sm_80", 89: "sm_89", 90: "sm_90a"}
 
 
-@pytest.mark.parametrize("card", CARDS)
-@pytest.mark.parametrize("m", [4, 8, 16, 32, 64])
-def test_the_kernel_fits_into_the_registers_of_every_card_and_reads_activations_once(card, m, tmp_path):
-    pytest.importorskip("triton")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("the interpreter does not compile")
+def compiled(kernel, pointers, constants, warps, card, folder):
+    """A kernel for a card: its intermediate form, and what ptxas says of it.
+
+    Args:
+        kernel: the function.
+        pointers: types of its first arguments; those that follow are 32-bit integers, or limits in float32.
+        constants: name → value of the last arguments.
+        warps: of a program.
+        card: see :data:`CARDS`.
+        folder: for files.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lightning_invariance.accumulators import triton_kernels
-
-    kernel = triton_kernels._add_rows
-    columns, width, warps, positions = triton_kernels._tile_of(m, 64 * 3136, 3136, True)
-    constants = {"CHANGES": True, "CENTRED": False, "POOLED": positions == 3136, "FULL": columns == m}
-    constants |= {"COLUMNS": columns, "WIDTH": width}
-    types = ["*fp32", *5 * ["*fp64"], *7 * ["i32"], "fp32", "fp32", *len(constants) * ["constexpr"]]
+    rest = [name for name in kernel.arg_names[len(pointers) :] if name not in constants]
+    types = [*pointers, *("fp32" if name in ("smallest", "largest") else "i32" for name in rest)]
     source = ASTSource(
         fn=kernel,
-        signature=dict(zip(kernel.arg_names, types, strict=True)),
+        signature=dict(zip(kernel.arg_names, [*types, *len(constants) * ["constexpr"]], strict=True)),
         constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in range(6)},
+        attrs={(i,): [["tt.divisibility", 16]] for i in range(len(pointers))},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", card, 32), options={"num_warps": warps}).asm
+    found = triton.compile(source, target=GPUTarget("cuda", card, 32), options={"num_warps": warps}).asm
+    (folder / "kernel.ptx").write_text(found["ptx"])
+    ptxas = triton.knobs.nvidia.ptxas.path
+    command = [ptxas, "-v", f"-arch={CARDS[card]}", str(folder / "kernel.ptx"), "-o", os.devnull]
+    return found["ttgir"], subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def assert_in_registers(told):
+    assert int(re.search(r"(\d+) bytes spill stores", told)[1]) == 0, told
+    assert int(re.search(r"Used (\d+) registers", told)[1]) <= 168, told
+
+
+@pytest.fixture
+def kernels_of_triton():
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("the interpreter does not compile")
+    from lightning_invariance.accumulators import triton_influences, triton_kernels
+
+    return triton_kernels, triton_influences
+
+
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("m", [4, 8, 16, 32, 64])
+def test_the_kernel_fits_into_the_registers_of_every_card_and_reads_activations_once(
+    card, m, tmp_path, kernels_of_triton
+):
+    sums, _ = kernels_of_triton
+    columns, width, warps, positions = sums.tile_of(m, 64 * 3136, 3136, True)
+    constants = {"CHANGES": True, "CENTRED": False, "POOLED": positions == 3136, "FULL": columns == m}
+    constants |= {"COLUMNS": columns, "WIDTH": width}
+    code, told = compiled(sums._add_rows, ["*fp32", *5 * ["*fp64"]], constants, warps, card, tmp_path)
     # Tiles of columns and activations: the float32 ones are activations, of the first row and in the loop of the next,
     # the float64 ones are states. What is read a second time, where float32 does not hold a tile, is read as one column
     # after another.
-    tiles = re.findall(rf"tt\.load .*tensor<{columns}x{width}x!tt\.ptr<(f32|f64)>", compiled["ttgir"])
+    tiles = re.findall(rf"tt\.load .*tensor<{columns}x{width}x!tt\.ptr<(f32|f64)>", code)
     assert sorted(tiles) == ["f32", "f32", "f64", "f64"], tiles
-    (tmp_path / "kernel.ptx").write_text(compiled["ptx"])
-    command = [
-        triton.knobs.nvidia.ptxas.path,
-        "-v",
-        f"-arch={CARDS[card]}",
-        str(tmp_path / "kernel.ptx"),
-        "-o",
-        os.devnull,
-    ]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    assert int(re.search(r"(\d+) bytes spill stores", told)[1]) == 0, told
-    assert int(re.search(r"Used (\d+) registers", told)[1]) <= 168, told
+    assert_in_registers(told)
+
+
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("m", [4, 16, 64])
+def test_the_kernel_of_influences_does_as_well(card, m, tmp_path, kernels_of_triton):
+    sums, influences = kernels_of_triton
+    k = 64 * 3136
+    columns, width, warps, _ = sums.tile_of(m, k, k, False)
+    constants = {"CHANGES": True, "FULL": columns == m, "COLUMNS": columns, "WIDTH": width}
+    pointers = [*3 * ["*fp32"], "*i32", "*fp32", *2 * ["*fp64"], *3 * ["*fp32"]]
+    code, told = compiled(influences._influences, pointers, constants, warps, card, tmp_path)
+    tiles = re.findall(rf"tt\.load .*tensor<{columns}x{width}x!tt\.ptr<f32>", code)
+    assert len(tiles) == 2, tiles  # the means, and a row
+    assert_in_registers(told)

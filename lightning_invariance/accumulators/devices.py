@@ -58,6 +58,33 @@ def add_deviations(
     _add_rows(states, x, squared, rows, changes, reference)
 
 
+def takes(x: Tensor) -> bool:
+    """Whether Triton reads rows ``x`` (n, m, ...)."""
+    return _kernels_for(x.flatten(2) if x.ndim > 2 else x[..., None]) is not None
+
+
+def add_influences(
+    x: Tensor,
+    means: Tensor,
+    weights: Tensor,
+    counts: Tensor,
+    squares: Tensor,
+    fourths: Tensor,
+    of_changes: kernels.ChangesOfSamples | None = None,
+) -> kernels.FoundInfluences | None:
+    """:func:`~lightning_invariance.accumulators.kernels.add_influences` in a Triton kernel, of rows that it takes."""
+    x = x.flatten(2) if x.ndim > 2 else x[..., None]
+    try:
+        from lightning_invariance.accumulators import triton_influences
+
+        return triton_influences.add_influences(x, means, weights, counts, squares, fourths, of_changes)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of the compiler, before the first launch
+        _give_up(error)
+        return None
+
+
 def _in_one_tile(states: States) -> None:
     """States as they are kept here, also of rows that were added on the CPU before, or merged."""
     if len(states["offsets"]) > 1:
@@ -84,7 +111,7 @@ def _give_up(error: Exception | None) -> None:
     _tries_triton = False
     if error is not None:
         warnings.warn(
-            "Triton could not compile the kernel that sums squared deviations, so PyTorch's operations do it, which"
+            "Triton could not compile a kernel that sums squared deviations, so PyTorch's operations do it, which"
             f" takes longer: {type(error).__name__}: {error}",
             UserWarning,
             stacklevel=2,

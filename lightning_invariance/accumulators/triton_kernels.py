@@ -74,7 +74,7 @@ def add_deviations(
         inner: how many neighbouring activations belong to one channel, before the next one's follow.
     """
     x, (n, m, k) = x.contiguous(), x.shape
-    columns, width, warps, positions = _tile_of(m, k, inner, changes is not None)
+    columns, width, warps, positions = tile_of(m, k, inner, changes is not None)
     tiles, groups = triton.cdiv(positions, width), k // positions
     parts = row_spread  # a pointer that is not used
     if changes is not None:
@@ -103,7 +103,7 @@ def add_deviations(
                 )
 
 
-def _tile_of(m: int, k: int, inner: int, with_changes: bool) -> tuple[int, int, int, int]:
+def tile_of(m: int, k: int, inner: int, with_changes: bool) -> tuple[int, int, int, int]:
     """Columns, width and warps of a tile, and how many neighbours are cut into tiles of their own.
 
     Those are the positions of a channel, if it has enough, so that a tile adds up what its channel changes; else all.
@@ -155,7 +155,7 @@ def _add_rows(
     at = column[:, None] * k + unit[None, :]
 
     centre = tl.load(centres + unit, inside, 0.0)
-    mean = _masked(centre[None, :] + tl.load(offsets + at, mask, 0.0), mask, FULL).to(tl.float32)
+    mean = masked(centre[None, :] + tl.load(offsets + at, mask, 0.0), mask, FULL).to(tl.float32)
     sums = tl.zeros([COLUMNS, WIDTH], tl.float32)
     changed = tl.zeros([COLUMNS, WIDTH], tl.float32)
     rows = tl.zeros([WIDTH], tl.float64)
@@ -178,13 +178,13 @@ def _add_rows(
             place_of_first += step
             next_value = tl.load(x + place, mask, 0.0)
             next_first = tl.load(x + place_of_first, inside, 0.0)
-            a = _masked(value - first[None, :], mask, FULL)
+            a = masked(value - first[None, :], mask, FULL)
             d = value - mean
             value = next_value
             first = next_first
             of_row = tl.sum(a, 0)
             largest_a = tl.maximum(largest_a, tl.max(tl.abs(a), 0))
-            centred = _masked(a - (of_row / m)[None, :], mask, FULL)
+            centred = masked(a - (of_row / m)[None, :], mask, FULL)
             some_rows += tl.sum(centred * centred, 0)
             if CENTRED:
                 a = centred
@@ -212,7 +212,7 @@ def _add_rows(
         tl.store(offsets + at, moved, mask)
         shift = (moved - offset).to(tl.float32) + rounding
         moving = before * rounding * rounding + shift * (total * shift - 2 * deviation)
-        squares += tl.sum(_masked(moving, mask, FULL), 0)
+        squares += tl.sum(masked(moving, mask, FULL), 0)
     else:
         rows = _rows_in_float64(x, n, m, k, reference, unit, inside, WIDTH)
         squares = _columns_in_float64(x, offsets, n, m, k, before, centre, unit, inside, WIDTH)
@@ -228,7 +228,7 @@ def _add_rows(
 
 
 @triton.jit
-def _masked(values, mask, FULL: tl.constexpr):
+def masked(values, mask, FULL: tl.constexpr):
     """Values with 0 where a tile has more columns than the block."""
     return values if FULL else tl.where(mask, values, 0.0)
 

@@ -135,7 +135,8 @@ class Influences:
             numbers, group = torch.unique(of_samples, return_inverse=True)
             keys = torch.zeros_like(numbers).index_add_(0, group, keys)
         on_mean = torch.full((len(numbers),), torch.nan, dtype=torch.float64)
-        on_mean[torch.searchsorted(numbers, own)] = influence.states["on_mean"]
+        found = influence.states["on_mean"].cpu()
+        on_mean[torch.searchsorted(numbers, own)] = found - found.mean()  # which is 0 but for the rounding of the sums
         error = torch.where(value.flatten().isfinite(), (squares.double() / (n * (n - 1))).sqrt(), torch.nan)
         self.standard_errors.setdefault(measure, {})[layer] = error.view(value.shape)
         freedom = degrees_of_freedom(n, squares, fourths).float().view(value.shape)

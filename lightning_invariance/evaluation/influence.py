@@ -23,6 +23,7 @@ from lightning_invariance.accumulators import (
     MappedBack,
     Rows,
     States,
+    devices,
     kernels,
     means_of,
 )
@@ -67,14 +68,14 @@ class Influence:
         self._finite = value.isfinite()
         self._all_finite, self._units = bool(self._finite.all()), max(1, int(self._finite.sum()))
         self._weights: States = {}
-        self._prepared: tuple[Tensor, ...] | None = None  # for C; empty where it cannot
-        self._of_changes: kernels.ChangesOfSamples | None = None  # what C takes for the response
+        self._prepared: tuple[Tensor, ...] | None = None  # for C or Triton; empty where they cannot
+        self._of_changes: kernels.ChangesOfSamples | None = None  # what they take for the response
         self._response = ResponseInfluence(measure, sums) if has_intervals(measure, sums) else None
         self._group: States = {}  # the shares of the group that is not complete
         self._states_of_pairs: States = {} if self.pairs is None else started(self.pairs, value.device)
         self.states: States = {
             "numbers": torch.zeros(0, dtype=torch.long),
-            "on_mean": torch.zeros(0, dtype=torch.float64),
+            "on_mean": value.new_zeros(0),
             "squares": torch.zeros_like(value),
             "fourths": torch.zeros_like(value),
             "response_squares": value.new_zeros(0 if self._response is None else sums.n_transformations),
@@ -85,7 +86,7 @@ class Influence:
         """Add rows of the second pass."""
         if rows.indices is None:
             raise ValueError("Expected argument `indices` for influences, which belong to samples.")
-        if self.pairs is None and self._add_in_c(rows):
+        if self.pairs is None and self._add_by_kernel(rows):
             return
         if self.pairs is None:
             n, shares = self._sums.n_samples, self._shares(rows)
@@ -104,15 +105,16 @@ class Influence:
             if not int(self._states_of_pairs["groups"][WAITING]):
                 self._add_group(part)
 
-    def _add_in_c(self, rows: Rows) -> bool:
-        """Add rows in C where it can: of variances of single activations, in numbers that float32 holds."""
+    def _add_by_kernel(self, rows: Rows) -> bool:
+        """Add rows in C or Triton where these can: of variances of single activations, in what float32 holds."""
+        kernel = kernels if rows.values.is_cpu else devices
         if self._prepared is None:
-            self._prepared = self._for_c() if kernels.takes(rows.values) else ()
-        if not self._prepared or not kernels.takes(rows.values):
+            self._prepared = self._for_kernel() if kernel.takes(rows.values) else ()
+        if not self._prepared or not kernel.takes(rows.values):
             return False
         sums = (self.states["squares"], self.states["fourths"])
         means, weights, counts = self._prepared
-        found = kernels.add_influences(rows.values, means, weights, counts, *sums, self._of_changes)
+        found = kernel.add_influences(rows.values, means, weights, counts, *sums, self._of_changes)
         if found is None:
             return False
         if self._response is not None:
@@ -120,8 +122,8 @@ class Influence:
         self._note(rows.indices, found.on_sum)  # type: ignore[arg-type]
         return True
 
-    def _for_c(self) -> tuple[Tensor, ...]:
-        """The means, weights and counts that C takes; nothing where it cannot."""
+    def _for_kernel(self) -> tuple[Tensor, ...]:
+        """The means, weights and counts that C and Triton take; nothing where they cannot."""
         sums, (deviations, *others) = self._sums, self._others
         if others or not isinstance(deviations, Deviations) or not deviations.squared:
             return ()
@@ -140,7 +142,7 @@ class Influence:
         weights = torch.stack([n * of_rows, n * of_columns, of_rows * rows + of_columns * columns])
         if bool((weights.abs() > LARGEST).any()):
             return ()
-        if self._response is not None and (of_changes := self._response.for_c(deviations)) is None:
+        if self._response is not None and (of_changes := self._response.for_kernel(deviations)) is None:
             return ()
         self._of_changes = None if self._response is None else of_changes
         return means.float(), weights.float(), -self._finite.int()
@@ -148,7 +150,7 @@ class Influence:
     def _note(self, numbers: Tensor, on_sum: Tensor) -> None:
         """Keep the influences of clusters on the mean, given those on the sum over units."""
         self.states["numbers"] = torch.cat([self.states["numbers"], numbers.cpu()])
-        self.states["on_mean"] = torch.cat([self.states["on_mean"], on_sum.cpu().double() / self._units])
+        self.states["on_mean"] = torch.cat([self.states["on_mean"], on_sum.double() / self._units])
 
     def _add_group(self, part: Part) -> None:
         """Add a group that is complete."""

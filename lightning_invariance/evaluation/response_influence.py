@@ -47,13 +47,13 @@ class ResponseInfluence:
         return changes - torch.where(self._of_spreads.any(0), spreads, 0.0) @ self._of_spreads.mT
 
     def of_found(self, found: FoundInfluences) -> Tensor:
-        """The same, given what C found of some samples, which is finite."""
+        """The same, given what a kernel found of some samples, which is finite."""
         if self._of_spreads is None:
             return found.changes - self._response
         return found.changes - self._of_channels(found.spreads).double() @ self._of_spreads.mT
 
-    def for_c(self, deviations: Deviations) -> ChangesOfSamples | None:
-        """What C needs to find the same; None where it cannot."""
+    def for_kernel(self, deviations: Deviations) -> ChangesOfSamples | None:
+        """What C and Triton need to find the same; None where they cannot."""
         sums = self._sums
         finite = sums["column_spread"].isfinite().all() & (self._weights == self._weights[0]).all()
         if deviations.reference is None or not bool(finite):
