@@ -74,7 +74,8 @@ def data_of(samples):
 
 
 def result_of(name, device, confidence, samples=12, **options):
-    options |= {"outputs": {"accuracy": MulticlassAccuracy(2, average="micro")}} if confidence else {}
+    if confidence:
+        options.setdefault("outputs", {"accuracy": MulticlassAccuracy(2, average="micro")})
     return evaluate(
         network().to(device),
         data_of(samples),
@@ -107,10 +108,10 @@ def on_device(device, name, confidence):
     return found, used.operations, torch.equal(state, torch.get_device_module(device).get_rng_state())
 
 
-def reads_of(device, name, samples):
+def reads_of(device, name, samples, confidence):
     with using(device) as used:
-        result_of(name, device, None, samples)
-    return used.read
+        result_of(name, device, confidence, samples, outputs=None)
+    return len(used.read)
 
 
 class Rounded(nn.Module):
@@ -297,11 +298,13 @@ def test_an_evaluation_gives_the_same_on_an_accelerator(name, confidence, there)
         torch.testing.assert_close(own, value, rtol=tolerance, atol=tolerance**2, equal_nan=True)
 
 
+@pytest.mark.parametrize(("confidence", "reads"), [(None, 0), (0.95, 1)])
 @pytest.mark.parametrize("name", sorted(MEASURES.keys() - WAITS))
-def test_no_block_makes_the_cpu_wait_for_the_accelerator(name, there_with_float64):
+def test_no_layer_makes_the_cpu_wait_for_the_accelerator(name, confidence, reads, there_with_float64):
+    """With intervals a block does once, for what tells its samples apart."""
     device, process, _ = there_with_float64
-    few, many = (process.submit(reads_of, device, name, samples).result() for samples in (12, 24))
-    assert many == few
+    few, many = (process.submit(reads_of, device, name, samples, confidence).result() for samples in (12, 24))
+    assert many == few + 3 * reads  # blocks of 4 samples
 
 
 @pytest.mark.parametrize(("dtype", "apart"), [(torch.float32, 5e-3), (torch.bfloat16, 0.03)])

@@ -51,7 +51,8 @@ class InfluenceOnMean:
         self._weights: States = {}
         self._weight: float | None = None  # of all activations, where they are the units; C then adds the powers
         self._weights_of_response: Tensor | None = None
-        self._numbers, self._on_sum = [torch.zeros(0, dtype=torch.long)], [torch.zeros(0, dtype=torch.float64)]
+        self._numbers: list[Tensor] = [torch.zeros(0, dtype=torch.long)]
+        self._on_sum: list[Tensor] = []
         self._powers, self._of_response = Powers(), Powers()
         self._found: States = {}
 
@@ -60,7 +61,7 @@ class InfluenceOnMean:
         """Those that are merged; at the end, those of :class:`~lightning_invariance.evaluation.influence.Influence`."""
         if self._found:
             return self._found
-        on_sum = torch.cat([each.cpu() for each in self._on_sum])
+        on_sum = torch.cat(self._on_sum).cpu() if self._on_sum else torch.zeros(0, dtype=torch.float64)
         powers = {**self._powers.states(), **self._of_response.states("response_")}
         return {"numbers": torch.cat(self._numbers), "on_sum": on_sum, **powers}
 
