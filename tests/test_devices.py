@@ -277,9 +277,11 @@ def compiled(kernel, pointers, constants, warps, card, folder):
     return found["ttgir"], subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-def assert_in_registers(told):
+def assert_in_registers(told, m):
+    """Nothing is spilled, and a multiprocessor with 65,536 registers runs 12 warps at a time, 10 with many columns."""
     assert int(re.search(r"(\d+) bytes spill stores", told)[1]) == 0, told
-    assert int(re.search(r"Used (\d+) registers", told)[1]) <= 168, told
+    warps = 12 if m <= 16 else 10
+    assert int(re.search(r"Used (\d+) registers", told)[1]) <= 65536 / (32 * warps), told
 
 
 @pytest.fixture
@@ -293,7 +295,7 @@ def kernels_of_triton():
 
 
 @pytest.mark.parametrize("card", CARDS)
-@pytest.mark.parametrize("m", [4, 8, 16, 32, 64])
+@pytest.mark.parametrize("m", [4, 8, 16, 32, 64, 256])
 def test_the_kernel_fits_into_the_registers_of_every_card_and_reads_activations_once(
     card, m, tmp_path, kernels_of_triton
 ):
@@ -307,7 +309,7 @@ def test_the_kernel_fits_into_the_registers_of_every_card_and_reads_activations_
     # after another.
     tiles = re.findall(rf"tt\.load .*tensor<{columns}x{width}x!tt\.ptr<(f32|f64)>", code)
     assert sorted(tiles) == ["f32", "f32", "f64", "f64"], tiles
-    assert_in_registers(told)
+    assert_in_registers(told, m)
 
 
 @pytest.mark.parametrize("card", CARDS)
@@ -321,4 +323,4 @@ def test_the_kernel_of_influences_does_as_well(card, m, tmp_path, kernels_of_tri
     code, told = compiled(influences._influences, pointers, constants, warps, card, tmp_path)
     tiles = re.findall(rf"tt\.load .*tensor<{columns}x{width}x!tt\.ptr<f32>", code)
     assert len(tiles) == 2, tiles  # the means, and a row
-    assert_in_registers(told)
+    assert_in_registers(told, m)

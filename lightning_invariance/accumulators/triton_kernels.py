@@ -17,12 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 #: The most values of a tile that a thread holds: they fit into its registers with four numbers for each. Fewer where
-#: some columns or activations of a tile are masked, or several warps share a row, which takes registers too.
+#: some columns or activations of a tile are masked, or rows are longest, which takes registers too.
 VALUES_OF_THREAD = 16
 VALUES_OF_MASKED = 8
 
-#: The most values of a tile of one warp, if it has no more than the fewest activations.
-MOST_OF_TILE = 512
+#: The most values of a tile, if it has no more than the fewest activations.
+MOST_OF_TILE = 2048
 
 #: Activations of a tile: threads read neighbours together. Small layers have narrow tiles, so that there are at least
 #: so many programs: a GPU runs hundreds at a time. Channels with few positions share tiles.
@@ -112,7 +112,7 @@ def tile_of(m: int, k: int, inner: int, with_changes: bool) -> tuple[int, int, i
     columns = max(2, triton.next_power_of_2(m))
     narrow = min(MOST_OF_TILE // columns, triton.next_power_of_2(max(1, k // FEWEST_PROGRAMS)))
     width = max(FEWEST_WIDTH, min(MOST_WIDTH, narrow, triton.next_power_of_2(positions)))
-    plain = columns == m and columns * FEWEST_WIDTH <= MOST_OF_TILE and (positions == inner or not with_changes)
+    plain = columns == m and columns * width <= MOST_OF_TILE and (positions == inner or not with_changes)
     values = min(columns, VALUES_OF_THREAD if plain else VALUES_OF_MASKED)
     return columns, width, max(1, columns * width // (32 * values)), positions
 
