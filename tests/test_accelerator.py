@@ -37,6 +37,7 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 
 MEASURES = {
     "NV": lambda: NormalizedVariance(response=True),
+    "TV": TransformationVariance,
     "TV of standard deviations": lambda: TransformationVariance(squared=False),
     "rejections": Anova,
     "p": lambda: Anova("p"),
