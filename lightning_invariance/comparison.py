@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from lightning_invariance.hints import some
+from lightning_invariance.hints import number_of, some
 
 if TYPE_CHECKING:
     import pandas
@@ -137,7 +137,8 @@ class Comparison(Mapping[str, Difference]):
         about = [f"{self.measure}, b − a. {self.question}"]
         margin = "" if self.margin is None else f" Margin {self.margin:g}."
         about.append(
-            f"{self.confidence:.0%} intervals; p by Holm over {len(self.rows)} layers, * below the level.{margin}"
+            f"{self.confidence:.0%} intervals; p by Holm over {number_of(len(self.rows), 'layer')},"
+            f" * below the level.{margin}"
         )
         if self.unmatched:
             about.append(f"Only one of them has {some(self.unmatched)}.")

@@ -212,7 +212,7 @@ def _measured(session: Session, transformations: TransformationSet, measures: Ma
     ran = [*result.layers, *(layer for layers in result.skipped.values() for layer in layers)]
     session.selection.check_measured(ran, result.left_out)
     if rank_and_world_size()[0] == 0:
-        warn_of(result, CALLER)
+        warn_of(result, CALLER, options.channel_axis or ())
     return result
 
 

@@ -19,6 +19,11 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(known[:FEW]) + (", …" if len(known) > FEW else "")
 
 
+def number_of(count: int, noun: str) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def instead_of(name: str, known: Iterable[str], there: str = "There are") -> str:
     """What to write instead of an unknown name: names like it, or else some of those there are."""
     names = list(known)

@@ -13,6 +13,13 @@ from lightning_invariance.maps import aggregate_maps
 from lightning_invariance.table import LayerStatistics, Table
 
 
+class OfLayers(dict[str, Tensor]):
+    """Layer → values, that says which layers there are where another is asked for."""
+
+    def __missing__(self, layer: str) -> Tensor:
+        raise KeyError(f"No layer {layer!r} in this result. {instead_of(str(layer), self)}")
+
+
 class LayerValues(Mapping[str, Mapping[str, Tensor]]):
     """Values of measures for every layer, and their statistics.
 
@@ -31,7 +38,7 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]]):
         samples: Mapping[str, int] | None = None,
     ) -> None:
         self.channel_axis = dict(channel_axis or {})
-        self._values = {measure: dict(layers) for measure, layers in values.items()}
+        self._values = {measure: OfLayers(layers) for measure, layers in values.items()}
         self.dead = dict(dead or {})
         reached = samples or {}
         self._tables = {

@@ -135,6 +135,17 @@ def select_layers(model: nn.Module, layers: Layers = None, operations: bool = Fa
     return Selection(selection.modules, selection.requests, patterns, selection.containers)
 
 
+def module_of(model: nn.Module, name: str) -> nn.Module:
+    """The module of argument ``transform_at``."""
+    modules: dict[str, nn.Module] = {known: module for known, module in unwrapped(model).named_modules() if known}
+    if name not in modules:
+        raise ValueError(
+            f"Expected argument `transform_at` to name a module of the model, but got {given(name)}."
+            f" {instead_of(str(name), modules)}"
+        )
+    return modules[name]
+
+
 def _select_modules(model: nn.Module, layers: Layers) -> Selection:
     """Resolve a request for modules."""
     model = unwrapped(model)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from lightning_invariance.hints import number_of
 from lightning_invariance.layer_intervals import LayerIntervals
 from lightning_invariance.result_file import BY_LAYER, read, write
 from lightning_invariance.table import LayerStatistics, Table
@@ -229,7 +230,7 @@ class InvarianceResult(LayerIntervals):
             for measure, table in self._tables.items()
         }
         return {
-            "values": self._values,
+            "values": {measure: dict(layers) for measure, layers in self._values.items()},
             "dead": self.dead,
             **{name: getattr(self, name) for name in BY_LAYER},
             "sample_keys": self.sample_keys,
@@ -272,7 +273,7 @@ class InvarianceResult(LayerIntervals):
     def _heading(self) -> str:
         when = "" if self.epoch is None else f", epoch {self.epoch}, step {self.step}"
         return (
-            f"InvarianceResult({', '.join(self._values)}: {len(self.layers)} layers,"
+            f"InvarianceResult({', '.join(self._values)}: {number_of(len(self.layers), 'layer')},"
             f" {self.n_samples} samples × {len(self.transformations)} transformations{when})"
         )
 

@@ -421,7 +421,9 @@ def test_the_input_of_an_inner_module_is_transformed(batch_size):
 
 
 def test_an_unknown_place_of_transformation_lists_near_names():
-    with pytest.raises(ValueError, match="no layer '22'"):
+    with pytest.raises(
+        ValueError, match=r"`transform_at` to name a module of the model, but got '22'\. Did you mean '2'"
+    ):
         evaluate(deep(), torch.rand(10, 3, 8, 8), rotations(4), transform_at="22")
 
 

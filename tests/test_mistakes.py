@@ -10,7 +10,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
-from lightning_invariance import InvarianceMonitor, TransformationSet, evaluate, rotations, scales, translations
+from lightning_invariance import InvarianceMonitor, TransformationSet, evaluate, plots, rotations, scales, translations
 from lightning_invariance.measures import Goodfellow, NormalizedVariance, Stratified
 
 IMAGES = torch.rand(12, 3, 8, 8)
@@ -200,3 +200,24 @@ def test_intervals_of_a_measure_without():
     result = evaluate(network(), IMAGES, rotations(4), Goodfellow(0.2), confidence=0.95, progress=False)
     with pytest.raises(ValueError, match="Consistency have them; other measures do not"):
         result.interval()
+
+
+def test_layers_and_results_that_are_not_there():
+    with pytest.warns(
+        UserWarning, match=r"`channel_axis` to name layers that ran, but none fits '7\*'\. There are 0, 1"
+    ):
+        result = evaluate(network(), IMAGES, rotations(4), channel_axis={"7*": -1}, progress=False)
+    assert "2 layers, 12 samples" in repr(result)
+    assert "1 layer, 12 samples" in repr(evaluate(network(), IMAGES, rotations(4), layers="1", progress=False))
+    with pytest.raises(KeyError, match=r"No layer 'conv1' in this result\. There are 0, 1"):
+        result["NormalizedVariance"]["conv1"]
+    assert result["NormalizedVariance"].get("conv1") is None
+    for draw in (plots.heatmap, plots.layers, plots.response):
+        with pytest.raises(
+            TypeError, match=r"to be one InvarianceResult, but got 'run/result\.npz'; `Inv.*load` reads"
+        ):
+            draw("run/result.npz")
+    with pytest.raises(TypeError, match=r"to be one InvarianceResult, but got \[Inv"):
+        plots.heatmap([result, result])
+    with pytest.raises(TypeError, match="to be one InvarianceResult, but got 1"):
+        plots.layers([result, 1])

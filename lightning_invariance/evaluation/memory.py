@@ -15,6 +15,7 @@ from lightning_invariance.accumulators.base import Accumulator, Rows, started
 from lightning_invariance.evaluation.needed import INPUT
 from lightning_invariance.evaluation.probe import Finding, Layout
 from lightning_invariance.evaluation.registry import Registry
+from lightning_invariance.hints import number_of
 from lightning_invariance.maps import channel_axis_in, usual_channel_axis
 
 #: What a layer returned in a probe, without values; the axis of its channels, counted from the end, where the module
@@ -66,7 +67,7 @@ def check_memory(
     if total <= free:
         return
     parts = ", ".join(f"{measure} {readable(size)}" for measure, size in by_measure.items())
-    of_what = f"the sums of {len(activations)} layers for {len(registry.transformations)} transformations"
+    of_what = f"the sums of {number_of(len(activations), 'layer')} for {len(registry.transformations)} transformations"
     helps = "Measure fewer layers with `layers=`, fewer transformations, or with measures that need less"
     if budget is not None:
         raise ValueError(

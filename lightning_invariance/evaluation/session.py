@@ -31,7 +31,7 @@ from lightning_invariance.evaluation.options import Options
 from lightning_invariance.evaluation.predictions import Predictions
 from lightning_invariance.evaluation.probe import CONSTANT, Finding, Layout, Outputs, few_of, probe
 from lightning_invariance.evaluation.registry import Registry
-from lightning_invariance.layers import select_layers
+from lightning_invariance.layers import module_of, select_layers
 from lightning_invariance.loader import STBlock, STLoader
 from lightning_invariance.precision import summed_on
 from lightning_invariance.result import OutputValues
@@ -77,8 +77,8 @@ class Session:
         self.batch_size = largest if options.batch_size == "auto" else options.batch_size
         self.options = options
         self.selection = select_layers(model, options.layers, options.operations)
-        inner = [] if options.transform_at is None else [*select_layers(model, [options.transform_at]).modules.values()]
-        self._transformed_module = inner[0] if inner else None
+        at = options.transform_at
+        self._transformed_module = None if at is None else module_of(model, at)
         self._findings: dict[str, Finding] | None = None  # of the first block
         self._outputs: dict[str, Output] = {}  # of the last probe
         self._predictions: Predictions | None = None  # of the last walk

@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 
-from lightning_invariance.hints import FEW, some
+from lightning_invariance.hints import FEW, instead_of, number_of, some
 from lightning_invariance.layers import summary_of
 from lightning_invariance.result import InvarianceResult
 from lightning_invariance.table import NOTABLE
 
 
-def warn_of(result: InvarianceResult, caller: int) -> None:
+def warn_of(result: InvarianceResult, caller: int, channel_axes: Iterable[str] = ()) -> None:
     """Warn of layers that are left out or that some samples did not reach, and of NaN and infinite values.
 
     Args:
         result: of an evaluation.
         caller: number of frames from here to whoever called it.
+        channel_axes: the layers, or patterns, that the user named axes of.
     """
+    _warn_of_unused(result, channel_axes, caller)
     for warn in (_warn_of_left_out, _warn_of_reached, _warn_of_nan, _warn_of_infinite):
         warn(result, caller + 1)
+
+
+def _warn_of_unused(result: InvarianceResult, channel_axes: Iterable[str], caller: int) -> None:
+    known = [*result.channel_axis, *result.left_out]
+    for pattern in channel_axes:
+        if not any(pattern == layer or fnmatchcase(layer, pattern) for layer in known):
+            warnings.warn(
+                f"Expected argument `channel_axis` to name layers that ran, but none fits {pattern!r}."
+                f" {instead_of(pattern, known)}",
+                UserWarning,
+                stacklevel=caller,
+            )
 
 
 def _warn_of_left_out(result: InvarianceResult, caller: int) -> None:
@@ -42,7 +58,7 @@ def _warn_of_reached(result: InvarianceResult, caller: int) -> None:
 
 
 def _layers(count: int) -> str:
-    return "1 layer is" if count == 1 else f"{count} layers are"
+    return f"{number_of(count, 'layer')} {'is' if count == 1 else 'are'}"
 
 
 def _warn_of_infinite(result: InvarianceResult, caller: int) -> None:

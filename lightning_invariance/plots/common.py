@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
+from lightning_invariance.hints import given
 from lightning_invariance.plots.labels import INFINITE, REACHED, shorten
 from lightning_invariance.plots.text import TITLE, QuickRenderer, fitting
 from lightning_invariance.result import InvarianceResult
@@ -127,18 +129,30 @@ def render(figure: Figure) -> npt.NDArray[np.uint8]:
 
 def named(results: Results) -> dict[str, InvarianceResult]:
     """Text of the legend → result."""
-    if isinstance(results, InvarianceResult):
-        return {"": results}
+    if isinstance(results, InvarianceResult | str | PathLike):
+        return {"": only_one(results)}
     pairs: Any = results.items() if isinstance(results, Mapping) else ((str(i + 1), r) for i, r in enumerate(results))
-    found: dict[str, InvarianceResult] = dict(pairs)
+    found: dict[str, InvarianceResult] = {str(name): only_one(result) for name, result in pairs}
     if not found:
         raise ValueError("Expected argument `results` to hold at least one result, but it is empty.")
     return found
 
 
+def only_one(result: Any) -> InvarianceResult:
+    """The result.
+
+    Raises:
+        TypeError: If it is several of them, a file, or something else.
+    """
+    if not isinstance(result, InvarianceResult):
+        hint = "; `InvarianceResult.load` reads a file" if isinstance(result, str | PathLike) else ""
+        raise TypeError(f"Expected argument `result` to be one InvarianceResult, but got {given(result)}{hint}.")
+    return result
+
+
 def first_measure(results: Iterable[InvarianceResult]) -> str:
     """The measure that is drawn where none is named."""
-    return next(iter(results)).measures[0]
+    return next(map(only_one, results)).measures[0]
 
 
 def limits_of(values: Iterable[float]) -> tuple[float, float] | None:

@@ -19,6 +19,7 @@ from lightning_invariance.plots.common import (
     is_ratio,
     marks_of,
     new_figure,
+    only_one,
     scale_of,
     width_of,
     within,
@@ -60,7 +61,7 @@ def heatmap(
             measures, so that pictures compare, and for others the range of the values.
         sort: whether the channels of each layer are sorted by value instead of in their order.
     """
-    measure = measure or result.measures[0]
+    measure = measure or only_one(result).measures[0]
     layers = list(result[measure])
     columns = {layer: _of_channels(result, measure, layer) for layer in layers}
     dead = {layer: result.dead_channels(layer).numpy() for layer in layers}

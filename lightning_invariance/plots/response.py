@@ -25,6 +25,7 @@ from lightning_invariance.plots.common import (
     is_ratio,
     marks_of,
     new_figure,
+    only_one,
     scale_of,
     within,
     write_title,
@@ -76,7 +77,7 @@ def response(
     Raises:
         ValueError: If the result has no response, or not of these layers.
     """
-    if not result.response:
+    if not only_one(result).response:
         raise ValueError(
             "Expected a result that tells what each transformation does, but it does not: measure it with"
             " `NormalizedVariance(response=True)`."

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lightning_invariance.evaluate import evaluate
+from lightning_invariance.hints import number_of
 from lightning_invariance.intervals import Interval, check_confidence
 from lightning_invariance.layers import Layers
 from lightning_invariance.measures import Measure, NormalizedVariance, VarianceSameEquivariance
@@ -138,9 +139,11 @@ def _assert_below(
     if failed:
         shown = [_told(result, layer, interval) for layer, interval in list(failed.items())[:NAMED]]
         more = [f"  and {len(failed) - NAMED} more layers"] if len(failed) > NAMED else []
+        are = "is" if len(failed) == 1 else "are"
         raise AssertionError(
             f"Expected layers to be {what}: {type(measure).__name__} below {within:g} with {confidence:.0%} confidence,"
-            f" but of {len(result['measure'])} layers {len(failed)} are not:\n" + "\n".join([*shown, *more])
+            f" but of {number_of(len(result['measure']), 'layer')} {len(failed)} {are} not:\n"
+            + "\n".join([*shown, *more])
         )
     return result
 
