@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from lightning_invariance.agreement import Fingerprint, fingerprint_of, warn_of_randomness
 from lightning_invariance.arguments import check_data
 from lightning_invariance.batches import Samples, input_of, label_of
+from lightning_invariance.evaluation.isolation import isolated_random_state
 from lightning_invariance.hints import given
 from lightning_invariance.runs import share_of
 from lightning_invariance.samplers import indices_of
@@ -141,7 +142,7 @@ class STLoader:
             data = data.dataset
         if isinstance(data, Tensor):
             data = TensorDataset(data)
-        options["batch_size"] = self.rows * max(1, FETCHED // self.rows)
+        options["batch_size"] = self._fetched_together()
         if isinstance(data, IterableDataset):
             return self._limited(DataLoader(data, **options), data, max_samples), None
         if not (hasattr(data, "__getitem__") and isinstance(data, Sized)):
@@ -156,7 +157,17 @@ class STLoader:
         self._first_item = lambda: (options.get("collate_fn") or default_collate)([indexable[indices[order[0]]]])
         self._own = share_of(len(order), run, self._rank, self._world_size)
         share: Subset[Any] = Subset(indexable, [indices[order[i]] for i in self._own.tolist()])
+        self._options = options
         return DataLoader(share, **options), len(order)
+
+    def _fetched_together(self) -> int:
+        return self.rows * max(1, FETCHED // self.rows)
+
+    def resize(self, batch_size: int) -> None:
+        """Make larger or smaller blocks of the same samples, which must not be those of a stream."""
+        self.batch_size, self.rows = batch_size, max(1, batch_size // len(self.transformations))
+        self._options["batch_size"] = self._fetched_together()
+        self._loader = DataLoader(self._loader.dataset, **self._options)
 
     def _limited(self, loader: DataLoader[Any], data: Any, max_samples: int | None) -> DataLoader[Any]:
         """A loader whose first samples are taken."""
@@ -171,7 +182,10 @@ class STLoader:
 
     def bytes_of_input(self) -> int | None:
         """Bytes of one input as it is loaded; None for a stream, of which each sample comes once."""
-        return None if self.n_samples is None else input_of(self._first_item(), self.input_fn)[0].nbytes
+        if self.n_samples is None:
+            return None
+        with isolated_random_state(self._seed):
+            return input_of(self._first_item(), self.input_fn)[0].nbytes
 
     def take_own_stream(self) -> None:
         """Take all samples of this process, whose stream holds others than those of the other processes."""

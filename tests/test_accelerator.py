@@ -146,6 +146,13 @@ def findings_of(device, apart, dtype):
     return result.layers, result.left_out
 
 
+class Noisy(TensorDataset):
+    """Draws a random number for each sample, and leaves it out."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index)[0] + 0 * torch.rand(())
+
+
 def automatic(device, samples):
     sizes = []
 
@@ -153,11 +160,14 @@ def automatic(device, samples):
         sizes.append(len(x))
         return model(x)
 
-    images = torch.rand(samples, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    images = Noisy(torch.rand(samples, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
+    torch.manual_seed(SEED)
+    state = torch.get_rng_state()
     with using(device):
         result = evaluate(
             nn.Sequential(nn.AdaptiveAvgPool2d(4)), images, rotations(4), device=device, forward=forward, progress=False
         )
+    assert torch.equal(torch.get_rng_state(), state), "the data moved the random generator on"
     return max(sizes), result["NormalizedVariance"]["0"].tolist()
 
 

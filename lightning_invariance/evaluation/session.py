@@ -101,10 +101,10 @@ class Session:
         error: BaseException | None = None
         fingerprint = Fingerprint(None, None)
         try:
-            loader_of = partial(
-                STLoader,
+            loader = STLoader(
                 self.data,
                 transformations,
+                self.batch_size,
                 max_samples=self.options.max_samples,
                 input_fn=self.options.input_fn,
                 device=self.device,
@@ -115,10 +115,9 @@ class Session:
                 with_batch=takes_batch(self.options.forward) or bool(self.options.outputs),
                 run=run,
             )
-            loader = loader_of(self.batch_size)
             if self.options.batch_size == "auto" and self.device.type != "cpu" and (size := loader.bytes_of_input()):
                 self.batch_size = max(1, min(AUTO_MOST, AUTO_BYTES // size))
-                loader = loader_of(self.batch_size)
+                loader.resize(self.batch_size)
             fingerprint = loader.fingerprint() if world_size > 1 else fingerprint
         except Exception as raised:  # the other processes must be told, or they would wait for ever
             error = raised
