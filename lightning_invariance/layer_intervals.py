@@ -19,6 +19,7 @@ class LayerIntervals(LayerValues):
     """Values with the influences of samples on them; see :class:`~lightning_invariance.InvarianceResult`."""
 
     n_samples: int
+    biases: dict[str, float]
     confidence: float | None
     standard_errors: dict[str, dict[str, Tensor]]
     freedom: dict[str, dict[str, Tensor]]
@@ -59,15 +60,16 @@ class LayerIntervals(LayerValues):
         measure = self._known(measure)
         level = check_confidence(self.confidence or 0.95) if confidence is None else check_confidence(confidence)
         rows = {row.layer: row for row in self._tables[measure]}
+        bias = self.biases.get(measure, 0.0) / max(1, self.n_samples)
         found = Intervals()
         for layer, influences in self._influences_of(measure).items():
             row = rows[layer]
             left_out = (row.infinite + row.nan) / max(1, math.prod(row.shape))
-            found[layer] = interval_of(
-                row.mean, influences, level, left_out, self.sparse.get(measure, {}).get(layer, 0.0)
-            )
+            sparse = self.sparse.get(measure, {}).get(layer, 0.0)
+            found[layer] = interval_of(row.mean, influences, level, left_out, sparse, bias)
         finite = [layer for layer in found if math.isfinite(rows[layer].mean)]
-        found.network = interval_of(self.mean(measure), network_influences(self.influences[measure], finite), level)
+        of_network = network_influences(self.influences[measure], finite)
+        found.network = interval_of(self.mean(measure), of_network, level, bias=bias)
         return found
 
     def unit_interval(

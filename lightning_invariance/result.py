@@ -38,6 +38,7 @@ PLAIN = (
     "higher_is_better",
     "ratios",
     "units",
+    "biases",
     "response",
     "response_bounds",
     "scores",
@@ -105,6 +106,7 @@ class InvarianceResult(LayerIntervals):
         higher_is_better: measure → whether higher values are more invariant; None where neither is.
         ratios: measure → whether it is a ratio, for which 1 means as much as samples do.
         units: measure → unit of its values; empty where there is none.
+        biases: measure → ``relative_bias`` of its values, where it is known.
         response: measure → layer → what each transformation does to the layer, where the measure was asked for it
             (``NormalizedVariance(response=True)``).
         response_bounds: measure → layer → lower and upper bounds of the response under each transformation, of
@@ -123,7 +125,7 @@ class InvarianceResult(LayerIntervals):
     Attributes:
         n_samples: see Args. So are ``transformations``, ``parameters``, ``epoch``, ``step``, ``floor``, ``skipped``,
             ``left_out``, ``reached``, ``channel_axis``, ``convergence``, ``higher_is_better``, ``ratios``, ``units``,
-            ``response``, ``response_bounds``, ``scores``, ``standard_errors``, ``confidence``, ``freedom``,
+            ``biases``, ``response``, ``response_bounds``, ``scores``, ``standard_errors``, ``confidence``, ``freedom``,
             ``influences``, ``sample_keys``, ``sparse`` and ``outputs``.
     """
 
@@ -149,6 +151,7 @@ class InvarianceResult(LayerIntervals):
         higher_is_better: Mapping[str, bool | None] | None = None,
         ratios: Mapping[str, bool] | None = None,
         units: Mapping[str, str] | None = None,
+        biases: Mapping[str, float] | None = None,
         response: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
         response_bounds: Mapping[str, Mapping[str, Sequence[Sequence[float]]]] | None = None,
         scores: Mapping[str, float] | None = None,
@@ -176,6 +179,7 @@ class InvarianceResult(LayerIntervals):
         # Results of earlier versions and those made by hand do not say: then the package's names for ratios count.
         self.ratios = {m: m.startswith("Normalized") for m in self._values} if ratios is None else dict(ratios)
         self.units = dict(units or {})
+        self.biases = dict(biases or {})
         self.response = {measure: dict(layers) for measure, layers in (response or {}).items()}
         self.response_bounds = {measure: dict(layers) for measure, layers in (response_bounds or {}).items()}
         self.scores = dict(scores or {})

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from lightning_invariance import InvarianceResult, evaluate, quarter_turns, rotations
+from lightning_invariance import InvarianceResult, TransformationSet, evaluate, quarter_turns, rotations
 from lightning_invariance.measures import (
     Anova,
     Consistency,
@@ -414,6 +414,26 @@ def test_dead_and_infinite_units():
     interval = result.interval()["0"]
     assert interval.standard_error == pytest.approx(float(errors[0]) / 2, rel=1e-9)
     assert "33% left out" in interval.doubt
+
+
+def test_a_value_whose_definition_depends_on_the_number_of_samples_is_marked(tmp_path):
+    """Distances of a sample to itself are 1 / n of all, so that SD is (n - 1) / n of that of many samples."""
+    columns = TransformationSet.from_callables([lambda x, j=j: x[:, j] for j in range(4)])
+    measures = [TransformationDistance(), SampleDistance(), NormalizedDistance(), NormalizedVariance()]
+    doubts = {}
+    for units in (2, 1000):  # the more units, the narrower the interval of their mean
+        x = torch.randn(256, 4, units, generator=torch.Generator().manual_seed(0))
+        network = nn.Sequential(nn.Identity())
+        result = evaluate(network, x, columns, measures, confidence=0.95, progress=False)
+        result.save(tmp_path / "result.npz")
+        assert InvarianceResult.load(tmp_path / "result.npz").interval("SampleDistance") == result.interval(
+            "SampleDistance"
+        )
+        doubts[units] = {name: result.interval(name)["0"].doubt for name in result}
+    assert not any("of many samples" in doubt for doubt in doubts[2].values())
+    assert doubts[1000].pop("SampleDistance").endswith("differs by -0.4% from that of many samples")
+    assert doubts[1000].pop("NormalizedDistance").endswith("differs by 0.4% from that of many samples")
+    assert not any("of many samples" in doubt for doubt in doubts[1000].values())
 
 
 def test_how_many_samples_would_do():

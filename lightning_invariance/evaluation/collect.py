@@ -174,6 +174,7 @@ def make_result(
         parameters=transformations.parameters,
         higher_is_better={name: measure.higher_is_better for name, measure in measures.items()},
         ratios={name: isinstance(measure, Measure) and measure.is_ratio for name, measure in measures.items()},
+        biases={name: measure.relative_bias for name, measure in measures.items() if isinstance(measure, Measure)},
         units={name: measure.unit if isinstance(measure, Measure) else "" for name, measure in measures.items()},
         **found,
     )

@@ -80,6 +80,9 @@ class Measure(AccumulatingMetric):
     #: Whether the value is the mean over samples of what each gives by itself: intervals then need no second pass.
     is_mean_over_samples: bool = False
 
+    #: n times the part of itself by which the value of n samples is above that of very many, by its definition.
+    relative_bias: ClassVar[float] = 0.0
+
     #: Whether its response has intervals, too: it is linear in the state ``changes``, and of a ratio inverse to the sum
     #: of ``column_spread`` over the positions of the channel.
     has_response_intervals: ClassVar[bool] = False

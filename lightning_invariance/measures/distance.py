@@ -156,6 +156,7 @@ class SampleDistance(MeasureOfDistances):
     higher_is_better = None
     of_rows = False
     unit = "distance"
+    relative_bias = -1.0  # pairs of a sample with itself are 1 / n of all
     least_samples, least_transformations = 2, 1
 
     def value(self, sums: Sums) -> Tensor:
@@ -201,6 +202,7 @@ class NormalizedDistance(MeasureOfDistances):
     """
 
     is_ratio = True
+    relative_bias = 1.0  # that of SD
     least_samples = 2
 
     def value(self, sums: Sums) -> Tensor:
