@@ -181,11 +181,11 @@ class STLoader:
         return fingerprint_of(self.n_samples, lambda: input_of(self._first_item(), self.input_fn)[0], self._seed)
 
     def bytes_of_input(self) -> int | None:
-        """Bytes of one input as it is loaded; None for a stream, of which each sample comes once."""
+        """Bytes of one input in float32; None for a stream, of which each sample comes once."""
         if self.n_samples is None:
             return None
         with isolated_random_state(self._seed):
-            return input_of(self._first_item(), self.input_fn)[0].nbytes
+            return 4 * input_of(self._first_item(), self.input_fn)[0].numel()
 
     def take_own_stream(self) -> None:
         """Take all samples of this process, whose stream holds others than those of the other processes."""

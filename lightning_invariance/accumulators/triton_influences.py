@@ -38,15 +38,11 @@ def add_influences(
     columns, width, warps, _ = tile_of(m, k, k, with_changes=False)
     programs = triton.cdiv(k, width)
     on_sum = x.new_empty(n, programs)
-    changes, spreads = (
-        (x.new_empty(0), x.new_empty(0))
-        if of_changes is None
-        else (
-            x.new_empty(n, m, programs),
-            x.new_empty(n, k),
-        )
-    )
-    factors, reference = (x.new_empty(0), 0) if of_changes is None else of_changes
+    nothing = x.new_empty(0)
+    changes, spreads = nothing, nothing
+    factors, reference = (nothing, 0) if of_changes is None else of_changes
+    if of_changes is not None:
+        changes, spreads = x.new_empty(n, m, programs), x.new_empty(n, k)
     most = max(1, MOST_VALUES // (m * k))
     with torch.cuda.device_of(x):
         for start in range(0, n, most):

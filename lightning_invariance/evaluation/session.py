@@ -48,12 +48,15 @@ PROGRESS_DELAY = 3.0
 #: Errors of a model that is called otherwise than it is made for, whose message can be added to.
 FAILURES = (TypeError, NotImplementedError, RuntimeError, IndexError, AttributeError, ValueError)
 
-#: Inputs in the first batch that ``batch_size="auto"`` tries: on the CPU; elsewhere so many bytes of inputs, which keep
-#: a GPU busy for longer than it takes to launch their kernels, but no more than this, and this where a stream of
-#: samples does not tell their size.
+#: Inputs in the first batch that ``batch_size="auto"`` tries on the CPU.
 AUTO_ON_CPU = 128
+
+#: On an accelerator it tries inputs of so many bytes, at most so many inputs: small networks keep a GPU busy for longer
+#: than it takes to launch their kernels only with many.
 AUTO_BYTES = 2**29
 AUTO_MOST = 2**14
+
+#: There it tries so many of a stream, whose inputs are not looked at before.
 AUTO_OF_STREAM = 2**10
 
 
