@@ -27,6 +27,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # tests/test_devices.py runs othe
         monkeypatch.setattr(devices, "_kernels_for", lambda x: triton_kernels if triton_kernels.takes(x) else None)
         monkeypatch.setattr(triton_kernels, "MOST_WIDTH", 2**12)  # it takes as long for wide tiles as for narrow ones
         monkeypatch.setattr(triton_kernels, "MOST_OF_TILE", 2**16)
+        monkeypatch.setattr(triton_kernels, "FEWEST_PROGRAMS", 1)
 
 
 if DEVICE := os.environ.get("LIGHTNING_INVARIANCE_DEVICE"):  # tests/test_devices.py runs others on a GPU
