@@ -171,6 +171,50 @@ def automatic(device, samples):
     return max(sizes), result["NormalizedVariance"]["0"].tolist()
 
 
+class Infinite(nn.Module):
+    """One value of the batch is infinite if the batch has an even number of inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.infinite = nn.Identity(), nn.Identity()
+
+    def forward(self, x):
+        seen = self.seen(x)
+        return self.infinite(seen / (torch.arange(x[0].numel(), device=x.device).view(x[0].shape) + len(x) % 2))
+
+
+def findings_of_infinite(device):
+    images = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    with using(device), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = evaluate(Infinite(), images, rotations(4), device=device, progress=False)
+    return result.layers, result.left_out
+
+
+class Counting(nn.Module):
+    """Counts its calls, and assigns one buffer anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(3))
+        self.register_buffer("last", torch.zeros(()))
+        self.register_buffer("same", torch.ones(2))
+
+    def forward(self, x):
+        self.calls += 1
+        self.last = x.mean()
+        return x * self.same[0]
+
+
+def buffers_after(device):
+    with using(device):
+        model = Counting().to(device)
+        before = dict(model.named_buffers())
+        evaluate(model, torch.rand(8, 1, 6, 6), rotations(4), batch_size=8, progress=False)
+        after = dict(model.named_buffers())
+        return {name: (after[name] is before[name], buffer.tolist()) for name, buffer in after.items()}
+
+
 def by_hand(device):
     x = torch.rand(8, 4, 6, generator=torch.Generator().manual_seed(1))
     with using(device):
@@ -337,6 +381,19 @@ def test_automatic_batches_of_an_accelerator_are_large_and_change_no_value(there
     few, expected = automatic("cpu", 700)
     assert few == 128
     torch.testing.assert_close(torch.tensor(values), torch.tensor(expected), rtol=tolerance, atol=0)
+
+
+def test_buffers_have_the_values_from_before_an_evaluation(there):
+    device, process, _ = there
+    found = process.submit(buffers_after, device).result()
+    assert found == {"calls": (True, [0, 0, 0]), "last": (True, 0), "same": (True, [1, 1])}
+
+
+def test_an_infinite_value_of_one_batch_is_no_agreement(there):
+    device, process, _ = there
+    layers, left_out = process.submit(findings_of_infinite, device).result()
+    assert layers == ["seen"]
+    assert "mixed" in left_out["infinite"]
 
 
 def test_a_metric_moves_to_an_accelerator_and_back(there, request):

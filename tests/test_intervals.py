@@ -165,6 +165,7 @@ def test_standard_errors_of_float32_at_any_scale(scale, offset, size):
         )
         on_mean = expected.reshape(30, -1).mean(1)[order]
         found = result.influences[name]["0"].numpy()
+        assert abs(found.mean()) <= 1e-12 * np.abs(found).max()  # they tell what samples add to a mean
         np.testing.assert_allclose(found, on_mean, rtol=1e-3, atol=1e-4 * np.abs(on_mean).max())
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,21 +64,13 @@ def takes(x: Tensor) -> bool:
     return _kernels_for(x.flatten(2) if x.ndim > 2 else x[..., None]) is not None
 
 
-def add_influences(
-    x: Tensor,
-    means: Tensor,
-    weights: Tensor,
-    counts: Tensor,
-    squares: Tensor,
-    fourths: Tensor,
-    of_changes: kernels.ChangesOfSamples | None = None,
-) -> kernels.FoundInfluences | None:
+def add_influences(x: Tensor, *about: Any) -> kernels.FoundInfluences | None:
     """:func:`~lightning_invariance.accumulators.kernels.add_influences` in a Triton kernel, of rows that it takes."""
     x = x.flatten(2) if x.ndim > 2 else x[..., None]
     try:
         from lightning_invariance.accumulators import triton_influences
 
-        return triton_influences.add_influences(x, means, weights, counts, squares, fourths, of_changes)
+        return triton_influences.add_influences(x, *about)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of the compiler, before the first launch
