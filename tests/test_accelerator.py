@@ -215,6 +215,20 @@ def buffers_after(device):
         return {name: (after[name] is before[name], buffer.tolist()) for name, buffer in after.items()}
 
 
+def calls_of(device, confidence):
+    calls = []
+
+    def forward(model, x):
+        calls.append(len(x))
+        return model(x)
+
+    images = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    options = {"batch_size": 16, "forward": forward, "progress": False, "confidence": confidence}
+    with using(device):
+        evaluate(network().to(device), images, rotations(4), [TransformationVariance()], **options)
+    return calls
+
+
 def by_hand(device):
     x = torch.rand(8, 4, 6, generator=torch.Generator().manual_seed(1))
     with using(device):
@@ -381,6 +395,12 @@ def test_automatic_batches_of_an_accelerator_are_large_and_change_no_value(there
     few, expected = automatic("cpu", 700)
     assert few == 128
     torch.testing.assert_close(torch.tensor(values), torch.tensor(expected), rtol=tolerance, atol=0)
+
+
+def test_intervals_of_means_over_samples_need_one_pass(there):
+    device, process, _ = there
+    calls, expected = (process.submit(calls_of, device, confidence).result() for confidence in (0.95, None))
+    assert calls == expected
 
 
 def test_buffers_have_the_values_from_before_an_evaluation(there):
