@@ -164,7 +164,10 @@ class STLoader:
         return self.rows * max(1, FETCHED // self.rows)
 
     def resize(self, batch_size: int) -> None:
-        """Make larger or smaller blocks of the same samples, which must not be those of a stream."""
+        """Make larger or smaller blocks from now on, of the same samples, which must not be those of a stream.
+
+        Within a walk, where a batch holds whole rows before and after.
+        """
         self.batch_size, self.rows = batch_size, max(1, batch_size // len(self.transformations))
         self._options["batch_size"] = self._fetched_together()
         self._loader = DataLoader(self._loader.dataset, **self._options)
@@ -198,6 +201,11 @@ class STLoader:
         if self.n_samples is None:
             raise TypeError("The data have no length.")
         return -(-len(self._loader.dataset) // self.rows) * len(self._parts())  # type: ignore[arg-type]
+
+    @property
+    def n_own(self) -> int | None:
+        """How many samples this process takes; None where the data have no length."""
+        return None if self.n_samples is None else len(self._own)
 
     def _parts(self) -> list[slice]:
         m = len(self.transformations)
@@ -233,10 +241,11 @@ class STLoader:
         for samples in self._batches():
             if waiting is not None:
                 samples = waiting.joined(samples)
-            whole = len(samples) // self.rows * self.rows
-            for start in range(0, whole, self.rows):
-                yield samples.taken(slice(start, start + self.rows))
-            waiting = samples.taken(slice(whole, None)) if whole < len(samples) else None
+            start = 0
+            while (end := start + self.rows) <= len(samples):  # which :meth:`resize` may change between two blocks
+                yield samples.taken(slice(start, end))
+                start = end
+            waiting = samples.taken(slice(start, None)) if start < len(samples) else None
         if waiting is not None:
             yield waiting
 

@@ -549,6 +549,51 @@ def test_automatic_batch_size_halves_until_it_fits_and_changes_no_value():
         evaluate(model, images, rotations(4), forward=lambda *_: forward(model, images), batch_size="auto")
 
 
+@pytest.mark.parametrize(
+    ("activation", "n", "expected"),
+    [
+        (1, 500, [128] + [256] * 7 + [80]),  # blocks of 32 samples, then of 64, and 20 are left
+        (2**24 // 4 // 200, 150, [128, 200, 200, 72]),
+        (2**24 // 4 // 100, 50, [128, 72]),  # larger ones stay as they are
+    ],
+)
+def test_automatic_batches_grow_where_activations_are_small(activation, n, expected):
+    model, sizes = nn.Sequential(nn.Flatten(), nn.Linear(12, activation)), []
+
+    def forward(model, x):
+        sizes.append(len(x))
+        return model(x)
+
+    images = torch.randn(n, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    measures = [TransformationVariance(), NormalizedVariance()]
+    grown, fixed = (
+        evaluate(model, images, rotations(4), measures, layers=["1"], confidence=0.9, batch_size=size, **options)
+        for size, options in (("auto", {"forward": forward}), (64, {}))
+    )
+    walked = [size for size in sizes if size not in (4, 5)]  # those of the probe
+    assert walked[: len(expected)] == expected
+    assert max(walked[len(expected) :]) == max(expected)  # those of the second pass
+    for key in grown:
+        torch.testing.assert_close(grown[key]["1"], fixed[key]["1"], rtol=1e-5, atol=0)
+        assert grown.interval(key)["1"].standard_error == pytest.approx(fixed.interval(key)["1"].standard_error, 1e-4)
+
+
+def test_automatic_batches_of_streams_and_long_rows_stay_as_they_are():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(torch.rand(99, 3, 2, 2, generator=torch.Generator().manual_seed(0)))
+
+    model, sizes = nn.Sequential(nn.Flatten()), []
+
+    def forward(model, x):
+        sizes.append(len(x))
+        return model(x)
+
+    evaluate(model, Stream(), rotations(4), forward=forward, max_samples=99)
+    evaluate(model, torch.rand(2, 3, 2, 2), rotations(200), forward=forward)
+    assert [size for size in sizes if size not in (4, 5)] == [128, 128, 128, 12, 128, 72, 128, 72]
+
+
 class Tracked(nn.Module):
     """Returns memory that is seen to be freed: torch keeps the array as long as any tensor uses it."""
 

@@ -17,6 +17,7 @@ from lightning_invariance.agreement import Fingerprint, is_split
 from lightning_invariance.batches import taken, takes_batch
 from lightning_invariance.catching import Catcher, catch_activations, transformed_input
 from lightning_invariance.distributed import gather_or_raise, rank_and_world_size
+from lightning_invariance.evaluation.auto_batch import first_size, size_for_activations, size_for_inputs
 from lightning_invariance.evaluation.dependence import Dependence
 from lightning_invariance.evaluation.intake import Intake
 from lightning_invariance.evaluation.isolation import (
@@ -48,17 +49,6 @@ PROGRESS_DELAY = 3.0
 #: Errors of a model that is called otherwise than it is made for, whose message can be added to.
 FAILURES = (TypeError, NotImplementedError, RuntimeError, IndexError, AttributeError, ValueError)
 
-#: Inputs in the first batch that ``batch_size="auto"`` tries on the CPU.
-AUTO_ON_CPU = 128
-
-#: On an accelerator it tries inputs of so many bytes, at most so many inputs: small networks keep a GPU busy for longer
-#: than it takes to launch their kernels only with many.
-AUTO_BYTES = 2**29
-AUTO_MOST = 2**14
-
-#: There it tries so many of a stream, whose inputs are not looked at before.
-AUTO_OF_STREAM = 2**10
-
 
 class Session:
     """A model and its data for the time of one evaluation.
@@ -76,8 +66,7 @@ class Session:
         self.model = model
         self.data = data
         self.device = torch.device(options.device) if options.device is not None else device_of(model)
-        largest = AUTO_ON_CPU if self.device.type == "cpu" else AUTO_OF_STREAM
-        self.batch_size = largest if options.batch_size == "auto" else options.batch_size
+        self.batch_size = first_size(self.device) if options.batch_size == "auto" else options.batch_size
         self.options = options
         self.selection = select_layers(model, options.layers, options.operations)
         at = options.transform_at
@@ -118,9 +107,8 @@ class Session:
                 with_batch=takes_batch(self.options.forward) or bool(self.options.outputs),
                 run=run,
             )
-            if self.options.batch_size == "auto" and self.device.type != "cpu" and (size := loader.bytes_of_input()):
-                self.batch_size = max(1, min(AUTO_MOST, AUTO_BYTES // size))
-                loader.resize(self.batch_size)
+            if self.options.batch_size == "auto":
+                self._resize(loader, size_for_inputs(loader, self.device))
             fingerprint = loader.fingerprint() if world_size > 1 else fingerprint
         except Exception as raised:  # the other processes must be told, or they would wait for ever
             error = raised
@@ -160,7 +148,7 @@ class Session:
                             if waiting and registry.n_samples >= waiting[0] and at_milestone is not None:
                                 waiting = [n for n in waiting if n > registry.n_samples]
                                 at_milestone(registry)
-                            self._measure(block, intake, catcher, registry)
+                            self._measure(block, intake, catcher, registry, loader)
                         waiting = []
                 except Exception as raised:  # the other processes must be told, or they would wait for ever
                     error = raised
@@ -171,7 +159,9 @@ class Session:
         """What the metrics of predictions and targets said in the last walk; every process must ask."""
         return {} if self._predictions is None else self._predictions.values()
 
-    def _measure(self, block: STBlock, intake: Intake, catcher: Catcher, registry: Registry) -> None:
+    def _measure(
+        self, block: STBlock, intake: Intake, catcher: Catcher, registry: Registry, loader: STLoader
+    ) -> None:
         """Run the model on a block, after a probe if there was none or the block reaches other layers."""
         if self._findings is None:
             self._findings = self._probed(block, catcher)
@@ -188,6 +178,13 @@ class Session:
         if intake.unknown:
             intake.consume_unknown(self._probed(block, catcher))
         intake.end_block()
+        if first_of_walk and self.options.batch_size == "auto":
+            self._resize(loader, size_for_activations(loader, self.device, self._outputs.values()))
+
+    def _resize(self, loader: STLoader, batch_size: int) -> None:
+        if batch_size != self.batch_size:
+            self.batch_size = batch_size
+            loader.resize(batch_size)
 
     def _probed(self, block: STBlock, catcher: Catcher) -> dict[str, Finding]:
         """Where the inputs of a batch stand in the output of each layer, by two forward passes of a few inputs."""
@@ -285,9 +282,13 @@ class Session:
             return stack.pop_all()
 
     def _with_progress(self, loader: STLoader, about: str) -> Iterator[STBlock]:
-        total = None if loader.n_samples is None else len(loader)
         show = self.options.progress and rank_and_world_size()[0] == 0
-        yield from tqdm(loader, about, total, leave=False, delay=PROGRESS_DELAY, unit="batch", disable=not show)
+        bar = tqdm(None, about, loader.n_own, leave=False, delay=PROGRESS_DELAY, unit="sample", disable=not show)
+        with bar:
+            for block in loader:
+                yield block
+                if block.columns.stop == len(loader.transformations):
+                    bar.update(len(block.inputs))
 
 
 def _how_called(shape: tuple[int, ...]) -> str:
