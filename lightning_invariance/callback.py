@@ -257,7 +257,7 @@ class InvarianceMonitor(Callback):
 
     @property
     def _suffix(self) -> str:
-        """What the tags of metrics of predictions end with."""
+        """What the tags of metrics of predictions, and of the text, end with."""
         return "" if self.name is None else f"_{self.name}"
 
     def _draw(self, trainer: pl.Trainer) -> None:
@@ -268,7 +268,7 @@ class InvarianceMonitor(Callback):
         drawn: list[Callable[[], None]] = [partial(log_pictures, trainer, self.history, self._tags)]
         if not self._explained:
             self._explained = True
-            drawn.insert(0, partial(explain, trainer, self.history[-1], self._tags, self.measures, self.name))
+            drawn.insert(0, partial(explain, trainer, self.history[-1], self._tags, self.measures, self._suffix))
         if self.histograms:
             drawn.append(partial(log_histograms, trainer, self.history[-1], self._tags))
         for draw in drawn:

@@ -167,7 +167,7 @@ def explain(
     result: InvarianceResult,
     tags: Mapping[str, str],
     measures: Mapping[str, Metric],
-    name: str | None,
+    suffix: str = "",
 ) -> None:
     """Tell TensorBoard, once, what the tags mean, and to show all layers of a measure in one chart.
 
@@ -176,14 +176,15 @@ def explain(
         result: the first evaluation, which knows the layers.
         tags: measure → what its tags begin with.
         measures: the measures.
-        name: of the monitor, for the tag of the text.
+        suffix: of the tag of the text, and of metrics of predictions.
     """
-    page = "invariance" if name is None else f"invariance_{name}"
     for experiment in _experiments(trainer):
         if hasattr(experiment, "add_text"):
-            experiment.add_text(page, _text(result, tags, measures), logger_step(trainer))
+            text = _text(result, tags, measures, suffix)
+            experiment.add_text(f"invariance{suffix}", text, logger_step(trainer))
         if hasattr(experiment, "add_custom_scalars"):
             categories = {tag: _category(tag, result, measure) for measure, tag in tags.items()}
+            categories |= {f"{metric}{suffix}": _category_of_output(f"{metric}{suffix}") for metric in result.outputs}
             _write_layout(experiment, {**_known_layout(experiment), **categories})
 
 
@@ -200,6 +201,12 @@ def _category(tag: str, result: InvarianceResult, measure: str) -> Category:
         title = f"all layers, {result.confidence:.0%} intervals"
         charts.insert(1, Chart(title=title, margin=MarginChartContent(series=series)))
     return Category(title=tag, chart=charts)
+
+
+def _category_of_output(tag: str) -> Category:
+    """The chart of a metric of predictions."""
+    ends = MultilineChartContent(tag=[f"{re.escape(tag)}_{end}$" for end in ("mean", "worst")])
+    return Category(title=tag, chart=[Chart(title="mean and worst of the transformations", multiline=ends)])
 
 
 def _write_layout(writer: Any, categories: Mapping[str, Category]) -> None:
@@ -226,7 +233,7 @@ def _known_layout(writer: Any) -> dict[str, Category]:
     return layout
 
 
-def _text(result: InvarianceResult, tags: Mapping[str, str], measures: Mapping[str, Metric]) -> str:
+def _text(result: InvarianceResult, tags: Mapping[str, str], measures: Mapping[str, Metric], suffix: str) -> str:
     """What is measured and what the tags mean, as Markdown."""
     labels = result.transformations
     shown = labels if len(labels) <= 32 else [*labels[:16], "…", labels[-1]]
@@ -251,6 +258,11 @@ def _text(result: InvarianceResult, tags: Mapping[str, str], measures: Mapping[s
         ]
         if measure in result.response:
             lines.append(f"| `{tag}/response` | What each transformation does to each layer. |")
+    for metric, values in result.outputs.items():
+        about = f"| {metric} of the network's predictions"
+        lines.append(f"| `{metric}{suffix}_mean` {about}, the mean over the transformations. |")
+        if math.isfinite(values.worst):
+            lines.append(f"| `{metric}{suffix}_worst` {about} under the transformation where it is worst. |")
     lines += ["", "| layer | shape |", "|---|---|"]
     shapes = {row.layer: row.shape for measure in tags for row in result.table(measure)}
     lines += [f"| {layer} | {' × '.join(map(str, shape)) or 'scalar'} |" for layer, shape in shapes.items()]

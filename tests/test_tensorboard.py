@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightnings import TensorBoardLogger
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from test_callback import LAYERS, events, fit
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_invariance import InvarianceMonitor, rotations
 from lightning_invariance.measures import TransformationVariance
@@ -49,6 +50,21 @@ def test_a_page_says_what_the_tags_mean(tmp_path):
     assert "| `spread_turns/LAYER` | Transformation Variance (TV)" in text
     assert "Lower is more invariant." in text
     assert "| conv | 3 × 4 × 4 |" in text
+
+
+def test_metrics_of_predictions_have_a_chart_and_are_explained(tmp_path):
+    metric = {"score.1": MulticlassAccuracy(2)}
+    fit(tmp_path, InvarianceMonitor(rotations(4), outputs=metric, name="turns"), epochs=1)
+    logged = events(tmp_path)
+    tags = ["score.1_turns_mean", "score.1_turns_worst"]
+    assert set(tags) <= set(logged.Tags()["scalars"])
+    (patterns,) = layout(logged)["score.1_turns"].values()
+    assert [[tag for tag in logged.Tags()["scalars"] if re.match(pattern, tag)] for pattern in patterns] == [
+        [tag] for tag in tags
+    ]
+    text = logged.Tensors("invariance_turns/text_summary")[0].tensor_proto.string_val[0].decode()
+    for tag, meaning in zip(tags, ("the mean over the transformations", "where it is worst"), strict=True):
+        assert re.search(rf"\| `{re.escape(tag)}` \| .*{meaning}", text)
 
 
 def test_histograms_over_channels_only_where_they_are_asked_for(tmp_path):

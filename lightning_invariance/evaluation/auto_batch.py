@@ -41,6 +41,11 @@ def size_for_inputs(loader: STLoader, device: torch.device) -> int:
 def size_for_activations(loader: STLoader, device: torch.device, outputs: Iterable[Output]) -> int:
     """The number once the activations of the layers are known; that of before for a stream and for long rows."""
     largest = max((output.nbytes // batch for output, _, batch in outputs), default=0)
-    if device.type != "cpu" or loader.n_samples is None or len(loader.transformations) > loader.batch_size or not largest:
+    if (
+        device.type != "cpu"
+        or loader.n_samples is None
+        or len(loader.transformations) > loader.batch_size
+        or not largest
+    ):
         return loader.batch_size
     return max(loader.batch_size, min(MOST_ON_CPU, ACTIVATION_BYTES // largest))

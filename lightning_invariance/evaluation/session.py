@@ -159,9 +159,7 @@ class Session:
         """What the metrics of predictions and targets said in the last walk; every process must ask."""
         return {} if self._predictions is None else self._predictions.values()
 
-    def _measure(
-        self, block: STBlock, intake: Intake, catcher: Catcher, registry: Registry, loader: STLoader
-    ) -> None:
+    def _measure(self, block: STBlock, intake: Intake, catcher: Catcher, registry: Registry, loader: STLoader) -> None:
         """Run the model on a block, after a probe if there was none or the block reaches other layers."""
         if self._findings is None:
             self._findings = self._probed(block, catcher)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_invariance.evaluate import evaluate
@@ -129,21 +130,23 @@ def _assert_below(
             "Expected argument `measure` to be one with intervals of which lower is more invariant, such as"
             f" NormalizedVariance(), but got {measure!r}."
         )
-    result = evaluate(
-        model, data, transformations, {"measure": measure}, layers=layers, confidence=confidence, **options
-    )
-    intervals = result.interval("measure") if "measure" in result.influences else {}
-    failed = {layer: intervals.get(layer) for layer in result["measure"] if not _is_below(intervals.get(layer), within)}
-    if not result["measure"]:
-        raise AssertionError(f"Expected a layer for which {type(measure).__name__} is defined, but there is none.")
+    name = type(measure).__name__
+    result = evaluate(model, data, transformations, {name: measure}, layers=layers, confidence=confidence, **options)
+    if not (values := result[name]):
+        raise AssertionError(f"Expected a layer for which {name} is defined, but there is none.")
+    intervals = result.interval(name) if name in result.influences else {}
+    failed = {layer: intervals.get(layer) for layer in values if not _is_below(intervals.get(layer), within)}
     if failed:
-        shown = [_told(result, layer, interval) for layer, interval in list(failed.items())[:NAMED]]
+        responses, identity = result.response.get(name, {}), transformations.identity
+        shown = [
+            _told(result, layer, interval, responses.get(layer, []), identity)
+            for layer, interval in list(failed.items())[:NAMED]
+        ]
         more = [f"  and {len(failed) - NAMED} more layers"] if len(failed) > NAMED else []
         are = "is" if len(failed) == 1 else "are"
         raise AssertionError(
-            f"Expected layers to be {what}: {type(measure).__name__} below {within:g} with {confidence:.0%} confidence,"
-            f" but of {number_of(len(result['measure']), 'layer')} {len(failed)} {are} not:\n"
-            + "\n".join([*shown, *more])
+            f"Expected layers to be {what}: {name} below {within:g} with {confidence:.0%} confidence,"
+            f" but of {number_of(len(values), 'layer')} {len(failed)} {are} not:\n" + "\n".join([*shown, *more])
         )
     return result
 
@@ -152,11 +155,13 @@ def _is_below(interval: Interval | None, within: float) -> bool:
     return interval is not None and (interval.high < within or interval.high == within == 0)
 
 
-def _told(result: InvarianceResult, layer: str, interval: Interval | None) -> str:
-    """A line about a layer: its interval, and the transformation that changes it most."""
+def _told(
+    result: InvarianceResult, layer: str, interval: Interval | None, response: Sequence[float], identity: int | None
+) -> str:
+    """A line about a layer: its interval, and which transformation but the identity changes it most."""
     about = f"  {layer}: {'no finite value' if interval is None else interval}"
-    response = torch.tensor(result.response.get("measure", {}).get(layer, []))
-    if response.numel() and response.isfinite().any():
-        worst = int(response.nan_to_num(-torch.inf, -torch.inf, -torch.inf).argmax())
-        about += f"; most by {result.transformations[worst]} ({float(response[worst]):.4g})"
+    changes = {j: value for j, value in enumerate(response) if j != identity and math.isfinite(value)}
+    if changes:
+        worst = max(changes, key=changes.__getitem__)
+        about += f"; most by {result.transformations[worst]} ({changes[worst]:.4g})"
     return about

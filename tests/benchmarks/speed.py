@@ -2,10 +2,11 @@
 
     python tests/benchmarks/speed.py [--rounds 5] [--samples N] [--only WORDS] [--device cuda]
 
-Each round runs the bare forward passes over the transformed inputs, batch for batch and without hooks, and then
-evaluate() over the same inputs, which it transforms itself; the ratio is taken in each round, and each case runs in a
-process of its own. Also the time of 16 rotations against a ResNet-20, and that of tmeasures (``pip install
-".[bench]"``) against ours. Ends with a profile of the first case. Exits with 1 where a target is missed.
+Each round runs the bare forward passes over the transformed inputs, without hooks, in batches of the size that
+evaluate() takes, and then evaluate() over the same inputs, which it transforms itself; the ratio is taken in each
+round, and each case runs in a process of its own. Also the time of 16 rotations against a ResNet-20, and that of
+tmeasures (``pip install ".[bench]"``) against ours. Ends with a profile of the first case. Exits with 1 where a target
+is missed.
 
 With a device other than the CPU: networks that people train there, at the monitor's default and with automatic batches,
 and what the profiler says of synchronisations during the walk.
@@ -178,9 +179,18 @@ def time_of_passes(model: nn.Module, batches: list[torch.Tensor]) -> float:
     return time.perf_counter() - start
 
 
-def transformed(images: torch.Tensor) -> list[torch.Tensor]:
-    """The batches that evaluate() makes of images."""
-    return [block.inputs.flatten(0, 1) for block in STLoader(images, TRANSFORMATIONS)]
+def transformed(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    """The images as evaluate() gives them to a model, in batches of the size that it comes to."""
+    return [block.inputs.flatten(0, 1) for block in STLoader(images, TRANSFORMATIONS, automatic(model, images))]
+
+
+def automatic(model: nn.Module, images: torch.Tensor) -> int:
+    """The size that automatic batches come to, after an evaluation that finds the largest that fits."""
+    sizes: list[int] = []
+    counting = model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    evaluate(model, images, TRANSFORMATIONS, default(), progress=False)
+    counting.remove()
+    return max(sizes)
 
 
 def time_of_ours(
@@ -200,11 +210,12 @@ def ratios(case: int, samples: int, rounds: int) -> tuple[list[float], str]:
     _, name, measures, _, part, confidence = CASES[case]
     warnings.simplefilter("ignore")  # of NaN, which some units of an untrained network are for some measures
     model, images = model_and_images(name, samples * part)
-    batches = transformed(images)
+    batches = transformed(model, images)
     times = [
         (time_of_passes(model, batches), time_of_ours(model, images, measures(), confidence)) for _ in range(rounds + 1)
     ][1:]  # the first warms up
-    return [own / bare for bare, own in times], f"{statistics.median(bare for bare, _ in times):.2f} s"
+    divisor = f"{statistics.median(bare for bare, _ in times):.2f} s in batches of {len(batches[0])}"
+    return [own / bare for bare, own in times], divisor
 
 
 def transform_ratios(size: int, images: int, rounds: int) -> tuple[list[float], str]:
@@ -230,11 +241,7 @@ def device_ratios(case: DeviceCase, device: str, samples: int | None, rounds: in
         return evaluate(model, images[:some], TRANSFORMATIONS, default(), progress=False)
 
     ours()  # warms up, compiles, and finds the largest batch that fits
-    sizes: list[int] = []
-    counting = model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    ours()
-    counting.remove()
-    size = max(sizes)
+    size = automatic(model, images)
     loader = STLoader(images, TRANSFORMATIONS, size, device=torch.device(device))
     times = []
     for _ in range(rounds + 1):
@@ -297,7 +304,7 @@ def time_of_tmeasures(model: str, samples: int) -> float:
 def times_of_ours(model: str, samples: int) -> tuple[float, float]:
     """Seconds that evaluate() takes for the same, and those of the bare forward passes."""
     network, images = model_and_images(model, samples)
-    return time_of_ours(network, images), time_of_passes(network, transformed(images))
+    return time_of_ours(network, images), time_of_passes(network, transformed(network, images))
 
 
 def theirs_over_ours(model: str, samples: int, rounds: int) -> tuple[list[float], str]:
@@ -348,10 +355,11 @@ def python_cost(samples: int) -> str:
     own = [found for (file, *_), found in stats.items() if "lightning_invariance" in file]
     blocks = next(found[1] for (file, _, function), found in stats.items() if "registry" in file and function == "add")
     calls, seconds = sum(found[1] for found in own), sum(found[2] for found in own)
+    batches = transformed(model, images)
     with Allocated() as ours:
         evaluate(model, images, TRANSFORMATIONS, default(), progress=False)
     with torch.no_grad(), Allocated() as bare:
-        for batch in transformed(images):
+        for batch in batches:
             model(batch)
     return (
         f"{name}, each layer and block: {calls / blocks:.1f} calls in Python, {seconds / blocks * 1e6:.0f} µs,"
@@ -374,7 +382,7 @@ def machine() -> str:
     """What this runs on."""
     return (
         f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()},"
-        f" Python {platform.python_version()}, torch {torch.__version__}; m = {len(TRANSFORMATIONS)}, batches of 128"
+        f" Python {platform.python_version()}, torch {torch.__version__}; m = {len(TRANSFORMATIONS)}"
     )
 
 
