@@ -1,6 +1,9 @@
 """The memory that the sums of a walk take is known before the walk, and a budget is kept."""
 
+import multiprocessing
+import platform
 import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -149,3 +152,23 @@ def test_influences_are_counted():
     with pytest.raises(ValueError, match="`confidence` with states within"):
         evaluate(model, x, rotations(4), batch_size=8, state_budget=int(1.2 * sums), confidence=0.95)
     evaluate(model, x, rotations(4), batch_size=8, state_budget=3 * sums, confidence=0.95)
+
+
+def pages_of_activations():
+    """How many pages the system hands out while four activations of 16 MiB are made and freed ten times."""
+    import resource  # which Windows has not
+
+    evaluate(nn.Sequential(nn.Flatten()), torch.rand(4, 1, 2, 2), rotations(4), progress=False)
+    pages = []
+    for _ in range(11):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        activations = [torch.ones(2**22) for _ in range(4)]
+        del activations
+        pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return sum(pages[1:])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
+def test_freed_activations_are_kept_for_the_next_ones():
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        assert process.submit(pages_of_activations).result() < 10 * 4 * 2**24 // 4096 / 100

@@ -13,8 +13,7 @@ from lightning_invariance.loader import STLoader
 ON_CPU = 128
 
 #: The next batches there hold up to so many, since each block of a layer costs some time whatever its size, while the
-#: largest activation takes no more bytes than this: of larger ones the allocator of glibc keeps too few, see
-#: :data:`~lightning_invariance.evaluation.session.KEPT_MEMORY`.
+#: largest activation takes no more bytes than this: of larger ones the allocator keeps too few, see ``allocator.py``.
 MOST_ON_CPU = 256
 ACTIVATION_BYTES = 2**24
 

@@ -17,6 +17,7 @@ from lightning_invariance.agreement import Fingerprint, is_split
 from lightning_invariance.batches import taken, takes_batch
 from lightning_invariance.catching import Catcher, catch_activations, transformed_input
 from lightning_invariance.distributed import gather_or_raise, rank_and_world_size
+from lightning_invariance.evaluation.allocator import keep_freed_memory
 from lightning_invariance.evaluation.auto_batch import first_size, size_for_activations, size_for_inputs
 from lightning_invariance.evaluation.dependence import Dependence
 from lightning_invariance.evaluation.intake import Intake
@@ -37,11 +38,6 @@ from lightning_invariance.loader import STBlock, STLoader
 from lightning_invariance.precision import summed_on
 from lightning_invariance.result import OutputValues
 from lightning_invariance.transforms import TransformationSet
-
-#: glibc's allocator returns a freed block of some hundred kilobytes to the system, which zeroes it again, page by page,
-#: when the next activation needs it. After a block of this size was freed once, it keeps up to twice as much for the
-#: whole process. Without it an evaluation of ResNet-20 took 1.7 times its forward passes on 2 cores, with it 1.5 times.
-KEPT_MEMORY = 2**25 - 2**14
 
 #: A progress bar appears when a walk takes longer than this, in seconds.
 PROGRESS_DELAY = 3.0
@@ -267,7 +263,7 @@ class Session:
 
     def _prepared(self, intake: Intake | None) -> ExitStack:
         """The model in eval mode on its device, without gradients; everything is put back afterwards."""
-        torch.empty(KEPT_MEMORY, dtype=torch.uint8)
+        keep_freed_memory()
         with ExitStack() as stack:
             stack.enter_context(on_device(self.model, self.device))
             stack.enter_context(unchanged_tensors(self.model))

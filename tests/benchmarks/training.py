@@ -120,7 +120,8 @@ def main() -> int:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     train(640, 1, InvarianceMonitor(rotations(16), max_samples=16))  # warms up
     evaluations = options.epochs + 1
-    passes = evaluations * time_of_passes(Classifier().eval(), transformed(images(256).tensors[0]))
+    classifier = Classifier().eval()
+    passes = evaluations * time_of_passes(classifier, transformed(classifier, images(256).tensors[0]))
     found: list[float] = []
     added: list[float] = []
     times: dict[str, float] = {}
