@@ -49,7 +49,7 @@ class Operations(TorchFunctionMode):
         self._consumer = consumer
         self._running: list[str] = []
         self._calls: dict[str, int] = {}
-        # By identity of the result: a reference, its version, the operation.
+        # By identity of the result, or of what it is a view of: a reference, its version, the operation.
         self._results: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
 
     def start_forward(self) -> None:
@@ -80,7 +80,7 @@ class Operations(TorchFunctionMode):
             self._calls[key] = call + 1
             operation = key if call == 0 else f"{key}#{call}"
             if operation not in self.returned:
-                for tensor in found:
+                for tensor in map(_whole, found):
                     self._results[id(tensor)] = weakref.ref(tensor), _version(tensor), operation
                 self._consumer(operation, args, output)
         return output
@@ -107,8 +107,8 @@ class Operations(TorchFunctionMode):
             self._running.pop()
 
     def module_returned(self, output: Any) -> None:
-        """A measured module has returned this: no operation is measured for it."""
-        for _, tensor in all_tensors_of(output):
+        """A measured module has returned this, in this shape or another: no operation is measured for it."""
+        for tensor in (_whole(tensor) for _, tensor in all_tensors_of(output)):
             known = self._results.get(id(tensor))
             if known is not None and known[0]() is tensor and known[1] == _version(tensor):
                 self.returned.add(known[2])
@@ -126,6 +126,12 @@ def _tensors_in(values: Sequence[Any]) -> list[Tensor]:
 def _version(tensor: Tensor) -> int:
     """How often a tensor was changed in place; inference tensors do not count."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor of which this one is a view with as many values, such as a transpose; otherwise itself."""
+    base = tensor._base
+    return tensor if base is None or base.numel() != tensor.numel() else base
 
 
 def _plain(name: str) -> str:

@@ -126,6 +126,25 @@ def test_a_module_within_which_none_runs_is_a_leaf():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in Attention().modules())
 
 
+def test_what_a_measured_module_returns_in_another_shape_is_no_operation():
+    class Attention(nn.MultiheadAttention):
+        def forward(self, x):  # whose weights are not wanted: the module transposes what the function gives
+            return super().forward(x, x, x, need_weights=False)[0]
+
+    class Turned(nn.Module):
+        def forward(self, x):
+            y = x.exp() + 1
+            return y.transpose(1, 2)
+
+    class Half(nn.Module):
+        def forward(self, x):
+            return x.sin()[:, :1]  # other values than those of the operation
+
+    model = nn.Sequential(nn.Flatten(2), nn.Linear(64, 8), Attention(8, 2, batch_first=True), Turned(), Half()).double()
+    names = layer_names(model, example=IMAGES[:4], operations=True)
+    assert names == ["0", "1", "2", "3/exp", "3", "4/sin", "4"]
+
+
 def test_a_module_within_which_others_run_is_none():
     model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Sequential(nn.Flatten()))
     assert evaluate(model, IMAGES.float(), TURNS, progress=False).layers == ["0.0", "0.1", "1.0"]
