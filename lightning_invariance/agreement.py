@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.evaluation.isolation import isolated_random_state
+from lightning_invariance.hints import level_of_user
 from lightning_invariance.transforms import TransformationSet
 
 
@@ -52,7 +53,7 @@ def warn_of_randomness(transformations: TransformationSet, sample: Tensor, seed:
             f"{transformations!r} transforms at random: the values depend on the batch size and on the number of"
             " processes. Make functions of fixed parameters instead.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=level_of_user(),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,3 +38,11 @@ def given(value: Any) -> str:
         return f"{type(value).__name__} of shape {tuple(shape)}"
     told = " ".join(repr(value).split())
     return told if len(told) <= FEW_CHARACTERS else told[:FEW_CHARACTERS] + "…"
+
+
+def level_of_user() -> int:
+    """The ``stacklevel`` with which a warning of the caller names the first line outside of the package."""
+    package, frame, level = __name__.partition(".")[0], sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    return level

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from lightning_invariance.hints import level_of_user
+
 #: How the values of a feature map can be made one.
 AGGREGATES = (None, "mean", "max", "sum")
 
@@ -85,5 +87,5 @@ def warn_of_channels_last(images: Tensor, input_size: tuple[int, int] | None) ->
             f"Expected images (batch, channels, height, width), but got {tuple(images.shape)}, which looks like"
             " channels last: give `x.permute(0, 3, 1, 2)`.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=level_of_user(),
         )

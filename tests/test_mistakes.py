@@ -126,8 +126,9 @@ def test_a_warning_of_nan_names_a_handful_of_layers():
 
 @pytest.mark.parametrize("shape", [(4, 28, 28, 1), (4, 8, 12, 3)])
 def test_images_with_channels_last_are_noticed(shape):
-    with pytest.warns(UserWarning, match=r"looks like channels last: give `x.permute\(0, 3, 1, 2\)`"):
+    with pytest.warns(UserWarning, match=r"looks like channels last: give `x.permute\(0, 3, 1, 2\)`") as caught:
         rotations(2)(torch.rand(shape))
+    assert [w.filename for w in caught] == [__file__]
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 28, 28), (4, 64, 3, 3), (4, 3, 5, 4)])
