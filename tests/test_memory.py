@@ -169,6 +169,12 @@ def pages_of_activations():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
-def test_freed_activations_are_kept_for_the_next_ones():
+@pytest.mark.parametrize("threshold", [None, str(2**17)])
+def test_freed_activations_are_kept_for_the_next_ones_unless_the_user_says_otherwise(threshold, monkeypatch):
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+    if threshold is not None:
+        monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", threshold)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        assert process.submit(pages_of_activations).result() < 10 * 4 * 2**24 // 4096 / 100
+        pages = process.submit(pages_of_activations).result()
+    assert (pages < 10 * 4 * 2**24 // 4096 / 100) == (threshold is None)
