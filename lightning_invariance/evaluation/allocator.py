@@ -24,8 +24,8 @@ def keep_freed_memory() -> None:
     """Have glibc keep up to 256 MiB of what is freed, for the whole process; elsewhere nothing is done.
 
     Otherwise it returns activations to the system, which zeroes their pages again when the next ones need them: without
-    this an evaluation of a ResNet-20 took 1.7 times its forward passes on 2 cores, with it 1.5 times. Users who have set
-    one of :data:`VARIABLES` keep what they chose.
+    this an evaluation of a ResNet-20 took 1.7 times its forward passes on 2 cores, with it 1.5 times. Where users have
+    set one of :data:`VARIABLES` it stays as it is.
     """
     if sys.platform != "linux" or os.environ.keys() & VARIABLES:
         return
