@@ -177,4 +177,5 @@ def test_freed_activations_are_kept_for_the_next_ones_unless_the_user_says_other
         monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", threshold)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         pages = process.submit(pages_of_activations).result()
-    assert (pages < 10 * 4 * 2**24 // 4096 / 100) == (threshold is None)
+    all_of_them = 10 * 4 * 2**24 // 4096
+    assert (pages < all_of_them / 10) == (threshold is None)  # the heap may still grow by an activation or two
