@@ -166,7 +166,7 @@ class STLoader:
     def resize(self, batch_size: int) -> None:
         """Make larger or smaller blocks from now on, of the same samples, which must not be those of a stream.
 
-        Within a walk, where a batch holds whole rows before and after.
+        Within a walk only if a batch holds whole rows before and after.
         """
         self.batch_size, self.rows = batch_size, max(1, batch_size // len(self.transformations))
         self._options["batch_size"] = self._fetched_together()

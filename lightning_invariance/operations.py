@@ -131,7 +131,9 @@ def _version(tensor: Tensor) -> int:
 def _whole(tensor: Tensor) -> Tensor:
     """The tensor of which this one is a view with as many values, such as a transpose; otherwise itself."""
     base = tensor._base
-    return tensor if base is None or base.numel() != tensor.numel() else base
+    if base is None or base.numel() != tensor.numel() or base.dtype != tensor.dtype:  # such as the real part alone
+        return tensor
+    return base
 
 
 def _plain(name: str) -> str:

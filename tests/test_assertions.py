@@ -60,10 +60,9 @@ def test_equivariance():
     torch.manual_seed(0)
     with pytest.raises(AssertionError, match="equivariant"):
         assert_equivariant(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1)), images(), quarter_turns(), within=0.01)
-    with pytest.raises(AssertionError, match=r"equivariant.*\n  0: .*; most by (?!0°)") as told:
+    with pytest.raises(AssertionError, match=r"equivariant.*\n  0: .*; most by (?!0°)"):
         # The identity alone does not interpolate, and so differs most from what the others have in common.
         assert_equivariant(nn.Sequential(nn.ReLU()), images(), rotations(8), within=0.01)
-    assert "most by" in str(told.value)
     with pytest.raises(AssertionError, match="defined"):
         assert_equivariant(nn.Sequential(nn.Flatten()), images(), quarter_turns(), within=0.01)
 

@@ -579,6 +579,19 @@ def test_automatic_batches_grow_where_activations_are_small(activation, n, expec
         assert grown.interval(key)["1"].standard_error == pytest.approx(fixed.interval(key)["1"].standard_error, 1e-4)
 
 
+def test_automatic_batches_that_grew_too_large_shrink_again():
+    sizes = []
+
+    def forward(model, x):
+        sizes.append(len(x))
+        if len(x) > 128:
+            raise torch.OutOfMemoryError("not that many")
+        return model(x)
+
+    evaluate(nn.Sequential(nn.Flatten()), torch.rand(120, 3, 2, 2), rotations(4), forward=forward)
+    assert [size for size in sizes if size not in (4, 5)] == [128, 256, 128, 128, 128, 96]
+
+
 def test_automatic_batches_of_streams_and_long_rows_stay_as_they_are():
     class Stream(IterableDataset):
         def __iter__(self):

@@ -140,9 +140,15 @@ def test_what_a_measured_module_returns_in_another_shape_is_no_operation():
         def forward(self, x):
             return x.sin()[:, :1]  # other values than those of the operation
 
-    model = nn.Sequential(nn.Flatten(2), nn.Linear(64, 8), Attention(8, 2, batch_first=True), Turned(), Half()).double()
+    class RealPart(nn.Module):
+        def forward(self, x):
+            return torch.fft.fft(x).real  # half of what the operation gives
+
+    attention = Attention(8, 2, batch_first=True)
+    model = nn.Sequential(nn.Flatten(2), nn.Linear(64, 8), attention, Turned(), Half(), RealPart()).double()
     names = layer_names(model, example=IMAGES[:4], operations=True)
-    assert names == ["0", "1", "2", "3/exp", "3", "4/sin", "4"]
+    parts = ["5/fft_fft[real]", "5/fft_fft[imag]"]
+    assert names == ["0", "1", "2", "3/exp", "3", "4/sin", "4", *parts, "5"]
 
 
 def test_a_module_within_which_others_run_is_none():
