@@ -37,11 +37,11 @@ def fingerprint_of(n_samples: int | None, first: Callable[[], Tensor], seed: int
     return Fingerprint(n_samples, digests.pop() if len(digests) == 1 else None)
 
 
-def keys_of(samples: Tensor) -> list[int]:
-    """A number of 64 bits for each sample, by what it holds."""
+def keys_of(samples: Tensor) -> Tensor:
+    """A number of 64 bits for each sample, by what it holds: ``(n,)``."""
     values = samples.detach().cpu().contiguous().flatten(1).view(torch.uint8).numpy()
     digests = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in values)
-    return [int.from_bytes(digest, "big", signed=True) for digest in digests]
+    return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests], dtype=torch.long)
 
 
 def warn_of_randomness(transformations: TransformationSet, sample: Tensor, seed: int) -> None:

@@ -24,11 +24,13 @@ class Samples:
         inputs: ``(n, *input_shape)``.
         labels: ``(n,)``, or None where the samples carry no label.
         batch: all entries of the batch for these samples, or None where nobody asked for them.
+        keys: ``(n,)``, what tells the samples apart by what they hold, or None where nobody asked for it.
     """
 
     inputs: Tensor
     labels: Tensor | None
     batch: Any = None
+    keys: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -37,20 +39,21 @@ class Samples:
         """Some of them."""
         labels = None if self.labels is None else self.labels[which]
         batch = None if self.batch is None else taken(self.batch, len(self), torch.arange(len(self))[which])
-        return Samples(self.inputs[which], labels, batch)
+        return Samples(self.inputs[which], labels, batch, None if self.keys is None else self.keys[which])
 
     def joined(self, other: Samples) -> Samples:
         """These and others."""
-        labels = None
-        if self.labels is not None and other.labels is not None:
-            labels = torch.cat([self.labels, other.labels])
+        labels, keys = (
+            None if a is None or b is None else torch.cat([a, b])
+            for a, b in ((self.labels, other.labels), (self.keys, other.keys))
+        )
         batch = joined(self.batch, other.batch, len(self), len(other))
-        return Samples(torch.cat([self.inputs, other.inputs]), labels, batch)
+        return Samples(torch.cat([self.inputs, other.inputs]), labels, batch, keys)
 
     def to(self, device: torch.device) -> Samples:
-        """The same on a device, labels apart."""
+        """The same on a device, labels and keys apart."""
         batch = changed(self.batch, lambda tensor: tensor.to(device, non_blocking=True))
-        return Samples(self.inputs.to(device, non_blocking=True), self.labels, batch)
+        return replace(self, inputs=self.inputs.to(device, non_blocking=True), batch=batch)
 
 
 def input_of(batch: Any, input_fn: Callable[..., Tensor] | None) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Sized
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
-from lightning_invariance.agreement import Fingerprint, fingerprint_of, warn_of_randomness
+from lightning_invariance.agreement import Fingerprint, fingerprint_of, keys_of, warn_of_randomness
 from lightning_invariance.arguments import check_data
 from lightning_invariance.batches import Samples, input_of, label_of
 from lightning_invariance.evaluation.isolation import isolated_random_state
@@ -34,6 +35,8 @@ class STBlock(NamedTuple):
             the row is complete when ``columns.stop`` is the number of transformations.
         indices: ``(rows,)``, on the CPU: which of the chosen samples these are, counted over all processes.
         batch: all entries of the batch for these rows, where they were asked for.
+        keys: ``(rows,)``, on the CPU: 64 bits that tell the samples apart by what they hold before any transformation,
+            where they were asked for.
     """
 
     inputs: Tensor
@@ -41,6 +44,7 @@ class STBlock(NamedTuple):
     columns: slice
     indices: Tensor
     batch: Any = None
+    keys: Tensor | None = None
 
 
 class STLoader:
@@ -69,6 +73,9 @@ class STLoader:
         with_batch: whether blocks carry all entries of the batch.
         run: how many samples a process takes at most, one after the other in the random order, before another has its
             turn. Those of iterable datasets, whose order is their own, are always dealt one by one.
+
+    Attributes:
+        with_keys: whether blocks carry the keys of their samples; may be changed between two passes.
 
     Raises:
         ValueError: If ``batch_size`` or ``max_samples`` is too small, there are no samples, an iterable dataset comes
@@ -112,6 +119,7 @@ class STLoader:
         self.input_fn = input_fn
         self.transform = transform
         self.with_batch = with_batch
+        self.with_keys = False
         self.device = torch.device(device) if device is not None else None
         self.rows = max(1, batch_size // len(transformations))
         self.is_split = self._checked = False
@@ -227,7 +235,7 @@ class STLoader:
                     inputs = transformations(samples.inputs)
                 else:
                     inputs = torch.stack([samples.inputs] * len(transformations), dim=1)
-                yield STBlock(inputs, samples.labels, columns, indices, samples.batch)
+                yield STBlock(inputs, samples.labels, columns, indices, samples.batch, samples.keys)
 
     def _indices(self, taken: Tensor) -> Tensor:
         """Which of the samples of all processes those are that this process takes as its first, second, and so on."""
@@ -260,6 +268,8 @@ class STLoader:
             if self.n_samples is None and self._world_size > 1 and not self.is_split:
                 first = (self._rank - seen + len(samples)) % self._world_size
                 samples = samples.taken(slice(first, None, self._world_size))
+            if self.with_keys:  # before a GPU has them, whose values could not be read without waiting
+                samples = replace(samples, keys=keys_of(samples.inputs))
             if self.device is not None:
                 samples = samples.to(self.device)
             if len(samples):

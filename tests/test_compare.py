@@ -95,6 +95,22 @@ def test_other_samples_are_compared_unpaired():
     assert row.difference == pytest.approx(other.mean() - one.mean(), rel=1e-9)
 
 
+@pytest.mark.parametrize("batch_size", [64, 3])  # a row in one block, and in parts
+def test_samples_are_the_same_wherever_in_a_network_they_are_transformed(batch_size):
+    def found(seed, order):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 2, 3)).double()
+        return evaluate(
+            *(model, images(40).roll(order, 0), quarter_turns(), TV),
+            transform_at="1",
+            batch_size=batch_size,
+            confidence=0.95,
+        )
+
+    assert compare(found(0, 0), found(1, 7)).unit == "the same samples"
+    assert compare(found(0, 0), result_of(1.0, images(40)), align="depth").unit == "the same samples"
+
+
 @pytest.mark.parametrize("margin", [0.1, 2.0, 40.0])
 def test_equivalence_is_two_one_sided_tests(margin):
     x = images(200)

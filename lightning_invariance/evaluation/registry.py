@@ -22,7 +22,6 @@ from lightning_invariance.accumulators.base import (
     started,
 )
 from lightning_invariance.accumulators.still import Still
-from lightning_invariance.agreement import keys_of
 from lightning_invariance.distributed import gather_or_raise, merge_over_ranks
 from lightning_invariance.evaluation.assembly import Assembly
 from lightning_invariance.evaluation.influence import Influence
@@ -56,7 +55,7 @@ class Registry:
         finished: whether every row was seen as often as the measures need.
         input_shape: of the transformed input.
         left_out: layer → why it was not measured.
-        sample_keys: number of a sample → digest of what it holds, where influences are wanted.
+        sample_keys: number of a sample → its key, where blocks carry them.
         expected: how many samples there will be, if known.
         needs: what the measures need.
     """
@@ -93,16 +92,14 @@ class Registry:
         self._block, self._memo, self._about = block, {}, {}
         if self.in_first_pass and block.columns.stop == len(self.transformations):
             self.n_samples += len(block.inputs)
+            if block.keys is not None:
+                self.sample_keys.update(zip(block.indices.tolist(), block.keys.tolist(), strict=True))
 
     def start_input(self, inputs: Tensor) -> None:
         """These are the transformed inputs ``(rows, columns, *input_shape)`` of the block."""
         if self.input_shape is None:
             self.input_shape = tuple(inputs.shape[2:])
             self.needs = self._needed(self.input_shape)
-        if self.confidence is not None and self.in_first_pass and self._block is not None:
-            column = (self.transformations.identity or 0) - self._block.columns.start
-            if 0 <= column < inputs.shape[1] and self._block.indices is not None:
-                self.sample_keys.update(zip(self._block.indices.tolist(), keys_of(inputs[:, column]), strict=True))
         if any(names_accumulators(measure) and measure.has_floor for measure in self.measures.values()):
             self.add(INPUT, inputs, usual_channel_axis(self.input_shape))
 

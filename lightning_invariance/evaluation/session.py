@@ -138,6 +138,7 @@ class Session:
         with self._prepared(intake), catch_activations(self.model, self.selection, intake.consume) as catcher:
             while not registry.finished:
                 error: BaseException | None = None
+                loader.with_keys = self.options.confidence is not None and registry.in_first_pass
                 try:
                     with isolated_random_state(self.options.seed):  # every pass sees the same random transformations
                         for block in self._with_progress(loader, about):
