@@ -13,7 +13,7 @@ from counting import counted
 from definitions import anova, goodfellow, quotient, same_equivariance, sd, sv, td, tv
 
 from lightning_invariance import quarter_turns, rotations
-from lightning_invariance.accumulators import devices
+from lightning_invariance.accumulators import devices, kernels
 from lightning_invariance.accumulators.base import Rows
 from lightning_invariance.accumulators.deviations import Deviations
 from lightning_invariance.measures import (
@@ -124,18 +124,26 @@ def test_values_of_every_family_are_the_definition(name, monkeypatch):
 ACTIVATIONS = [((3, 6, 6), 0), ((10, 7, 7), 0), ((40,), 0), ((), 0), ((9, 30), 1)]
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-25])
+#: Those, with types and sizes of values: squares of the smaller ones are beyond float32.
+CUBES = [(*activation, torch.float32, scale) for activation in ACTIVATIONS for scale in (1.0, 1e-25)]
+CUBES += [((3, 6, 6), 0, torch.float16, 1.0), ((9, 30), 1, torch.bfloat16, 1.0), ((3, 6, 6), 0, torch.bfloat16, 1e-25)]
+
+
 @pytest.mark.parametrize("reference", [2, None])
-@pytest.mark.parametrize(("shape", "axis"), ACTIVATIONS)
-def test_sums_and_changes_of_any_activation_are_the_definition(shape, axis, reference, scale, monkeypatch):
+@pytest.mark.parametrize(("shape", "axis", "dtype", "scale"), CUBES)
+def test_sums_and_changes_of_any_activation_are_the_definition(shape, axis, reference, dtype, scale, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False), raising=False)  # which is the CPU
     generator = torch.Generator().manual_seed(0)
-    st = scale * (torch.randn(11, 1, *shape, generator=generator) + torch.randn(11, 5, *shape, generator=generator))
+    st = torch.randn(11, 1, *shape, generator=generator) + torch.randn(11, 5, *shape, generator=generator)
+    st = (scale * st).to(dtype)
     accumulator = Deviations(response=True, reference=reference)
     states, n = accumulator.empty(), 0
     for block in st.split([1, 4, 6]):
-        accumulator.add_(states, Rows(block, before=n, channel_axis=axis))
+        rows = Rows(block, before=n, channel_axis=axis)
+        accumulator.add_(states, rows)
         n += len(block)
+        # Triton reads half precision as it is.
+        assert rows.values.dtype == (dtype if os.environ.get("TRITON_INTERPRET") == "1" else torch.float32)
     x = st.double()
     of_rows, of_columns = x - x.mean(1, keepdim=True), x - x.mean(0)
     apart = of_rows if reference is None else x - x[:, [reference]]
@@ -147,6 +155,26 @@ def test_sums_and_changes_of_any_activation_are_the_definition(shape, axis, refe
         (states["changes"], maps.square().sum((0, 3)) * (5 / 4 if reference is None else 1 / 2)),
     ):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by another test in Triton's interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_influences_of_any_type_are_the_definition(dtype):
+    (n, m, k), generator = (5, 3, 40), torch.Generator().manual_seed(0)
+    x, means, weights = (torch.rand(*size, generator=generator) for size in ((n, m, k), (m, k), (3, k)))
+    x, counts, factors = x.to(dtype), -torch.ones(k, dtype=torch.int32), torch.rand(k, generator=generator)
+    squares, fourths = torch.zeros(k, dtype=torch.float64), torch.zeros(k, dtype=torch.float64)
+    of_changes = kernels.ChangesOfSamples(factors, 1)
+    found = devices.add_influences(x, means, weights, counts, squares, fourths, of_changes)
+    wide, mean, (w, v, b) = x.double().numpy(), means.double().numpy(), weights.double().numpy()
+    spreads = ((wide - mean) ** 2).sum(1)
+    psi = w * m * wide.var(1) + v * spreads - b
+    np.testing.assert_allclose(found.on_sum.numpy(), psi.sum(1), rtol=1e-5)
+    np.testing.assert_allclose(squares.numpy(), (psi**2).sum(0), rtol=1e-4)
+    np.testing.assert_allclose(fourths.numpy(), (psi**4).sum(0), rtol=1e-4)
+    np.testing.assert_allclose(found.spreads.numpy(), spreads, rtol=1e-4)
+    changes = ((wide - wide[:, [1]]) ** 2) @ factors.double().numpy()
+    np.testing.assert_allclose(found.changes.numpy(), changes, rtol=1e-5)
 
 
 def test_rows_may_be_added_on_a_device_after_others_on_the_cpu_and_a_merge(monkeypatch):
@@ -199,7 +227,7 @@ def test_without_a_working_triton_it_warns_once_and_takes_pytorch(monkeypatch):
 #: all samples change alike but for a millionth, which float32 sums do not hold well enough for standard errors.
 OF_SUMS = {
     "test_variance.py": "by_hand or any_block_size or merge_order or special_cases or out_of_range or nan_and"
-    " or first_column or any_values",
+    " or first_column or any_values or half_precision",
     "test_extremes.py": "NV",
     "test_response.py": "identity or batches or merges or nan",
     "test_devices.py": "definition",
@@ -294,33 +322,37 @@ def kernels_of_triton():
     return triton_kernels, triton_influences
 
 
+#: Columns, and the type of activations.
+SIZES = [*((m, "fp32") for m in (4, 8, 16, 32, 64, 256)), (16, "fp16"), (16, "bf16")]
+
+
+@pytest.mark.parametrize(("m", "dtype"), SIZES)
 @pytest.mark.parametrize("card", CARDS)
-@pytest.mark.parametrize("m", [4, 8, 16, 32, 64, 256])
 def test_the_kernel_fits_into_the_registers_of_every_card_and_reads_activations_once(
-    card, m, tmp_path, kernels_of_triton
+    card, m, dtype, tmp_path, kernels_of_triton
 ):
     sums, _ = kernels_of_triton
     columns, width, warps, positions = sums.tile_of(m, 64 * 3136, 3136, True)
     constants = {"CHANGES": True, "CENTRED": False, "POOLED": positions == 3136, "FULL": columns == m}
     constants |= {"COLUMNS": columns, "WIDTH": width}
-    code, told = compiled(sums._add_rows, ["*fp32", *5 * ["*fp64"]], constants, warps, card, tmp_path)
-    # Tiles of columns and activations: the float32 ones are activations, of the first row and in the loop of the next,
+    code, told = compiled(sums._add_rows, [f"*{dtype}", *5 * ["*fp64"]], constants, warps, card, tmp_path)
+    # Tiles of columns and activations: the narrow ones are activations, of the first row and in the loop of the next,
     # the float64 ones are states. What is read a second time, where float32 does not hold a tile, is read as one column
     # after another.
-    tiles = re.findall(rf"tt\.load .*tensor<{columns}x{width}x!tt\.ptr<(f32|f64)>", code)
-    assert sorted(tiles) == ["f32", "f32", "f64", "f64"], tiles
+    tiles = re.findall(rf"tt\.load .*tensor<{columns}x{width}x!tt\.ptr<(f32|bf16|f16|f64)>", code)
+    assert sorted(tiles) == sorted(2 * [dtype.replace("fp", "f"), "f64"]), tiles
     assert_in_registers(told, m)
 
 
 @pytest.mark.parametrize("card", CARDS)
-@pytest.mark.parametrize("m", [4, 16, 64])
-def test_the_kernel_of_influences_does_as_well(card, m, tmp_path, kernels_of_triton):
+@pytest.mark.parametrize(("m", "dtype"), [(4, "fp32"), (16, "fp32"), (64, "fp32"), (16, "bf16")])
+def test_the_kernel_of_influences_does_as_well(card, m, dtype, tmp_path, kernels_of_triton):
     sums, influences = kernels_of_triton
     k = 64 * 3136
     columns, width, warps, _ = sums.tile_of(m, k, k, False)
     constants = {"CHANGES": True, "FULL": columns == m, "COLUMNS": columns, "WIDTH": width}
-    pointers = [*3 * ["*fp32"], "*i32", "*fp32", *2 * ["*fp64"], *3 * ["*fp32"]]
+    pointers = [f"*{dtype}", *2 * ["*fp32"], "*i32", "*fp32", *2 * ["*fp64"], *3 * ["*fp32"]]
     code, told = compiled(influences._influences, pointers, constants, warps, card, tmp_path)
-    tiles = re.findall(rf"tt\.load .*tensor<{columns}x{width}x!tt\.ptr<f32>", code)
-    assert len(tiles) == 2, tiles  # the means, and a row
+    tiles = re.findall(rf"tt\.load .*tensor<{columns}x{width}x!tt\.ptr<(f32|bf16|f16)>", code)
+    assert sorted(tiles) == sorted(["f32", dtype.replace("fp", "f")]), tiles  # the means, and a row
     assert_in_registers(told, m)

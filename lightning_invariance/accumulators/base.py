@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from types import BuiltinFunctionType, FunctionType
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
@@ -19,6 +17,10 @@ from lightning_invariance.transforms import TransformationSet
 
 #: The sums of one accumulator by name.
 States: TypeAlias = dict[str, Tensor]
+
+#: Types of networks in half precision, which float32 holds exactly; and all types of rows.
+HALF = {torch.float16, torch.bfloat16}
+TYPES = {torch.float32, torch.float64, *HALF}
 
 #: The state that counts rows, which the package keeps beside those of an accumulator.
 N_SAMPLES = "n_samples"
@@ -50,8 +52,9 @@ class Rows:
     """Rows of the ST matrix of every activation of one layer.
 
     Attributes:
-        values: ``(samples, transformations, *activation_shape)`` in float32 or float64. Rows are complete, unless the
-            accumulator :attr:`~Accumulator.takes_parts`.
+        values: ``(samples, transformations, *activation_shape)`` in float32 or float64; or in float16 or bfloat16, if
+            the accumulator :attr:`~Accumulator.takes_half`. Rows are complete, unless it
+            :attr:`~Accumulator.takes_parts`.
         indices: ``(samples,)`` in int64, on the CPU: numbers that name the samples; None in an update by hand without.
         labels: ``(samples,)``, the class of each sample; None where the data have none.
         before: how many rows were added before these.
@@ -87,6 +90,11 @@ class Rows:
         """``(samples, transformations, channels, positions)``."""
         values = self.channels_first
         return values.flatten(3) if values.ndim > 3 else values.reshape(*values.shape[:2], -1, 1)
+
+    def widen(self) -> None:
+        """Make float16 and bfloat16 values float32, once for all who do not take them as they are."""
+        if self.values.dtype in HALF:
+            self.values = self.values.float()
 
     def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """What several accumulators of a layer need of these rows, computed by the first of them."""
@@ -127,6 +135,9 @@ class Accumulator(ABC):
 
     #: Whether rows longer than a batch are added in parts, one after the other; otherwise rows are completed first.
     takes_parts: ClassVar[bool] = False
+
+    #: Whether it adds float16 and bfloat16 values as they are; otherwise they are float32.
+    takes_half: ClassVar[bool] = False
 
     #: Whether states grow with the number of rows; otherwise the first row tells how much memory they take.
     grows: ClassVar[bool] = False
@@ -271,29 +282,3 @@ def check_state(accumulator: str, name: str, value: Any) -> None:
     if not isinstance(value, Tensor) or value.dtype not in DTYPES:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"Expected state {name!r} of {accumulator} to be a tensor of one of {DTYPES}, but got {got}.")
-
-
-def configuration_of(accumulators: Iterable[Accumulator]) -> Tensor:
-    """Numbers ``(8,)`` that tell apart accumulators that differ in any argument, in every process alike.
-
-    Lambdas, functions within functions and objects of other classes are told apart by their identity.
-    """
-    digest = hashlib.sha256(_described(tuple(accumulators)).encode()).digest()
-    return torch.tensor([int.from_bytes(digest[i : i + 4], "big") for i in range(0, 32, 4)])
-
-
-def _described(value: Any) -> str:
-    kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    if isinstance(value, tuple | list):
-        return f"({', '.join(map(_described, value))})"
-    if dataclasses.is_dataclass(value):
-        return f"{kind}({', '.join(_described(getattr(value, part.name)) for part in dataclasses.fields(value))})"
-    if isinstance(value, TransformationSet):
-        return f"{kind}{_described(value.signature)}"
-    if isinstance(value, Tensor):
-        return f"{value.dtype}{tuple(value.shape)}{value.tolist()}"
-    if isinstance(value, FunctionType | BuiltinFunctionType) and "<" not in value.__qualname__:
-        return f"{value.__module__}.{value.__qualname__}"
-    if value is None or isinstance(value, bool | int | float | str | torch.dtype):
-        return repr(value)
-    return f"{kind} at {id(value)}"

@@ -73,6 +73,8 @@ class Deviations(Accumulator):
     reference: int | None = None
     exact: bool = False
 
+    takes_half = True
+
     def empty(self) -> States:
         """The states before the first row."""
         vector, matrix, tiles = (torch.zeros(*[0] * axes, dtype=torch.float64) for axes in (1, 2, 3))
@@ -89,6 +91,8 @@ class Deviations(Accumulator):
         """Add rows in place: on the CPU in C where it takes them, and elsewhere as ``devices.py`` does."""
         if self.exact and not rows.values.is_cpu:
             rows = replace(rows, values=rows.values.double())
+        if rows.values.is_cpu:
+            rows.widen()
         x = rows.flat
         if not states["centres"].numel():
             states.update(self._first(x, self.exact))

@@ -32,31 +32,33 @@ def add_deviations(
 
     Args:
         states: of any kind; from now on with float64 means in one tile.
-        rows: of another device than the CPU, with float64.
+        rows: of another device than the CPU, with float64; only Triton reads float16 and bfloat16 as they are.
         limits: when float32 is not good enough for sums of squares.
         squared: whether variances or standard deviations are averaged.
         response: whether to add what each transformation changes.
         reference: the column that changes are taken from; None for the mean of the row.
     """
-    x, (_, m, *shape) = rows.flat, rows.values.shape
+    _, m, *shape = rows.values.shape
     if response and not states["changes"].numel():
         channels = shape[rows.channel_axis] if shape else 1
         states["changes"] = states["row_spread"].new_zeros(m, channels)
     changes = states["changes"] if response else None
     _in_one_tile(states)
-    kernel = _kernels_for(x) if squared else None
+    kernel = _kernels_for(rows.flat) if squared else None
     if kernel is not None:
         sums = (states["row_spread"], states["column_spread"], states["centres"], states["offsets"])
         inner = math.prod(shape[rows.channel_axis + 1 :])
         try:
-            kernel.add_deviations(x, rows.before, *sums, (limits.smallest, limits.largest), changes, reference, inner)
+            of_squares = limits.smallest, limits.largest
+            kernel.add_deviations(rows.flat, rows.before, *sums, of_squares, changes, reference, inner)
             return
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of the compiler, before the first launch
             _give_up(error)
-    _add_columns(states, x, rows.before, squared)
-    _add_rows(states, x, squared, rows, changes, reference)
+    rows.widen()
+    _add_columns(states, rows.flat, rows.before, squared)
+    _add_rows(states, rows.flat, squared, rows, changes, reference)
 
 
 def takes(x: Tensor) -> bool:

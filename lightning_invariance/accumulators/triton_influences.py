@@ -37,12 +37,12 @@ def add_influences(
     x, (n, m, k) = x.contiguous(), x.shape
     columns, width, warps, _ = tile_of(m, k, k, with_changes=False)
     programs = triton.cdiv(k, width)
-    on_sum = x.new_empty(n, programs)
-    nothing = x.new_empty(0)
+    on_sum = means.new_empty(n, programs)
+    nothing = means.new_empty(0)
     changes, spreads = nothing, nothing
     factors, reference = (nothing, 0) if of_changes is None else of_changes
     if of_changes is not None:
-        changes, spreads = x.new_empty(n, m, programs), x.new_empty(n, k)
+        changes, spreads = means.new_empty(n, m, programs), means.new_empty(n, k)
     most = max(1, MOST_VALUES // (m * k))
     with torch.cuda.device_of(x):
         for start in range(0, n, most):
@@ -103,8 +103,8 @@ def _influences(
     of_fourths = tl.zeros([WIDTH], tl.float64)
     for i in range(0, n):
         row = x + i * (m * k)
-        value = tl.load(row + at, mask, 0.0)
-        first = tl.load(row + reference * k + unit, inside, 0.0)
+        value = tl.load(row + at, mask, 0.0).to(tl.float32)
+        first = tl.load(row + reference * k + unit, inside, 0.0).to(tl.float32)
         a = masked(value - first[None, :], mask, FULL)
         d = masked(value - mean, mask, FULL)
         centred = masked(a - (tl.sum(a, 0) / m)[None, :], mask, FULL)

@@ -16,6 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_invariance.accumulators.base import TYPES
+from lightning_invariance.accumulators.triton_float64 import changes_in_float64, columns_in_float64, rows_in_float64
+
 #: The most values of a tile that a thread holds: they fit into its registers with four numbers for each. Fewer where
 #: some columns or activations of a tile are masked, or rows are longest, which takes registers too.
 VALUES_OF_THREAD = 16
@@ -44,7 +47,7 @@ MOST_VALUES = 2**31 - 1
 
 def takes(x: Tensor) -> bool:
     """Whether the kernel takes rows ``x`` (n, m, k)."""
-    return x.dtype == torch.float32 and x.shape[1] <= MOST_COLUMNS and x[0].numel() <= MOST_VALUES
+    return x.dtype in TYPES - {torch.float64} and x.shape[1] <= MOST_COLUMNS and x[0].numel() <= MOST_VALUES
 
 
 def add_deviations(
@@ -178,8 +181,8 @@ def _add_rows(
             place_of_first += step
             next_value = tl.load(x + place, mask, 0.0)
             next_first = tl.load(x + place_of_first, inside, 0.0)
-            a = masked(value - first[None, :], mask, FULL)
-            d = value - mean
+            a = masked(value.to(tl.float32) - first.to(tl.float32)[None, :], mask, FULL)
+            d = value.to(tl.float32) - mean
             value = next_value
             first = next_first
             of_row = tl.sum(a, 0)
@@ -214,11 +217,11 @@ def _add_rows(
         moving = before * rounding * rounding + shift * (total * shift - 2 * deviation)
         squares += tl.sum(masked(moving, mask, FULL), 0)
     else:
-        rows = _rows_in_float64(x, n, m, k, reference, unit, inside, WIDTH)
-        squares = _columns_in_float64(x, offsets, n, m, k, before, centre, unit, inside, WIDTH)
+        rows = rows_in_float64(x, n, m, k, reference, unit, inside, WIDTH)
+        squares = columns_in_float64(x, offsets, n, m, k, before, centre, unit, inside, WIDTH)
         if CHANGES:
             for t in range(0, m):
-                of_column = _changes_in_float64(x, n, m, k, reference, unit, t, inside, CENTRED, WIDTH)
+                of_column = changes_in_float64(x, n, m, k, reference, unit, t, inside, CENTRED, WIDTH)
                 if POOLED:
                     tl.store(parts + t * tl.num_programs(0) + program, tl.sum(of_column, 0))
                 else:
@@ -231,59 +234,6 @@ def _add_rows(
 def masked(values, mask, FULL: tl.constexpr):
     """Values with 0 where a tile has more columns than the block."""
     return values if FULL else tl.where(mask, values, 0.0)
-
-
-@triton.jit
-def _columns_in_float64(x, offsets, n, m, k, before, centre, unit, inside, WIDTH: tl.constexpr):
-    """What squared deviations from the means of columns grow by; moves the means."""
-    squares = tl.zeros([WIDTH], tl.float64)
-    for t in range(0, m):
-        here = t * k + unit
-        offset = tl.load(offsets + here, inside, 0.0)
-        added = tl.zeros([WIDTH], tl.float64)
-        for i in range(0, n):
-            d = tl.load(x + i * (m * k) + here, inside, 0.0).to(tl.float64) - (centre + offset)
-            added += d
-            squares += d * d
-        moved = offset + added / (before + n)
-        tl.store(offsets + here, moved, inside)
-        shift = moved - offset
-        squares += shift * ((before + n) * shift - 2 * added)
-    return squares
-
-
-@triton.jit
-def _rows_in_float64(x, n, m, k, reference, unit, inside, WIDTH: tl.constexpr):
-    """Squared deviations from the means of rows, summed over rows."""
-    rows = tl.zeros([WIDTH], tl.float64)
-    for i in range(0, n):
-        row = x + i * (m * k) + unit
-        first = tl.load(row + reference * k, inside, 0.0).to(tl.float64)
-        of_row = tl.zeros([WIDTH], tl.float64)
-        of_squares = tl.zeros([WIDTH], tl.float64)
-        for t in range(0, m):
-            a = tl.load(row + t * k, inside, 0.0).to(tl.float64) - first
-            of_row += a
-            of_squares += a * a
-        rows += of_squares - of_row * of_row / m
-    return rows
-
-
-@triton.jit
-def _changes_in_float64(x, n, m, k, reference, unit, t, inside, CENTRED: tl.constexpr, WIDTH: tl.constexpr):
-    """What one transformation changes, summed over rows."""
-    changed = tl.zeros([WIDTH], tl.float64)
-    for i in range(0, n):
-        row = x + i * (m * k) + unit
-        first = tl.load(row + reference * k, inside, 0.0).to(tl.float64)
-        a = tl.load(row + t * k, inside, 0.0).to(tl.float64) - first
-        if CENTRED:
-            of_row = tl.zeros([WIDTH], tl.float64)
-            for j in range(0, m):
-                of_row += tl.load(row + j * k, inside, 0.0).to(tl.float64) - first
-            a -= of_row / m
-        changed += a * a
-    return changed
 
 
 @triton.jit(do_not_specialize=["outer", "channels", "rest"])

@@ -88,6 +88,7 @@ class Influence:
             raise ValueError("Expected argument `indices` for influences, which belong to samples.")
         if self.pairs is None and self._add_by_kernel(rows):
             return
+        rows.widen()
         if self.pairs is None:
             n, shares = self._sums.n_samples, self._shares(rows)
             if self._response is not None:

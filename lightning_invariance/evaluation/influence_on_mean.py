@@ -75,6 +75,7 @@ class InfluenceOnMean:
         """Add rows that were just added to the accumulators."""
         if rows.indices is None:
             raise ValueError("Expected argument `indices` for influences, which belong to samples.")
+        rows.widen()
         shares: States = {}
         for accumulator in self._accumulators:
             shares.update(accumulator.shares(rows, None))

@@ -13,6 +13,7 @@ from torchmetrics import Metric
 
 from lightning_invariance.accumulators.base import (
     N_SAMPLES,
+    TYPES,
     Accumulator,
     Context,
     Rows,
@@ -123,7 +124,7 @@ class Registry:
             raise RuntimeError("Expected a block before its activations.")
         if not st.is_cpu:
             st = st.to(summed_on(st.device))
-        if st.dtype not in (torch.float32, torch.float64):
+        if st.dtype not in TYPES:
             st = st.float()
         layer = self.layers.get(name)
         if layer is None:
@@ -134,6 +135,8 @@ class Registry:
         active = layer.first if self.in_first_pass else layer.second
         if self._in_parts:
             rows = self._rows(block, st, last, channel_axis)
+            rows.widen()
+            st = rows.values
             self._update([tally for tally in active if tally.accumulator.takes_parts], rows)
             active = [tally for tally in active if not tally.accumulator.takes_parts]
         waiting = layer.waiting
@@ -145,7 +148,8 @@ class Registry:
             for influence in waiting:
                 influence.add(rows)
             for key, metric in layer.metrics.items() if self.in_first_pass else ():
-                metric.update(whole, **self._arguments(key, metric, block))
+                rows.widen()
+                metric.update(rows.values, **self._arguments(key, metric, block))
         return True
 
     def _rows(self, block: STBlock, st: Tensor, last: bool, channel_axis: int) -> Rows:
@@ -156,6 +160,8 @@ class Registry:
         """Add rows, or a part of one, to accumulators, each of which counts its own."""
         for tally in tallies:
             rows.before = tally.n_samples
+            if not tally.accumulator.takes_half:
+                rows.widen()
             tally.accumulator.add_(tally.states, rows)
             if not tally.n_samples:
                 check_states(tally.accumulator, tally.states, "add")
@@ -179,6 +185,7 @@ class Registry:
         accumulators = distinct([a for measure in applicable for a in self.needs.first.get(measure, ())])
         if name != INPUT and accumulators and all(type(a).dead is Accumulator.dead for a in accumulators):
             accumulators.append(Still())
+        accumulators.sort(key=lambda accumulator: not accumulator.takes_half)  # before values are widened
         layer.first = [Tally(accumulator, started(accumulator, device)) for accumulator in accumulators]
         for measure in applicable:
             if measure not in self.needs.first:

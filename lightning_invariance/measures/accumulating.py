@@ -13,16 +13,17 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_invariance.accumulators.base import (
     N_SAMPLES,
+    TYPES,
     Accumulator,
     Context,
     Rows,
     States,
     check_declaration,
     check_states,
-    configuration_of,
     merged,
     states_of,
 )
+from lightning_invariance.accumulators.configuration import configuration_of
 from lightning_invariance.distributed import merge_over_ranks
 from lightning_invariance.precision import has_float64, summed_on
 from lightning_invariance.transforms import TransformationSet
@@ -160,6 +161,8 @@ class AccumulatingMetric(Metric):
         with torch.no_grad():
             for accumulator in self.needs_again if self.in_second_pass else self.needs:
                 states = {name: getattr(self, name) for name in accumulator.empty()}
+                if not accumulator.takes_half:
+                    rows.widen()
                 if in_place:
                     accumulator.add_(states, rows)
                 else:
@@ -235,7 +238,7 @@ class AccumulatingMetric(Metric):
 
 
 def checked_block(st_block: Any) -> Tensor:
-    """An ST block as accumulators take it: in float32 or float64, without gradients, on a device with float64.
+    """An ST block as accumulators take it: of one of :data:`TYPES`, without gradients, on a device with float64.
 
     Raises:
         ValueError: If it has fewer than two dimensions, or no activations.
@@ -250,7 +253,7 @@ def checked_block(st_block: Any) -> Tensor:
             f" but got {tuple(st_block.shape)}."
         )
     values = st_block.detach().to(summed_on(st_block.device))
-    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+    return values if values.dtype in TYPES else values.float()
 
 
 def as_tuple(accumulators: Accumulator | Sequence[Accumulator]) -> tuple[Accumulator, ...]:
