@@ -144,6 +144,7 @@ class DeviceCase(NamedTuple):
         size: of its images.
         samples: how many there are where the user does not say.
         target: the largest ratio that is accepted.
+        dtype: of its weights, images and activations.
     """
 
     name: str
@@ -151,11 +152,13 @@ class DeviceCase(NamedTuple):
     size: int
     samples: int
     target: float = 1.25
+    dtype: torch.dtype = torch.float32
 
 
 DEVICE_CASES = [
     DeviceCase("ResNet-18, 224×224", torchvision.models.resnet18, 224, 1024),
     DeviceCase("ResNet-50, 224×224", torchvision.models.resnet50, 224, 1024),
+    DeviceCase("ResNet-18, bfloat16", torchvision.models.resnet18, 224, 1024, dtype=torch.bfloat16),
     DeviceCase("SimpleConv-32", MODELS["SimpleConv-32"], 32, 10_000),  # images of CIFAR-10's test set
 ]
 
@@ -233,7 +236,8 @@ def device_ratios(case: DeviceCase, device: str, samples: int | None, rounds: in
     """Time of evaluate() over that of the forward passes on a device, the median of those, and synchronisations."""
     torch.manual_seed(0)
     samples = case.samples if samples is None else samples
-    model, images = case.model().eval().to(device), torch.rand(samples, 3, case.size, case.size)
+    model = case.model().eval().to(device, case.dtype)
+    images = torch.rand(samples, 3, case.size, case.size).to(case.dtype)
     module = torch.get_device_module(device)
     finish: Callable[[], None] = getattr(module, "synchronize", lambda: None)
 
