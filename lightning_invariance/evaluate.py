@@ -40,9 +40,6 @@ DEFAULT_BUDGET = 2**31
 #: Model → the batch size that ``"auto"`` came to, where the memory did not suffice for the first one.
 _FITTING: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
-#: Frames between a warning and whoever called :func:`evaluate`.
-CALLER = 5
-
 
 def evaluate(
     model: nn.Module,
@@ -213,7 +210,7 @@ def _measured(session: Session, transformations: TransformationSet, measures: Ma
     ran = [*result.layers, *(layer for layers in result.skipped.values() for layer in layers)]
     session.selection.check_measured(ran, result.left_out)
     if rank_and_world_size()[0] == 0:
-        warn_of(result, CALLER, options.channel_axis or ())
+        warn_of(result, options.channel_axis or ())
     return result
 
 

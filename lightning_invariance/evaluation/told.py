@@ -7,26 +7,25 @@ import warnings
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-from lightning_invariance.hints import FEW, instead_of, number_of, some
+from lightning_invariance.hints import FEW, instead_of, level_of_user, number_of, some
 from lightning_invariance.layers import summary_of
 from lightning_invariance.result import InvarianceResult
 from lightning_invariance.table import NOTABLE
 
 
-def warn_of(result: InvarianceResult, caller: int, channel_axes: Iterable[str] = ()) -> None:
+def warn_of(result: InvarianceResult, channel_axes: Iterable[str] = ()) -> None:
     """Warn of layers that are left out or that some samples did not reach, and of NaN and infinite values.
 
     Args:
         result: of an evaluation.
-        caller: number of frames from here to whoever called it.
         channel_axes: the layers, or patterns, that the user named axes of.
     """
-    _warn_of_unused(result, channel_axes, caller)
+    _warn_of_unused(result, channel_axes)
     for warn in (_warn_of_left_out, _warn_of_reached, _warn_of_nan, _warn_of_infinite):
-        warn(result, caller + 1)
+        warn(result)
 
 
-def _warn_of_unused(result: InvarianceResult, channel_axes: Iterable[str], caller: int) -> None:
+def _warn_of_unused(result: InvarianceResult, channel_axes: Iterable[str]) -> None:
     known = [*result.channel_axis, *result.left_out]
     for pattern in channel_axes:
         if not any(pattern == layer or fnmatchcase(layer, pattern) for layer in known):
@@ -34,26 +33,26 @@ def _warn_of_unused(result: InvarianceResult, channel_axes: Iterable[str], calle
                 f"Expected argument `channel_axis` to name layers that ran, but none fits {pattern!r}."
                 f" {instead_of(pattern, known)}",
                 UserWarning,
-                stacklevel=caller,
+                stacklevel=level_of_user(),
             )
 
 
-def _warn_of_left_out(result: InvarianceResult, caller: int) -> None:
+def _warn_of_left_out(result: InvarianceResult) -> None:
     if result.left_out:
         warnings.warn(
             f"{_layers(len(result.left_out))} left out: {summary_of(result.left_out)}. `result.left_out` says why.",
             UserWarning,
-            stacklevel=caller,
+            stacklevel=level_of_user(),
         )
 
 
-def _warn_of_reached(result: InvarianceResult, caller: int) -> None:
+def _warn_of_reached(result: InvarianceResult) -> None:
     if result.reached:
         counts = [f"{layer} ({n} of {result.n_samples})" for layer, n in result.reached.items()]
         warnings.warn(
             f"{_layers(len(counts))} reached by some of the samples only: {some(counts)}.",
             UserWarning,
-            stacklevel=caller,
+            stacklevel=level_of_user(),
         )
 
 
@@ -61,7 +60,7 @@ def _layers(count: int) -> str:
     return f"{number_of(count, 'layer')} {'is' if count == 1 else 'are'}"
 
 
-def _warn_of_infinite(result: InvarianceResult, caller: int) -> None:
+def _warn_of_infinite(result: InvarianceResult) -> None:
     """Tell where a mean leaves out so much that a layer may look more invariant than it is."""
     for measure in result:
         rows = [row for row in result.table(measure) if row.share_infinite > NOTABLE]
@@ -71,11 +70,11 @@ def _warn_of_infinite(result: InvarianceResult, caller: int) -> None:
                 f"{measure} is infinite, and left out of the mean of the layer, for many units of {counts}: they change"
                 " with the transformation, but not with the sample.",
                 UserWarning,
-                stacklevel=caller,
+                stacklevel=level_of_user(),
             )
 
 
-def _warn_of_nan(result: InvarianceResult, caller: int) -> None:
+def _warn_of_nan(result: InvarianceResult) -> None:
     found = []
     for measure in result:
         numbers = {layer: int(values.isnan().sum()) for layer, values in result[measure].items()}
@@ -87,5 +86,5 @@ def _warn_of_nan(result: InvarianceResult, caller: int) -> None:
             "NaN, and left out of all means, because activations are NaN or infinite or the measure is undefined there:"
             f" {'; '.join(found)}.",
             UserWarning,
-            stacklevel=caller,
+            stacklevel=level_of_user(),
         )

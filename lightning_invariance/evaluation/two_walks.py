@@ -13,14 +13,12 @@ from torchmetrics import Metric
 from lightning_invariance.accumulators import Deviations, LongRows
 from lightning_invariance.evaluation.collect import collect, make_result
 from lightning_invariance.evaluation.session import Session
+from lightning_invariance.hints import level_of_user
 from lightning_invariance.loader import STLoader
 from lightning_invariance.measures import Measure, SampleVariance, Sums
 from lightning_invariance.measures.base import names_accumulators
 from lightning_invariance.measures.variance import MeasureOfVariances
 from lightning_invariance.result import InvarianceResult
-
-#: Frames between a warning and whoever called `evaluate`.
-CALLER = 5
 
 #: Bytes of each activation beside the means of columns, for variances and for standard deviations.
 VECTORS = 64
@@ -71,7 +69,7 @@ def in_two_walks(
         of_variances[name] = measure
     needs = [accumulator for measure in of_variances.values() for accumulator in measure.needs]
     if any(isinstance(accumulator, Deviations) and accumulator.response for accumulator in needs):
-        warnings.warn("Responses are left out within `state_budget`.", UserWarning, stacklevel=CALLER)
+        warnings.warn("Responses are left out within `state_budget`.", UserWarning, stacklevel=level_of_user())
     kinds = {_key(measure): measure.squared for measure in of_variances.values()}
     least = sum(VECTORS + MEAN + (0 if squared else SPREAD) for squared in kinds.values())
     columns = 1 + (budget // max(1, activations) - least) // (least - VECTORS * len(kinds))
