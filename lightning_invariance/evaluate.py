@@ -221,7 +221,7 @@ def _needed(session: Session, loader: STLoader, measures: Mapping[str, Metric]) 
     try:
         activations = session.activations(loader)
         confidence = session.options.confidence
-        registry = Registry(measures, loader.transformations, loader.n_samples, loader.run, confidence)
+        registry = Registry(measures, loader.transformations, loader.n_samples, loader.source.run, confidence)
         number = sum(math.prod(shape) for shape, *_ in activations.values())
         own = needed_bytes(registry, activations, session.batch_size, session.device)[1], number
     except Exception as raised:  # the other processes must be told, or they would wait for ever

@@ -33,7 +33,7 @@ def first_size(device: torch.device) -> int:
 
 def size_for_inputs(loader: STLoader, device: torch.device) -> int:
     """The number for the inputs of a loader; in float32, whatever their type."""
-    size = None if device.type == "cpu" else loader.bytes_of_input()
+    size = None if device.type == "cpu" else loader.source.bytes_of_input()
     return loader.batch_size if size is None else max(1, min(MOST, INPUT_BYTES // size))
 
 

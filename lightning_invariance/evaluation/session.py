@@ -105,11 +105,11 @@ class Session:
             )
             if self.options.batch_size == "auto":
                 self._resize(loader, size_for_inputs(loader, self.device))
-            fingerprint = loader.fingerprint() if world_size > 1 else fingerprint
+            fingerprint = loader.source.fingerprint() if world_size > 1 else fingerprint
         except Exception as raised:  # the other processes must be told, or they would wait for ever
             error = raised
         if is_split(gather_or_raise(fingerprint, error)):
-            loader.take_own_stream()
+            loader.source.take_own_stream()
         return loader
 
     def walk(
@@ -129,7 +129,9 @@ class Session:
             at_milestone: called with the registry between two blocks.
             about: text beside the progress bar.
         """
-        registry = Registry(measures, loader.transformations, loader.n_samples, loader.run, self.options.confidence)
+        registry = Registry(
+            measures, loader.transformations, loader.n_samples, loader.source.run, self.options.confidence
+        )
         intake = Intake(registry, self.options.channel_axis, within=self._transformed_module is not None)
         waiting = list(milestones)
         if self.options.outputs:
@@ -138,7 +140,7 @@ class Session:
         with self._prepared(intake), catch_activations(self.model, self.selection, intake.consume) as catcher:
             while not registry.finished:
                 error: BaseException | None = None
-                loader.with_keys = self.options.confidence is not None and registry.in_first_pass
+                loader.source.with_keys = self.options.confidence is not None and registry.in_first_pass
                 try:
                     with isolated_random_state(self.options.seed):  # every pass sees the same random transformations
                         for block in self._with_progress(loader, about):
@@ -278,7 +280,7 @@ class Session:
 
     def _with_progress(self, loader: STLoader, about: str) -> Iterator[STBlock]:
         show = self.options.progress and rank_and_world_size()[0] == 0
-        bar = tqdm(None, about, loader.n_own, leave=False, delay=PROGRESS_DELAY, unit="sample", disable=not show)
+        bar = tqdm(None, about, loader.source.n_own, leave=False, delay=PROGRESS_DELAY, unit="sample", disable=not show)
         with bar:
             for block in loader:
                 yield block
