@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from lightning_invariance.catching import Catcher, catch_activations, transforme
 from lightning_invariance.distributed import gather_or_raise, rank_and_world_size
 from lightning_invariance.evaluation.allocator import keep_freed_memory
 from lightning_invariance.evaluation.auto_batch import first_size, size_for_activations, size_for_inputs
-from lightning_invariance.evaluation.dependence import Dependence
 from lightning_invariance.evaluation.intake import Intake
 from lightning_invariance.evaluation.isolation import (
     device_of,
@@ -31,7 +29,8 @@ from lightning_invariance.evaluation.isolation import (
 from lightning_invariance.evaluation.memory import Activation, Output, activations_of, check_memory
 from lightning_invariance.evaluation.options import Options
 from lightning_invariance.evaluation.predictions import Predictions
-from lightning_invariance.evaluation.probe import CONSTANT, Finding, Layout, Outputs, few_of, probe
+from lightning_invariance.evaluation.probe import CONSTANT, Finding, Layout
+from lightning_invariance.evaluation.probe_block import probe_block
 from lightning_invariance.evaluation.registry import Registry
 from lightning_invariance.layers import module_of, select_layers
 from lightning_invariance.loader import STBlock, STLoader
@@ -41,9 +40,6 @@ from lightning_invariance.transforms import TransformationSet
 
 #: A progress bar appears when a walk takes longer than this, in seconds.
 PROGRESS_DELAY = 3.0
-
-#: Errors of a model that is called otherwise than it is made for, whose message can be added to.
-FAILURES = (TypeError, NotImplementedError, RuntimeError, IndexError, AttributeError, ValueError)
 
 
 class Session:
@@ -68,7 +64,7 @@ class Session:
         at = options.transform_at
         self._transformed_module = None if at is None else module_of(model, at)
         self._findings: dict[str, Finding] | None = None  # of the first block
-        self._outputs: dict[str, Output] = {}  # of the last probe
+        self._outputs: dict[str, Output] = {}  # of all probes
         self._predictions: Predictions | None = None  # of the last walk
 
     def with_batch_size(self, batch_size: int) -> Session:
@@ -184,53 +180,10 @@ class Session:
             loader.resize(batch_size)
 
     def _probed(self, block: STBlock, catcher: Catcher) -> dict[str, Finding]:
-        """Where the inputs of a batch stand in the output of each layer, by two forward passes of a few inputs."""
-        inputs, positions = few_of(block.inputs.flatten(0, 1))
-
-        def outputs_of(numbers: Sequence[int], seed: int, shift: int = 0) -> Outputs:
-            outputs: Outputs = {}
-            chosen = list(numbers)
-            shown = inputs.roll(shift, 0)[chosen] if shift else inputs[chosen]
-
-            def consumer(layer: str, output: Tensor, axis: int | None) -> None:
-                outputs[layer] = output.clone()  # later modules may change it in place
-                self._outputs[layer] = torch.empty_like(output, device="meta"), axis, len(chosen)
-
-            catcher.consumer = consumer
-            with isolated_random_state(self.options.seed + seed), catcher.forward_pass():
-                try:
-                    self._call(block, shown, positions[chosen])
-                except FAILURES as error:
-                    if type(error) in FAILURES:
-                        raise type(error)(f"{error}\n{_how_called((len(chosen), *block.inputs.shape[2:]))}") from error
-                    raise
-            return outputs
-
-        def independent() -> set[str]:
-            constant: set[str] = set()
-            dependence = Dependence(inputs)
-
-            def consumer(layer: str, output: Tensor, axis: int | None) -> None:
-                if not dependence.holds(output):
-                    constant.add(layer)
-
-            catcher.consumer = consumer
-            with isolated_random_state(self.options.seed), catcher.forward_pass(), dependence:
-                self._call(block, inputs, positions)
-            return constant
-
-        consumer = catcher.consumer
-        try:
-            others = partial(outputs_of, shift=1) if takes_batch(self.options.forward) else None
-            found = probe(outputs_of, independent, others)
-        finally:
-            catcher.consumer = consumer
-        if catcher.operations is not None:
-            # What does not depend on the input, such as masks and positions, is nobody's layer.
-            constant = {name for name, finding in found.items() if finding == CONSTANT and "/" in name}
-            catcher.operations.returned |= constant
-            found = {name: finding for name, finding in found.items() if name not in catcher.operations.returned}
-        return found
+        """Where the inputs of a batch stand in the output of each layer."""
+        found = probe_block(block, catcher, self._call, self.options.seed, takes_batch(self.options.forward))
+        self._outputs.update(found.outputs)
+        return found.findings
 
     def names(self, example: Tensor) -> list[str]:
         """The layers that can be measured on some inputs, in the order in which they run."""
@@ -286,12 +239,3 @@ class Session:
                 yield block
                 if block.columns.stop == len(loader.transformations):
                     bar.update(len(block.inputs))
-
-
-def _how_called(shape: tuple[int, ...]) -> str:
-    """What to look at where a model's forward fails."""
-    return (
-        f"The model was called with x of shape {shape}. If it is not called as `model(x)`, give `forward=lambda model,"
-        " x: ...`, or `forward=lambda model, x, batch: ...` where it needs more of the batch; if x is another part of a"
-        " batch, `input_fn=`; if it needs other samples, `data=`."
-    )
