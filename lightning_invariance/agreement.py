@@ -38,7 +38,8 @@ def fingerprint_of(n_samples: int | None, first: Callable[[], Tensor], seed: int
 
 
 def keys_of(samples: Tensor) -> Tensor:
-    """A number of 64 bits for each sample, by what it holds: ``(n,)``."""
+    """A number of 64 bits for each sample, ``(n,)``, by what it holds, in float32 if that is of floating point."""
+    samples = samples.float() if samples.is_floating_point() else samples
     values = samples.detach().cpu().contiguous().flatten(1).view(torch.uint8).numpy()
     digests = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in values)
     return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests], dtype=torch.long)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.comparison import Comparison, Difference
-from lightning_invariance.hints import some
+from lightning_invariance.hints import number_of, some
 from lightning_invariance.intervals import (
+    Intervals,
     check_confidence,
+    influences_of_all,
     interval_of,
     network_influences,
     one_sided,
@@ -22,6 +24,9 @@ from lightning_invariance.intervals import (
 )
 from lightning_invariance.result import InvarianceResult
 from lightning_invariance.students_t import t_quantile
+
+#: Two values that differ by this part of themselves differ by rounding alone: of another order of samples, for example.
+ROUNDING = 1e-6
 
 #: A result, or the path of its file; or several, such as one for each seed.
 Results: TypeAlias = InvarianceResult | str | os.PathLike[str] | Sequence[InvarianceResult | str | os.PathLike[str]]
@@ -81,7 +86,7 @@ def compare(
         )
     measure = measure or first[0].measures[0]
     _check_alike([*first, *second], measure)
-    pairs, unmatched = _aligned(first[0], second[0], measure, align)
+    pairs, unmatched = _aligned(_layers_of(first, measure), _layers_of(second, measure), align)
     over_seeds = len(first) > 1
     better = first[0].higher_is_better.get(measure)
     test = _Test(confidence, margin, better)
@@ -90,8 +95,8 @@ def compare(
         unit, count = "seeds", (len(first), len(second))
     else:
         rows, network, paired = _over_samples(first[0], second[0], measure, pairs, test)
-        unit = "the same samples" if paired else "different samples"
-        count = first[0].n_samples, second[0].n_samples
+        count = len(first[0].sample_keys[measure]), len(second[0].sample_keys[measure])
+        unit = "the same samples" if paired else _unpaired(first[0], second[0], measure)
     return Comparison(measure, rows, network, unit, count, confidence, margin, unmatched, better)
 
 
@@ -104,6 +109,7 @@ class _Test:
     def row(self, layer: str, a: float, b: float, error: float, freedom: float, doubt: str = "") -> Difference:
         """The row of a difference with a standard error."""
         difference = b - a
+        error = max(error, ROUNDING * max(abs(a), abs(b)))  # NaN stays NaN
         half = t_quantile(self.confidence, freedom) * error if math.isfinite(error) else math.nan
         p = p_value(difference, error, freedom)
         row = Difference(layer, a, b, difference, difference - half, difference + half, p, doubt=doubt)
@@ -125,25 +131,48 @@ def _over_samples(
     """The rows, that of the network, and whether samples are paired."""
     intervals, others_intervals = a.interval(measure), b.interval(measure)
     order = _matching(a.sample_keys[measure], b.sample_keys[measure])
-    own, other = a.influences[measure], b.influences[measure]
-    of_a = {layer: own[layer] for layer, _ in pairs}
-    of_b = {layer: torch.stack([w * other[name] for name, w in parts.items()]).sum(0) for layer, parts in pairs}
+    of_a = {layer: _influences(a, measure, {layer: 1.0}) for layer, _ in pairs}
+    of_b = {layer: _influences(b, measure, parts) for layer, parts in pairs}
     if order is not None:
         of_b = {layer: psi[order] for layer, psi in of_b.items()}
     means, others = a.per_layer(measure), b.per_layer(measure)
+    shapes, others_shapes = ({row.layer: row.shape for row in result.table(measure)} for result in (a, b))
     rows = []
     for layer, parts in pairs:
         value = sum(w * others[name] for name, w in parts.items())
         error, freedom, doubt = _error(of_a[layer], of_b[layer], order is not None)
-        doubts = [intervals[layer].doubt, *(others_intervals[name].doubt for name in parts)]
+        doubts = [f"shapes {shapes[layer]}, {others_shapes[layer]}"] if parts == {layer: 1.0} else []
+        doubts = doubts if doubts and shapes[layer] != others_shapes[layer] else []
+        doubts += [_doubt_of(intervals, layer), *(_doubt_of(others_intervals, name) for name in parts)]
         doubt = next(filter(None, doubts), doubt)
         rows.append(test.row(layer, means[layer], value, error, freedom, doubt))
-    finite = [row.layer for row in rows if math.isfinite(row.difference)]
-    psi_a, psi_b = network_influences(of_a, finite), network_influences(of_b, finite)
-    known = [row for row in rows if row.layer in set(finite)]
+    known = [row for row in rows if math.isfinite(row.low)]
+    psi_a, psi_b = (network_influences(of[row.layer] for row in known) for of in (of_a, of_b))
     error, freedom, doubt = _error(psi_a, psi_b, order is not None)
+    doubts = [doubt, intervals.network.doubt, others_intervals.network.doubt]
+    doubts = [f"without {number_of(len(rows) - len(known), 'layer')}"] * (len(known) < len(rows)) + doubts
+    doubt = next(filter(None, doubts), "")
     network = test.row("network", _mean(row.a for row in known), _mean(row.b for row in known), error, freedom, doubt)
     return rows, network, order is not None
+
+
+def _influences(result: InvarianceResult, measure: str, parts: dict[str, float]) -> Tensor:
+    """Those of all samples on a weighted sum of layers; NaN where one of these has none."""
+    none = torch.full((len(result.sample_keys[measure]),), torch.nan, dtype=torch.float64)
+    found = result.influences[measure]
+    return torch.stack([w * influences_of_all(found.get(name, none)) for name, w in parts.items()]).sum(0)
+
+
+def _doubt_of(intervals: Intervals, layer: str) -> str:
+    return intervals[layer].doubt if layer in intervals else "undefined"
+
+
+def _unpaired(a: InvarianceResult, b: InvarianceResult, measure: str) -> str:
+    """Whether samples are others, or the same in other groups, whose keys are the sums of those of samples."""
+    keys = [result.sample_keys[measure] for result in (a, b)]
+    grouped = any(len(each) < result.n_samples for each, result in zip(keys, (a, b), strict=True))
+    same = a.n_samples == b.n_samples and int(keys[0].sum()) == int(keys[1].sum())
+    return "other groups of the same samples" if grouped and same else "different samples"
 
 
 def _error(a: Tensor, b: Tensor, paired: bool) -> tuple[float, float, str]:
@@ -202,9 +231,13 @@ def _matching(a: Tensor, b: Tensor) -> Tensor | None:
     return order
 
 
-def _aligned(a: InvarianceResult, b: InvarianceResult, measure: str, align: str) -> tuple[list[_Pair], list[str]]:
+def _layers_of(results: Sequence[InvarianceResult], measure: str) -> list[str]:
+    """The layers that all of some results have."""
+    return [layer for layer in results[0][measure] if all(layer in result[measure] for result in results)]
+
+
+def _aligned(own: list[str], others: list[str], align: str) -> tuple[list[_Pair], list[str]]:
     """The layers that meet, and those that do not."""
-    own, others = list(a[measure]), list(b[measure])
     if align == "depth":
         places = [i * (len(others) - 1) / max(len(own) - 1, 1) for i in range(len(own))]
         if len(own) == 1:
@@ -217,8 +250,8 @@ def _aligned(a: InvarianceResult, b: InvarianceResult, measure: str, align: str)
                 parts[others[below + 1]] = share
             pairs.append((layer, parts))
         return pairs, []
-    unmatched = [layer for layer in own if layer not in b[measure]] + [x for x in others if x not in a[measure]]
-    found = [(layer, {layer: 1.0}) for layer in own if layer in b[measure]]
+    unmatched = [layer for layer in own if layer not in others] + [layer for layer in others if layer not in own]
+    found = [(layer, {layer: 1.0}) for layer in own if layer in others]
     if not found:
         raise ValueError('Expected results with layers in common, but they have none: write `align="depth"`.')
     return found, unmatched

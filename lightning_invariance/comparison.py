@@ -18,6 +18,8 @@ QUESTIONS = {
     "the same samples": "Would these two networks differ on other samples, too? The samples are the same: paired.",
     "different samples": "Would these two networks differ on other samples, too? The samples are not the same, so that"
     " the test is unpaired, and sees less.",
+    "other groups of the same samples": "Would these two networks differ on other samples, too? The samples are the"
+    " same, but came in another order, so that other groups of them were compared: unpaired, which sees less.",
     "seeds": "Would networks of other seeds differ, too, on these samples? Welch's test, a number each.",
 }
 
@@ -58,9 +60,10 @@ class Comparison(Mapping[str, Difference]):
         measure: its name.
         rows: the differences of the layers.
         network: that of the mean over these layers.
-        unit: what was independent: ``"the same samples"``, ``"different samples"`` or ``"seeds"``.
+        unit: what was independent: ``"the same samples"``, ``"different samples"``, ``"other groups of the same
+            samples"`` or ``"seeds"``.
         question: what the test answers.
-        count: how many of them there were.
+        count: how many of them there were; of measures that look at samples in groups, how many groups.
         confidence: of the intervals; 1 − confidence is the level of the tests.
         margin: the largest difference that does not matter; None where none was named.
         unmatched: layers that only one of the two has.

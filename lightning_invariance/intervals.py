@@ -8,8 +8,9 @@ samples. The interval is that of Student's t with ν degrees of freedom.
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -26,12 +27,12 @@ FEWEST_DEGREES = 10.0
 #: One of a layer in which that holds for more than this share of the units: their values are biased, too.
 MOST_SPARSE = 0.2
 
+#: One of a mean that leaves out more than this share of the units.
+NOTABLE = 0.01
+
 #: One of a value whose definition depends on the number of samples, by more than this part of the standard error: then
 #: 95 % intervals cover the value of very many samples in less than 93 %.
 MOST_BIAS = 0.4
-
-#: And one of a mean that leaves out more than this share of the units.
-NOTABLE = 0.01
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ def interval_of(
     left_out: float = 0.0,
     sparse: float = 0.0,
     bias: float = 0.0,
+    unit: str = "samples",
+    repeated: float = 0.0,
 ) -> Interval:
     """The interval of a value.
 
@@ -90,6 +93,8 @@ def interval_of(
         left_out: which share of the units the value leaves out since they are infinite or NaN.
         sparse: which share of the units few samples decide.
         bias: which part of the value depends on the number of samples by definition.
+        unit: what each influence is of: samples, or groups of them.
+        repeated: which part of the samples repeats others.
     """
     psi = influences[~influences.isnan()]
     n = len(psi)
@@ -98,25 +103,52 @@ def interval_of(
     error = float((psi.square().sum() / (n * (n - 1))).sqrt())
     freedom = float(degrees_of_freedom(n, psi.square().sum(), psi.pow(4).sum()))
     half = t_quantile(confidence, freedom) * error
-    doubts = [f"{n} samples"] if n < FEWEST_SAMPLES else []
+    doubts = [f"{n} {unit}"] if n < FEWEST_SAMPLES else []
+    doubts += ["no sample differs from another"] if error == 0 and value != 0 else []
+    doubts += [f"{repeated:.0%} of the {unit} repeat others"] if repeated > NOTABLE else []
     doubts += ["few samples decide"] if freedom < FEWEST_DEGREES and n >= FEWEST_SAMPLES else []
-    doubts += [f"few samples decide {sparse:.0%} of the units"] if sparse > MOST_SPARSE else []
+    doubts += [f"few samples decide {sparse:.0%} of the units"] if sparse > MOST_SPARSE and error > 0 else []
     doubts += [f"{left_out:.0%} left out"] if left_out > NOTABLE else []
     doubts += [f"differs by {bias:.1%} from that of many samples"] if abs(bias * value) > MOST_BIAS * error else []
     return Interval(value, value - half, value + half, error, freedom, ", ".join(doubts))
 
 
-def network_influences(by_layer: Mapping[str, Tensor], layers: Sequence[str]) -> Tensor:
-    """The influence of each sample on the mean over layers, ``(samples,)``.
+def influences_of_all(influences: Tensor) -> Tensor:
+    """The influences of all samples on a mean over those that reach it, ``(samples,)``.
 
-    A sample that does not reach a layer has none on it; those that reach it weigh as much more as they are fewer.
+    A sample that does not has none; those that do weigh as much more as they are fewer. All are NaN where fewer than
+    two do.
     """
-    if not layers:
-        return torch.zeros(0, dtype=torch.float64)
-    influences = torch.stack([by_layer[layer] for layer in layers])
     missing = influences.isnan()
-    reached = (~missing).sum(1, keepdim=True).clamp_min(1)
-    return (torch.where(missing, 0.0, influences) * (influences.shape[1] / reached)).mean(0)
+    reached = int((~missing).sum())
+    if reached < 2:
+        return torch.full_like(influences, torch.nan)
+    return torch.where(missing, 0.0, influences) * (len(influences) / reached)
+
+
+def network_influences(of_layers: Iterable[Tensor | None]) -> Tensor:
+    """The influence of each sample on the mean over layers, ``(samples,)``; undefined where one has no influences."""
+    known = list(of_layers)
+    if not known or any(each is None for each in known):
+        return torch.zeros(0, dtype=torch.float64)
+    return torch.stack([influences_of_all(each) for each in known if each is not None]).mean(0)
+
+
+def samples_for(interval: Interval, n: int, half_width: float, confidence: float) -> int:
+    """How many samples would make an interval as narrow as ± ``half_width``, which n samples gave.
+
+    The standard error falls with the square root of their number, and its degrees of freedom rise with it.
+    """
+    scale = interval.standard_error * math.sqrt(n)
+
+    def suffices(count: int) -> bool:
+        freedom = min(count - 1, max(1.0, (interval.freedom + 1) * count / n - 1))
+        return t_quantile(confidence, freedom) * scale <= half_width * math.sqrt(count) * (1 + 1e-9)
+
+    most = 2
+    while not suffices(most):
+        most *= 2
+    return bisect.bisect_left(range(most + 1), True, lo=2, key=suffices)
 
 
 def degrees_of_freedom(n: int, squares: Tensor, fourths: Tensor) -> Tensor:

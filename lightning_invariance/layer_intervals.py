@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from lightning_invariance.hints import instead_of
-from lightning_invariance.intervals import Intervals, check_confidence, interval_of, network_influences
+from lightning_invariance.intervals import Intervals, check_confidence, interval_of, network_influences, samples_for
 from lightning_invariance.layer_values import LayerValues
 from lightning_invariance.students_t import t_quantiles
+from lightning_invariance.table import LayerStatistics
 
 ByLayer = Mapping[str, Mapping[str, Tensor]]
 
@@ -19,6 +21,7 @@ class LayerIntervals(LayerValues):
     """Values with the influences of samples on them; see :class:`~lightning_invariance.InvarianceResult`."""
 
     n_samples: int
+    reached: dict[str, int]
     biases: dict[str, float]
     confidence: float | None
     standard_errors: dict[str, dict[str, Tensor]]
@@ -59,18 +62,27 @@ class LayerIntervals(LayerValues):
         """
         measure = self._known(measure)
         level = check_confidence(self.confidence or 0.95) if confidence is None else check_confidence(confidence)
-        rows = {row.layer: row for row in self._tables[measure]}
-        bias = self.biases.get(measure, 0.0) / max(1, self.n_samples)
-        found = Intervals()
-        for layer, influences in self._influences_of(measure).items():
-            row = rows[layer]
-            left_out = (row.infinite + row.nan) / max(1, math.prod(row.shape))
-            sparse = self.sparse.get(measure, {}).get(layer, 0.0)
-            found[layer] = interval_of(row.mean, influences, level, left_out, sparse, bias)
-        finite = [layer for layer in found if math.isfinite(rows[layer].mean)]
-        of_network = network_influences(self.influences[measure], finite)
-        found.network = interval_of(self.mean(measure), of_network, level, bias=bias)
+        known = self._influences_of(measure)
+        keys = self.sample_keys.get(measure)
+        repeated = 1 - len(torch.unique(keys)) / max(1, len(keys)) if keys is not None else 0.0
+        unit = "samples" if keys is None or len(keys) == self.n_samples else "groups of samples"
+        found, finite = Intervals(), [row for row in self._tables[measure] if math.isfinite(row.mean)]
+        for row in self._tables[measure]:
+            if row.layer in known:
+                about = self._about(measure, row)
+                found[row.layer] = interval_of(row.mean, known[row.layer], level, *about, unit, repeated)
+        # Of the mean over layers, all of these count alike.
+        abouts = torch.tensor([self._about(measure, row) for row in finite]).view(-1, 3)
+        left_out, sparse, bias = (abouts.sum(0) / max(1, len(finite))).tolist()
+        of_network = network_influences(known.get(row.layer) for row in finite)
+        found.network = interval_of(self.mean(measure), of_network, level, left_out, sparse, bias, unit, repeated)
         return found
+
+    def _about(self, measure: str, row: LayerStatistics) -> tuple[float, float, float]:
+        """What makes the interval of a layer doubtful: ``left_out``, ``sparse`` and ``bias`` of :func:`interval_of`."""
+        reached = self.reached.get(row.layer, self.n_samples)
+        sparse = self.sparse.get(measure, {}).get(row.layer, 0.0)
+        return row.share_left_out, sparse, self.biases.get(measure, 0.0) / max(1, reached)
 
     def unit_interval(
         self, layer: str, measure: str | None = None, confidence: float | None = None
@@ -107,10 +119,11 @@ class LayerIntervals(LayerValues):
         Args:
             half_width: half of the wanted width, in units of the measure.
             measure: its name; by default the first.
-            layer: its name; by default the one that needs most.
+            layer: its name; by default the one that needs most, of those that have an interval.
 
         Raises:
-            ValueError: If ``half_width`` is not above 0, or the result has no influences on the measure.
+            ValueError: If ``half_width`` is not above 0, the result has no influences on the measure, or no layer that
+                is asked for has an interval.
         """
         if not half_width > 0:
             raise ValueError(f"Expected argument `half_width` to be above 0, but got {half_width}.")
@@ -118,8 +131,11 @@ class LayerIntervals(LayerValues):
         if layer is not None and layer not in intervals:
             raise KeyError(f"No interval of layer {layer!r}. {instead_of(layer, intervals, 'It has')}")
         some = intervals.values() if layer is None else [intervals[layer]]
-        widths = [interval.high - interval.value for interval in some if math.isfinite(interval.high)]
-        return max(2, math.ceil(self.n_samples * (max(widths, default=0.0) / half_width) ** 2))
+        known = [interval for interval in some if math.isfinite(interval.high)]
+        if not known:
+            raise ValueError("Expected an interval of a layer with a finite value and two samples, but there is none.")
+        level = check_confidence(self.confidence or 0.95)
+        return max(samples_for(interval, self.n_samples, half_width, level) for interval in known)
 
     def _influences_of(self, measure: str) -> dict[str, Tensor]:
         if measure not in self.influences:

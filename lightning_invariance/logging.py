@@ -25,10 +25,10 @@ from torch.utils.tensorboard.summary import custom_scalars
 from torchmetrics import Metric
 
 from lightning_invariance.images import is_dummy, log_image
+from lightning_invariance.intervals import NOTABLE
 from lightning_invariance.plots import evolution, heatmap, response
 from lightning_invariance.plots.common import limits_of, render
 from lightning_invariance.result import InvarianceResult
-from lightning_invariance.table import NOTABLE
 from lightning_invariance.trainer import logger_step
 
 #: Signs that some logger drops from the name of a curve, as MLflow's does with the # of ``relu#1``.

@@ -75,8 +75,8 @@ class OutputValues:
 
     @property
     def worst(self) -> float:
-        """The lowest value, or the highest of metrics where lower is better; NaN where that is not known."""
-        if self.higher_is_better is None or not self.values:
+        """The lowest value, or the highest of metrics where lower is better; NaN where that or a value is not known."""
+        if self.higher_is_better is None or not self.values or any(map(math.isnan, self.values)):
             return math.nan
         return min(self.values) if self.higher_is_better else max(self.values)
 

@@ -36,9 +36,9 @@ def t_quantile(confidence: float, freedom: float) -> float:
 
 
 def t_quantiles(confidence: float, freedom: Tensor) -> Tensor:
-    """The same for many degrees of freedom, between 256 of them linear in 1 / ν: within a part of 1e-4."""
+    """The same for many degrees of freedom, linear in 1 / ν between 257 of them: within a part of 1e-4."""
     known = _grid(confidence)
-    place = (1 - 1 / freedom.double()) * len(known)
+    place = (1 - 1 / freedom.double()) * (len(known) - 1)
     below = place.floor().clamp(0, len(known) - 2).long()
     share = (place - below).clamp(0, 1)
     return known[below] * (1 - share) + known[below + 1] * share
@@ -46,8 +46,9 @@ def t_quantiles(confidence: float, freedom: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _grid(confidence: float) -> Tensor:
-    """Quantiles for 1 / ν = 1, 255/256, …, 1/256."""
-    return torch.tensor([t_quantile(confidence, 256 / i) for i in range(256, 0, -1)], dtype=torch.float64)
+    """Quantiles for 1 / ν = 1, 255/256, …, 1/256 and 0, which is the normal distribution."""
+    of_t = [t_quantile(confidence, 256 / i) for i in range(256, 0, -1)]
+    return torch.tensor([*of_t, NormalDist().inv_cdf((1 + confidence) / 2)], dtype=torch.float64)
 
 
 def _incomplete_beta(x: float, complement: float, a: float, b: float) -> float:

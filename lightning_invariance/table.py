@@ -10,10 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_invariance.intervals import Interval
-
-#: A mean that leaves out more than this share of a layer is marked.
-NOTABLE = 0.01
+from lightning_invariance.intervals import NOTABLE, Interval
 
 
 @dataclass(frozen=True)
@@ -54,6 +51,11 @@ class LayerStatistics:
     def share_infinite(self) -> float:
         """Which share of the values is infinite, and so not in the mean."""
         return self.infinite / max(1, math.prod(self.shape))
+
+    @property
+    def share_left_out(self) -> float:
+        """Which share of the values is infinite or NaN, and so not in the mean."""
+        return (self.infinite + self.nan) / max(1, math.prod(self.shape))
 
     @property
     def share_dead(self) -> float:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_invariance import quarter_turns, rotations
+from lightning_invariance import TransformationSet, quarter_turns, rotations
 from lightning_invariance.measures import Goodfellow, NormalizedVariance, SampleVariance
 from lightning_invariance.testing import assert_equivariant, assert_invariant
 
@@ -76,3 +76,18 @@ def test_wrong_arguments():
     for measure in (Goodfellow(), SampleVariance()):
         with pytest.raises(ValueError, match="measure"):
             assert_invariant(POOL, images(), quarter_turns(), within=1, measure=measure)
+
+
+@pytest.mark.parametrize("value", [1.0, torch.nan])
+def test_units_that_are_infinite_or_nan_fail(value):
+    class Mostly(nn.Module):
+        """The mean of an image, which is invariant, and units that the transformation alone changes, or NaN."""
+
+        def forward(self, x):
+            upper = x[:, :, :3].mean((1, 2, 3)) > x[:, :, 3:].mean((1, 2, 3))
+            return torch.cat([x.mean((1, 2, 3))[:, None], value * upper[:, None].expand(len(x), 9).float()], 1)
+
+    turned = TransformationSet.from_callables({"same": lambda x: x, "turned": lambda x: x.flip(-2)}, identity="same")
+    x = images() + torch.linspace(5, 0, 6)[:, None]
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(AssertionError, match="90% left out"):
+        assert_invariant(nn.Sequential(Mostly()), x, turned, within=0.2)

@@ -10,8 +10,15 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 from torch import nn
 
-from lightning_invariance import InvarianceResult, compare, evaluate, quarter_turns, rotations
-from lightning_invariance.measures import NormalizedVariance, TransformationVariance
+from lightning_invariance import (
+    InvarianceResult,
+    TransformationSet,
+    compare,
+    evaluate,
+    quarter_turns,
+    rotations,
+)
+from lightning_invariance.measures import Consistency, NormalizedVariance, SampleDistance, TransformationVariance
 
 TV = [TransformationVariance()]
 
@@ -109,6 +116,99 @@ def test_samples_are_the_same_wherever_in_a_network_they_are_transformed(batch_s
 
     assert compare(found(0, 0), found(1, 7)).unit == "the same samples"
     assert compare(found(0, 0), result_of(1.0, images(40)), align="depth").unit == "the same samples"
+
+
+@pytest.mark.parametrize("measure", [NormalizedVariance(), TransformationVariance(), Consistency()])
+def test_rounding_is_no_difference(measure):
+    x = images(64).float()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten())
+        a, b, c = (
+            evaluate(model, data, quarter_turns(), measure, confidence=0.95, batch_size=size)
+            for data, size in ((x, 64), (x.flip(0), 64), (x.double().float(), 24))
+        )
+        for other in (b, c):
+            found = compare(a, other, margin=0.01)
+            assert found.unit == "the same samples"
+            assert found.differing == []
+            assert found.network.p > 0.9
+            assert found.equivalent == found.not_worse == [*found]
+
+
+def test_samples_of_another_type_are_the_same():
+    x = images(20).float()
+    assert compare(result_of(1.0, x.double()), result_of(1.1, x)).unit == "the same samples"
+
+
+class Routed(nn.Module):
+    """A layer that a range of samples reaches, by their first pixel."""
+
+    def __init__(self, low, high):
+        super().__init__()
+        self.low, self.high = low, high
+        self.expert, self.out = nn.Flatten(), nn.Identity()
+
+    def forward(self, x):
+        if bool((x[:, 0, 0, 0] >= self.low).all() and (x[:, 0, 0, 0] < self.high).all()):
+            self.expert(x[:, 1:])
+        return self.out(x[:, 1:].flatten(1))
+
+
+SHRUNK = TransformationSet.from_callables(
+    {str(s): lambda x, s=s: torch.cat([x[:, :1], s * x[:, 1:]], 1) for s in (1, 0.8, 0.5)}, identity="1"
+)
+
+
+@pytest.mark.filterwarnings("ignore:1 layer is reached:UserWarning")
+def test_a_layer_that_other_samples_reach_of_each_network():
+    """Σ over all samples, of which some count for one of the two alone."""
+    n, generator = 80, torch.Generator().manual_seed(0)
+    first = torch.rand(n, 1, 1, 1, generator=generator, dtype=torch.float64).expand(n, 1, 2, 2)
+    x = torch.cat([first, torch.randn(n, 2, 2, 2, generator=generator, dtype=torch.float64)], 1)
+    a, b = (evaluate(Routed(*ends), x, SHRUNK, TV, batch_size=3, confidence=0.95) for ends in ((0.0, 0.6), (0.1, 0.7)))
+    u = first[:, 0, 0, 0].numpy()
+    in_a, in_b = u < 0.6, (u >= 0.1) & (u < 0.7)
+    spread = SHRUNK(x)[:, :, 1:].flatten(2).var(1).mean(1).numpy()
+    psi = n * in_b / in_b.sum() * (spread - spread[in_b].mean()) - n * in_a / in_a.sum() * (
+        spread - spread[in_a].mean()
+    )
+    error = math.sqrt((psi**2).sum() / (n * (n - 1)))
+    t = scipy.stats.t.ppf(0.975, freedom_of(psi))
+    row = compare(a, b)["expert"]
+    assert row.difference == pytest.approx(spread[in_b].mean() - spread[in_a].mean(), rel=1e-9)
+    assert row.high - row.difference == pytest.approx(t * error, rel=1e-9)
+    deep = compare(a, b, align="depth")["expert"]
+    assert (deep.low, deep.high) == pytest.approx((row.low, row.high), rel=1e-9)
+
+
+def test_layers_of_one_name_and_two_shapes_are_doubted():
+    x = images(20).float()
+    models = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU()), nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten())
+    found = compare(*(evaluate(model, x, quarter_turns(), TV, confidence=0.95) for model in models))
+    assert "shapes" not in found["0"].doubt
+    assert found["1"].doubt == "shapes (3, 2, 2), (12,)"
+
+
+def test_groups_of_the_same_samples_in_another_order():
+    x = images(64)
+    a, b, c = (result_of(1.0, data, [SampleDistance()]) for data in (x, x.flip(0), images(64, seed=1)))
+    found = compare(a, b)
+    assert found.unit == "other groups of the same samples"
+    assert found.count == (4, 4)
+    assert compare(a, a).unit == "the same samples"
+    assert compare(a, c).unit == "different samples"
+
+
+def test_seeds_of_which_one_lacks_a_layer():
+    x = images(20)
+    a, b = (
+        [result_of(s, x, depth=d, confidence=None) for s, d in some]
+        for some in [((1, 2), (1.1, 1)), ((2, 2), (2.2, 2))]
+    )
+    found = compare(a, b)
+    assert [*found] == ["layers.0"]
+    assert found.unmatched == ["layers.1"]
 
 
 @pytest.mark.parametrize("margin", [0.1, 2.0, 40.0])

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from lightning_invariance import InvarianceResult, TransformationSet, evaluate, quarter_turns, rotations
+from lightning_invariance import InvarianceResult, TransformationSet, compare, evaluate, quarter_turns, rotations
 from lightning_invariance.measures import (
     Anova,
     Consistency,
@@ -25,6 +25,8 @@ from lightning_invariance.measures import (
     TransformationVariance,
     VarianceSameEquivariance,
 )
+from lightning_invariance.plots import evolution
+from lightning_invariance.students_t import t_quantiles
 
 STEP = 1e-30
 
@@ -296,7 +298,7 @@ def test_standard_errors_of_sample_distances_are_those_of_groups(measure):
         result.standard_errors[name]["0"].flatten(), torch.from_numpy(expected), rtol=1e-9, atol=0
     )
     assert len(result.sample_keys[name]) == count
-    assert "6 samples" in result.interval(name)["0"].doubt
+    assert "6 groups of samples" in result.interval(name)["0"].doubt
 
 
 def several():
@@ -442,9 +444,91 @@ def test_how_many_samples_would_do():
     interval = result.interval()["1"]
     half = interval.high - interval.value
     assert result.samples_for(half, layer="1") == 48
-    assert result.samples_for(half / 2, layer="1") == 4 * 48
-    widest = max(each.high - each.value for each in result.interval().values())
-    assert result.samples_for(widest / 3) == math.ceil(9 * 48 - 1e-9)
+
+    def width(count, of):  # of more samples there are more degrees of freedom, in the same proportion
+        freedom = min(count - 1, (of.freedom + 1) * count / 48 - 1)
+        return scipy.stats.t.ppf(0.975, freedom) * of.standard_error * math.sqrt(48 / count)
+
+    for part in (1.5, 2, 7):
+        count = result.samples_for(half / part, layer="1")
+        assert width(count, interval) <= half / part < width(count - 1, interval)
+    counts = [result.samples_for(0.01, layer=layer) for layer in result.interval()]
+    assert result.samples_for(0.01) == max(counts)
+
+
+def test_without_an_interval_no_number_of_samples_would_do():
+    x = images(20)
+    columns = TransformationSet.from_callables({str(j): lambda x, j=j: torch.full_like(x, j) for j in range(3)})
+    with pytest.warns(UserWarning, match="is infinite"):
+        result = evaluate(network(), x, columns, confidence=0.95)
+    with pytest.raises(ValueError, match="there is none"):
+        result.samples_for(0.1)
+
+
+def test_quantiles_of_many_units_are_those_of_students_t():
+    freedom = torch.tensor([1, 1.5, 2.7, 12.3, 100.7, 255, 256, 257, 300, 1023, 1e4, 1e9], dtype=torch.float64)
+    for level in (0.5, 0.95, 0.999):
+        expected = scipy.stats.t.ppf((1 + level) / 2, freedom.numpy())
+        np.testing.assert_allclose(t_quantiles(level, freedom)[3:].numpy(), expected[3:], rtol=1e-4)
+        assert (t_quantiles(level, freedom)[:3].numpy() >= 0.99 * expected[:3]).all()
+
+
+def test_repeated_samples_are_doubted():
+    x = images(30)
+    once, often = (evaluate(network(), data, quarter_turns(), confidence=0.95) for data in (x, x.repeat(4, 1, 1, 1)))
+    for name in ("0", "network"):
+        found = [each.interval().network if name == "network" else each.interval()[name] for each in (once, often)]
+        assert "repeat" not in found[0].doubt
+        assert "75% of the samples repeat others" in found[1].doubt
+
+
+def test_samples_of_which_none_differs_are_doubted():
+    class Alike(nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.one_hot(x.flatten(1).argmax(1) % 2, 2).double() * 0 + torch.tensor([1.0, 0.0])
+
+    x = images(12)
+    found = evaluate(nn.Sequential(Alike()), x, quarter_turns(), Consistency(), confidence=0.95, layers=["0"])
+    assert found.interval()["0"].doubt == "no sample differs from another"
+
+
+def test_a_bias_is_one_of_the_samples_that_reach_a_layer():
+    """1/n of a quotient by squared distances of samples, whoever divides by them."""
+    x, turns = images(12), quarter_turns()
+    measures = [
+        NormalizedDistance("squared"),
+        DistanceSameEquivariance(distance="squared", normalized_by="samples", normalize=False),
+        DistanceSameEquivariance(distance="squared", normalize=False),
+    ]
+    found = [evaluate(nn.Sequential(nn.Conv2d(2, 2, 1).double()), x, turns, each, confidence=0.95) for each in measures]
+    assert [next(iter(result.biases.values())) for result in found] == [1, 1, 0]
+    few = found[0].interval()["0"]
+    found[0].n_samples, found[0].reached = 1200, {"0": 12}  # as if the others had not reached it
+    assert found[0].interval()["0"] == few
+
+
+def test_the_network_has_no_interval_where_a_layer_has_none():
+    class Rare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.always, self.rarely = nn.Identity(), nn.Identity()
+
+        def forward(self, x):
+            return self.always(self.rarely(x) if (x.mean((1, 2, 3)) > 1).all() else x)
+
+    x = images(12)
+    x[3] += 2  # reaches the layer, alone
+    with pytest.warns(UserWarning, match="reached by some"):
+        result = evaluate(Rare(), x, quarter_turns(), TransformationVariance(), batch_size=4, confidence=0.95)
+    assert math.isfinite(result.mean())
+    assert [*result.interval()] == ["always"]
+    assert math.isnan(result.interval().network.low)
+    both = compare(result, result)
+    assert math.isnan(both["rarely"].p)
+    assert both["always"].p == 1
+    assert both.network.a == result.per_layer()["always"]
+    assert both.network.doubt.startswith("without 1 layer")
+    assert evolution([result, result]) is not None
 
 
 def test_measures_without_intervals_are_left_out():

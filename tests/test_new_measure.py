@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 from torchmetrics import MetricCollection
 
 from lightning_invariance import InvarianceMonitor, evaluate, plots, rotations
-from lightning_invariance.accumulators import Accumulator
+from lightning_invariance.accumulators import Accumulator, Deviations
 from lightning_invariance.measures import Measure, Stratified
 from lightning_invariance.testing import MeasureTester
 
@@ -270,3 +270,45 @@ def test_a_second_pass_that_is_not_given_or_differs_is_said():
 def test_a_measure_prints_its_arguments():
     assert repr(WideRows(3.0)) == "WideRows(Ranges(), RowsAbove(factor=3.0))"
     assert RowsAbove(3.0) == RowsAbove(3.0)
+
+
+class OfLayer(Measure):
+    """The transformation variance of each unit over the mean of its layer."""
+
+    needs = (Deviations(),)
+    has_intervals = True
+
+    def value(self, sums):
+        return sums["row_spread"] / sums["row_spread"].mean()
+
+
+class OneNumber(Measure):
+    """TV over SV of a whole layer."""
+
+    needs = (Deviations(),)
+    has_intervals = True
+
+    def value(self, sums):
+        n, m = sums.n_samples, sums.n_transformations
+        return (sums["row_spread"].sum() / (n * (m - 1))) / (sums["column_spread"].sum() / (m * (n - 1)))
+
+    def value_shape(self, sums):
+        return ()
+
+
+def test_units_that_depend_on_each_other_have_no_intervals():
+    with pytest.raises(ValueError, match="OfLayer, which has `has_intervals = True`, .* of this unit alone"):
+        evaluate(nn.Flatten(), IMAGES, rotations(4), OfLayer(), confidence=0.95)
+    assert "OfLayer" in evaluate(nn.Flatten(), IMAGES, rotations(4), OfLayer())
+
+
+def test_one_number_of_a_layer_has_an_interval():
+    turns = rotations(4)
+    result = evaluate(nn.Flatten(), IMAGES, turns, OneNumber(), confidence=0.95)
+    cube = turns(IMAGES).flatten(2).double().numpy()
+    of_rows, of_columns = cube.var(1, ddof=1).sum(1), ((cube - cube.mean(0)) ** 2).mean(1).sum(1)
+    value = of_rows.mean() / (of_columns.sum() / (len(cube) - 1))
+    assert float(result["OneNumber"]["Flatten"]) == pytest.approx(value, rel=1e-6)
+    psi = value * (of_rows / of_rows.mean() - of_columns / of_columns.mean())
+    error = np.sqrt((psi**2).sum() / (len(cube) * (len(cube) - 1)))
+    assert result.interval()["Flatten"].standard_error == pytest.approx(error, rel=1e-5)

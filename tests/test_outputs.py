@@ -17,6 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 
 from lightning_invariance import InvarianceMonitor, InvarianceResult, evaluate, plots, quarter_turns, rotations
 from lightning_invariance.measures import Goodfellow, NormalizedVariance
+from lightning_invariance.result import OutputValues
 
 X = torch.rand(37, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(37) % 3
@@ -51,6 +52,12 @@ def test_the_accuracy_under_each_transformation(batch_size, measures):
     assert found.values == pytest.approx(expected, rel=1e-6)
     assert found.mean == pytest.approx(sum(expected) / 8, rel=1e-6)
     assert found.worst == pytest.approx(min(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("values", [[math.nan, 0.9, 0.8], [0.9, math.nan, 0.8], [0.9, 0.8, math.nan]])
+def test_the_worst_value_is_not_known_where_one_is_not(values):
+    assert math.isnan(OutputValues(values, True).worst)
+    assert math.isnan(OutputValues(values, False).worst)
 
 
 def test_errors_are_worst_where_they_are_largest():

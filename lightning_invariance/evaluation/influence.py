@@ -36,6 +36,9 @@ from lightning_invariance.measures.sums import Sums
 #: The range of mean squares that float32 holds with their digits, and of weights.
 SMALLEST, LARGEST = 1e-24, 1e30
 
+#: Measures of other modules are those of users.
+PACKAGE = __name__.partition(".")[0] + "."
+
 #: Float32 means are too coarse where the variance of a column is below this part of the square of a mean.
 FAR = 1e-6
 
@@ -61,6 +64,8 @@ class Influence:
 
     def __init__(self, measure: Measure, accumulators: Sequence[Accumulator], sums: Sums) -> None:
         value = measure.value(sums).flatten().double()
+        if not type(measure).__module__.startswith(PACKAGE):
+            check_units_apart(measure, accumulators, sums)
         self._measure, self._sums = measure, sums
         self._others = [a for a in accumulators if not isinstance(a, GroupedPairs)]
         self.pairs = next((a for a in accumulators if isinstance(a, GroupedPairs)), None)
@@ -228,11 +233,39 @@ def of_units(influence: Tensor, sums: Sums, units: int, mapped: bool) -> Tensor:
     influence = influence.flatten(1, -2).sum(1) if influence.ndim > 2 else influence
     of_states = sums.channels_first() if mapped else sums
     maps = of_states.activation_shape
+    if units == 1:
+        return influence.sum(1, keepdim=True)
     if influence.shape[1] != units:
         return influence.view(-1, *maps).movedim(1 + of_states.channel_axis, 1).flatten(2).sum(2)
     if of_states.channel_axis != sums.channel_axis and math.prod(maps) == units:
         return influence.view(-1, *maps).movedim(1, 1 + sums.channel_axis).flatten(1)
     return influence
+
+
+def check_units_apart(measure: Measure, accumulators: Sequence[Accumulator], sums: Sums) -> None:
+    """Raise where a unit's value depends on the sums of another, whose influences would be taken for those of its own.
+
+    Asked of measures of users, of one unit: that every measure of the package keeps them apart is tested.
+    """
+    states = {name: sums[name].detach().clone() for accumulator in accumulators for name in accumulator.empty()}
+    activations = math.prod(sums.activation_shape)
+    leaves = [s.requires_grad_() for s in states.values() if s.is_floating_point() and s.shape[-1] == activations]
+    with torch.enable_grad():
+        value = measure.value(replace(sums, states={**sums.states, **states})).flatten()
+        units = value.isfinite().nonzero().flatten().tolist()
+        if len(value) < 2 or not units or not leaves or not value.requires_grad:
+            return
+        found = torch.autograd.grad(value[units[0]], leaves, allow_unused=True)
+    for share in found:
+        if share is None:
+            continue
+        of_each = of_units(share.nan_to_num(0, 0, 0).abs()[None], sums, len(value), is_mapped(accumulators))[0]
+        if int((of_each != 0).sum()) > 1:
+            raise ValueError(
+                f"Expected measure {type(measure).__name__}, which has `has_intervals = True`, to compute the value of"
+                " each unit from the sums of this unit alone, but the first one also depends on those of others. Their"
+                " standard errors would be wrong: write `has_intervals = False`."
+            )
 
 
 def is_mapped(accumulators: Sequence[Accumulator]) -> bool:

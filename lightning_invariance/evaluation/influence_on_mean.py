@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators import Accumulator, Rows, States
-from lightning_invariance.evaluation.influence import derivatives, is_mapped, of_units
+from lightning_invariance.evaluation.influence import PACKAGE, check_units_apart, derivatives, is_mapped, of_units
 from lightning_invariance.evaluation.powers import Powers
 from lightning_invariance.evaluation.response_influence import has_intervals, response_weights
 from lightning_invariance.measures import Measure
@@ -142,6 +142,8 @@ class InfluenceOnMean:
         is 0, since some values are not defined there.
         """
         sums = self._sums_so_far()
+        if not type(self._measure).__module__.startswith(PACKAGE):
+            check_units_apart(self._measure, self._accumulators, sums)
         ones = {name: torch.ones_like(state) for name, state in sums.states.items()}
         self._at = replace(sums, states=ones, n_samples=1)
         self._weights = derivatives(self._measure, self._at, list(shares))

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from lightning_invariance.hints import FEW, instead_of, level_of_user, number_of, some
+from lightning_invariance.intervals import NOTABLE
 from lightning_invariance.layers import summary_of
 from lightning_invariance.result import InvarianceResult
-from lightning_invariance.table import NOTABLE
 
 
 def warn_of(result: InvarianceResult, channel_axes: Iterable[str] = ()) -> None:

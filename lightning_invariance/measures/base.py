@@ -81,7 +81,7 @@ class Measure(AccumulatingMetric):
     is_mean_over_samples: bool = False
 
     #: n times the part of itself by which the value of n samples is above that of very many, by its definition.
-    relative_bias: ClassVar[float] = 0.0
+    relative_bias: float = 0.0
 
     #: Whether its response has intervals, too: it is linear in the state ``changes``, and of a ratio inverse to the sum
     #: of ``column_spread`` over the positions of the channel.

@@ -266,6 +266,11 @@ class DistanceSameEquivariance(SameEquivariance):
         super().__init__(needs, mapping, over, normalized_by, **kwargs)
         self.pairs, self.distance, self.samples, self.formulation = pairs, chosen, samples, formulation
 
+    @property
+    def relative_bias(self) -> float:  # type: ignore[override]
+        """That of the sample distance which it is divided by."""
+        return 1.0 if self.normalized_by is not None else 0.0
+
     def of_maps(self, sums: Sums) -> Tensor:
         """The distance of maps that are mapped back."""
         if self.formulation == "direct":

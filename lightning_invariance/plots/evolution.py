@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import chain
+from typing import TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -110,16 +111,16 @@ def _beyond_noise(history: Sequence[InvarianceResult], measure: str, layers: Seq
     ]
 
 
-#: Result → first result and measure → the layers that differ; an evaluation is compared once, however long the history.
-_DIFFERING: WeakKeyDictionary[InvarianceResult, dict[tuple[int, str], list[str]]] = WeakKeyDictionary()
+#: Result → first result → measure → the layers that differ: compared once, however long the history.
+_Known: TypeAlias = WeakKeyDictionary[InvarianceResult, dict[str, list[str]]]
+_DIFFERING: WeakKeyDictionary[InvarianceResult, _Known] = WeakKeyDictionary()
 
 
 def _differing(first: InvarianceResult, result: InvarianceResult, measure: str) -> list[str]:
-    known = _DIFFERING.setdefault(result, {})
-    key = id(first), measure
-    if key not in known:
-        known[key] = compare(first, result, measure, confidence=result.confidence or 0.95).differing
-    return known[key]
+    known = _DIFFERING.setdefault(result, WeakKeyDictionary()).setdefault(first, {})
+    if measure not in known:
+        known[measure] = compare(first, result, measure, confidence=result.confidence or 0.95).differing
+    return known[measure]
 
 
 def _draw_score(axes: Axes, history: Sequence[InvarianceResult], score: str) -> None:

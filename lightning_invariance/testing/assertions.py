@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_invariance.evaluate import evaluate
 from lightning_invariance.hints import number_of
-from lightning_invariance.intervals import Interval, check_confidence
+from lightning_invariance.intervals import NOTABLE, Interval, check_confidence
 from lightning_invariance.layers import Layers
 from lightning_invariance.measures import Measure, NormalizedVariance, VarianceSameEquivariance
 from lightning_invariance.result import InvarianceResult
@@ -34,7 +34,9 @@ def assert_invariant(
     """Fail where a layer is not known to be invariant: where its upper bound is not below ``within``.
 
     The bound is the upper end of the confidence interval of the mean of the layer, so that too few samples fail rather
-    than pass. A layer without a finite value fails, too.
+    than pass. A layer fails, too, without a finite value, or where more than 1 % of its values are infinite (units that
+    change with the transformation, but not with the sample) or NaN (not those of same-equivariances, which dead feature
+    maps and the mask are).
 
     Args:
         model: any module.
@@ -135,7 +137,14 @@ def _assert_below(
     if not (values := result[name]):
         raise AssertionError(f"Expected a layer for which {name} is defined, but there is none.")
     intervals = result.interval(name) if name in result.influences else {}
-    failed = {layer: intervals.get(layer) for layer in values if not _is_below(intervals.get(layer), within)}
+    left_out = {
+        row.layer: row.share_infinite if measure.has_floor else row.share_left_out for row in result.table(name)
+    }
+    failed = {
+        layer: intervals.get(layer)
+        for layer in values
+        if left_out[layer] > NOTABLE or not _is_below(intervals.get(layer), within)
+    }
     if failed:
         responses, identity = result.response.get(name, {}), transformations.identity
         shown = [
