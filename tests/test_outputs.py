@@ -54,6 +54,17 @@ def test_the_accuracy_under_each_transformation(batch_size, measures):
     assert found.worst == pytest.approx(min(expected), rel=1e-6)
 
 
+def test_a_mean_over_classes_of_one_size_is_no_mean_over_samples():
+    """It has the value of one here, but other samples would also change how many there are of each class."""
+    metrics = {name: MulticlassAccuracy(3, average=name) for name in ("micro", "macro")}
+    data = TensorDataset(X[:36], Y[:36])
+    result = evaluate(classifier(), data, quarter_turns(), outputs=metrics, confidence=0.95, batch_size=20)
+    micro, macro = result.outputs["micro"], result.outputs["macro"]
+    assert macro.values == pytest.approx(micro.values)
+    assert micro.low
+    assert not macro.low
+
+
 @pytest.mark.parametrize("values", [[math.nan, 0.9, 0.8], [0.9, math.nan, 0.8], [0.9, 0.8, math.nan]])
 def test_the_worst_value_is_not_known_where_one_is_not(values):
     assert math.isnan(OutputValues(values, True).worst)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -110,13 +110,20 @@ class _BySample:
     def __init__(self, metric: Metric, m: int) -> None:
         self._metric, self._m = metric, m
         self._values: list[float] = []
+        self._is_mean = True
 
     def add(self, predictions: Tensor, targets: Tensor) -> None:
         """Add the values of predictions ``(rows, columns, ...)``; a row longer than a batch comes in parts."""
         with warnings.catch_warnings():  # of what a single sample lacks, such as a class
             warnings.simplefilter("ignore")
-            for of_row, target in zip(predictions, targets, strict=True):
-                self._values += [self._value(prediction[None], target[None]) for prediction in of_row]
+            found = [
+                [self._value(prediction[None], target[None]) for prediction in of_row]
+                for of_row, target in zip(predictions, targets, strict=True)
+            ]
+            together = [self._value(of_column, targets) for of_column in predictions.unbind(1)]
+        self._values += [value for of_row in found for value in of_row]
+        # Of all samples it may be their mean by chance: averaged over classes which have as many samples each.
+        self._is_mean &= is_mean(torch.tensor(found, dtype=torch.float64), together)
 
     def _value(self, prediction: Tensor, target: Tensor) -> float:
         """NaN where the metric has no single value for one sample."""
@@ -128,16 +135,20 @@ class _BySample:
             return math.nan
 
     def values(self) -> Tensor:
-        """``(samples, transformations)``."""
-        return torch.tensor(self._values, dtype=torch.float64).view(-1, self._m)
+        """``(samples, transformations)``; NaN where the metric was not the mean of those of single samples."""
+        found = torch.tensor(self._values, dtype=torch.float64).view(-1, self._m)
+        return found if self._is_mean else torch.full_like(found, math.nan)
+
+
+def is_mean(of_samples: Tensor, values: Sequence[float]) -> bool:
+    """Whether each value is the mean of those of single samples, ``(samples, transformations)``."""
+    apart = (of_samples.mean(0) - torch.tensor(values, dtype=torch.float64)).abs()
+    return bool((apart <= SAME * of_samples.abs().max()).all())  # false for NaN
 
 
 def _with_intervals(found: OutputValues, of_samples: Tensor, confidence: float) -> OutputValues:
     """The same with intervals, if every value is the mean of those of single samples (samples, transformations)."""
-    means, values = of_samples.mean(0), torch.tensor(found.values, dtype=torch.float64)
-    if not len(of_samples) or not bool(of_samples.isfinite().all()):
-        return found
-    if bool(((means - values).abs() > SAME * of_samples.abs().max()).any()):
+    if not len(of_samples) or not is_mean(of_samples, found.values):
         return found
     columns = [*of_samples.unbind(1), of_samples.mean(1)]
     intervals = [interval_of(float(each.mean()), each - each.mean(), confidence) for each in columns]
