@@ -58,6 +58,18 @@ def warn_of_randomness(transformations: TransformationSet, sample: Tensor, seed:
         )
 
 
+def warn_of_equal(transformations: TransformationSet, inputs: Tensor) -> None:
+    """Warn where all transformations make the same of some samples, ``(rows, columns, ...)``, that differ in values."""
+    varies = bool((inputs != inputs.flatten()[0]).any())  # an empty image stays what it is
+    if inputs.shape[1] > 1 and varies and bool((inputs == inputs[:, :1]).all()):
+        warnings.warn(
+            f"All transformations of {transformations!r} make the same of a sample, so that every layer will look"
+            " invariant. Functions made in a loop all see its last value: write `lambda x, k=k: ...`.",
+            UserWarning,
+            stacklevel=level_of_user(),
+        )
+
+
 def is_split(told: Sequence[Fingerprint]) -> bool:
     """Whether a stream is split among the processes, each of which has its own part.
 

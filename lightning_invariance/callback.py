@@ -38,6 +38,7 @@ from lightning_invariance.trainer import (
     scores,
     spare_patience,
     validation_data,
+    warn_of_averaging,
     warn_of_old_values,
 )
 from lightning_invariance.transforms import TransformationSet
@@ -99,7 +100,8 @@ class InvarianceMonitor(Callback):
 
     Attributes:
         history: the results so far, the untrained network first, each with ``epoch`` (−1 for the untrained network),
-            ``step`` and ``scores``, the metrics that the model logged in the same validation. It is part of the
+            ``step`` and ``scores``, the metrics that the model logged in the same validation; ``epoch`` is None where
+            ``trainer.validate`` asked for it. A training from the start begins a new one. It is part of the
             checkpoint, there with a value for each channel of the first and the newest results (4 MB) and the mean of
             each layer of the others; in memory older results keep one value a channel when it exceeds 256 MB.
 
@@ -149,6 +151,7 @@ class InvarianceMonitor(Callback):
         self.every_n_epochs, self.name, self.histograms = every_n_epochs, name, histograms
         self._kept = History(self.options, self.measures, transformations)
         self._validated = self._undrawn = self._explained = False
+        self._fits = True  # until the trainer says otherwise
         self._told: set[type] = set()
 
     @property
@@ -159,6 +162,7 @@ class InvarianceMonitor(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse strategies that split the model."""
         refuse_split_models(trainer)
+        self._fits = stage == "fit"
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check what can be checked before any work is done."""
@@ -171,16 +175,19 @@ class InvarianceMonitor(Callback):
         if self.data is None and not trainer.enable_validation:
             raise MisconfigurationException(
                 "InvarianceMonitor found no validation data in the trainer: give it `data`, or the trainer a validation"
-                " loader and the model a `validation_step`."
+                " loader (and no `limit_val_batches=0`) and the model a `validation_step`."
             )
         select_layers(pl_module, self.options.layers)
+        warn_of_averaging(trainer, self)
         if self.every_n_epochs > 1:
             warn_of_old_values(trainer, self._tags, self.every_n_epochs)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate the untrained network."""
-        if self.history:  # resumed
+        if self.history and trainer.global_step:  # resumed, or trained further
             return
+        self._kept.begin()
+        self._explained = False
         result = self._evaluate(trainer, pl_module, epoch=trainer.current_epoch - 1)
         # `self.log` here would wait for the end of the epoch.
         with forgiving(self._told):
@@ -221,8 +228,12 @@ class InvarianceMonitor(Callback):
         return self._kept.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the history of a checkpoint, or begin a new one where it was measured with other arguments."""
-        self._kept.load_state_dict(state_dict)
+        """Continue the history of a checkpoint, or begin a new one where it was measured with other arguments.
+
+        A checkpoint that is restored for a validation or test alone does not replace the history of a training.
+        """
+        if self._fits or not self.history:
+            self._kept.load_state_dict(state_dict)
 
     @property
     def history(self) -> list[InvarianceResult]:
@@ -231,19 +242,19 @@ class InvarianceMonitor(Callback):
 
     @property
     def earlier_histories(self) -> list[list[InvarianceResult]]:
-        """Those of before a resume with other measures, layers, transformations or samples, the oldest first."""
+        """Those of before a resume with other arguments, or of before a new training; the oldest first."""
         return self._kept.earlier()
 
     def _evaluate_and_log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        result = self._evaluate(trainer, pl_module, epoch=trainer.current_epoch)
+        result = self._evaluate(trainer, pl_module, epoch=trainer.current_epoch if self._fits else None)
         # Every rank has the same values: `rank_zero_only` logs them without a collective and without a warning.
         self.log_dict(  # type: ignore[attr-defined]
             scalars(result, self._tags, self._suffix), on_step=False, on_epoch=True, sync_dist=True, rank_zero_only=True
         )
 
-    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> InvarianceResult:
+    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int | None) -> InvarianceResult:
         data = self.data if self.data is not None else validation_data(trainer)
-        options = options_in(trainer, pl_module, self.options)
+        options = options_in(trainer, pl_module, self.options, self.data is not None)
         result = evaluate_with(options, pl_module, data, self.transformations, self.measures)
         result.epoch, result.step = epoch, logger_step(trainer)
         self._kept.add(result, HISTORY_BYTES)

@@ -51,8 +51,14 @@ class History:
         """Add an evaluation; older ones are reduced to channels once the whole takes more bytes than the budget."""
         self.results = within_budget([*self.results, result], budget)
 
+    def begin(self) -> None:
+        """Begin a new history, and keep that of before apart."""
+        if self.results:
+            self._earlier.append({"configuration": self._configuration, **packed(self.results)})
+            self.results = []
+
     def earlier(self) -> list[list[InvarianceResult]]:
-        """The histories of other arguments, the oldest first."""
+        """The histories of before, the oldest first."""
         return [unpacked(state) for state in self._earlier]
 
     def state_dict(self) -> dict[str, Any]:

@@ -106,6 +106,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = model.get_submodule(inner)
 
 
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Name → module, without what ``torch.compile`` puts into the names of modules within a model."""
+    return {plain_name(name): module for name, module in model.named_modules()}
+
+
+def plain_name(name: str) -> str:
+    """The name of a module as it is without ``torch.compile``."""
+    return ".".join(part for part in name.split(".") if part != WRAPPED[0])
+
+
 def select_layers(model: nn.Module, layers: Layers = None, operations: bool = False) -> Selection:
     """Resolve a request for layers; see :func:`layer_names`.
 
@@ -137,7 +147,9 @@ def select_layers(model: nn.Module, layers: Layers = None, operations: bool = Fa
 
 def module_of(model: nn.Module, name: str) -> nn.Module:
     """The module of argument ``transform_at``."""
-    modules: dict[str, nn.Module] = {known: module for known, module in unwrapped(model).named_modules() if known}
+    modules: dict[str, nn.Module] = {
+        known: module for known, module in named_modules(unwrapped(model)).items() if known
+    }
     if name not in modules:
         raise ValueError(
             f"Expected argument `transform_at` to name a module of the model, but got {given(name)}."
@@ -151,7 +163,9 @@ def _select_modules(model: nn.Module, layers: Layers) -> Selection:
     model = unwrapped(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise RuntimeError(f"Expected at least one layer that can be measured, but none ran. {NOTHING_RAN}")
-    everything = {name: module for name, module in model.named_modules() if name and not _is_parametrization(name)}
+    everything = {
+        name: module for name, module in named_modules(model).items() if name and not _is_parametrization(name)
+    }
     leaves = {name: module for name, module in everything.items() if _is_leaf(module)}
     if not everything:  # the model itself is the only layer
         everything = leaves = {type(model).__name__: model}

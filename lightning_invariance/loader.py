@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_invariance.agreement import warn_of_randomness
+from lightning_invariance.agreement import warn_of_equal, warn_of_randomness
 from lightning_invariance.batches import Samples
 from lightning_invariance.hints import given
 from lightning_invariance.source import Source
@@ -126,7 +126,7 @@ class STLoader:
             pinned=self.device is not None and self.device.type == "cuda",
         )
         self.n_samples = self.source.n_samples
-        self._seed, self._checked = seed, False
+        self._seed, self._checked, self._compared = seed, False, False
 
     def _fetched_together(self) -> int:
         return self.rows * max(1, FETCHED // self.rows)
@@ -163,6 +163,9 @@ class STLoader:
             for columns, transformations in parts:
                 if self.transform:
                     inputs = transformations(samples.inputs)
+                    if not self._compared and len(parts) == 1:
+                        self._compared = True
+                        warn_of_equal(self.transformations, inputs)
                 else:
                     inputs = torch.stack([samples.inputs] * len(transformations), dim=1)
                 yield STBlock(inputs, samples.labels, columns, indices, samples.batch, samples.keys)

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_invariance.layers import plain_name
 from lightning_invariance.outputs import all_tensors_of
 
 #: Receives the name of an operation, its arguments and its output.
@@ -91,7 +92,7 @@ class Operations(TorchFunctionMode):
         handles = []
         try:
             for name, module in model.named_modules():
-                entering = self._entering(name or type(model).__name__)
+                entering = self._entering(plain_name(name) or type(model).__name__)
                 handles.append(module.register_forward_pre_hook(entering, prepend=True))
                 handles.append(module.register_forward_hook(self._leaving, always_call=True))
             yield

@@ -9,16 +9,27 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_invariance.batches import takes_batch
+from lightning_invariance.batches import input_of, takes_batch
 from lightning_invariance.evaluation.options import Options
 
 #: Strategies under which no process holds the whole model. By name: `lightning.pytorch` and `pytorch_lightning` have
 #: classes of their own.
 SHARDED = frozenset(["DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"])
+
+
+#: Whose subclasses put averaged weights into the model for the time of a validation.
+AVERAGING = "WeightAveraging"
+
+#: Hooks that change a batch before a model sees it; between them the batch goes to the device.
+BATCH_HOOKS = ("on_before_batch_transfer", "on_after_batch_transfer")
+
+#: Samples of an evaluation in a trainer with ``fast_dev_run``.
+SAMPLES_OF_DEV_RUN = 8
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
@@ -58,14 +69,54 @@ def is_due(trainer: pl.Trainer, every_n_epochs: int) -> bool:
     return (trainer.current_epoch + 1) % every_n_epochs == 0
 
 
-def options_in(trainer: pl.Trainer, model: pl.LightningModule, options: Options) -> Options:
-    """How to evaluate within a training: on its device, in its precision, with a progress bar if it has one."""
+def options_in(trainer: pl.Trainer, model: pl.LightningModule, options: Options, own_data: bool) -> Options:
+    """How to evaluate within a training: on its device, in its precision, with a progress bar if it has one.
+
+    Args:
+        trainer: that runs.
+        model: what it trains.
+        options: of the monitor.
+        own_data: whether the monitor has data of its own; those of the trainer go through its hooks.
+    """
+    most = options.max_samples
+    if getattr(trainer, "fast_dev_run", False):
+        most = min(SAMPLES_OF_DEV_RUN, most or SAMPLES_OF_DEV_RUN)
     return replace(
         options,
+        max_samples=most,
+        input_fn=options.input_fn if own_data else with_hooks(trainer, model, options.input_fn),
         device=model.device,
         forward=with_precision(trainer, options.forward),
         progress=getattr(trainer.progress_bar_callback, "is_enabled", False),
     )
+
+
+def with_hooks(
+    trainer: pl.Trainer, model: pl.LightningModule, input_fn: Callable[..., Tensor] | None
+) -> Callable[..., Tensor] | None:
+    """How to pick the input of a batch where a module or data module changes batches on their way to the device."""
+    owners = [each for each in (getattr(trainer, "datamodule", None), model) if each is not None]
+    before, after = ([getattr(each, hook) for each in owners if _overrides(each, hook)] for hook in BATCH_HOOKS)
+    if not before and not after:
+        return input_fn
+
+    def picked(batch: Any) -> Tensor:
+        stage, trainer.validating = trainer.state.stage, True  # hooks may ask for it
+        try:
+            batch = before[0](batch, 0) if before else batch
+            batch = move_data_to_device(batch, model.device)
+            batch = after[0](batch, 0) if after else batch
+        finally:
+            trainer.state.stage = stage
+        return input_of(batch, input_fn)
+
+    return picked
+
+
+def _overrides(owner: Any, hook: str) -> bool:
+    """Whether a hook is that of a user."""
+    home = next((cls.__module__ for cls in type(owner).__mro__ if hook in vars(cls)), "lightning.")
+    return not home.startswith(("lightning.", "pytorch_lightning."))
 
 
 def with_precision(trainer: pl.Trainer, forward: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -119,12 +170,24 @@ def spare_patience(trainer: pl.Trainer, tags: Mapping[str, str]) -> None:
 def warn_of_old_values(trainer: pl.Trainer, tags: Mapping[str, str], every_n_epochs: int) -> None:
     """Warn where ``ModelCheckpoint`` would take an old value for that of a later model."""
     for callback in callbacks_of(trainer):
-        monitored = getattr(callback, "monitor", None)
-        if hasattr(callback, "save_top_k") and _is_own(monitored, tags):
+        monitored, own = getattr(callback, "monitor", None), getattr(callback, "_every_n_epochs", 1) or 1
+        if hasattr(callback, "save_top_k") and own % every_n_epochs and _is_own(monitored, tags):
             rank_zero_warn(
                 f"ModelCheckpoint monitors {monitored!r}, which is new every {every_n_epochs} epochs:"
                 f" give it `every_n_epochs={every_n_epochs}`, or it takes a value for that of a later model."
             )
+
+
+def warn_of_averaging(trainer: pl.Trainer, monitor: pl.Callback) -> None:
+    """Warn where weights that validation sees averaged are put back before the monitor runs."""
+    before = callbacks_of(trainer)[: callbacks_of(trainer).index(monitor)]
+    names = [type(each).__name__ for each in before if AVERAGING in (cls.__name__ for cls in type(each).__mro__)]
+    if names:
+        rank_zero_warn(
+            f"{names[0]} stands before InvarianceMonitor in the trainer's callbacks: it takes the averaged weights out"
+            " of the model at the end of validation, so that others are measured than were validated. Put the monitor"
+            " first."
+        )
 
 
 def _is_own(monitored: str | None, tags: Mapping[str, str]) -> bool:

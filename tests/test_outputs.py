@@ -54,6 +54,13 @@ def test_the_accuracy_under_each_transformation(batch_size, measures):
     assert found.worst == pytest.approx(min(expected), rel=1e-6)
 
 
+def test_an_error_of_a_metric_says_what_it_got():
+    with pytest.raises(
+        RuntimeError, match=r"'MeanSquaredError' in argument `outputs` got predictions of shape \(2, 3\)"
+    ):
+        evaluate(classifier(), TensorDataset(X, Y.float()), quarter_turns(), outputs=MeanSquaredError(), batch_size=8)
+
+
 def test_a_mean_over_classes_of_one_size_is_no_mean_over_samples():
     """It has the value of one here, but other samples would also change how many there are of each class."""
     metrics = {name: MulticlassAccuracy(3, average=name) for name in ("micro", "macro")}

@@ -2,12 +2,14 @@
 
 import math
 import sys
+from collections import OrderedDict
 
 import pytest
 import torch
 from matplotlib.colors import to_rgba
 
-from lightning_invariance import InvarianceResult
+from lightning_invariance import InvarianceResult, evaluate, plots, rotations
+from lightning_invariance.measures import NormalizedVariance
 from lightning_invariance.plots import evolution, heatmap, layers
 from lightning_invariance.plots.common import render
 from lightning_invariance.style import DEAD, INFINITE
@@ -98,3 +100,18 @@ def test_a_channel_of_the_heatmap_leaves_out_nan_as_the_mean_of_the_layer_does()
     assert of_channels[0] == 3.0
     assert math.isnan(of_channels[1])
     assert (~infinite.mask)[:: len(shown) // 3, 0].tolist() == [False, False, True]
+
+
+def test_names_that_begin_with_an_underscore_stand_in_legends():
+    torch.manual_seed(0)
+    layers_of = OrderedDict(stem=torch.nn.Conv2d(1, 2, 3), _bn=torch.nn.BatchNorm2d(2), _fc=torch.nn.Flatten())
+    model = torch.nn.Sequential(layers_of)
+    measures = [NormalizedVariance(response=True)]
+    result = evaluate(model.eval(), torch.rand(32, 1, 6, 6), rotations(4), measures, convergence=True, batch_size=16)
+    for figure in (plots.response(result), plots.convergence(result)):
+        legend = figure.legends[0]
+        assert [text.strip() for text in texts(legend.get_texts())] == ["stem", "_bn", "_fc"]
+        colours = [line.get_color() for line in figure.axes[0].lines[:3]]
+        assert [line.get_color() for line in legend.get_lines()] == colours
+    axes = plots.layers({"_a": result, "b": result}).axes[0]
+    assert [text.strip() for text in texts(axes.get_legend().get_texts())] == ["_a", "b"]

@@ -48,6 +48,8 @@ class Manual(Net):
         return torch.optim.SGD(convolution, lr=0.1), torch.optim.Adam(rest)
 
 
+NEEDS_AVERAGING = pytest.mark.skipif(not hasattr(pl.callbacks, "EMAWeightAveraging"), reason="Lightning 2.6 has it")
+
 #: Transformations that draw from every random generator.
 NOISE = TransformationSet.from_callables(
     {"as it is": lambda x: x, "noise": lambda x: x + random.random() + np.random.rand() + torch.randn_like(x)}
@@ -61,7 +63,7 @@ NOISE = TransformationSet.from_callables(
         (Net, lambda: [StochasticWeightAveraging(0.01, swa_epoch_start=1)], {}),
         pytest.param(
             *(Net, lambda: [pl.callbacks.EMAWeightAveraging()], {}),
-            marks=pytest.mark.skipif(not hasattr(pl.callbacks, "EMAWeightAveraging"), reason="Lightning 2.6 has it"),
+            marks=[NEEDS_AVERAGING, pytest.mark.filterwarnings("ignore:EMAWeightAveraging stands before")],
         ),
         (Manual, list, {}),
         (Net, list, {"precision": "bf16-mixed"}),
@@ -166,6 +168,90 @@ def test_validate_always_evaluates_and_test_never(tmp_path):
     assert len(watching.history) == 4
 
 
+def test_a_checkpoint_that_is_tested_does_not_replace_the_history(tmp_path):
+    best = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    watching = monitor()
+    trainer = fit(tmp_path, watching, best, epochs=3, model=WithTest())
+    early = tmp_path / "epoch=0.ckpt"
+    trainer.test(trainer.lightning_module, DataLoader(DATA, 8), ckpt_path=early, verbose=False)
+    assert [result.epoch for result in watching.history] == [-1, 0, 1, 2]
+    trainer.validate(trainer.lightning_module, DataLoader(DATA, 8), ckpt_path=early, verbose=False)
+    assert [result.epoch for result in watching.history] == [-1, 0, 1, 2, None]
+    assert watching.history[-1].per_layer() == pytest.approx(watching.history[1].per_layer())
+    fresh = monitor()
+    again = pl.Trainer(callbacks=[fresh], logger=False, accelerator="cpu", enable_progress_bar=False)
+    again.validate(WithTest(), DataLoader(DATA, 8), ckpt_path=early, verbose=False)
+    assert [result.epoch for result in fresh.history] == [-1, 0, None]
+
+
+def test_each_training_has_a_history_of_its_own(tmp_path):
+    watching = monitor()
+    trainer = fit(tmp_path, watching, epochs=1)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(trainer.lightning_module, DataLoader(DATA, 8), DataLoader(DATA, 8))
+    assert [result.epoch for result in watching.history] == [-1, 0, 1]  # of one training
+    fit(tmp_path / "next fold", watching, epochs=1)
+    assert [result.epoch for result in watching.history] == [-1, 0]
+    assert [[result.epoch for result in each] for each in watching.earlier_histories] == [[-1, 0, 1]]
+
+
+def test_the_untrained_network_comes_first_after_a_validation(tmp_path):
+    watching, model = monitor(), Net()
+    trainer = pl.Trainer(max_epochs=1, callbacks=[watching], logger=False, accelerator="cpu", enable_progress_bar=False)
+    trainer.validate(model, DataLoader(DATA, 8), verbose=False)
+    trainer.fit(model, DataLoader(DATA, 8), DataLoader(DATA, 8))
+    assert [result.epoch for result in watching.history] == [-1, 0]
+
+
+class Scaling(Net):
+    """Scales images once they are on the device, and only of batches that it trains with otherwise."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        x, y = batch
+        return (100 * x - 50 if self.trainer.validating else 0 * x), y
+
+
+class ScalingData(pl.LightningDataModule):
+    def val_dataloader(self):
+        return DataLoader(DATA, 8)
+
+    train_dataloader = val_dataloader
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return 100 * batch[0] - 50, batch[1]
+
+
+@pytest.mark.parametrize("owner", ["model", "data module"])
+def test_batches_go_through_the_hooks_of_the_trainer(owner, tmp_path):
+    watching, data = monitor(max_samples=None), TensorDataset(100 * IMAGES - 50)
+    torch.manual_seed(0)
+    model = Scaling() if owner == "model" else Net()
+    expected = evaluate(model, data, rotations(4), progress=False)
+    options = {"max_epochs": 1, "limit_train_batches": 1, "default_root_dir": tmp_path, "enable_progress_bar": False}
+    trainer = pl.Trainer(callbacks=[watching], logger=False, accelerator="cpu", enable_checkpointing=False, **options)
+    if owner == "model":
+        trainer.fit(model, DataLoader(DATA, 8), DataLoader(DATA, 8))
+    else:
+        trainer.fit(model, datamodule=ScalingData())
+    found = watching.history[0]["NormalizedVariance"]
+    for layer, value in expected["NormalizedVariance"].items():
+        torch.testing.assert_close(found[layer], value, rtol=1e-4, atol=0)
+
+
+@NEEDS_AVERAGING
+def test_averaged_weights_that_are_taken_out_too_early_are_told(tmp_path):
+    averaging = pl.callbacks.EMAWeightAveraging
+    with pytest.warns(UserWarning, match="EMAWeightAveraging stands before InvarianceMonitor"):
+        fit(tmp_path, averaging(), monitor(), epochs=1)
+    fit(tmp_path, monitor(), averaging(), epochs=1)
+
+
+def test_a_dev_run_measures_few_samples(tmp_path):
+    watching = monitor()
+    fit(tmp_path, watching, fast_dev_run=True)
+    assert [result.n_samples for result in watching.history] == [8, 8]
+
+
 def test_a_resume_in_the_middle_of_an_epoch_evaluates_nothing_twice(tmp_path):
     middle = ModelCheckpoint(tmp_path / "middle", "{step}", every_n_train_steps=7, save_top_k=-1)
     fit(tmp_path, monitor(), middle, epochs=2)
@@ -209,6 +295,8 @@ def test_same_equivariance_in_a_trainer(tmp_path):
 def test_a_checkpoint_of_another_pace_is_warned_of(tmp_path):
     with pytest.warns(UserWarning, match="every_n_epochs=2"):
         fit(tmp_path, monitor(every_n_epochs=2), ModelCheckpoint(tmp_path, monitor="NormalizedVariance_mean"), epochs=1)
+    alike = ModelCheckpoint(tmp_path / "alike", monitor="NormalizedVariance_mean", every_n_epochs=4)
+    fit(tmp_path, monitor(every_n_epochs=2), alike, epochs=1)  # a warning would be an error
 
 
 @pytest.mark.parametrize("strategy", SHARDED)
@@ -266,6 +354,24 @@ class Compilable(Net):
     def __init__(self):
         super().__init__()
         self.conv = Convolution(1, 3, 3)
+
+
+def test_compiled_modules_within_a_model_keep_their_names():
+    class Outer(nn.Module):
+        def __init__(self, wrap):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = wrap(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()))
+            self.last = wrap(nn.Flatten())
+
+        def forward(self, x):
+            return self.last(self.net(x))
+
+    plain = Outer(lambda module: module).eval()
+    compiled = Outer(lambda module: torch.compile(module, backend=lambda graph, _: graph.forward)).eval()
+    assert layer_names(compiled) == layer_names(plain) == ["net.0", "net.1", "last"]
+    for options in ({}, {"layers": ["net.0"]}, {"operations": True}, {"transform_at": "net"}):
+        assert_same(values(compiled, **options), values(plain, **options))
 
 
 def test_training_a_compiled_module_compiles_no_more_than_without_it(tmp_path):

@@ -9,6 +9,7 @@ from torchvision.transforms import InterpolationMode, v2
 from lightning_invariance import (
     TransformationSet,
     combine,
+    evaluate,
     flips,
     quarter_turns,
     rotations,
@@ -234,3 +235,31 @@ def test_gradients_flow_through_a_set_that_was_used_in_inference_mode():
     x = torch.ones(1, 1, 6, 6, requires_grad=True)
     t(x).sum().backward()
     assert x.grad[0, 0, 3, 3] == pytest.approx(8, rel=0.2)  # a pixel near the centre stays inside under all of them
+
+
+@pytest.mark.parametrize("order", [("same", "dark"), ("dark", "same")])
+def test_functions_that_change_their_argument_do_not_meet(order):
+    def dark(x):
+        x[..., :3, :] = 0
+        return x
+
+    functions = {"same": lambda x: x, "dark": dark}
+    x = torch.rand(4, 1, 6, 6) + 1
+    given, expected = x.clone(), {"same": x.clone(), "dark": torch.cat([torch.zeros(4, 1, 3, 6), x[..., 3:, :]], 2)}
+    t = TransformationSet.from_callables({name: functions[name] for name in order}, functions)
+    st = t(x)
+    for j, name in enumerate(order):
+        assert torch.equal(st[:, j], expected[name])
+    assert torch.equal(x, given)
+    moved = st.clone()
+    t.inverse(st)
+    assert torch.equal(st, moved)
+
+
+def test_transformations_that_are_all_the_same_are_told():
+    late = TransformationSet.from_callables([lambda x: x.roll(k, -1) for k in range(3)])  # noqa: B023
+    images, model = torch.rand(8, 1, 6, 6), torch.nn.Flatten()
+    with pytest.warns(UserWarning, match="All transformations of .* `lambda x, k=k: ...`"):
+        evaluate(model, images, late)
+    evaluate(model, images, rotations(4))  # a warning would be an error
+    evaluate(model, torch.zeros(8, 1, 6, 6), rotations(4))

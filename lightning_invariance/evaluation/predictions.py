@@ -72,7 +72,7 @@ class Predictions:
         targets = targets.to(predictions.device).contiguous()  # some metrics view their arguments
         for name, clones in self._clones.items():
             for column, metric in enumerate(clones[block.columns]):
-                metric.update(predictions[:, column].contiguous(), targets)
+                _update(name, metric, predictions[:, column].contiguous(), targets)
             if name in self._by_sample:
                 self._by_sample[name].add(predictions, targets)
 
@@ -138,6 +138,21 @@ class _BySample:
         """``(samples, transformations)``; NaN where the metric was not the mean of those of single samples."""
         found = torch.tensor(self._values, dtype=torch.float64).view(-1, self._m)
         return found if self._is_mean else torch.full_like(found, math.nan)
+
+
+def _update(name: str, metric: Metric, predictions: Tensor, targets: Tensor) -> None:
+    """Update a metric; its own errors say nothing of whose predictions they are."""
+    try:
+        metric.update(predictions, targets)
+    except (ValueError, RuntimeError, TypeError, IndexError) as error:
+        if type(error) not in (ValueError, RuntimeError, TypeError, IndexError):
+            raise
+        raise type(error)(
+            f"{error}\nMetric {name!r} in argument `outputs` got predictions of shape {tuple(predictions.shape)} and"
+            f" targets of shape {tuple(targets.shape)}. Predictions are what `forward` returns (its logits, or the"
+            " first tensor with one for each input), targets the second entry of a batch: let `forward` return others,"
+            " or a dataset give pairs (x, y)."
+        ) from error
 
 
 def is_mean(of_samples: Tensor, values: Sequence[float]) -> bool:

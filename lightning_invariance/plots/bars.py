@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox, BboxTransformTo, Transform, TransformedBbox
 
 from lightning_invariance.plots.common import box_of, colours, depth_colours
-from lightning_invariance.plots.labels import shorten, without_prefix
+from lightning_invariance.plots.labels import in_legend, shorten, without_prefix
 from lightning_invariance.plots.text import LINE, MEDIUM, SMALL, fitting, inches_of
 
 #: The longest colour bar, its width, its distance from the axes, and the height of its points, in inches.
@@ -76,7 +76,7 @@ def key_of_layers(axes: Sequence[Axes], names: Sequence[str]) -> None:
     if len(names) <= MOST_IN_LEGEND:
         width, height = figure.get_size_inches()
         handles, _ = axes[0].get_legend_handles_labels()
-        labels = [shorten(name) for name in names]
+        labels = [in_legend(shorten(name)) for name in names]
         corner = box.x1 / width, box.y1 / height
         figure.legend(
             handles, labels, loc="upper left", bbox_to_anchor=corner, fontsize=SMALL, frameon=False, borderpad=0

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from lightning_invariance.plots.bars import key_of_layers, room_of_key
 from lightning_invariance.plots.common import NUMBERS, axes_at, depth_colours, first_measure, new_figure
+from lightning_invariance.plots.labels import in_legend
 from lightning_invariance.result import InvarianceResult
 
 
@@ -49,7 +50,7 @@ def convergence(results: InvarianceResult | Sequence[InvarianceResult], measure:
     width = (10 - room_of_key([*lines])) / 2 - NUMBERS - 0.05
     left, right = (axes_at(figure, NUMBERS + i * (width + NUMBERS + 0.1), 0.5, width, 3.6) for i in range(2))
     for row, error, colour, layer in zip(values, errors, depth_colours(len(lines)), lines, strict=True):
-        left.plot(x, row, "o-", color=colour, ms=3, linewidth=1.2, label=layer)
+        left.plot(x, row, "o-", color=colour, ms=3, linewidth=1.2, label=in_legend(layer))
         right.plot(x[:-1], error, "o-", color=colour, ms=3, linewidth=1.2)
     known = np.isfinite(errors).all(1)
     if known.any():

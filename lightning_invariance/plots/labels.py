@@ -47,6 +47,11 @@ class Block(NamedTuple):
         return (self.start + self.stop - 1) / 2
 
 
+def in_legend(name: str) -> str:
+    """A name as a legend shows it: Matplotlib leaves out what begins with an underscore."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def shorten(name: str, longest: int = 24) -> str:
     """A label that fits, its end kept (layers differ there)."""
     return name if len(name) <= longest else "…" + name[-longest + 1 :]

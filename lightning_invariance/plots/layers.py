@@ -24,7 +24,7 @@ from lightning_invariance.plots.common import (
     new_figure,
     width_of,
 )
-from lightning_invariance.plots.labels import LayerLabels
+from lightning_invariance.plots.labels import LayerLabels, in_legend
 from lightning_invariance.result import InvarianceResult
 
 #: Layers whose markers do not overlap.
@@ -55,7 +55,7 @@ def layers(
         mean, std = np.array([row.mean for row in rows]), np.array([row.std for row in rows])
         style = "--" if label in dashed else "-"
         size = 4 if len(x) <= MOST_MARKERS else 0
-        axes.plot(x, mean, style, color=colour, marker=marker, ms=size, label=label or None)
+        axes.plot(x, mean, style, color=colour, marker=marker, ms=size, label=in_legend(label) or None)
         known = [row for row in rows if np.isfinite(row.low)]
         if known:
             at = [float(place) for place, row in zip(x, rows, strict=True) if np.isfinite(row.low)]

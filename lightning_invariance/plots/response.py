@@ -30,7 +30,7 @@ from lightning_invariance.plots.common import (
     within,
     write_title,
 )
-from lightning_invariance.plots.labels import LayerLabels, shorten, without_prefix
+from lightning_invariance.plots.labels import LayerLabels, in_legend, shorten, without_prefix
 from lightning_invariance.plots.text import fitting, inches_of
 from lightning_invariance.result import InvarianceResult
 
@@ -111,7 +111,7 @@ def _lines(
     above, axes = axes_below(figure, left, bottom, width, height, TOP if result.outputs else None)
     for (layer, values), colour in zip(lines.items(), depth_colours(len(lines)), strict=True):
         style = "o-" if count <= MOST_LABELS else "-"
-        axes.plot(x[order], values[order], style, color=colour, ms=3, linewidth=1.2, label=layer)
+        axes.plot(x[order], values[order], style, color=colour, ms=3, linewidth=1.2, label=in_legend(layer))
         if (bounds := result.response_bounds.get(measure, {}).get(layer)) is not None:
             low, high = np.array(bounds)[:, order]
             axes.fill_between(x[order], low, high, color=colour, alpha=0.2, linewidth=0)
@@ -180,7 +180,7 @@ def _draw_outputs(above: Axes, axes: Axes, result: InvarianceResult, x: np.ndarr
     """
     align_above(above, axes, next(iter(result.outputs)) if len(result.outputs) == 1 else "output")
     for (name, found), (colour, marker) in zip(result.outputs.items(), cycle(LINES), strict=False):
-        above.plot(x, np.array(found.values)[order], marker=marker, color=colour, ms=3, label=shorten(name))
+        above.plot(x, np.array(found.values)[order], marker=marker, color=colour, ms=3, label=in_legend(shorten(name)))
         if found.low:
             low, high = (np.array(bounds)[order] for bounds in (found.low, found.high))
             above.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)

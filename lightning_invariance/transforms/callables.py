@@ -41,7 +41,8 @@ class CallableSet(TransformationSet):
         return (*self.labels, *self._functions, *(self._inverses or ()), self.identity)
 
     def _apply(self, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
-        return self._stack([function(x) for function in self._functions], x)
+        # Each gets a batch of its own, which it may change in place.
+        return self._stack([function(x.clone()) for function in self._functions], x)
 
     def is_random(self, x: Tensor) -> bool:
         """Whether the functions make something else of a batch the second time."""
@@ -49,7 +50,7 @@ class CallableSet(TransformationSet):
 
     def _invert(self, st: Tensor, input_size: tuple[int, int] | None) -> Tensor:
         inverses = self._inverses or []
-        return self._stack([inverse(st[:, j]) for j, inverse in enumerate(inverses)], st)
+        return self._stack([inverse(st[:, j].clone()) for j, inverse in enumerate(inverses)], st)
 
     def _select(self, columns: list[int]) -> CallableSet:
         labels = [self.labels[j] for j in columns]
