@@ -136,24 +136,30 @@ def _over_samples(
     if order is not None:
         of_b = {layer: psi[order] for layer, psi in of_b.items()}
     means, others = a.per_layer(measure), b.per_layer(measure)
-    shapes, others_shapes = ({row.layer: row.shape for row in result.table(measure)} for result in (a, b))
     rows = []
     for layer, parts in pairs:
         value = sum(w * others[name] for name, w in parts.items())
         error, freedom, doubt = _error(of_a[layer], of_b[layer], order is not None)
-        doubts = [f"shapes {shapes[layer]}, {others_shapes[layer]}"] if parts == {layer: 1.0} else []
-        doubts = doubts if doubts and shapes[layer] != others_shapes[layer] else []
-        doubts += [_doubt_of(intervals, layer), *(_doubt_of(others_intervals, name) for name in parts)]
-        doubt = next(filter(None, doubts), doubt)
+        own = [_doubt_of(intervals, layer), *(_doubt_of(others_intervals, name) for name in parts)]
+        doubt = _first([_other_shape(a, b, measure, layer) if parts == {layer: 1.0} else "", *own, doubt])
         rows.append(test.row(layer, means[layer], value, error, freedom, doubt))
     known = [row for row in rows if math.isfinite(row.low)]
     psi_a, psi_b = (network_influences(of[row.layer] for row in known) for of in (of_a, of_b))
     error, freedom, doubt = _error(psi_a, psi_b, order is not None)
-    doubts = [doubt, intervals.network.doubt, others_intervals.network.doubt]
-    doubts = [f"without {number_of(len(rows) - len(known), 'layer')}"] * (len(known) < len(rows)) + doubts
-    doubt = next(filter(None, doubts), "")
+    missing = f"without {number_of(len(rows) - len(known), 'layer')}" if len(known) < len(rows) else ""
+    doubt = _first([missing, doubt, intervals.network.doubt, others_intervals.network.doubt])
     network = test.row("network", _mean(row.a for row in known), _mean(row.b for row in known), error, freedom, doubt)
     return rows, network, order is not None
+
+
+def _first(doubts: Iterable[str]) -> str:
+    return next(filter(None, doubts), "")
+
+
+def _other_shape(a: InvarianceResult, b: InvarianceResult, measure: str, layer: str) -> str:
+    """What is doubtful of layers that have but a name in common."""
+    one, other = (next(row.shape for row in each.table(measure) if row.layer == layer) for each in (a, b))
+    return "" if one == other else f"shapes {one}, {other}"
 
 
 def _influences(result: InvarianceResult, measure: str, parts: dict[str, float]) -> Tensor:

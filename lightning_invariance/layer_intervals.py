@@ -72,7 +72,7 @@ class LayerIntervals(LayerValues):
                 about = self._about(measure, row)
                 found[row.layer] = interval_of(row.mean, known[row.layer], level, *about, unit, repeated)
         # Of the mean over layers, all of these count alike.
-        abouts = torch.tensor([self._about(measure, row) for row in finite]).view(-1, 3)
+        abouts = torch.tensor([self._about(measure, row) for row in finite], dtype=torch.float64).view(-1, 3)
         left_out, sparse, bias = (abouts.sum(0) / max(1, len(finite))).tolist()
         of_network = network_influences(known.get(row.layer) for row in finite)
         found.network = interval_of(self.mean(measure), of_network, level, left_out, sparse, bias, unit, repeated)
