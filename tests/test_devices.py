@@ -125,7 +125,8 @@ ACTIVATIONS = [((3, 6, 6), 0), ((10, 7, 7), 0), ((40,), 0), ((), 0), ((9, 30), 1
 
 
 #: Those, with types and sizes of values: squares of the smaller ones are beyond float32.
-CUBES = [(*activation, torch.float32, scale) for activation in ACTIVATIONS for scale in (1.0, 1e-25)]
+CUBES = [(*activation, torch.float32, 1.0) for activation in ACTIVATIONS]
+CUBES += [(*activation, torch.float32, 1e-25) for activation in (ACTIVATIONS[0], ACTIVATIONS[2])]
 CUBES += [((3, 6, 6), 0, torch.float16, 1.0), ((9, 30), 1, torch.bfloat16, 1.0), ((3, 6, 6), 0, torch.bfloat16, 1e-25)]
 
 
@@ -232,7 +233,7 @@ OF_SUMS = {
     "test_response.py": "identity or batches or merges or nan",
     "test_devices.py": "definition",
     "test_intervals.py": "standard_errors_of_float32 and 12-100.0 or not_finite_do_not_count",
-    "test_response_intervals.py": "bounds_in_float32 and C-13-24-last",
+    "test_response_intervals.py": "bounds_in_float32 and (C-13-1024-last or C-4-24-last)",
 }
 
 
