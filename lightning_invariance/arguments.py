@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchmetrics import Metric, MetricCollection
 
 from lightning_invariance.hints import given
@@ -67,6 +68,8 @@ def check_model(model: Any) -> None:
 
 def check_data(data: Any) -> None:
     """Raise for tensors of inputs and targets that are no dataset."""
+    if isinstance(data, tuple | list) and data and all(isinstance(each, DataLoader) for each in data):
+        raise TypeError(f"Expected argument `data` to be one DataLoader, but got {len(data)} of them: give one.")
     tensors = isinstance(data, tuple | list) and len(data) > 1 and all(isinstance(each, Tensor) for each in data)
     if isinstance(data, Mapping) or (tensors and len({each.ndim for each in data}) > 1):
         raise TypeError(

@@ -149,6 +149,11 @@ def test_tensors_that_are_no_dataset(data):
         evaluate(network(), data, rotations(4))
 
 
+def test_several_loaders_are_no_data():
+    with pytest.raises(TypeError, match="one DataLoader, but got 2 of them"):
+        evaluate(network(), [DataLoader(TensorDataset(IMAGES))] * 2, rotations(4))
+
+
 @pytest.mark.parametrize("measures", [DataLoader(TensorDataset(IMAGES)), 3])
 def test_measures_that_are_none(measures):
     with pytest.raises(TypeError, match=r"argument `measures` to be a metric, or a list or dict of metrics, but got"):

@@ -82,6 +82,15 @@ def test_layers_draws_a_line_for_each_result():
         layers({})
 
 
+def test_many_results_have_a_line_and_a_mark_of_their_own():
+    axes = layers({f"network {i}": result((i / 24,) * 5) for i in range(24)}).axes[0]
+    assert len({(line.get_color(), line.get_marker()) for line in axes.lines}) == 24
+    axes.figure.canvas.draw()
+    inside, legend = axes.get_window_extent(), axes.get_legend().get_window_extent()
+    assert inside.x0 < legend.x0 < legend.x1 < inside.x1
+    assert inside.y0 < legend.y0 < legend.y1 < inside.y1
+
+
 def test_pictures_change_nothing_and_need_no_pyplot(recwarn):
     one = result()
     before = repr(one)

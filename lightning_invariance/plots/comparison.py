@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from lightning_invariance.compare import compare as compared
 from lightning_invariance.comparison import Comparison
 from lightning_invariance.plots.common import depths, marks_of, new_figure, width_of
-from lightning_invariance.plots.labels import LayerLabels
+from lightning_invariance.plots.labels import LayerLabels, shorten
 from lightning_invariance.result import InvarianceResult
 
 #: Bars above and below 0, and those that may be chance.
@@ -114,9 +114,10 @@ def _drawn(
     axes.axhline(0, color="black", linewidth=0.8)
     LayerLabels(layers, width_of(len(layers)) - 1.0, marks).write(axes, "x")
     axes.set_xlim(-0.6, len(layers) - 0.4)
-    axes.set_ylabel(f"{measure}:\n{names[1]} − {names[0]}")
+    one, other = (shorten(name) for name in names)
+    axes.set_ylabel(f"{measure}:\n{other} − {one}")
     axes.grid(alpha=0.3, axis="y")
     if higher_is_better is not None:
         place = "above" if higher_is_better else "below"
-        axes.set_title(f"{place} 0: {names[1]} is more invariant", fontsize="medium")
+        axes.set_title(f"{place} 0: {other} is more invariant", fontsize="medium")
     return figure

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from itertools import cycle
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +23,7 @@ from lightning_invariance.plots.common import (
     new_figure,
     width_of,
 )
-from lightning_invariance.plots.labels import LayerLabels, in_legend
+from lightning_invariance.plots.labels import LayerLabels, in_legend, shorten
 from lightning_invariance.result import InvarianceResult
 
 #: Layers whose markers do not overlap.
@@ -50,12 +49,18 @@ def layers(
     measure = measure or first_measure(found.values())
     dashed = [dashed] if isinstance(dashed, str) else dashed
     axes, places = _axes_of_layers(list(found.values()), measure, depth)
-    for (label, result), (colour, marker) in zip(found.items(), cycle(LINES), strict=False):
+    few = len(found) <= len(LINES)
+    longest = 40 if few else 24  # texts of a legend
+    for i, (label, result) in enumerate(found.items()):
+        around, position = divmod(i, len(LINES))
+        colour, marker = LINES[position][0], LINES[(position + around) % len(LINES)][1]  # another pair for each
         rows, x = result.table(measure), places(result)
         mean, std = np.array([row.mean for row in rows]), np.array([row.std for row in rows])
         style = "--" if label in dashed else "-"
         size = 4 if len(x) <= MOST_MARKERS else 0
-        axes.plot(x, mean, style, color=colour, marker=marker, ms=size, label=in_legend(label) or None)
+        axes.plot(
+            x, mean, style, color=colour, marker=marker, ms=size, label=in_legend(shorten(label, longest)) or None
+        )
         known = [row for row in rows if np.isfinite(row.low)]
         if known:
             at = [float(place) for place, row in zip(x, rows, strict=True) if np.isfinite(row.low)]
@@ -65,7 +70,7 @@ def layers(
         axes.fill_between(x, low, mean + std, color=colour, alpha=0.12, linewidth=0)
     axes.set_ylabel(f"{measure}\nmean of the layer")
     if len(found) > 1:
-        axes.legend()
+        axes.legend(fontsize=None if few else "x-small", ncols=1 if few else 2 + len(found) // 24)
     return _finished(axes, list(found.values()), measure)
 
 
