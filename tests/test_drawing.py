@@ -83,7 +83,7 @@ def test_no_text_is_cut_off_or_overlaps_another(picture, count):
         assert (border == 255).all()
 
 
-@pytest.mark.parametrize("count", [50, 300])
+@pytest.mark.parametrize("count", [50, 120])
 def test_a_long_history_adds_no_artists(count):
     few, many = (plots.evolution([result(count, epoch) for epoch in range(length)]).findobj() for length in (40, 500))
     assert len(many) <= len(few)
