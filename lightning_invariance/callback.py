@@ -242,7 +242,10 @@ class InvarianceMonitor(Callback):
 
     @property
     def earlier_histories(self) -> list[list[InvarianceResult]]:
-        """Those of before a resume with other arguments, or of before a new training; the oldest first."""
+        """Those of before a resume with other arguments, and those of before a new training, the oldest of each first.
+
+        A checkpoint holds the former alone.
+        """
         return self._kept.earlier()
 
     def _evaluate_and_log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

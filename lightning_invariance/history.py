@@ -38,7 +38,8 @@ class History:
 
     def __init__(self, options: Options, measures: Mapping[str, Metric], transformations: TransformationSet) -> None:
         self.results: list[InvarianceResult] = []
-        self._earlier: list[dict[str, Any]] = []
+        self._earlier: list[dict[str, Any]] = []  # of other arguments; part of a checkpoint
+        self._trainings: list[dict[str, Any]] = []  # of before; a checkpoint is that of one training
         self._configuration = {
             "measures": {name: _described(measure) for name, measure in measures.items()},
             "transformations": list(transformations.labels),
@@ -54,12 +55,12 @@ class History:
     def begin(self) -> None:
         """Begin a new history, and keep that of before apart."""
         if self.results:
-            self._earlier.append({"configuration": self._configuration, **packed(self.results)})
+            self._trainings.append(packed(self.results))
             self.results = []
 
     def earlier(self) -> list[list[InvarianceResult]]:
         """The histories of before, the oldest first."""
-        return [unpacked(state) for state in self._earlier]
+        return [unpacked(state) for state in (*self._earlier, *self._trainings)]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data for a checkpoint."""

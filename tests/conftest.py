@@ -17,6 +17,15 @@ def _same_random_numbers_in_any_order():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_is_left_where_the_tests_run():
+    """Such as checkpoints of a trainer without a folder of its own."""
+    before = set(os.listdir())
+    yield
+    left = [name for name in set(os.listdir()) - before if not name.startswith(".")]
+    assert not left, f"tests left {left} in {os.getcwd()}"
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":  # tests/test_devices.py runs others with Triton's interpreter
 
     @pytest.fixture(autouse=True)

@@ -7,8 +7,9 @@ from collections import OrderedDict
 import pytest
 import torch
 from matplotlib.colors import to_rgba
+from matplotlib.text import Text
 
-from lightning_invariance import InvarianceResult, evaluate, plots, rotations
+from lightning_invariance import InvarianceResult, compare, evaluate, plots, rotations
 from lightning_invariance.measures import NormalizedVariance
 from lightning_invariance.plots import evolution, heatmap, layers
 from lightning_invariance.plots.common import render
@@ -124,3 +125,18 @@ def test_names_that_begin_with_an_underscore_stand_in_legends():
         assert [line.get_color() for line in legend.get_lines()] == colours
     axes = plots.layers({"_a": result, "b": result}).axes[0]
     assert [text.strip() for text in texts(axes.get_legend().get_texts())] == ["_a", "b"]
+
+
+def test_dots_are_those_of_the_results_that_are_drawn(tmp_path):
+    """Results that are loaded and forgotten, one after the other, may have the identity of the one before."""
+    torch.manual_seed(0)
+    x, models = torch.rand(32, 1, 6, 6), (torch.nn.Conv2d(1, 2, 3), torch.nn.AdaptiveAvgPool2d(1))
+    last, other = (
+        evaluate(torch.nn.Sequential(model), x, rotations(4), confidence=0.95, progress=False) for model in models
+    )
+    for name, each in (("same", last), ("other", other)):
+        each.save(tmp_path / name)
+    assert compare(other, last).differing == ["0"]
+    for name in 10 * ["same", "other"]:
+        figure = evolution([InvarianceResult.load(tmp_path / name), last])
+        assert any("dots" in text.get_text() for text in figure.findobj(Text)) == (name == "other")

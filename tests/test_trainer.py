@@ -179,7 +179,9 @@ def test_a_checkpoint_that_is_tested_does_not_replace_the_history(tmp_path):
     assert [result.epoch for result in watching.history] == [-1, 0, 1, 2, None]
     assert watching.history[-1].per_layer() == pytest.approx(watching.history[1].per_layer())
     fresh = monitor()
-    again = pl.Trainer(callbacks=[fresh], logger=False, accelerator="cpu", enable_progress_bar=False)
+    again = pl.Trainer(
+        callbacks=[fresh], logger=False, accelerator="cpu", enable_progress_bar=False, default_root_dir=tmp_path
+    )
     again.validate(WithTest(), DataLoader(DATA, 8), ckpt_path=early, verbose=False)
     assert [result.epoch for result in fresh.history] == [-1, 0, None]
 
@@ -193,11 +195,13 @@ def test_each_training_has_a_history_of_its_own(tmp_path):
     fit(tmp_path / "next fold", watching, epochs=1)
     assert [result.epoch for result in watching.history] == [-1, 0]
     assert [[result.epoch for result in each] for each in watching.earlier_histories] == [[-1, 0, 1]]
+    assert watching.state_dict()["earlier"] == []  # or the checkpoints of a cross-validation would grow
 
 
 def test_the_untrained_network_comes_first_after_a_validation(tmp_path):
     watching, model = monitor(), Net()
-    trainer = pl.Trainer(max_epochs=1, callbacks=[watching], logger=False, accelerator="cpu", enable_progress_bar=False)
+    options = {"default_root_dir": tmp_path, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(max_epochs=1, callbacks=[watching], logger=False, accelerator="cpu", **options)
     trainer.validate(model, DataLoader(DATA, 8), verbose=False)
     trainer.fit(model, DataLoader(DATA, 8), DataLoader(DATA, 8))
     assert [result.epoch for result in watching.history] == [-1, 0]

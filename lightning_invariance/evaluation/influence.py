@@ -249,7 +249,7 @@ def check_units_apart(measure: Measure, accumulators: Sequence[Accumulator], sum
     """
     states = {name: sums[name].detach().clone() for accumulator in accumulators for name in accumulator.empty()}
     activations = math.prod(sums.activation_shape)
-    leaves = [s.requires_grad_() for s in states.values() if s.is_floating_point() and s.shape[-1] == activations]
+    leaves = [s.requires_grad_() for s in states.values() if s.is_floating_point() and s.shape[-1:] == (activations,)]
     with torch.enable_grad():
         value = measure.value(replace(sums, states={**sums.states, **states})).flatten()
         units = value.isfinite().nonzero().flatten().tolist()

@@ -15,6 +15,7 @@ from torchmetrics import Metric
 
 from lightning_invariance.batches import target_of
 from lightning_invariance.distributed import gather_objects
+from lightning_invariance.evaluation.probe_block import FAILURES
 from lightning_invariance.intervals import interval_of
 from lightning_invariance.loader import STBlock
 from lightning_invariance.outputs import all_tensors_of
@@ -144,8 +145,8 @@ def _update(name: str, metric: Metric, predictions: Tensor, targets: Tensor) -> 
     """Update a metric; its own errors say nothing of whose predictions they are."""
     try:
         metric.update(predictions, targets)
-    except (ValueError, RuntimeError, TypeError, IndexError) as error:
-        if type(error) not in (ValueError, RuntimeError, TypeError, IndexError):
+    except FAILURES as error:
+        if type(error) not in FAILURES:
             raise
         raise type(error)(
             f"{error}\nMetric {name!r} in argument `outputs` got predictions of shape {tuple(predictions.shape)} and"
