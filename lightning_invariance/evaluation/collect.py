@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_invariance.evaluation.influence import Influence
-from lightning_invariance.evaluation.influence_on_mean import InfluenceOnMean
 from lightning_invariance.evaluation.needed import INPUT
 from lightning_invariance.evaluation.registry import Registry
 from lightning_invariance.evaluation.tallies import Layer
@@ -54,11 +52,12 @@ def collect(registry: Registry) -> InvarianceResult:
                 if (parts := metric.response_of(sums)) is not None:
                     response.setdefault(key, {})[name] = parts.tolist()
                 if sums.n_samples and (error := metric.standard_error(sums)) is not None:
-                    errors.setdefault(key, {})[name] = error.reshape(value.shape).to("cpu", torch.float64)
+                    error = layer.in_shape(error.flatten()).reshape(value.shape)
+                    errors.setdefault(key, {})[name] = error.to("cpu", torch.float64)
         if name != INPUT and (found := _dead(layer, len(registry.transformations))) is not None:
             dead[name] = found
-        for key, influence in layer.influences.items():
-            found_influences.add(key, name, influence, values[key][name], response.get(key, {}).get(name))
+        for key in layer.influences:
+            found_influences.add(key, name, layer, values[key][name], response.get(key, {}).get(name))
         layer.first, layer.second, layer.metrics, layer.influences = [], [], {}, {}
     values = {key: _over_layers(registry, key, of_layers) for key, of_layers in values.items()}
     return make_result(
@@ -86,9 +85,9 @@ def collect(registry: Registry) -> InvarianceResult:
 def _dead(layer: Layer, m: int) -> Tensor | None:
     """Which activations of a layer never changed; None where no accumulator tells."""
     for tally in layer.first:
-        counted = Sums(tally.states, tally.n_samples, m, layer.shape, layer.channel_axis)
+        counted = Sums(tally.states, tally.n_samples, m, layer.ordered_shape, layer.ordered_channel_axis)
         if (found := dead_of([tally.accumulator], counted)) is not None:
-            return found.cpu()
+            return layer.in_shape(found).cpu()
     return None
 
 
@@ -118,16 +117,11 @@ class Influences:
         self._numbers = torch.tensor(sorted(registry.sample_keys), dtype=torch.long)
         self._keys = torch.tensor([registry.sample_keys[i] for i in self._numbers.tolist()], dtype=torch.long)
 
-    def add(
-        self,
-        measure: str,
-        layer: str,
-        influence: Influence | InfluenceOnMean,
-        value: Tensor,
-        response: list[float] | None,
-    ) -> None:
-        """Add those on a measure of a layer with this value and response."""
-        own, squares, fourths = (influence.states[name].cpu() for name in ("numbers", "squares", "fourths"))
+    def add(self, measure: str, name: str, layer: Layer, value: Tensor, response: list[float] | None) -> None:
+        """Add those on a measure of a layer of this name, with this value and response."""
+        influence = layer.influences[measure]
+        own, found = (influence.states[state].cpu() for state in ("numbers", "on_mean"))
+        squares, fourths = (layer.in_shape(influence.states[state].cpu()) for state in ("squares", "fourths"))
         n = len(own)
         numbers, keys = self._numbers, self._keys
         if (pairs := influence.pairs) is not None:
@@ -135,23 +129,22 @@ class Influences:
             numbers, group = torch.unique(of_samples, return_inverse=True)
             keys = torch.zeros_like(numbers).index_add_(0, group, keys)
         on_mean = torch.full((len(numbers),), torch.nan, dtype=torch.float64)
-        found = influence.states["on_mean"].cpu()
         on_mean[torch.searchsorted(numbers, own)] = found - found.mean()  # which is 0 but for the rounding of the sums
         error = torch.where(value.flatten().isfinite(), (squares.double() / (n * (n - 1))).sqrt(), torch.nan)
-        self.standard_errors.setdefault(measure, {})[layer] = error.view(value.shape)
+        self.standard_errors.setdefault(measure, {})[name] = error.view(value.shape)
         freedom = degrees_of_freedom(n, squares, fourths).float().view(value.shape)
         never = (squares == 0).view(value.shape) & (value != 0)  # such as 1 for units that never fired
         few = ((freedom < FEWEST_DEGREES) | never)[value.isfinite()]
-        self.sparse.setdefault(measure, {})[layer] = float(few.double().mean()) if few.numel() else 0.0
-        self.freedom.setdefault(measure, {})[layer] = freedom
-        self.on_means.setdefault(measure, {})[layer] = on_mean
+        self.sparse.setdefault(measure, {})[name] = float(few.double().mean()) if few.numel() else 0.0
+        self.freedom.setdefault(measure, {})[name] = freedom
+        self.on_means.setdefault(measure, {})[name] = on_mean
         self.sample_keys[measure] = keys
-        squares, fourths = (influence.states[f"response_{name}"].cpu().double() for name in ("squares", "fourths"))
+        squares, fourths = (influence.states[f"response_{state}"].cpu().double() for state in ("squares", "fourths"))
         if response is not None and len(squares) and self._confidence is not None:
             quantiles = t_quantiles(self._confidence, degrees_of_freedom(n, squares, fourths))
             half, middle = quantiles * (squares / (n * (n - 1))).sqrt(), torch.tensor(response, dtype=torch.float64)
             bounds = [(middle - half).tolist(), (middle + half).tolist()]
-            self.response_bounds.setdefault(measure, {})[layer] = bounds
+            self.response_bounds.setdefault(measure, {})[name] = bounds
 
 
 def make_result(
@@ -218,7 +211,7 @@ def _value(registry: Registry, measure: str, layer: Layer) -> Tensor:
     metric = registry.measures[measure]
     if names_accumulators(metric):
         value = metric.evaluated(registry.sums(layer, measure), metric.of_layer)
-        return value.detach().to("cpu", torch.float64)
+        return layer.in_shape(value.detach().to("cpu", torch.float64))
     # torchmetrics keeps a computed value, and turns one of shape (1,) into a scalar.
     own = deepcopy(layer.metrics[measure])
     value = torch.as_tensor(own.compute()).detach().to("cpu", torch.float64)

@@ -30,14 +30,12 @@ from lightning_invariance.accumulators import (
 from lightning_invariance.accumulators.base import started
 from lightning_invariance.accumulators.grouped_pairs import ADDED, PAIRS, WAITING, Part
 from lightning_invariance.evaluation.response_influence import ResponseInfluence, has_intervals
+from lightning_invariance.hints import is_of_package
 from lightning_invariance.measures import Measure
 from lightning_invariance.measures.sums import Sums
 
 #: The range of mean squares that float32 holds with their digits, and of weights.
 SMALLEST, LARGEST = 1e-24, 1e30
-
-#: Measures of other modules are those of users.
-PACKAGE = __name__.partition(".")[0] + "."
 
 #: Float32 means are too coarse where the variance of a column is below this part of the square of a mean.
 FAR = 1e-6
@@ -64,7 +62,7 @@ class Influence:
 
     def __init__(self, measure: Measure, accumulators: Sequence[Accumulator], sums: Sums) -> None:
         value = measure.value(sums).flatten().double()
-        if not type(measure).__module__.startswith(PACKAGE):
+        if not is_of_package(measure):
             check_units_apart(measure, accumulators, sums)
         self._measure, self._sums = measure, sums
         self._others = [a for a in accumulators if not isinstance(a, GroupedPairs)]

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators import Accumulator, Rows, States
-from lightning_invariance.evaluation.influence import PACKAGE, check_units_apart, derivatives, is_mapped, of_units
+from lightning_invariance.evaluation.influence import check_units_apart, derivatives, is_mapped, of_units
 from lightning_invariance.evaluation.powers import Powers
 from lightning_invariance.evaluation.response_influence import has_intervals, response_weights
+from lightning_invariance.hints import is_of_package
 from lightning_invariance.measures import Measure
 from lightning_invariance.measures.sums import Sums
 
@@ -142,7 +143,7 @@ class InfluenceOnMean:
         is 0, since some values are not defined there.
         """
         sums = self._sums_so_far()
-        if not type(self._measure).__module__.startswith(PACKAGE):
+        if not is_of_package(self._measure):
             check_units_apart(self._measure, self._accumulators, sums)
         ones = {name: torch.ones_like(state) for name, state in sums.states.items()}
         self._at = replace(sums, states=ones, n_samples=1)

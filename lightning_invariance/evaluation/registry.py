@@ -23,12 +23,13 @@ from lightning_invariance.accumulators.base import (
     started,
 )
 from lightning_invariance.accumulators.still import Still
-from lightning_invariance.distributed import gather_or_raise, merge_over_ranks
+from lightning_invariance.distributed import gather_or_raise, merge_over_ranks, rank_and_world_size
 from lightning_invariance.evaluation.assembly import Assembly
 from lightning_invariance.evaluation.influence import Influence
 from lightning_invariance.evaluation.influence_on_mean import InfluenceOnMean
 from lightning_invariance.evaluation.needed import INPUT, Needed
-from lightning_invariance.evaluation.tallies import Layer, Tally, distinct
+from lightning_invariance.evaluation.tallies import Layer, Tally, distinct, memory_order
+from lightning_invariance.hints import is_of_package
 from lightning_invariance.loader import STBlock
 from lightning_invariance.maps import usual_channel_axis
 from lightning_invariance.measures import Measure, Sums
@@ -59,6 +60,8 @@ class Registry:
         sample_keys: number of a sample → its key, where blocks carry them.
         expected: how many samples there will be, if known.
         needs: what the measures need.
+        in_any_order: whether the axes of an activation may come to the accumulators in another order, with the axis of
+            the channels: those of the package take any, and processes must agree.
     """
 
     def __init__(
@@ -81,6 +84,8 @@ class Registry:
         self.in_first_pass = True
         # Raises where a measure cannot work with the transformations.
         self.needs = self._needed(())
+        own = (*measures.values(), *(a for needs in self.needs.first.values() for a in needs))
+        self.in_any_order = all(map(is_of_package, own)) and rank_and_world_size()[1] == 1
         self._in_parts = any(a.takes_parts for needs in self.needs.first.values() for a in needs)
         self._m = len(transformations)
         self._assembly = Assembly(self._m)
@@ -128,9 +133,11 @@ class Registry:
             st = st.float()
         layer = self.layers.get(name)
         if layer is None:
-            layer = self.layers[name] = self._new_layer(name, tuple(st.shape[2:]), channel_axis, st.device)
+            order = memory_order(st[0, 0]) if self.in_any_order else ()
+            layer = self.layers[name] = self._new_layer(name, tuple(st.shape[2:]), channel_axis, st.device, order)
         if st.shape[2:] != layer.shape:
             return False
+        st, channel_axis = layer.in_order(st), layer.ordered_channel_axis
         last = block.columns.stop == self._m
         active = layer.first if self.in_first_pass else layer.second
         if self._in_parts:
@@ -179,8 +186,15 @@ class Registry:
         """What the measures need, for what is known now."""
         return Needed(self.measures, Context(self.transformations, input_shape, self.expected, self._run))
 
-    def _new_layer(self, name: str, shape: tuple[int, ...], channel_axis: int, device: torch.device) -> Layer:
-        layer = Layer(shape, channel_axis)
+    def _new_layer(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        channel_axis: int,
+        device: torch.device,
+        order: tuple[int, ...] = (),
+    ) -> Layer:
+        layer = Layer(shape, channel_axis, order)
         applicable = [measure for measure in self.measures if self.needs.applies(measure, name, shape)]
         accumulators = distinct([a for measure in applicable for a in self.needs.first.get(measure, ())])
         if name != INPUT and accumulators and all(type(a).dead is Accumulator.dead for a in accumulators):
@@ -208,7 +222,7 @@ class Registry:
             if tally is not None:  # a second pass is not always needed
                 states.update(tally.states)
                 n_samples = tally.n_samples
-        return Sums(states, n_samples, self._m, layer.shape, layer.channel_axis)
+        return Sums(states, n_samples, self._m, layer.ordered_shape, layer.ordered_channel_axis)
 
     def end_pass(self, device: torch.device, error: BaseException | None = None) -> None:
         """Join what the processes have seen in one pass, and begin a second one if a measure needs it.

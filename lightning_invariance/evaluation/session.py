@@ -27,6 +27,7 @@ from lightning_invariance.evaluation.isolation import (
     unchanged_tensors,
 )
 from lightning_invariance.evaluation.memory import Activation, Output, activations_of, check_memory
+from lightning_invariance.evaluation.memory_format import FEWEST, is_faster_with_channels_last, with_channels_last
 from lightning_invariance.evaluation.options import Options
 from lightning_invariance.evaluation.predictions import Predictions
 from lightning_invariance.evaluation.probe import CONSTANT, Finding, Layout
@@ -64,6 +65,7 @@ class Session:
         at = options.transform_at
         self._transformed_module = None if at is None else module_of(model, at)
         self._findings: dict[str, Finding] | None = None  # of the first block
+        self._channels_last = False
         self._outputs: dict[str, Output] = {}  # of all probes
         self._predictions: Predictions | None = None  # of the last walk
 
@@ -156,8 +158,10 @@ class Session:
 
     def _measure(self, block: STBlock, intake: Intake, catcher: Catcher, registry: Registry, loader: STLoader) -> None:
         """Run the model on a block, after a probe if there was none or the block reaches other layers."""
+        x = block.inputs.flatten(0, 1)
         if self._findings is None:
             self._findings = self._probed(block, catcher)
+            self._channels_last = self._choose_channels_last(block, catcher, registry, loader)
         first_of_walk = intake.findings is None
         intake.findings = self._findings
         intake.start_block(block)
@@ -165,7 +169,7 @@ class Session:
             activations = activations_of(self._outputs, self._findings, self.options.channel_axis or {})
             check_memory(registry, activations, self.batch_size, summed_on(self.device), self.options.state_budget)
         with catcher.forward_pass():
-            output = self._call(block, block.inputs.flatten(0, 1))
+            output = self._call(block, with_channels_last(x) if self._channels_last else x)
         if registry.in_first_pass and self._predictions is not None:
             self._predictions.add(block, output)
         if intake.unknown:
@@ -173,6 +177,18 @@ class Session:
         intake.end_block()
         if first_of_walk and self.options.batch_size == "auto":
             self._resize(loader, size_for_activations(loader, self.device, self._outputs.values()))
+
+    def _choose_channels_last(self, block: STBlock, catcher: Catcher, registry: Registry, loader: STLoader) -> bool:
+        """Whether to run the model so: where the batch is ours to choose, too, and sums take any order of axes."""
+        inputs = (loader.n_samples or 0) * len(loader.transformations)
+        if self.options.batch_size != "auto" or not registry.in_any_order or inputs < FEWEST:
+            return False
+
+        def run(x: Tensor) -> Any:
+            with catcher.forward_pass():  # of which nothing is added before the block has started
+                return self._call(block, x, torch.arange(len(x)))
+
+        return is_faster_with_channels_last(self.model, run, block.inputs.flatten(0, 1), self.options.seed)
 
     def _resize(self, loader: STLoader, batch_size: int) -> None:
         if batch_size != self.batch_size:

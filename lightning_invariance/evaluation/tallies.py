@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_invariance.accumulators.base import N_SAMPLES, Accumulator, States, check_states, started
@@ -39,6 +41,8 @@ class Layer:
     Attributes:
         shape: of its activation.
         channel_axis: which axis of the activation holds the channels.
+        order: the axes of the activation in the order in which its values are added, so that they need not be copied
+            where channels come last in memory. That of the activation where there are none.
         first: the accumulators of the first pass, each once.
         second: those of a second pass.
         metrics: metrics that are no :class:`Measure`, by name.
@@ -47,10 +51,36 @@ class Layer:
 
     shape: tuple[int, ...]
     channel_axis: int = 0
+    order: tuple[int, ...] = ()
     first: list[Tally] = field(default_factory=list)
     second: list[Tally] = field(default_factory=list)
     metrics: dict[str, Metric] = field(default_factory=dict)
     influences: dict[str, Influence | InfluenceOnMean] = field(default_factory=dict)
+
+    @property
+    def ordered_shape(self) -> tuple[int, ...]:
+        """The shape of the activation with its axes in :attr:`order`."""
+        return tuple(self.shape[axis] for axis in self.order) if self.order else self.shape
+
+    @property
+    def ordered_channel_axis(self) -> int:
+        """Which of the axes in :attr:`order` holds the channels."""
+        return self.order.index(self.channel_axis) if self.order else self.channel_axis
+
+    def in_order(self, st: Tensor) -> Tensor:
+        """``(rows, columns, *shape)`` → ``(rows, columns, *ordered_shape)``."""
+        return st.permute(0, 1, *(2 + axis for axis in self.order)) if self.order else st
+
+    def in_shape(self, values: Tensor) -> Tensor:
+        """Values of activations that were computed from the sums, in :attr:`shape`, or flat where they were flat.
+
+        Others, such as those of channels, are returned as they are.
+        """
+        if not self.order or values.numel() != math.prod(self.shape):
+            return values
+        axes = [self.order.index(axis) for axis in range(len(self.order))]
+        found = values.reshape(self.ordered_shape).permute(axes).contiguous()
+        return found.flatten() if values.ndim == 1 else found
 
     @property
     def waiting(self) -> list[Influence | InfluenceOnMean]:
@@ -79,6 +109,14 @@ class Layer:
                     f"Expected second passes of equal accumulators to begin with equal states, but those of"
                     f" {accumulator!r} differ: give it a field for each argument that `second_pass` uses."
                 )
+
+
+def memory_order(activation: Tensor) -> tuple[int, ...]:
+    """The axes of an activation in the order of its values in memory; empty where it is that of the axes, or none."""
+    if activation.is_contiguous():
+        return ()
+    order = tuple(sorted(range(activation.ndim), key=activation.stride, reverse=True))
+    return order if activation.permute(order).is_contiguous() else ()
 
 
 def distinct(accumulators: Sequence[Accumulator]) -> list[Accumulator]:

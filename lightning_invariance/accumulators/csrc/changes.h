@@ -58,12 +58,13 @@ INLINE void add_changes(tile p, const job *j, lanes changed[][REGISTERS], enum c
         const int number = changes == OF_ONE_CHANNEL ? 1 : WIDTH / (int)(inner < WIDTH ? inner : WIDTH);
         if (!halving)
             add_to_channels(values, channels, p.first, j, WIDTH);
-        else if (channel + number <= j->channels)
-            for (int l = 0; l < number; l++)
-                channels[channel + l] += values[l] / 2;
         else
-            for (int l = 0; l < number; l++)
-                channels[(channel + l) % j->channels] += values[l] / 2;
+            for (int l = 0, run; l < number; l += run) { /* the channels of a position, then those of the next one */
+                const Py_ssize_t from = (channel + l) % j->channels, left = j->channels - from;
+                run = number - l < left ? number - l : (int)left;
+                for (int i = 0; i < run; i++)
+                    channels[from + i] += values[l + i] / 2;
+            }
     }
 }
 
