@@ -109,6 +109,7 @@ def test_it_must_be_asked_for_and_makes_sense():
 #: Activations and the axis of their channels: maps in tiles of one channel and of several, tokens, and single units.
 ACTIVATIONS = [((3, 16, 16), 0), ((40, 7, 7), 0), ((5, 4, 4), 0), ((100,), 0)]
 ACTIVATIONS += [((64, 128), 1), ((9, 130), 1), ((6, 5, 64), 1)]
+ACTIVATIONS += [((8, 9, 32), 2), ((5, 5, 24), 2), ((16, 8, 3), 2), ((8, 8, 40), 2)]  # maps with channels last
 # Channels that end within a tile and begin again: of as many neighbours as halve a tile, and of others.
 ACTIVATIONS += [((40, 3, 4), 1), ((70, 3), 1), ((24, 3, 5), 1), ((32, 2, 2), 0), ((16, 2, 4), 0), ((12, 4, 8), 0)]
 

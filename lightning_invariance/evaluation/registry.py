@@ -29,7 +29,6 @@ from lightning_invariance.evaluation.influence import Influence
 from lightning_invariance.evaluation.influence_on_mean import InfluenceOnMean
 from lightning_invariance.evaluation.needed import INPUT, Needed
 from lightning_invariance.evaluation.tallies import Layer, Tally, distinct, memory_order
-from lightning_invariance.hints import is_of_package
 from lightning_invariance.loader import STBlock
 from lightning_invariance.maps import usual_channel_axis
 from lightning_invariance.measures import Measure, Sums
@@ -60,8 +59,8 @@ class Registry:
         sample_keys: number of a sample → its key, where blocks carry them.
         expected: how many samples there will be, if known.
         needs: what the measures need.
-        in_any_order: whether the axes of an activation may come to the accumulators in another order, with the axis of
-            the channels: those of the package take any, and processes must agree.
+        with_any_channel_axis: whether activations keep the channels where they are in memory: if all measures take
+            that. Not with several processes, which must agree.
     """
 
     def __init__(
@@ -84,8 +83,8 @@ class Registry:
         self.in_first_pass = True
         # Raises where a measure cannot work with the transformations.
         self.needs = self._needed(())
-        own = (*measures.values(), *(a for needs in self.needs.first.values() for a in needs))
-        self.in_any_order = all(map(is_of_package, own)) and rank_and_world_size()[1] == 1
+        takes = (names_accumulators(measure) and measure.takes_any_channel_axis for measure in measures.values())
+        self.with_any_channel_axis = all(takes) and rank_and_world_size()[1] == 1
         self._in_parts = any(a.takes_parts for needs in self.needs.first.values() for a in needs)
         self._m = len(transformations)
         self._assembly = Assembly(self._m)
@@ -133,7 +132,7 @@ class Registry:
             st = st.float()
         layer = self.layers.get(name)
         if layer is None:
-            order = memory_order(st[0, 0]) if self.in_any_order else ()
+            order = memory_order(st[0, 0], channel_axis) if self.with_any_channel_axis else ()
             layer = self.layers[name] = self._new_layer(name, tuple(st.shape[2:]), channel_axis, st.device, order)
         if st.shape[2:] != layer.shape:
             return False

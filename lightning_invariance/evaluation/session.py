@@ -181,7 +181,7 @@ class Session:
     def _choose_channels_last(self, block: STBlock, catcher: Catcher, registry: Registry, loader: STLoader) -> bool:
         """Whether to run the model so: where the batch is ours to choose, too, and sums take any order of axes."""
         inputs = (loader.n_samples or 0) * len(loader.transformations)
-        if self.options.batch_size != "auto" or not registry.in_any_order or inputs < FEWEST:
+        if self.options.batch_size != "auto" or not registry.with_any_channel_axis or inputs < FEWEST:
             return False
 
         def run(x: Tensor) -> Any:

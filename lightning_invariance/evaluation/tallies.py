@@ -42,7 +42,7 @@ class Layer:
         shape: of its activation.
         channel_axis: which axis of the activation holds the channels.
         order: the axes of the activation in the order in which its values are added, so that they need not be copied
-            where channels come last in memory. That of the activation where there are none.
+            where channels come last in memory; empty for the order of the activation.
         first: the accumulators of the first pass, each once.
         second: those of a second pass.
         metrics: metrics that are no :class:`Measure`, by name.
@@ -72,15 +72,18 @@ class Layer:
         return st.permute(0, 1, *(2 + axis for axis in self.order)) if self.order else st
 
     def in_shape(self, values: Tensor) -> Tensor:
-        """Values of activations that were computed from the sums, in :attr:`shape`, or flat where they were flat.
+        """Values ``(..., *ordered_shape)``, or flat ones, that were computed from the sums, in :attr:`shape`.
 
         Others, such as those of channels, are returned as they are.
         """
-        if not self.order or values.numel() != math.prod(self.shape):
+        own = self.ordered_shape
+        if self.order and values.shape == (math.prod(own),):
+            return self.in_shape(values.view(own)).flatten()
+        if not self.order or values.shape[-len(own) :] != own:
             return values
-        axes = [self.order.index(axis) for axis in range(len(self.order))]
-        found = values.reshape(self.ordered_shape).permute(axes).contiguous()
-        return found.flatten() if values.ndim == 1 else found
+        leading = values.ndim - len(own)
+        axes = [*range(leading), *(leading + self.order.index(axis) for axis in range(len(own)))]
+        return values.permute(axes).contiguous()
 
     @property
     def waiting(self) -> list[Influence | InfluenceOnMean]:
@@ -111,12 +114,16 @@ class Layer:
                 )
 
 
-def memory_order(activation: Tensor) -> tuple[int, ...]:
-    """The axes of an activation in the order of its values in memory; empty where it is that of the axes, or none."""
+def memory_order(activation: Tensor, channel_axis: int) -> tuple[int, ...]:
+    """The axes of an activation in the order of its values in memory, if only the channels stand elsewhere in it.
+
+    Empty otherwise: measures of maps look at the other axes in their order.
+    """
     if activation.is_contiguous():
         return ()
     order = tuple(sorted(range(activation.ndim), key=activation.stride, reverse=True))
-    return order if activation.permute(order).is_contiguous() else ()
+    others = [axis for axis in order if axis != channel_axis]
+    return order if others == sorted(others) and activation.permute(order).is_contiguous() else ()
 
 
 def distinct(accumulators: Sequence[Accumulator]) -> list[Accumulator]:

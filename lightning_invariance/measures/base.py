@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.prints import rank_zero_warn
 
 from lightning_invariance.accumulators.base import States, check_states
+from lightning_invariance.hints import is_of_package
 from lightning_invariance.maps import aggregate_maps
 from lightning_invariance.measures.accumulating import AccumulatingMetric
 from lightning_invariance.measures.sums import Sums, dead_of
@@ -86,6 +87,14 @@ class Measure(AccumulatingMetric):
     #: Whether its response has intervals, too: it is linear in the state ``changes``, and of a ratio inverse to the sum
     #: of ``column_spread`` over the positions of the channel.
     has_response_intervals: ClassVar[bool] = False
+
+    @property
+    def takes_any_channel_axis(self) -> bool:
+        """Whether an evaluation may move the channels to another axis of an activation, and tell which one.
+
+        Values need not be copied then where channels come last in memory. Those of the package take any.
+        """
+        return is_of_package(self) and all(map(is_of_package, (*self.needs, *self.needs_again)))
 
     @abstractmethod
     def value(self, sums: Sums) -> Tensor:

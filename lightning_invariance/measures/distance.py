@@ -49,6 +49,11 @@ class MeasureOfDistances(Measure):
         self.distance, self.over, self.samples, self.aggregate = distance, over, samples, aggregate
         self.pairs = pairs
 
+    @property
+    def takes_any_channel_axis(self) -> bool:
+        """Not with a function, which is told that the first axis holds the channels."""
+        return not callable(self.distance) and super().takes_any_channel_axis
+
     def value_shape(self, sums: Sums) -> tuple[int, ...]:
         """The activation's, or ``(channels,)`` with ``aggregate`` or for ``over="channel"``."""
         of_channels = self.over == "channel" or self.aggregate is not None

@@ -80,6 +80,11 @@ class Stratified(Measure):
         """That of the measure."""
         return self._measure[0].unit
 
+    @property
+    def takes_any_channel_axis(self) -> bool:
+        """That of the measure."""
+        return self._measure[0].takes_any_channel_axis and super().takes_any_channel_axis
+
     def update(  # type: ignore[override]  # whoever updates by hand names labels first
         self, st_block: Tensor, labels: Tensor | None = None, indices: Tensor | None = None
     ) -> None:
