@@ -19,7 +19,7 @@ from lightning_invariance.outputs import all_tensors_of
 INPUTS, TIMES = 32, 2
 
 #: Fewer inputs take so little time that what a faster format saves is less than what the timed passes take.
-FEWEST = 2048
+FEWEST = 1024
 
 #: Channels last must take less than this part of the time: close calls would differ from one run to the next.
 FASTER = 0.95

@@ -183,17 +183,33 @@ def time_of_passes(model: nn.Module, batches: list[torch.Tensor]) -> float:
 
 
 def transformed(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
-    """The images as evaluate() gives them to a model, in batches of the size that it comes to."""
-    return [block.inputs.flatten(0, 1) for block in STLoader(images, TRANSFORMATIONS, automatic(model, images))]
+    """The images as evaluate() gives them to a model, channels first, in batches of the size that it comes to."""
+    return [block.inputs.flatten(0, 1) for block in STLoader(images, TRANSFORMATIONS, automatic(model, images).size)]
 
 
-def automatic(model: nn.Module, images: torch.Tensor) -> int:
-    """The size that automatic batches come to, after an evaluation that finds the largest that fits."""
-    sizes: list[int] = []
-    counting = model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    evaluate(model, images, TRANSFORMATIONS, default(), progress=False)
-    counting.remove()
-    return max(sizes)
+class Automatic(NamedTuple):
+    """What evaluate() chooses.
+
+    Attributes:
+        size: of batches.
+        channels_last: whether that is the memory format in which the model runs.
+    """
+
+    size: int
+    channels_last: bool
+
+
+def automatic(model: nn.Module, images: torch.Tensor, measures: list[Metric] | None = None) -> Automatic:
+    """What an evaluation chooses, which finds the largest batch that fits."""
+    found: list[Automatic] = []
+
+    def note(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        found.append(Automatic(len(inputs[0]), inputs[0].stride(1) == 1))
+
+    noting = model.register_forward_pre_hook(note)
+    evaluate(model, images, TRANSFORMATIONS, measures or default(), progress=False)
+    noting.remove()
+    return max(found)
 
 
 def time_of_ours(
@@ -217,7 +233,8 @@ def ratios(case: int, samples: int, rounds: int) -> tuple[list[float], str]:
     times = [
         (time_of_passes(model, batches), time_of_ours(model, images, measures(), confidence)) for _ in range(rounds + 1)
     ][1:]  # the first warms up
-    divisor = f"{statistics.median(bare for bare, _ in times):.2f} s in batches of {len(batches[0])}"
+    chosen = ", ours with channels last" if automatic(model, images, measures()).channels_last else ""
+    divisor = f"{statistics.median(bare for bare, _ in times):.2f} s in batches of {len(batches[0])}{chosen}"
     return [own / bare for bare, own in times], divisor
 
 
@@ -245,7 +262,7 @@ def device_ratios(case: DeviceCase, device: str, samples: int | None, rounds: in
         return evaluate(model, images[:some], TRANSFORMATIONS, default(), progress=False)
 
     ours()  # warms up, compiles, and finds the largest batch that fits
-    size = automatic(model, images)
+    size = automatic(model, images).size
     loader = STLoader(images, TRANSFORMATIONS, size, device=torch.device(device))
     times = []
     for _ in range(rounds + 1):
