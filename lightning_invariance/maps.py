@@ -80,12 +80,18 @@ def channel_axis_in(layer: str, shape: tuple[int, ...], from_end: int | None, as
     return found % len(shape) if shape else 0
 
 
-def warn_of_channels_last(images: Tensor, input_size: tuple[int, int] | None) -> None:
-    """Warn where images look like ``(batch, height, width, channels)``; feature maps of some input do not."""
-    if input_size is None and images.ndim == 4 and images.shape[-1] in (1, 3, 4) and min(images.shape[1:3]) > 4:
+def warn_of_no_images(x: Tensor, input_size: tuple[int, int] | None) -> None:
+    """Warn where inputs look like ``(batch, height, width, channels)`` or signals; feature maps of some input may."""
+    if input_size is not None:
+        return
+    told = ""
+    if x.ndim == 4 and x.shape[-1] in (1, 3, 4) and min(x.shape[1:3]) > 4:
+        told = "channels last: give `x.permute(0, 3, 1, 2)`"
+    elif min(x.shape[-2:]) == 1 < max(x.shape[-2:]):
+        told = "signals along one axis: make a set for these with `TransformationSet.from_callables`"
+    if told:
         warnings.warn(
-            f"Expected images (batch, channels, height, width), but got {tuple(images.shape)}, which looks like"
-            " channels last: give `x.permute(0, 3, 1, 2)`.",
+            f"Expected images (batch, channels, height, width), but got {tuple(x.shape)}, which looks like {told}.",
             UserWarning,
             stacklevel=level_of_user(),
         )

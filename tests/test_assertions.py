@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_invariance import TransformationSet, quarter_turns, rotations
-from lightning_invariance.measures import Goodfellow, NormalizedVariance, SampleVariance
+from lightning_invariance.measures import Goodfellow, NormalizedVariance, SampleVariance, TransformationVariance
 from lightning_invariance.testing import assert_equivariant, assert_invariant
 
 
@@ -31,6 +31,13 @@ def test_a_layer_that_is_not_fails_with_its_interval_and_the_worst_transformatio
         assert_invariant(model, images(), rotations(4), within=0.01)
     assert "below 0.01 with 95% confidence" in str(told.value)
     assert_invariant(model, images(), rotations(4), within=10)
+
+
+def test_layers_that_never_change_pass_with_a_warning():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU())
+    nn.init.constant_(model[0].bias, -100)
+    with pytest.warns(UserWarning, match=r"1 layer never changed, which says nothing of invariance: 1\."):
+        assert_invariant(model, images(), rotations(4), within=10, measure=TransformationVariance())
 
 
 def test_only_some_layers_count():

@@ -131,7 +131,13 @@ def test_images_with_channels_last_are_noticed(shape):
     assert [w.filename for w in caught] == [__file__]
 
 
-@pytest.mark.parametrize("shape", [(4, 1, 28, 28), (4, 64, 3, 3), (4, 3, 5, 4)])
+@pytest.mark.parametrize("shape", [(4, 1, 100), (4, 2, 100, 1)])
+def test_signals_are_noticed(shape):
+    with pytest.warns(UserWarning, match=r"looks like signals along one axis: .*from_callables"):
+        rotations(2)(torch.rand(shape))
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 28, 28), (4, 64, 3, 3), (4, 3, 5, 4), (4, 3, 1, 1)])
 def test_images_with_channels_first_are_not(shape):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,6 +1,7 @@
 """Metrics of predictions and targets under each transformation, in the same walk."""
 
 import math
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,15 @@ from torch.utils.data import TensorDataset
 from torchmetrics import MeanSquaredError, R2Score
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from lightning_invariance import InvarianceMonitor, InvarianceResult, evaluate, plots, quarter_turns, rotations
+from lightning_invariance import (
+    InvarianceMonitor,
+    InvarianceResult,
+    TransformationSet,
+    evaluate,
+    plots,
+    quarter_turns,
+    rotations,
+)
 from lightning_invariance.measures import Goodfellow, NormalizedVariance
 from lightning_invariance.result import OutputValues
 
@@ -188,6 +197,37 @@ def test_samples_that_are_all_right_have_no_narrow_interval():
     found = evaluate(classifier(), data, rotations(4), outputs=metric, forward=forward, confidence=0.9).outputs["right"]
     assert found.values == [1.0] * 4
     assert all(math.isnan(bound) for bound in (*found.low, *found.high, found.mean_low))
+
+
+def test_intervals_end_where_the_metric_does():
+    """One of 37 samples is wrong: Student's interval would reach above 1."""
+    targets = torch.zeros(37, dtype=torch.long)
+    targets[0] = 1
+    fixed = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    nn.init.zeros_(fixed[1].weight)
+    fixed[1].bias.data = torch.tensor([1.0, 0.0, 0.0])
+    found = evaluate(fixed, TensorDataset(X, targets), rotations(4), outputs=accuracy(), confidence=0.95)
+    [values] = found.outputs.values()
+    assert values.values == pytest.approx([36 / 37] * 4)
+    assert values.high == [1.0] * 4
+    assert values.mean_high == 1.0
+    kurtosis = (1 - 3 * 36 / 37**2) / (36 / 37**2)  # of a coin that falls so
+    half = stats.t.ppf(0.975, 2 * 37 / (kurtosis - 1) - 1) / 37
+    assert values.mean_low == pytest.approx(36 / 37 - half, rel=1e-4)
+    assert 36 / 37 + half > 1.1
+
+
+def test_targets_that_are_maps_do_not_move_which_is_said():
+    maps, model = torch.randint(0, 3, (37, 4, 4)), nn.Sequential(nn.Conv2d(1, 3, 1))
+    metric = MulticlassJaccardIndex(3)
+    with pytest.warns(
+        UserWarning, match=r"Targets of shape \(.*, 4, 4\) look like maps of the images, but do not move"
+    ):
+        evaluate(model, TensorDataset(X, maps), quarter_turns(), outputs=metric)
+    brightness = TransformationSet.from_callables({"same": lambda x: x, "half": lambda x: x / 2})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate(model, TensorDataset(X, maps), brightness, outputs=metric)
 
 
 def in_process(rank, world_size, folder):

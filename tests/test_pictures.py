@@ -153,6 +153,10 @@ def test_feature_maps_draws_the_most_and_the_least_invariant_below_the_input(mea
         assert grid[2, j].images[0].get_clim() == grid[2, 0].images[0].get_clim()  # what changes is the map
     with pytest.raises(ValueError, match=r"`maps` of shape \(3, 4, height, width\), but got \(3, 2, 6, 6\)"):
         plots.feature_maps(measured, "0", inputs, maps[:, :2])
+    with pytest.raises(TypeError, match="Expected argument `result` to be one InvarianceResult, but got '0'"):
+        plots.feature_maps("0", measured, inputs, maps)
+    with pytest.raises(TypeError, match="Expected argument `layer` to be the name of a layer, but got Tensor of shape"):
+        plots.feature_maps(measured, inputs, maps, "0")
 
 
 def test_every_picture_draws_of_one_layer_with_one_channel_and_of_nothing_finite(recwarn):

@@ -16,15 +16,15 @@ from torchmetrics import Metric
 from lightning_invariance.batches import target_of
 from lightning_invariance.distributed import gather_objects
 from lightning_invariance.evaluation.probe_block import FAILURES
+from lightning_invariance.hints import level_of_user
 from lightning_invariance.intervals import interval_of
 from lightning_invariance.loader import STBlock
 from lightning_invariance.outputs import all_tensors_of
 from lightning_invariance.result import OutputValues
+from lightning_invariance.transforms import TransformationSet
 
 #: A metric is a mean over samples if its values are those of single samples within this part; metrics are in float32.
 SAME = 1e-5
-
-ENDS = ("low", "high")
 
 #: Where the prediction stands in an output that holds several tensors; by default it is the first.
 LOGITS = "[logits]"
@@ -35,17 +35,22 @@ class Predictions:
 
     Args:
         metrics: name → metric, which is updated as ``metric(predictions, targets)``.
-        m: number of transformations.
+        transformations: of the inputs.
         device: where they are updated.
         confidence: of the intervals of metrics that are means over samples; None for no intervals.
     """
 
     def __init__(
-        self, metrics: Mapping[str, Metric], m: int, device: torch.device, confidence: float | None = None
+        self,
+        metrics: Mapping[str, Metric],
+        transformations: TransformationSet,
+        device: torch.device,
+        confidence: float | None = None,
     ) -> None:
         self._clones: dict[str, list[Metric]] = {}
         self._by_sample: dict[str, _BySample] = {}
         self._confidence = confidence
+        self._may_move, m = transformations.invertible, len(transformations)
         for name, metric in metrics.items():
             metric = deepcopy(metric)
             metric.reset()
@@ -68,6 +73,9 @@ class Predictions:
                 "Expected data with targets for the metrics in argument `outputs`, as pairs (x, y) or dicts with a"
                 " label, but a batch has none."
             )
+        if self._may_move:
+            self._may_move = False
+            _warn_of_maps(targets, block.inputs)
         predictions = prediction_of(output, rows * columns)
         predictions = predictions.detach().reshape(rows, columns, *predictions.shape[1:])
         targets = targets.to(predictions.device).contiguous()  # some metrics view their arguments
@@ -96,7 +104,8 @@ class Predictions:
             found[name] = OutputValues([float(value) for value in values], clones[0].higher_is_better)
             if name in self._by_sample and self._confidence is not None:
                 of_samples = torch.cat(gather_objects(self._by_sample[name].values()))
-                found[name] = _with_intervals(found[name], of_samples, self._confidence)
+                bounds = clones[0].plot_lower_bound, clones[0].plot_upper_bound
+                found[name] = _with_intervals(found[name], of_samples, self._confidence, bounds)
         return found
 
 
@@ -162,13 +171,32 @@ def is_mean(of_samples: Tensor, values: Sequence[float]) -> bool:
     return bool((apart <= SAME * of_samples.abs().max()).all())  # false for NaN
 
 
-def _with_intervals(found: OutputValues, of_samples: Tensor, confidence: float) -> OutputValues:
-    """The same with intervals, if every value is the mean of those of single samples (samples, transformations)."""
+def _warn_of_maps(targets: Tensor, inputs: Tensor) -> None:
+    """Warn where targets have a value for each pixel of the images ``(rows, columns, channels, height, width)``."""
+    if inputs.ndim == 5 and targets.ndim > 2 and targets.shape[-2:] == inputs.shape[-2:]:
+        warnings.warn(
+            f"Targets of shape {tuple(targets.shape)} look like maps of the images, but do not move with these: where"
+            " transformations move pixels, metrics in argument `outputs` compare predictions with targets that stand"
+            " elsewhere. Measure VarianceSameEquivariance of the last layer instead, which maps predictions back.",
+            UserWarning,
+            stacklevel=level_of_user(),
+        )
+
+
+def _with_intervals(
+    found: OutputValues, of_samples: Tensor, confidence: float, bounds: tuple[float | None, float | None]
+) -> OutputValues:
+    """The same with intervals, if every value is the mean of those of single samples (samples, transformations).
+
+    They end where the metric does, by what torchmetrics draws of it.
+    """
     if not len(of_samples) or not is_mean(of_samples, found.values):
         return found
     columns = [*of_samples.unbind(1), of_samples.mean(1)]
     intervals = [interval_of(float(each.mean()), each - each.mean(), confidence) for each in columns]
-    low, high = ([getattr(each, name) if each.standard_error > 0 else math.nan for each in intervals] for name in ENDS)
+    ends = torch.tensor([[each.low, each.high] for each in intervals], dtype=torch.float64)
+    ends[[each.standard_error == 0 for each in intervals]] = math.nan
+    low, high = (ends if bounds == (None, None) else ends.clamp(*bounds)).mT.tolist()
     return replace(found, low=low[:-1], high=high[:-1], mean_low=low[-1], mean_high=high[-1])
 
 

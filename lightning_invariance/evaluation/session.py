@@ -133,8 +133,9 @@ class Session:
         intake = Intake(registry, self.options.channel_axis, within=self._transformed_module is not None)
         waiting = list(milestones)
         if self.options.outputs:
-            m, confidence = len(loader.transformations), self.options.confidence
-            self._predictions = Predictions(self.options.outputs, m, self.device, confidence)
+            self._predictions = Predictions(
+                self.options.outputs, loader.transformations, self.device, self.options.confidence
+            )
         with self._prepared(intake), catch_activations(self.model, self.selection, intake.consume) as catcher:
             while not registry.finished:
                 error: BaseException | None = None

@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_invariance.plots.common import new_figure
+from lightning_invariance.hints import given
+from lightning_invariance.plots.common import new_figure, only_one
 from lightning_invariance.plots.labels import shorten
 from lightning_invariance.result import InvarianceResult
 
@@ -40,7 +41,11 @@ def feature_maps(
 
     Raises:
         ValueError: If the shapes are others, or no map has a finite value.
+        TypeError: If arguments stand in another order.
     """
+    result = only_one(result)
+    if not isinstance(layer, str):
+        raise TypeError(f"Expected argument `layer` to be the name of a layer, but got {given(layer)}.")
     measure = measure or result.measures[0]
     values = result.per_channel(measure, layer).numpy()
     m = len(result.transformations)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from lightning_invariance.evaluate import evaluate
-from lightning_invariance.hints import number_of
+from lightning_invariance.hints import level_of_user, number_of, some
 from lightning_invariance.intervals import NOTABLE, Interval, check_confidence
 from lightning_invariance.layers import Layers
 from lightning_invariance.measures import Measure, NormalizedVariance, VarianceSameEquivariance
@@ -140,6 +141,13 @@ def _assert_below(
     left_out = {
         row.layer: row.share_infinite if measure.has_floor else row.share_left_out for row in result.table(name)
     }
+    silent = [layer for layer in values if layer in result.dead and bool(result.dead[layer].all())]
+    if silent:
+        warnings.warn(
+            f"{number_of(len(silent), 'layer')} never changed, which says nothing of invariance: {some(silent)}.",
+            UserWarning,
+            stacklevel=level_of_user(),
+        )
     failed = {
         layer: intervals.get(layer)
         for layer in values

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from lightning_invariance.maps import warn_of_channels_last
+from lightning_invariance.maps import warn_of_no_images
 from lightning_invariance.transforms.base import TransformationSet, combined_parameters
 
 #: The factors of the paper's scale set (section 3.1.2).
@@ -63,7 +63,7 @@ class AffineSet(TransformationSet):
     def _apply(self, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
         if x.ndim < 3:
             raise ValueError(f"Expected a batch of images (batch, channels, height, width), but got {tuple(x.shape)}.")
-        warn_of_channels_last(x, input_size)
+        warn_of_no_images(x, input_size)
         self._check_square(x)
         # Every column reads the same images: they are not copied.
         columns = x.reshape(1, 1, -1, *x.shape[-2:]).expand(-1, len(self), -1, -1, -1)
