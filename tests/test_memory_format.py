@@ -213,6 +213,16 @@ def test_otherwise_it_is_run_as_images_come(model, options):
             torch.testing.assert_close(result[measure][layer], values, rtol=1e-4, atol=1e-6)
 
 
+def test_not_where_algorithms_must_be_deterministic():
+    model = Watched(slow="first")
+    torch.use_deterministic_algorithms(True)
+    try:
+        run(model)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert model.inputs["last"] == 0
+
+
 def test_images_of_one_channel():
     class Grey(Watched):
         def __init__(self):

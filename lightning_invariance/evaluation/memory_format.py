@@ -46,9 +46,12 @@ def is_faster_with_channels_last(model: nn.Module, run: Callable[[Tensor], Any],
         seed: of all randomness.
 
     Returns:
-        False also where the model has no use for the format: it fails, as a ``view`` does, or gives other values.
+        False also where the model has no use for the format: it fails, as a ``view`` does, or gives other values; and
+        where the user asks for deterministic algorithms, which time must not choose.
     """
-    if inputs.ndim != 4 or not inputs.is_cpu or not any(weights.ndim == 4 for weights in model.parameters()):
+    if inputs.ndim != 4 or not inputs.is_cpu or torch.are_deterministic_algorithms_enabled():
+        return False
+    if not any(weights.ndim == 4 for weights in model.parameters()):
         return False
     kind = tuple(inputs.shape[1:]), inputs.dtype
     found = _FOUND.setdefault(model, {})
