@@ -312,3 +312,48 @@ def test_one_number_of_a_layer_has_an_interval():
     psi = value * (of_rows / of_rows.mean() - of_columns / of_columns.mean())
     error = np.sqrt((psi**2).sum() / (len(cube) * (len(cube) - 1)))
     assert result.interval()["Flatten"].standard_error == pytest.approx(error, rel=1e-5)
+
+
+@dataclass(frozen=True)
+class Squares(Accumulator):
+    """Mean squares of rows, and how many there are as a state that all units share."""
+
+    told: tuple[str, ...] = ("squares",)
+
+    def empty(self):
+        return {"squares": torch.zeros(0, dtype=torch.float64), "rows": torch.zeros((), dtype=torch.float64)}
+
+    def add(self, states, rows):
+        squares = self.of_rows(rows).sum(0)
+        before = states["squares"]
+        return {"squares": before + squares if before.numel() else squares, "rows": states["rows"] + len(rows.values)}
+
+    def merge(self, a, b):
+        return {name: a[name] + b[name] for name in ("squares", "rows")}
+
+    def of_rows(self, rows):
+        return rows.flat.double().square().mean(1)
+
+    def shares(self, rows, totals):
+        shares = {"squares": self.of_rows(rows), "rows": torch.ones(len(rows.values), dtype=torch.float64)}
+        return {name: shares[name] for name in self.told}
+
+
+class MeanSquare(Measure):
+    has_intervals = True
+
+    def __init__(self, *told):
+        super().__init__([Squares(told)])
+
+    def value(self, sums):
+        return sums["squares"] / sums["rows"]
+
+
+def test_a_state_that_units_share_counts_as_constant_or_is_an_error():
+    turns = rotations(4)
+    result = evaluate(nn.Flatten(), IMAGES, turns, MeanSquare("squares"), confidence=0.95)
+    of_samples = (turns(IMAGES).flatten(2).double().numpy() ** 2).mean(1)
+    errors = of_samples.std(0, ddof=1) / np.sqrt(len(IMAGES))
+    np.testing.assert_allclose(result.standard_errors["MeanSquare"]["Flatten"].numpy(), errors, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"state 'rows' of MeanSquare .* shape is \(\): leave it out of `shares`"):
+        evaluate(nn.Flatten(), IMAGES, turns, MeanSquare("squares", "rows"), confidence=0.95)

@@ -211,7 +211,20 @@ class Influence:
 
 
 def derivatives(measure: Measure, sums: Sums, names: Sequence[str]) -> States:
-    """How the value of a unit changes with each of its sums; 0 for what is constant, such as 1 for a dead unit."""
+    """How the value of a unit changes with each of its sums; 0 for what is constant, such as 1 for a dead unit.
+
+    Raises:
+        ValueError: If units share a sum: the derivative of one could not be told from that of another.
+    """
+    is_one = math.prod(measure.value_shape(sums)) == 1
+    apart = math.prod(sums.activation_shape), sums.n_channels
+    for name in names:
+        if not sums[name].ndim or not (is_one or sums[name].shape[-1] in apart):
+            raise ValueError(
+                f"Expected state {name!r} of {type(measure).__name__} to have the activations or channels as its last"
+                f" axis, since accumulators tell the shares of samples in it, but its shape is"
+                f" {tuple(sums[name].shape)}: leave it out of `shares` if it is the same for all samples."
+            )
     leaves = {name: sums[name].detach().clone().requires_grad_() for name in names}
     with torch.enable_grad():
         value = measure.value(replace(sums, states={**sums.states, **leaves}))
