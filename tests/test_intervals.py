@@ -417,6 +417,7 @@ def test_dead_and_infinite_units():
     interval = result.interval()["0"]
     assert interval.standard_error == pytest.approx(float(errors[0]) / 2, rel=1e-9)
     assert "33% left out" in interval.doubt
+    assert "33% left out" in result.interval().network.doubt
 
 
 def test_a_value_whose_definition_depends_on_the_number_of_samples_is_marked(tmp_path):

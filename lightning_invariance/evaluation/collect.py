@@ -48,7 +48,7 @@ def collect(registry: Registry) -> InvarianceResult:
                 continue
             values[key][name] = value
             if names_accumulators(metric):
-                sums = registry.sums(layer, key)
+                sums = registry.needs.sums(layer, key)
                 if (parts := metric.response_of(sums)) is not None:
                     response.setdefault(key, {})[name] = parts.tolist()
                 if sums.n_samples and (error := metric.standard_error(sums)) is not None:
@@ -210,7 +210,7 @@ def _value(registry: Registry, measure: str, layer: Layer) -> Tensor:
     """What a measure is of a layer, given the sums so far: float64, on the CPU."""
     metric = registry.measures[measure]
     if names_accumulators(metric):
-        value = metric.evaluated(registry.sums(layer, measure), metric.of_layer)
+        value = metric.evaluated(registry.needs.sums(layer, measure), metric.of_layer)
         return layer.in_shape(value.detach().to("cpu", torch.float64))
     # torchmetrics keeps a computed value, and turns one of shape (1,) into a scalar.
     own = deepcopy(layer.metrics[measure])

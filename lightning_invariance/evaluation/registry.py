@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -14,24 +13,17 @@ from torchmetrics import Metric
 from lightning_invariance.accumulators.base import (
     N_SAMPLES,
     TYPES,
-    Accumulator,
     Context,
     Rows,
-    States,
     check_states,
     merged,
-    started,
 )
-from lightning_invariance.accumulators.still import Still
 from lightning_invariance.distributed import gather_or_raise, merge_over_ranks, rank_and_world_size
 from lightning_invariance.evaluation.assembly import Assembly
-from lightning_invariance.evaluation.influence import Influence
-from lightning_invariance.evaluation.influence_on_mean import InfluenceOnMean
 from lightning_invariance.evaluation.needed import INPUT, Needed
-from lightning_invariance.evaluation.tallies import Layer, Tally, distinct, memory_order
+from lightning_invariance.evaluation.tallies import Layer, Tally, memory_order
 from lightning_invariance.loader import STBlock
 from lightning_invariance.maps import usual_channel_axis
-from lightning_invariance.measures import Measure, Sums
 from lightning_invariance.measures.base import names_accumulators
 from lightning_invariance.precision import summed_on
 from lightning_invariance.transforms import TransformationSet
@@ -133,7 +125,7 @@ class Registry:
         layer = self.layers.get(name)
         if layer is None:
             order = memory_order(st[0, 0], channel_axis) if self.with_any_channel_axis else ()
-            layer = self.layers[name] = self._new_layer(name, tuple(st.shape[2:]), channel_axis, st.device, order)
+            layer = self.layers[name] = self.needs.new_layer(name, tuple(st.shape[2:]), channel_axis, st.device, order)
         if st.shape[2:] != layer.shape:
             return False
         st, channel_axis = layer.in_order(st), layer.ordered_channel_axis
@@ -183,45 +175,8 @@ class Registry:
 
     def _needed(self, input_shape: tuple[int, ...]) -> Needed:
         """What the measures need, for what is known now."""
-        return Needed(self.measures, Context(self.transformations, input_shape, self.expected, self._run))
-
-    def _new_layer(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        channel_axis: int,
-        device: torch.device,
-        order: tuple[int, ...] = (),
-    ) -> Layer:
-        layer = Layer(shape, channel_axis, order)
-        applicable = [measure for measure in self.measures if self.needs.applies(measure, name, shape)]
-        accumulators = distinct([a for measure in applicable for a in self.needs.first.get(measure, ())])
-        if name != INPUT and accumulators and all(type(a).dead is Accumulator.dead for a in accumulators):
-            accumulators.append(Still())
-        accumulators.sort(key=lambda accumulator: not accumulator.takes_half)  # before values are widened
-        layer.first = [Tally(accumulator, started(accumulator, device)) for accumulator in accumulators]
-        for measure in applicable:
-            if measure not in self.needs.first:
-                metric = deepcopy(self.measures[measure])
-                metric.reset()
-                layer.metrics[measure] = metric.to(device)
-        for key in self.needs.with_intervals if self.confidence is not None and name != INPUT else ():
-            own = self.measures[key]
-            if key in applicable and isinstance(own, Measure) and own.is_mean_over_samples:
-                sums = partial(self.sums, layer, key, second_pass=False)
-                layer.influences[key] = InfluenceOnMean(own, self.needs.first[key], sums)
-        return layer
-
-    def sums(self, layer: Layer, measure: str, second_pass: bool = True) -> Sums:
-        """The states that a measure needs of a layer, with or without those of a second pass."""
-        states: States = {}
-        n_samples = 0
-        for accumulator in (*self.needs.first[measure], *(self.needs.again[measure] if second_pass else ())):
-            tally = layer.tally_of(accumulator)
-            if tally is not None:  # a second pass is not always needed
-                states.update(tally.states)
-                n_samples = tally.n_samples
-        return Sums(states, n_samples, self._m, layer.ordered_shape, layer.ordered_channel_axis)
+        context = Context(self.transformations, input_shape, self.expected, self._run)
+        return Needed(self.measures, context, self.confidence)
 
     def end_pass(self, device: torch.device, error: BaseException | None = None) -> None:
         """Join what the processes have seen in one pass, and begin a second one if a measure needs it.
@@ -244,37 +199,8 @@ class Registry:
         self.n_samples = sum(n for _, n, *_ in told)
         self.in_first_pass = False
         for name, layer in self.layers.items():
-            self._begin_second_pass(name, layer, home)
-            if self.confidence is not None and name != INPUT:
-                layer.influences = self._new_influences(name, layer)
+            self.needs.begin_second_pass(name, layer, self.n_samples, home)
         self.finished = not any(layer.second or layer.waiting for layer in self.layers.values())
-
-    def _new_influences(self, name: str, layer: Layer) -> dict[str, Influence | InfluenceOnMean]:
-        """By measure: the influences that the first pass over a layer has found, or that a second one can find."""
-        found: dict[str, Influence | InfluenceOnMean] = {}
-        for key in self.needs.with_intervals:
-            measure = self.measures[key]
-            if not names_accumulators(measure) or not self.needs.applies(key, name, layer.shape):
-                continue
-            sums = self.sums(layer, key)
-            if "groups" in sums and sums.n_samples < self.n_samples:  # not all of a group reach the layer
-                continue
-            if sums.n_samples >= max(2, measure.least_samples) and self._m >= measure.least_transformations:
-                of_mean = layer.influences.get(key)
-                if isinstance(of_mean, InfluenceOnMean) and of_mean.finish(sums):
-                    found[key] = of_mean
-                else:
-                    found[key] = Influence(measure, self.needs.first[key], sums)
-        return found
-
-    def _begin_second_pass(self, name: str, layer: Layer, device: torch.device) -> None:
-        for key, accumulators in self.needs.again.items():
-            measure = self.measures[key]
-            if not accumulators or not self.needs.applies(key, name, layer.shape) or not names_accumulators(measure):
-                continue
-            sums = self.sums(layer, key, second_pass=False)
-            if sums.n_samples and measure.needs_second_pass(sums):
-                layer.begin_second_pass(accumulators, measure.second_pass(sums), device)
 
     def _add_unseen(
         self, told: Sequence[tuple[dict[str, tuple[tuple[int, ...], int]], int, Any, Any, Any]], device: torch.device
@@ -288,7 +214,9 @@ class Registry:
             for name, about in shapes.items():
                 if name not in self.left_out:
                     order.setdefault(name, about)
-        self.layers = {name: self.layers.get(name) or self._new_layer(name, *a, device) for name, a in order.items()}
+        self.layers = {
+            name: self.layers.get(name) or self.needs.new_layer(name, *about, device) for name, about in order.items()
+        }
 
     def _merge(self, device: torch.device) -> None:
         """Give the accumulators of this pass the merged states of all processes."""

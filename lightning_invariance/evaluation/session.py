@@ -142,7 +142,7 @@ class Session:
                 loader.source.with_keys = self.options.confidence is not None and registry.in_first_pass
                 try:
                     with isolated_random_state(self.options.seed):  # every pass sees the same random transformations
-                        for block in self._with_progress(loader, about):
+                        for block in with_progress(loader, about, self.options.progress):
                             if waiting and registry.n_samples >= waiting[0] and at_milestone is not None:
                                 waiting = [n for n in waiting if n > registry.n_samples]
                                 at_milestone(registry)
@@ -180,13 +180,13 @@ class Session:
             self._resize(loader, size_for_activations(loader, self.device, self._outputs.values()))
 
     def _choose_channels_last(self, block: STBlock, catcher: Catcher, registry: Registry, loader: STLoader) -> bool:
-        """Whether to run the model so: where the batch is ours to choose, too, and sums take any order of axes."""
+        """Whether to run the model with channels last: if the user does not say how, and sums need no copies then."""
         inputs = (loader.n_samples or 0) * len(loader.transformations)
         if self.options.batch_size != "auto" or not registry.with_any_channel_axis or inputs < FEWEST:
             return False
 
         def run(x: Tensor) -> Any:
-            with catcher.forward_pass():  # of which nothing is added before the block has started
+            with catcher.forward_pass():  # nothing is added to sums before `Intake.start_block`
                 return self._call(block, x, torch.arange(len(x)))
 
         return is_faster_with_channels_last(self.model, run, block.inputs.flatten(0, 1), self.options.seed)
@@ -248,11 +248,14 @@ class Session:
                 stack.enter_context(transformed_input(self._transformed_module, intake.enter))
             return stack.pop_all()
 
-    def _with_progress(self, loader: STLoader, about: str) -> Iterator[STBlock]:
-        show = self.options.progress and rank_and_world_size()[0] == 0
-        bar = tqdm(None, about, loader.source.n_own, leave=False, delay=PROGRESS_DELAY, unit="sample", disable=not show)
-        with bar:
-            for block in loader:
-                yield block
-                if block.columns.stop == len(loader.transformations):
-                    bar.update(len(block.inputs))
+
+def with_progress(loader: STLoader, about: str, show: bool) -> Iterator[STBlock]:
+    """The blocks of a loader, with a bar that counts samples, in the first process alone."""
+    hidden = not show or rank_and_world_size()[0] > 0
+    with tqdm(
+        None, about, loader.source.n_own, leave=False, delay=PROGRESS_DELAY, unit="sample", disable=hidden
+    ) as bar:
+        for block in loader:
+            yield block
+            if block.columns.stop == len(loader.transformations):
+                bar.update(len(block.inputs))
