@@ -22,6 +22,7 @@ from lightning_invariance.distributed import gather_or_raise, rank_and_world_siz
 from lightning_invariance.evaluation.collect import Convergence, collect
 from lightning_invariance.evaluation.isolation import ONE_AT_A_TIME
 from lightning_invariance.evaluation.memory import needed_bytes
+from lightning_invariance.evaluation.memory_format import ChannelsLastError, never_with_channels_last
 from lightning_invariance.evaluation.options import Options
 from lightning_invariance.evaluation.registry import Registry
 from lightning_invariance.evaluation.session import Session
@@ -178,6 +179,10 @@ def evaluate_with(
             # Results are plain tensors, also where the caller is in inference mode.
             with ONE_AT_A_TIME, torch.inference_mode(False):
                 return _measured(session, transformations, measures)
+        except ChannelsLastError:
+            never_with_channels_last(model)
+            session = Session(model, data, options)
+            continue
         except torch.OutOfMemoryError:
             if options.batch_size != "auto" or session.batch_size == 1:
                 raise

@@ -191,3 +191,21 @@ def test_the_file_keeps_the_bounds_and_the_picture_has_bands(tmp_path):
     assert bands == [0, 2]
     band = plots.response(result).axes[0].collections[0].get_paths()[0].vertices
     assert band[:, 1].max() == pytest.approx(max(result.response_bounds["NV"]["0"][1]))
+
+
+@pytest.mark.parametrize("with_response", [NormalizedVariance(response=True), TransformationVariance(response=True)])
+@pytest.mark.parametrize(
+    "without", [NormalizedVariance(), NormalizedVariance(aggregate="mean"), TransformationVariance()]
+)
+def test_a_measure_without_a_response_has_none_beside_one_with(with_response, without):
+    """They share an accumulator, whose sums of changes are those of the first one alone."""
+    measures = {"with": with_response, "without": without}
+    model, x, turns = nn.Sequential(nn.Conv2d(3, 4, 3).double()), images(12), quarter_turns()
+    together = evaluate(model, x, turns, measures, confidence=0.95)
+    assert together.response.keys() == {"with"}
+    assert together.response_bounds.keys() <= {"with"}
+    for name, measure in measures.items():
+        alone = evaluate(model, x, turns, {name: measure}, confidence=0.95)
+        torch.testing.assert_close(together.standard_errors[name]["0"], alone.standard_errors[name]["0"])
+        torch.testing.assert_close(together[name]["0"], alone[name]["0"])
+        assert together.response.get(name) == alone.response.get(name)

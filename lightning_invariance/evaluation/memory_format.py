@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Hashable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from lightning_invariance.catching import Catcher
 from lightning_invariance.evaluation.isolation import isolated_random_state
 from lightning_invariance.evaluation.probe import Tolerance
-from lightning_invariance.outputs import all_tensors_of
+from lightning_invariance.outputs import tensors_of
+
+#: Inputs of the two passes whose values are compared.
+FEW = 5
 
 #: Inputs of the passes that are timed, and how many of these there are of each format, of which the shortest counts. A
 #: first one of each, in which kernels are prepared, does not.
@@ -24,11 +28,13 @@ FEWEST = 1024
 #: Channels last must take less than this part of the time: close calls would differ from one run to the next.
 FASTER = 0.95
 
-#: Shape and type of an input.
-Kind: TypeAlias = tuple[tuple[int, ...], torch.dtype]
+#: Model → what was found for what it is called with: a network that trains is evaluated many times. None where a pass
+#: with channels last has failed: then never again.
+_FOUND: WeakKeyDictionary[nn.Module, dict[Hashable, bool] | None] = WeakKeyDictionary()
 
-#: Model → what was found for inputs of some kinds: a network that trains is evaluated many times.
-_FOUND: WeakKeyDictionary[nn.Module, dict[Kind, bool]] = WeakKeyDictionary()
+
+class ChannelsLastError(Exception):
+    """A pass of a model with channels last has failed, and may not fail with the format of the images."""
 
 
 def with_channels_last(images: Tensor) -> Tensor:
@@ -36,52 +42,78 @@ def with_channels_last(images: Tensor) -> Tensor:
     return torch.empty_like(images, memory_format=torch.channels_last).copy_(images)
 
 
-def is_faster_with_channels_last(model: nn.Module, run: Callable[[Tensor], Any], inputs: Tensor, seed: int) -> bool:
+def never_with_channels_last(model: nn.Module) -> None:
+    """Remember that a pass with channels last has failed."""
+    _FOUND[model] = None
+
+
+def is_faster_with_channels_last(
+    model: nn.Module, run: Callable[[Tensor], Any], catcher: Catcher, inputs: Tensor, called: Hashable, seed: int
+) -> bool:
     """Time the model with both formats, and remember what was found.
 
     Args:
-        model: in whose convolutions the formats differ.
+        model: without 4-axis parameters, as those of 2-D convolutions are, it is not timed.
         run: calls it.
+        catcher: hooks of the layers; its consumer is put back afterwards.
         inputs: a batch of what it is called with.
+        called: how it is called.
         seed: of all randomness.
 
     Returns:
-        False also where the model has no use for the format: it fails, as a ``view`` does, or gives other values; and
-        where the user asks for deterministic algorithms, which time must not choose.
+        False also where the format changes what a layer returns by more than rounding, or makes the model fail, as
+        ``view`` does for a tensor with channels last; and where the user asks for deterministic algorithms, which time
+        must not choose.
     """
     if inputs.ndim != 4 or not inputs.is_cpu or torch.are_deterministic_algorithms_enabled():
         return False
     if not any(weights.ndim == 4 for weights in model.parameters()):
         return False
-    kind = tuple(inputs.shape[1:]), inputs.dtype
     found = _FOUND.setdefault(model, {})
-    if kind not in found:
-        first = inputs[:INPUTS].contiguous()
-        last = with_channels_last(first)
+    if found is None:
+        return False
+    key = inputs.shape[1:], inputs.dtype, called, tuple(map(id, model.modules()))
+    if key not in found:
         try:
-            found[kind] = _agree(_timed(run, first, seed)[0], _timed(run, last, seed)[0]) and _is_faster(
-                [(_timed(run, last, seed)[1], _timed(run, first, seed)[1]) for _ in range(TIMES)]
-            )
-        except Exception:  # whatever the model raises for a format that it was not made for; other errors come again
-            found[kind] = False
-    return found[kind]
+            found[key] = _agree(run, catcher, inputs[:FEW], seed) and _is_faster(run, inputs[:INPUTS], seed)
+        except Exception:  # of whatever kind: the model was not made for the format, or will fail with its own, too
+            found[key] = False
+    return found[key]
 
 
-def _timed(run: Callable[[Tensor], Any], inputs: Tensor, seed: int) -> tuple[Any, float]:
-    """What a pass returns, and its seconds."""
+def _agree(run: Callable[[Tensor], Any], catcher: Catcher, inputs: Tensor, seed: int) -> bool:
+    """Whether all layers, and the model, return the same with both formats, up to the rounding of other kernels."""
+    first, last = (_outputs(run, catcher, x, seed) for x in (inputs, with_channels_last(inputs)))
+    tolerance = Tolerance.of(first.values())
+    return first.keys() == last.keys() and all(tolerance.equal(output, last[name]) for name, output in first.items())
+
+
+def _outputs(run: Callable[[Tensor], Any], catcher: Catcher, inputs: Tensor, seed: int) -> dict[str, Tensor]:
+    """What each layer returns, and the model under names that no layer has."""
+    found: dict[str, Tensor] = {}
+
+    def consumer(layer: str, output: Tensor, axis: int | None) -> None:
+        found[layer] = output.clone()  # later modules may change it in place
+
+    before, catcher.consumer = catcher.consumer, consumer
+    try:
+        with isolated_random_state(seed):
+            output = run(inputs)
+    finally:
+        catcher.consumer = before
+    return {**found, **{f"/output{place}": tensor for place, tensor in tensors_of(output)}}
+
+
+def _is_faster(run: Callable[[Tensor], Any], inputs: Tensor, seed: int) -> bool:
+    """Whether the shortest pass with channels last takes clearly less time than that with the format of the images."""
+    both = inputs, with_channels_last(inputs)
+    times = [[_seconds(run, x, seed) for x in both] for _ in range(1 + TIMES)][1:]
+    first, last = (min(of_format) for of_format in zip(*times, strict=True))
+    return bool(last < FASTER * first)
+
+
+def _seconds(run: Callable[[Tensor], Any], inputs: Tensor, seed: int) -> float:
     with isolated_random_state(seed):
         start = time.perf_counter()
-        output = run(inputs)
-        return output, time.perf_counter() - start
-
-
-def _is_faster(seconds: list[tuple[float, float]]) -> bool:
-    last, first = min(last for last, _ in seconds), min(first for _, first in seconds)
-    return last < FASTER * first
-
-
-def _agree(one: Any, other: Any) -> bool:
-    """Whether two outputs hold the same tensors, up to the rounding of other kernels."""
-    first, second = dict(all_tensors_of(one)), dict(all_tensors_of(other))
-    tolerance = Tolerance.of(first.values())
-    return bool(first) and first.keys() == second.keys() and all(tolerance.equal(first[k], second[k]) for k in first)
+        run(inputs)
+        return time.perf_counter() - start

@@ -104,7 +104,7 @@ class Needed:
         for accumulator in (*self.first[measure], *(self.again[measure] if second_pass else ())):
             tally = layer.tally_of(accumulator)
             if tally is not None:  # a second pass is not always needed
-                states.update(tally.states)
+                states.update({state: tally.states[state] for state in accumulator.empty()})
                 n_samples = tally.n_samples
         return Sums(states, n_samples, self._m, layer.ordered_shape, layer.ordered_channel_axis)
 

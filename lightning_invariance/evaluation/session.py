@@ -27,7 +27,12 @@ from lightning_invariance.evaluation.isolation import (
     unchanged_tensors,
 )
 from lightning_invariance.evaluation.memory import Activation, Output, activations_of, check_memory
-from lightning_invariance.evaluation.memory_format import FEWEST, is_faster_with_channels_last, with_channels_last
+from lightning_invariance.evaluation.memory_format import (
+    FEWEST,
+    ChannelsLastError,
+    is_faster_with_channels_last,
+    with_channels_last,
+)
 from lightning_invariance.evaluation.options import Options
 from lightning_invariance.evaluation.predictions import Predictions
 from lightning_invariance.evaluation.probe import CONSTANT, Finding, Layout
@@ -169,8 +174,7 @@ class Session:
         if first_of_walk:
             activations = activations_of(self._outputs, self._findings, self.options.channel_axis or {})
             check_memory(registry, activations, self.batch_size, summed_on(self.device), self.options.state_budget)
-        with catcher.forward_pass():
-            output = self._call(block, with_channels_last(x) if self._channels_last else x)
+        output = self._output(block, x, catcher)
         if registry.in_first_pass and self._predictions is not None:
             self._predictions.add(block, output)
         if intake.unknown:
@@ -181,15 +185,32 @@ class Session:
 
     def _choose_channels_last(self, block: STBlock, catcher: Catcher, registry: Registry, loader: STLoader) -> bool:
         """Whether to run the model with channels last: if the user does not say how, and sums need no copies then."""
-        inputs = (loader.n_samples or 0) * len(loader.transformations)
-        if self.options.batch_size != "auto" or not registry.with_any_channel_axis or inputs < FEWEST:
+        number = (loader.n_samples or 0) * len(loader.transformations)
+        if self.options.batch_size != "auto" or not registry.with_any_channel_axis or number < FEWEST:
             return False
 
         def run(x: Tensor) -> Any:
             with catcher.forward_pass():  # nothing is added to sums before `Intake.start_block`
                 return self._call(block, x, torch.arange(len(x)))
 
-        return is_faster_with_channels_last(self.model, run, block.inputs.flatten(0, 1), self.options.seed)
+        function = self.options.forward
+        called = getattr(function, "__code__", type(function)), self.options.transform_at, tuple(self.selection.modules)
+        inputs = block.inputs.flatten(0, 1)
+        return is_faster_with_channels_last(self.model, run, catcher, inputs, called, self.options.seed)
+
+    def _output(self, block: STBlock, x: Tensor, catcher: Catcher) -> Any:
+        """What the model returns for the inputs of a block, in the memory format that was chosen.
+
+        Raises:
+            ChannelsLastError: If it fails with channels last.
+        """
+        with catcher.forward_pass():
+            if not self._channels_last:
+                return self._call(block, x)
+            try:
+                return self._call(block, with_channels_last(x))
+            except Exception as error:
+                raise ChannelsLastError from error
 
     def _resize(self, loader: STLoader, batch_size: int) -> None:
         if batch_size != self.batch_size:

@@ -74,7 +74,8 @@ class Layer:
     def in_shape(self, values: Tensor) -> Tensor:
         """Values ``(..., *ordered_shape)``, or flat ones, that were computed from the sums, in :attr:`shape`.
 
-        Others, such as those of channels, are returned as they are.
+        Others have no axes of positions, such as those of channels, and are returned as they are. These are never as
+        many as the activations: where a channel has one position, :attr:`order` is empty.
         """
         own = self.ordered_shape
         if self.order and values.shape == (math.prod(own),):
@@ -115,9 +116,10 @@ class Layer:
 
 
 def memory_order(activation: Tensor, channel_axis: int) -> tuple[int, ...]:
-    """The axes of an activation in the order of its values in memory, if only the channels stand elsewhere in it.
+    """The axes of an activation in the order of its values in memory, where that differs by the place of the channels.
 
-    Empty otherwise: measures of maps look at the other axes in their order.
+    Empty otherwise: measures of maps need the other axes in their order. A later block that lies otherwise in memory is
+    copied.
     """
     if activation.is_contiguous():
         return ()

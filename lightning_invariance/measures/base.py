@@ -90,9 +90,10 @@ class Measure(AccumulatingMetric):
 
     @property
     def takes_any_channel_axis(self) -> bool:
-        """Whether an evaluation may move the channels to another axis of an activation, and tell which one.
+        """Whether it gives the same where the channels are another axis of the activation, ``sums.channel_axis``.
 
-        Values need not be copied then where channels come last in memory. Those of the package take any.
+        An evaluation then leaves values as they lie in memory, such as channels last, instead of copying them. Measures
+        of the package do.
         """
         return is_of_package(self) and all(map(is_of_package, (*self.needs, *self.needs_again)))
 
