@@ -553,9 +553,9 @@ def test_automatic_batch_size_halves_until_it_fits_and_changes_no_value():
 @pytest.mark.parametrize(
     ("activation", "n", "expected"),
     [
-        (1, 500, [128] + [256] * 7 + [80]),  # blocks of 32 samples, then of 64, and 20 are left
-        (2**24 // 4 // 200, 150, [128, 200, 200, 72]),
-        (2**24 // 4 // 100, 50, [128, 72]),  # larger ones stay as they are
+        (1, 810, [128] + [512] * 6 + [40]),  # blocks of 32 samples, then of 128, and 10 are left
+        (2**23 // 4 // 200, 150, [128, 200, 200, 72]),
+        (2**23 // 4 // 100, 50, [128, 72]),  # larger ones stay as they are
     ],
 )
 def test_automatic_batches_grow_where_activations_are_small(activation, n, expected):
@@ -579,6 +579,19 @@ def test_automatic_batches_grow_where_activations_are_small(activation, n, expec
         assert grown.interval(key)["1"].standard_error == pytest.approx(fixed.interval(key)["1"].standard_error, 1e-4)
 
 
+def test_one_large_activation_among_small_ones_bounds_automatic_batches():
+    """32 MiB hold it 200 times, and all of them would be small enough on average for 512."""
+    model, sizes = nn.Sequential(nn.Flatten(), nn.Linear(12, 2**25 // 4 // 200), nn.AdaptiveAvgPool1d(1)), []
+    model.extend([nn.Linear(1, 1) for _ in range(10)])
+
+    def forward(model, x):
+        sizes.append(len(x))
+        return model(x)
+
+    evaluate(model, torch.rand(100, 3, 2, 2), rotations(4), forward=forward)
+    assert [size for size in sizes if size not in (4, 5)] == [128, 196, 76]
+
+
 def test_automatic_batches_that_grew_too_large_shrink_again():
     sizes = []
 
@@ -589,7 +602,7 @@ def test_automatic_batches_that_grew_too_large_shrink_again():
         return model(x)
 
     evaluate(nn.Sequential(nn.Flatten()), torch.rand(120, 3, 2, 2), rotations(4), forward=forward)
-    assert [size for size in sizes if size not in (4, 5)] == [128, 256, 128, 128, 128, 96]
+    assert [size for size in sizes if size not in (4, 5)] == [128, 352, 256, 128, 128, 128, 96]
 
 
 def test_automatic_batches_of_streams_and_long_rows_stay_as_they_are():

@@ -6,16 +6,19 @@ from collections.abc import Iterable
 
 import torch
 
+from lightning_invariance.evaluation.allocator import LARGEST_BLOCK
 from lightning_invariance.evaluation.memory import Output
 from lightning_invariance.loader import STLoader
 
 #: Inputs in the first batch on the CPU.
 ON_CPU = 128
 
-#: The next batches there hold up to so many, since each block of a layer costs some time whatever its size, while the
-#: largest activation takes no more bytes than this: of larger ones the allocator keeps too few, see ``allocator.py``.
-MOST_ON_CPU = 256
-ACTIVATION_BYTES = 2**24
+#: The next batches there hold up to so many, since each block of a layer costs some time whatever its size. Activations
+#: take no more bytes than this on average, so that those that were just computed are in a cache when they are read; and
+#: the largest less than what is fetched from the system each time, see ``allocator.py``.
+MOST_ON_CPU = 512
+MEAN_BYTES = 2**23
+LARGEST_BYTES = LARGEST_BLOCK - 2**16
 
 #: On an accelerator a batch holds inputs of so many bytes, at most so many inputs: small networks keep a GPU busy for
 #: longer than it takes to launch their kernels only with many.
@@ -39,12 +42,13 @@ def size_for_inputs(loader: STLoader, device: torch.device) -> int:
 
 def size_for_activations(loader: STLoader, device: torch.device, outputs: Iterable[Output]) -> int:
     """The number once the activations of the layers are known; that of before for a stream and for long rows."""
-    largest = max((output.nbytes // batch for output, _, batch in outputs), default=0)
+    sizes = [output.nbytes // batch for output, _, batch in outputs]
     if (
         device.type != "cpu"
         or loader.n_samples is None
         or len(loader.transformations) > loader.batch_size
-        or not largest
+        or not any(sizes)
     ):
         return loader.batch_size
-    return max(loader.batch_size, min(MOST_ON_CPU, ACTIVATION_BYTES // largest))
+    fitting = min(MEAN_BYTES * len(sizes) // sum(sizes), LARGEST_BYTES // max(sizes))
+    return max(loader.batch_size, min(MOST_ON_CPU, fitting))
