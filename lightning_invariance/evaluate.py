@@ -81,7 +81,7 @@ def evaluate(
         layers: which layers to measure; by default every leaf module. Names, glob patterns, module types, a predicate,
             or a dict that renames: see :func:`layer_names`.
         batch_size: largest number of transformed inputs in one forward pass. ``"auto"`` begins with 128, and goes on
-            with up to 512 while activations take at most 8 MiB on average and 32 MiB each; on an accelerator with as
+            with up to 512 while activations take at most 10 MiB on average and 32 MiB each; on an accelerator with as
             many inputs as make half a gigabyte (at most 16,384). It halves where the memory does not suffice, which it
             remembers for the next evaluation of the model; values do not depend on it. On the CPU it also lets
             convolutional networks run with channels last in memory if that is faster, which is timed once for a model,

@@ -554,8 +554,8 @@ def test_automatic_batch_size_halves_until_it_fits_and_changes_no_value():
     ("activation", "n", "expected"),
     [
         (1, 810, [128] + [512] * 6 + [40]),  # blocks of 32 samples, then of 128, and 10 are left
-        (2**23 // 4 // 200, 150, [128, 200, 200, 72]),
-        (2**23 // 4 // 100, 50, [128, 72]),  # larger ones stay as they are
+        (10 * 2**20 // 4 // 200, 150, [128, 200, 200, 72]),
+        (10 * 2**20 // 4 // 100, 50, [128, 72]),  # larger ones stay as they are
     ],
 )
 def test_automatic_batches_grow_where_activations_are_small(activation, n, expected):

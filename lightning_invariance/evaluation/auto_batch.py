@@ -17,7 +17,7 @@ ON_CPU = 128
 #: take no more bytes than this on average, so that those that were just computed are in a cache when they are read; and
 #: the largest less than what is fetched from the system each time, see ``allocator.py``.
 MOST_ON_CPU = 512
-MEAN_BYTES = 2**23
+MEAN_BYTES = 10 * 2**20
 LARGEST_BYTES = LARGEST_BLOCK - 2**16
 
 #: On an accelerator a batch holds inputs of so many bytes, at most so many inputs: small networks keep a GPU busy for
