@@ -31,7 +31,7 @@ IMAGES = torch.rand(N, 3, 6, 6, dtype=torch.float64, generator=torch.Generator()
 TURNS = quarter_turns()
 
 #: How (batch, channels, height, width) is permuted to what lies in memory one after the other.
-ORDERS = {"channels last": (0, 2, 3, 1), "width first": (0, 3, 1, 2), "height last": (0, 1, 3, 2)}
+ORDERS = {"channels last": (0, 2, 3, 1), "width first": (0, 3, 1, 2)}
 
 
 class Ordered(nn.Module):
