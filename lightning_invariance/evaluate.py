@@ -81,12 +81,12 @@ def evaluate(
         layers: which layers to measure; by default every leaf module. Names, glob patterns, module types, a predicate,
             or a dict that renames: see :func:`layer_names`.
         batch_size: largest number of transformed inputs in one forward pass. ``"auto"`` begins with 128, and goes on
-            with up to 512 while activations take at most 10 MiB on average and 32 MiB each; on an accelerator with as
-            many inputs as make half a gigabyte (at most 16,384). It halves where the memory does not suffice, which it
-            remembers for the next evaluation of the model; values do not depend on it. On the CPU it also lets
-            convolutional networks run with channels last in memory if that is faster, which is timed once for a model,
-            in six more passes. A number keeps the format of the images, and with it the last digits of every run; so
-            does ``torch.use_deterministic_algorithms``.
+            with up to 512 while activations take at most 10 MiB on average and less than 32 each; on an accelerator
+            with as many inputs as make half a gigabyte (at most 16,384). It halves where the memory does not suffice,
+            which it remembers for the next evaluation of the model; values do not depend on it. On the CPU it also
+            lets convolutional networks run with channels last in memory if that is faster, which is timed once for a
+            model, in six more passes. A number keeps the format of the images, and with it the last digits of every
+            run; so does ``torch.use_deterministic_algorithms``.
         max_samples: how many samples to use, a random choice that is the same every time; by default all.
         device: where to run; by default where the model's parameters are. The model is moved there and back.
         forward: ``forward(model, x)`` runs the model where it is not simply called as ``model(x)``. One of three

@@ -270,7 +270,7 @@ def rolled(x, steps):
     return x.view(-1, *x.shape[-2:]).roll(steps, -1).view(x.shape)
 
 
-STEPS = {f"{k} pixels": k for k in range(4)}
+STEPS = {f"{k} pixels": k % 4 for k in range(8)}  # as many as make 1,024 inputs of the samples
 VIEWS = TransformationSet.from_callables(
     {name: lambda x, k=k: x.roll(k, -1) for name, k in STEPS.items()},
     {name: lambda x, k=k: rolled(x, -k) for name, k in STEPS.items()},
