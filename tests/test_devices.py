@@ -35,7 +35,7 @@ MEASURES = {
     "default": (NormalizedVariance(response=True), 16),
     "NV of standard deviations": (NormalizedVariance(squared=False), 16),
     "Anova": (Anova(), 16),
-    "paired Anova": (Anova(paired=True), 32),  # in float64 throughout, and 27 times the bytes
+    "paired Anova": (Anova(paired=True), 23),
     "TD": (TransformationDistance(), 24),
     "TD of maps": (TransformationDistance("euclidean", over="channel"), 24),
     "TD of angles": (TransformationDistance("cosine", over="channel"), 20),
@@ -47,6 +47,9 @@ MEASURES = {
     "distance same-equivariance": (DistanceSameEquivariance(transformations=rotations(16)), 22),
 }
 
+#: Times the bytes of a block, where they are more than kernels: float64 throughout, and states beside few samples.
+BYTES = {"paired Anova": 31}
+
 
 @pytest.mark.parametrize("name", MEASURES)
 def test_a_block_takes_few_kernels_that_move_few_bytes_and_read_nothing_back(name):
@@ -54,7 +57,7 @@ def test_a_block_takes_few_kernels_that_move_few_bytes_and_read_nothing_back(nam
     block = torch.empty(8, 16, 64, 14, 14)
     found = counted(measure, block)  # on "meta", where reading a value is an error
     assert 0 < found.kernels <= most, found.names
-    assert found.bytes <= most * block.nbytes
+    assert found.bytes <= BYTES.get(name, most) * block.nbytes
 
 
 def consistency(x):

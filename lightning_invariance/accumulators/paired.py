@@ -17,13 +17,13 @@ class PairedDeviations(Accumulator):
     r"""Means of the columns of :math:`d_{ij} = x_{ij} - x_{i1}`, and deviations from them.
 
     A unit that hardly varies with the transformation varies much between samples; what it varies by is exact here,
-    however small it is beside the value. For k activations and m transformations:
+    however small it is beside the value. Let :math:`c_{ij} = d_{ij} - \bar d_{\cdot j} - \bar d_{i \cdot} + \bar
+    d_{\cdot \cdot}` be what neither rows nor columns explain. For k activations and m transformations:
 
-    - ``paired_means`` ``(m, k)``: :math:`\bar d_{\cdot j}`, float64.
+    - ``paired_means`` ``(m, k)``: :math:`\bar d_{\cdot j}`, less a number that all columns share, float64.
     - ``paired_rows`` ``(k,)``: the number of rows without infinite values or NaN, of which these means are.
-    - ``paired_error`` ``(k,)``: :math:`\sum_i \sum_j (e_{ij} - \bar e_{i \cdot})^2` of :math:`e_{ij} = d_{ij} - \bar
-      d_{\cdot j}`, float64; NaN where a row is not finite.
-    - ``paired_products`` ``(m, m)``: :math:`\sum_u \sum_i e_{iju} e_{ilu}` over all activations u of the layer and
+    - ``paired_error`` ``(k,)``: :math:`\sum_i \sum_j c_{ij}^2`, float64; NaN where a row is not finite.
+    - ``paired_products`` ``(m, m)``: :math:`\sum_u \sum_i c_{iju} c_{ilu}` over all activations u of the layer and
       their finite rows, float64.
     - ``paired_origin`` ``(k,)``, ``paired_moves`` ``(k,)``: the first value of the first row, and whether that of
       another row differs.
@@ -48,7 +48,7 @@ class PairedDeviations(Accumulator):
             m, k = x.shape[1:]
             states = {
                 # Constant columns then deviate by exactly 0.
-                "paired_means": torch.nan_to_num(_apart(x[0]), 0, 0, 0),
+                "paired_means": torch.nan_to_num(torch.sub(x[0], x[0, :1].double()), 0, 0, 0),
                 "paired_rows": torch.zeros(k, dtype=torch.float64, device=x.device),
                 "paired_error": torch.zeros(k, dtype=torch.float64, device=x.device),
                 "paired_products": torch.zeros(m, m, dtype=torch.float64, device=x.device),
@@ -59,9 +59,8 @@ class PairedDeviations(Accumulator):
         names = ("paired_means", "paired_rows", "paired_error")
         split = (torch.split(each, length, -1) for each in (x, *(states[name] for name in names)))
         for values, *sums in zip(*split, strict=True):
-            *found, added = _added(values, *sums)
+            products, *found = _added(products, values, *sums)
             parts.append(found)
-            products = products + added
         moves = (x[:, 0] != states["paired_origin"]).any(0)
         return {
             **{name: _joined(part) for name, part in zip(names, zip(*parts, strict=True), strict=True)},
@@ -73,12 +72,14 @@ class PairedDeviations(Accumulator):
     def merge(self, a: States, b: States) -> States:
         """The states after the rows of both (Chan, Golub and LeVeque 1983, the paper's reference 20)."""
         n, n_other = a["paired_rows"], b["paired_rows"]
-        apart, share = b["paired_means"] - a["paired_means"], n_other / (n + n_other).clamp_min(1)
+        share = n_other / (n + n_other).clamp_min(1)
+        apart = b["paired_means"] - a["paired_means"]
+        apart = apart - apart.mean(0)
         moved = apart * (n * share).sqrt()
         return {
             "paired_means": a["paired_means"] + share * apart,
             "paired_rows": n + n_other,
-            "paired_error": a["paired_error"] + b["paired_error"] + (moved - moved.mean(0)).square().sum(0),
+            "paired_error": a["paired_error"] + b["paired_error"] + moved.square().sum(0),
             "paired_products": a["paired_products"] + b["paired_products"] + moved @ moved.mT,
             "paired_origin": a["paired_origin"],
             "paired_moves": a["paired_moves"] | b["paired_moves"] | (a["paired_origin"] != b["paired_origin"]),
@@ -90,38 +91,34 @@ class PairedDeviations(Accumulator):
         return still & ~states["paired_moves"]
 
 
-def _apart(x: Tensor) -> Tensor:
-    """Differences from the first column, ``(..., m, k)``, in float64."""
-    return torch.sub(x, x[..., :1, :].double())
+def _added(
+    products: Tensor, x: Tensor, means: Tensor, rows: Tensor, error: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""Products, means, rows and error after rows x (n, m, k) of some activations.
 
-
-def _added(x: Tensor, means: Tensor, rows: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    r"""Means, rows and error after rows x (n, m, k) of some activations, and the products that these add.
-
-    With e from the means so far and their sums S over the n rows added, the products of e about the new means of all N
-    rows are :math:`\sum_i e_i e_i^T - S S^T / N`; S is at most about as large as what remains, since the first row is
-    one of those that the means are of. The error is the trace of these products without their mean over columns.
+    With c from the means so far and their sums S over the n rows added, the products of c about the new means of all N
+    rows are :math:`\sum_i c_i c_i^T - S S^T / N`; S is at most about as large as what remains, since the first row is
+    one of those that the means are of. The error is the trace of these products.
     """
-    deviations = _apart(x).sub_(means)
-    of_rows = deviations.sum(1)
-    flaws = of_rows - of_rows  # NaN where a value of the row is not finite
-    finite = flaws == 0
-    if not x.is_cpu or bool(flaws.isnan().any()):  # reading this from a GPU would synchronise
-        deviations.masked_fill_(~finite[:, None], 0)
-        of_rows = of_rows + flaws
+    columns = x.movedim(1, 0)
+    deviations = torch.empty(columns.shape, dtype=torch.float64, device=x.device)
+    torch.sub(columns, columns[:1].double(), out=deviations).sub_(means[:, None])
+    of_rows = deviations.mean(0)
+    deviations.sub_(of_rows)
+    finite = of_rows - of_rows == 0  # where not, one deviation of the row is NaN, and the others are not finite either
+    length = torch.linalg.vector_norm(deviations, dim=(0, 1))
+    if not x.is_cpu or not bool(finite.all()):  # reading this from a GPU would synchronise
+        torch.nan_to_num(deviations, 0, 0, 0, out=deviations)
     rows_now = rows + finite.sum(0, dtype=rows.dtype)
-    divisor = rows_now.clamp(min=1)  # where there is no row, what is divided is 0
-    sums = deviations.sum(0)
-    moved = sums / divisor.sqrt()
-    products = torch.addmm((deviations @ deviations.mT).sum(0), moved, moved.mT, alpha=-1)
-    for values, axes, part in (
-        (deviations, (0, 1), 1.0),
-        (of_rows, 0, -1 / x.shape[1]),
-        (moved - moved.mean(0), 0, -1.0),
-    ):
-        length = torch.linalg.vector_norm(values, dim=axes)
-        error = torch.addcmul(error, length, length, value=part)
-    return torch.addcdiv(means, sums, divisor), rows_now, error, products
+    sums = deviations.sum(1)
+    moved = sums / rows_now.clamp(min=1)  # where there is no row, the sums are 0
+    of_columns = deviations.flatten(1)
+    return (
+        torch.addmm(torch.addmm(products, of_columns, of_columns.mT), sums, moved.mT, alpha=-1),
+        means + moved,
+        rows_now,
+        torch.addcmul(error, length, length) - torch.einsum("jk,jk->k", sums, moved),
+    )
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

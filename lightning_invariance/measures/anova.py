@@ -140,9 +140,7 @@ class Anova(Measure):
 
 
 def _sphericity(products: Tensor) -> float:
-    """Greenhouse and Geisser's ε of sums of products of columns, (m, m); 1 where nothing varies."""
-    products = products - products.mean(0)  # those of rows without their means
-    products = products - products.mean(1, keepdim=True)
+    """Greenhouse and Geisser's ε of sums of products of columns without the means of rows, (m, m); 1 if all are 0."""
     total = float(products.trace())
     if not total > 0:
         return 1.0
