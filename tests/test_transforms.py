@@ -16,6 +16,7 @@ from lightning_invariance import (
     scales,
     translations,
 )
+from lightning_invariance.measures import DistanceSameEquivariance, VarianceSameEquivariance
 
 
 def images(height=9, width=9, dtype=torch.float32, batch=2, channels=3):
@@ -75,6 +76,51 @@ def test_translations_move_whole_pixels_and_fill_with_black():
     right, down = t(x)[0, 5, 0], t(x)[0, 4, 0]
     assert right.tolist() == [[0, 1, 2, 3], [0, 5, 6, 7], [0, 9, 10, 11], [0, 13, 14, 15]]
     assert down.tolist() == [[0, 0, 0, 0], [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-3), (torch.uint8, 0.501)])
+@pytest.mark.parametrize("fill", [50, (25.0, 0, 240)])
+def test_what_comes_from_outside_of_an_image_is_the_fill(fill, dtype, tolerance):
+    """As torchvision moves images, with the fill as far as it moves what is not the image into the frame."""
+    x = (255 * images()).to(dtype)
+    t = combine(rotations(8, fill=fill), scales(factors=[0.7, 1], fill=fill), flips())
+    moved = t(x)
+    assert moved.dtype == dtype
+    members = [
+        (45 * turn, scale, flip) for turn in range(8) for scale in (0.7, 1) for flip in ([], [-1], [-2], [-1, -2])
+    ]
+    for j, (angle, scale, flip) in enumerate(members):
+        image, white = (
+            v2.functional.affine(v, -angle, [0, 0], scale, [0.0], InterpolationMode.BILINEAR).flip(flip)
+            for v in (x.double(), torch.ones(1, 1, 9, 9, dtype=torch.float64))
+        )
+        expected = image + (1 - white) * torch.tensor(fill).view(-1, 1, 1)
+        torch.testing.assert_close(moved[:, j].double(), expected, rtol=0, atol=tolerance)
+
+
+def test_pixels_that_only_move_are_exact_beside_a_fill():
+    x = torch.tensor([[[[0.1, 0.2], [0.3, 0.4]]]])
+    assert torch.equal(translations(pixels=[1], fill=1e8)[5](x), torch.tensor([[[[1e8, 0.1], [1e8, 0.3]]]]))
+
+
+@pytest.mark.parametrize("measure", [VarianceSameEquivariance, DistanceSameEquivariance])
+@pytest.mark.parametrize("mask", [False, True])
+def test_feature_maps_are_never_filled(measure, mask):
+    maps, values = torch.rand(6, 8, 2, 9, 9, generator=torch.Generator().manual_seed(1)), []
+    for fill in (0, 5):
+        metric = measure(rotations(8, fill=fill), mask=mask)
+        metric.update(maps)
+        values.append(metric.compute())
+    assert torch.equal(*values)
+    assert values[0].isfinite().any()
+
+
+def test_members_and_equality_of_filled_sets():
+    t = rotations(8, fill=(0, 0.5))
+    assert torch.equal(t[2:4](images(channels=2)), t(images(channels=2))[:, 2:4])
+    assert t == rotations(8, fill=(0, 0.5))
+    assert t != rotations(8)
+    assert torch.equal(pickle.loads(pickle.dumps(t))(images(channels=2)), t(images(channels=2)))
 
 
 def test_a_shift_on_a_feature_map_is_in_proportion():
@@ -192,6 +238,10 @@ def test_sets_pickle():
         (lambda: rotations(angles=[]), ValueError, "at least one transformation"),
         (lambda: scales(factors=[1, 0]), ValueError, "above 0, but got 0"),
         (lambda: translations(pixels=[-1]), ValueError, "above 0, but got -1"),
+        (lambda: rotations(4, fill="black"), ValueError, "`fill` to hold finite numbers, but got black"),
+        (lambda: scales(fill=[0, float("nan")]), ValueError, r"`fill` to hold finite numbers, but got \[0, nan\]"),
+        (lambda: rotations(3, fill=[0, 1])(images()), ValueError, r"each of 3 channels .*\(2, 3, 9, 9\), but got 2"),
+        (lambda: combine(rotations(4, fill=1), scales(fill=2)), ValueError, r"one `fill`.*got \[\(1.0,\), \(2.0,\)\]"),
         (lambda: combine(), ValueError, "at least one transformation set"),
         (lambda: combine(rotations(2), torch.neg), TypeError, "neg"),
         (lambda: TransformationSet.from_callables({}), ValueError, "at least one"),

@@ -250,11 +250,11 @@ def direct_distances(
     same = transformations.identity
     if same is None:
         same = _identity_among(transformations, maps, mapping.input_size)
-    expected, found = transformations(maps[:, same], mapping.input_size), maps
+    expected, found = transformations.of_maps(maps[:, same], mapping.input_size), maps
     weight: Tensor | float = 1.0
     if mapping.mask:
         ones = torch.ones(1, 1, *maps.shape[-2:], dtype=torch.float64, device=maps.device)
-        inside = 1 - _widened(transformations(ones, mapping.input_size)[0] < SEEN, mapping.mask)
+        inside = 1 - _widened(transformations.of_maps(ones, mapping.input_size)[0] < SEEN, mapping.mask)
         expected, found = expected * inside, found * inside
         if over == "activation":
             weight = (len(inside) / inside.sum(0)).flatten(1)
@@ -268,7 +268,7 @@ def direct_distances(
 def _identity_among(transformations: TransformationSet, maps: Tensor, input_size: tuple[int, int] | None) -> int:
     """Which transformation leaves a random feature map as it is, in a set that knows of none."""
     probe = torch.rand(1, *maps.shape[2:], generator=torch.Generator().manual_seed(0)).to(maps.device)
-    moved = transformations(probe, input_size)[0]
+    moved = transformations.of_maps(probe, input_size)[0]
     same = [j for j, image in enumerate(moved) if torch.equal(image, probe[0])]
     if not same:
         raise ValueError(f'Expected the identity among the transformations for "direct", but got {transformations!r}.')
@@ -285,7 +285,7 @@ def seen(maps: Tensor, transformations: TransformationSet, mask: int, input_size
         input_size: of the network's input, where the maps are of another size.
     """
     ones = torch.ones(1, 1, *maps.shape[-2:], dtype=torch.float64, device=maps.device)
-    least = transformations.inverse(transformations(ones, input_size), input_size).amin(1)
+    least = transformations.inverse(transformations.of_maps(ones, input_size), input_size).amin(1)
     return (1 - _widened(least < SEEN, mask))[0, 0].to(maps.dtype)
 
 

@@ -58,7 +58,7 @@ def inside_mask(
     white = torch.ones(1, 1, *st.shape[-2:], dtype=torch.float64)
     outside = torch.zeros(st.shape[-2:], dtype=torch.bool)
     for j in range(len(transformations)):
-        there = transformations(white, input_size)[:, j]
+        there = transformations.of_maps(white, input_size)[:, j]
         outside |= transformations[j].inverse(there, input_size)[0, 0] < 1 - 1e-4
     return ~_near(outside, int(mask) - 1).to(st.device)
 
@@ -156,10 +156,10 @@ def _direct(
     total, columns = torch.zeros(()), torch.zeros(())
     for j in range(len(transformations)):
         found = st[:, j]
-        expected = transformations(st[:, transformations.identity], input_size)[:, j]
+        expected = transformations.of_maps(st[:, transformations.identity], input_size)[:, j]
         if mask:
             white = torch.ones(1, 1, *st.shape[-2:], dtype=torch.float64)
-            outside = transformations(white, input_size)[0, j, 0] < 1 - 1e-4
+            outside = transformations.of_maps(white, input_size)[0, j, 0] < 1 - 1e-4
             inside = ~_near(outside, int(mask) - 1).to(st.device)
             found, expected = torch.where(inside, found, 0.0), torch.where(inside, expected, 0.0)
             columns = columns + inside.to(st.dtype)

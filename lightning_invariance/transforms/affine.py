@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grid_sample
 
 from lightning_invariance.maps import warn_of_no_images
 from lightning_invariance.transforms.base import TransformationSet, combined_parameters
+from lightning_invariance.transforms.resampling import Resampling
 
 #: The factors of the paper's scale set (section 3.1.2).
 PAPER_FACTORS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.05, 1.1, 1.15, 1.2, 1.25)
@@ -25,7 +25,7 @@ LARGEST_KNOWN = 2**20
 
 
 class AffineSet(TransformationSet):
-    """Affine maps of images about their centre, applied with one bilinear resampling and filled with zeros (black).
+    """Affine maps of images about their centre, applied with one bilinear resampling.
 
     A map that sends every pixel centre to a pixel centre (a quarter turn of a square, a flip, a shift by whole pixels)
     moves pixels without touching their values; all others are interpolated. Inputs are ``(batch, channels, height,
@@ -37,6 +37,8 @@ class AffineSet(TransformationSet):
         labels: a short text for each map.
         parameters: numbers for the axes of plots.
         square: whether the maps need a square image (quarter turns that must not lose pixels).
+        fill: what pixels are that come from outside of an image, one number or one for each channel. Feature maps,
+            such as those that are mapped back, are filled with zeros.
     """
 
     def __init__(
@@ -45,20 +47,22 @@ class AffineSet(TransformationSet):
         labels: Sequence[str],
         parameters: Mapping[str, Sequence[float]] | None = None,
         square: bool = False,
+        fill: float | Sequence[float] = 0.0,
     ) -> None:
         super().__init__(labels, parameters)
         if matrices.shape != (len(self), 3, 3):
             raise ValueError(f"Expected matrices of shape ({len(self)}, 3, 3), but got {tuple(matrices.shape)}.")
         self.matrices = matrices.to(torch.float64)
         self.square = square
+        self.fill = _numbers("fill", [fill] if isinstance(fill, int | float) else fill)
         same = (self.matrices == torch.eye(3, dtype=torch.float64)).flatten(1).all(1).nonzero()
         self.identity = int(same[0]) if len(same) else None
-        self._known_resamplings: dict[Hashable, _Resampling] = {}
+        self._known_resamplings: dict[Hashable, Resampling] = {}
 
     @property
     def signature(self) -> tuple[Hashable, ...]:
-        """The labels and the maps."""
-        return (*self.labels, self.square, *self.matrices.flatten().tolist())
+        """The labels, the maps and what is outside of images."""
+        return (*self.labels, self.square, self.fill, *self.matrices.flatten().tolist())
 
     def _apply(self, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
         if x.ndim < 3:
@@ -68,7 +72,8 @@ class AffineSet(TransformationSet):
         # Every column reads the same images: they are not copied.
         columns = x.reshape(1, 1, -1, *x.shape[-2:]).expand(-1, len(self), -1, -1, -1)
         # Resampling asks where the content of each pixel comes from: the inverse of where content goes.
-        moved = self._resampling(x, input_size, forward=True)(columns)
+        fill = self._fill_of_planes(x) if input_size is None else None
+        moved = self._resampling(x, input_size, forward=True)(columns, fill)
         return moved.view(len(self), *x.shape).transpose(0, 1).contiguous()
 
     def _invert(self, st: Tensor, input_size: tuple[int, int] | None) -> Tensor:
@@ -78,14 +83,28 @@ class AffineSet(TransformationSet):
         columns = st.reshape(len(st), len(self), -1, *st.shape[-2:])
         return self._resampling(st, input_size, forward=False)(columns).view(st.shape)
 
-    def _resampling(self, maps: Tensor, input_size: tuple[int, int] | None, forward: bool) -> _Resampling:
+    def _fill_of_planes(self, x: Tensor) -> Tensor | None:
+        """What is outside of each plane ``(height, width)`` of images; None for zeros."""
+        if not any(self.fill):
+            return None
+        channels = x.shape[-3]
+        if len(self.fill) not in (1, channels):
+            raise ValueError(
+                f"Expected argument `fill` to be one number, or one for each of {channels} channels of images"
+                f" {tuple(x.shape)}, but got {len(self.fill)} numbers."
+            )
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        fill = torch.tensor(self.fill, dtype=dtype, device=x.device)
+        return fill.expand(x.shape[:-2].numel() // max(1, channels), channels).flatten()
+
+    def _resampling(self, maps: Tensor, input_size: tuple[int, int] | None, forward: bool) -> Resampling:
         """Where each output pixel reads the input, computed once for each size of maps."""
         key = (tuple(maps.shape[-2:]), input_size, forward, maps.device, maps.dtype == torch.float64)
         if key in self._known_resamplings:
             return self._known_resamplings[key]
         matrices = self._scaled(maps, input_size)
         with torch.inference_mode(False):  # an inference tensor could be used in that mode only
-            found = _Resampling(torch.linalg.inv(matrices) if forward else matrices, maps)
+            found = Resampling(torch.linalg.inv(matrices) if forward else matrices, maps)
         if len(self) * maps.shape[-1] * maps.shape[-2] <= LARGEST_KNOWN:
             self._known_resamplings = dict([*self._known_resamplings.items()][1 - KNOWN_SIZES :])
             self._known_resamplings[key] = found
@@ -105,7 +124,7 @@ class AffineSet(TransformationSet):
 
     def _select(self, columns: list[int]) -> AffineSet:
         labels = [self.labels[j] for j in columns]
-        return AffineSet(self.matrices[columns], labels, self._selected_parameters(columns), self.square)
+        return AffineSet(self.matrices[columns], labels, self._selected_parameters(columns), self.square, self.fill)
 
     def _check_square(self, x: Tensor) -> None:
         if self.square and x.shape[-1] != x.shape[-2]:
@@ -115,78 +134,6 @@ class AffineSet(TransformationSet):
             )
 
 
-class _Resampling:
-    """Reads every output pixel of images from where it comes from, for each of m maps.
-
-    Maps that send pixel centres to pixel centres are exact and move pixels; the others interpolate.
-
-    Args:
-        sources: ``(m, 3, 3)``, from positions in the output to positions in the input, in pixels about the centre.
-        like: images of the size, device and type to come.
-    """
-
-    def __init__(self, sources: Tensor, like: Tensor) -> None:
-        (height, width), device = like.shape[-2:], like.device
-        centre = torch.tensor([(width - 1) / 2, (height - 1) / 2], dtype=torch.float64)
-        linear = sources[:, :2, :2]
-        # The same map in array indices: index_in = linear @ index_out + offset.
-        offset = sources[:, :2, 2] + centre - linear @ centre
-        exact = _is_whole(linear).flatten(1).all(1) & _is_whole(offset).all(1)
-        self._exact, self._inexact = exact.nonzero()[:, 0].to(device), (~exact).nonzero()[:, 0].to(device)
-
-        index = _indices(linear[exact].round(), offset[exact].round(), height, width).long()
-        inside = ((index >= 0) & (index < torch.tensor([width, height]))).all(-1)
-        black = height * width  # the index of one extra pixel that is zero
-        self._moves = torch.where(inside, index[..., 1] * width + index[..., 0], black).flatten(1).to(device)
-
-        # Selecting maps copies their images: where at most half are exact, all are interpolated and those overwritten.
-        self._interpolate_all = 0 < 2 * int(exact.sum()) <= len(exact)
-        some = torch.ones_like(exact) if self._interpolate_all else ~exact
-        size = torch.tensor([width, height], dtype=torch.float64)
-        grids = (2 * _indices(linear[some], offset[some], height, width) + 1) / size - 1
-        self._grids = grids.to(device, torch.float64 if like.dtype == torch.float64 else torch.float32)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Fill every pixel of images ``(batch, m, planes, height, width)`` from where it comes from."""
-        if not len(self._inexact):
-            return self._move(x)
-        if not len(self._exact):
-            return self._interpolate(x)
-        if self._interpolate_all:
-            moved = self._interpolate(x)
-        else:
-            moved = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            moved[:, self._inexact] = self._interpolate(x[:, self._inexact])
-        moved[:, self._exact] = self._move(x[:, self._exact])
-        return moved
-
-    def _move(self, x: Tensor) -> Tensor:
-        """Move whole pixels; what comes from outside is zero."""
-        padded = torch.nn.functional.pad(x.flatten(3), (0, 1))
-        return padded.gather(3, self._moves[:, None].expand(*x.shape[:3], -1)).view(x.shape)
-
-    def _interpolate(self, x: Tensor) -> Tensor:
-        """Bilinear interpolation with zeros outside."""
-        grid = self._grids.expand(len(x), -1, -1, -1, -1).flatten(0, 1)
-        moved = grid_sample(x.flatten(0, 1).to(grid.dtype), grid, padding_mode="zeros", align_corners=False).view(
-            x.shape
-        )
-        return moved.to(x.dtype) if x.is_floating_point() else moved.round().to(x.dtype)
-
-
-def _indices(linear: Tensor, offset: Tensor, height: int, width: int) -> Tensor:
-    """The array index (x, y) that each output pixel reads, ``(m, height, width, 2)`` in float64."""
-    xs = torch.arange(width, dtype=torch.float64)
-    ys = torch.arange(height, dtype=torch.float64)
-    along_x = xs[None, None, :, None] * linear[:, None, None, :, 0]
-    along_y = ys[None, :, None, None] * linear[:, None, None, :, 1]
-    return along_x + along_y + offset[:, None, None, :]
-
-
-def _is_whole(values: Tensor) -> Tensor:
-    return (values - values.round()).abs() < 1e-9
-
-
 def _matrices(linear: Tensor, shift: Tensor) -> Tensor:
     matrices = torch.eye(3, dtype=torch.float64).repeat(len(linear), 1, 1)
     matrices[:, :2, :2] = linear
@@ -194,12 +141,16 @@ def _matrices(linear: Tensor, shift: Tensor) -> Tensor:
     return matrices
 
 
-def rotations(n: int | None = None, *, angles: Sequence[float] | None = None) -> AffineSet:
+def rotations(
+    n: int | None = None, *, angles: Sequence[float] | None = None, fill: float | Sequence[float] = 0.0
+) -> AffineSet:
     """Rotations about the centre of the image.
 
     Args:
         n: number of angles, evenly spaced over the full turn; the first, 0°, is the identity. The paper uses 16.
         angles: the angles themselves, in degrees, counter-clockwise, as in torchvision's ``rotate``.
+        fill: what the corners are that come from outside of the image: a number, or one for each channel. Black images
+            have zeros there, as in the paper, unless they were normalised: then black is ``-mean / std``.
 
     Raises:
         ValueError: If not exactly one of ``n`` and ``angles`` is given, there is no angle, or one is not finite.
@@ -219,7 +170,7 @@ def rotations(n: int | None = None, *, angles: Sequence[float] | None = None) ->
     linear = [[[c, s], [-s, c]] for c, s in map(_cos_sin, angles)]
     shift = torch.zeros(len(angles), 2, dtype=torch.float64)
     matrices = _matrices(torch.tensor(linear, dtype=torch.float64).view(-1, 2, 2), shift)
-    return AffineSet(matrices, [f"{angle:g}°" for angle in angles], {"angle": angles})
+    return AffineSet(matrices, [f"{angle:g}°" for angle in angles], {"angle": angles}, fill=fill)
 
 
 def _cos_sin(degrees: float) -> tuple[float, float]:
@@ -230,12 +181,13 @@ def _cos_sin(degrees: float) -> tuple[float, float]:
     return math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
 
 
-def scales(factors: Sequence[float] = PAPER_FACTORS) -> AffineSet:
+def scales(factors: Sequence[float] = PAPER_FACTORS, *, fill: float | Sequence[float] = 0.0) -> AffineSet:
     """Scalings about the centre, the same in both directions; the image keeps its size.
 
     Args:
-        factors: how much larger the content becomes; below 1 it shrinks and black fills the border. By default the
-            paper's 11 factors from 0.5 to 1.25 (section 3.1.2).
+        factors: how much larger the content becomes; below 1 it shrinks and leaves a border. By default the paper's 11
+            factors from 0.5 to 1.25 (section 3.1.2).
+        fill: what the border is, as for :func:`rotations`.
 
     Raises:
         ValueError: If there is no factor, or a factor is not above 0.
@@ -247,15 +199,16 @@ def scales(factors: Sequence[float] = PAPER_FACTORS) -> AffineSet:
     _check_sizes("factors", factors)
     size = torch.tensor(list(factors), dtype=torch.float64)
     matrices = _matrices(size[:, None, None] * torch.eye(2, dtype=torch.float64), torch.zeros(len(size), 2))
-    return AffineSet(matrices, [f"×{factor:g}" for factor in factors], {"scale": factors})
+    return AffineSet(matrices, [f"×{factor:g}" for factor in factors], {"scale": factors}, fill=fill)
 
 
-def translations(pixels: Sequence[float] = (1, 2, 4)) -> AffineSet:
+def translations(pixels: Sequence[float] = (1, 2, 4), *, fill: float | Sequence[float] = 0.0) -> AffineSet:
     """Translations in the eight directions of the compass, without the identity.
 
     Args:
         pixels: the distances d, in pixels of the network's input. For each d the shifts (x to the right, y down) are
             (−d,−d), (−d,d), (d,−d), (d,d), (0,d), (d,0), (0,−d), (−d,0). By default the paper's 24 (section 3.1.2).
+        fill: what is shifted in, as for :func:`rotations`.
 
     Raises:
         ValueError: If there is no distance, or a distance is not above 0.
@@ -270,7 +223,18 @@ def translations(pixels: Sequence[float] = (1, 2, 4)) -> AffineSet:
     linear = torch.eye(2, dtype=torch.float64).repeat(len(shifts), 1, 1)
     matrices = _matrices(linear, torch.tensor(shifts, dtype=torch.float64).view(-1, 2))
     xs, ys = [float(x) for x, _ in shifts], [float(y) for _, y in shifts]
-    return AffineSet(matrices, [f"({x:g},{y:g})" for x, y in shifts], {"x": xs, "y": ys})
+    return AffineSet(matrices, [f"({x:g},{y:g})" for x, y in shifts], {"x": xs, "y": ys}, fill=fill)
+
+
+def _numbers(argument: str, values: Sequence[float]) -> tuple[float, ...]:
+    """The values, if they are finite numbers.
+
+    Raises:
+        ValueError: If one is not, or there is none.
+    """
+    if not values or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        raise ValueError(f"Expected argument `{argument}` to hold finite numbers, but got {values}.")
+    return tuple(map(float, values))
 
 
 def _check_sizes(argument: str, sizes: Sequence[float]) -> None:
@@ -283,6 +247,9 @@ def _check_sizes(argument: str, sizes: Sequence[float]) -> None:
 
 def combine_affine(sets: Sequence[AffineSet]) -> AffineSet:
     """All products of the members of affine sets: one map, and so one resampling, each."""
+    fills = {s.fill for s in sets if any(s.fill)}
+    if len(fills) > 1:
+        raise ValueError(f"Expected sets with one `fill`, since images are resampled once, but got {sorted(fills)}.")
     columns = list(product(*(range(len(s)) for s in sets)))
     matrices = torch.eye(3, dtype=torch.float64).repeat(len(columns), 1, 1)
     for position, transformations in enumerate(sets):
@@ -292,4 +259,5 @@ def combine_affine(sets: Sequence[AffineSet]) -> AffineSet:
         [" ".join(s.labels[j] for s, j in zip(sets, column, strict=True)) for column in columns],
         combined_parameters(sets, columns),
         square=any(s.square for s in sets),
+        fill=fills.pop() if fills else 0.0,
     )

@@ -113,6 +113,17 @@ class TransformationSet(ABC, Sequence[Transformation]):
         """
         return self._apply(x, input_size)
 
+    def of_maps(self, maps: Tensor, input_size: tuple[int, int] | None = None) -> Tensor:
+        """Apply every transformation to feature maps: ``(batch, ..., height, width)`` → ``(batch, m, ...)``.
+
+        Unlike for images, what comes from outside is zero, whatever a set fills these with.
+
+        Args:
+            maps: feature maps.
+            input_size: as for :meth:`inverse`.
+        """
+        return self(maps, input_size or (maps.shape[-2], maps.shape[-1]))
+
     def inverse(self, st: Tensor, input_size: tuple[int, int] | None = None) -> Tensor:
         """Map every column of ``(batch, m, ...)`` back by the inverse of its transformation.
 

@@ -1,0 +1,88 @@
+"""Images under affine maps: where every pixel comes from, and what stands there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grid_sample, pad
+
+
+class Resampling:
+    """Reads every output pixel of images from where it comes from, for each of m maps.
+
+    Maps that send pixel centres to pixel centres are exact and move pixels; the others interpolate.
+
+    Args:
+        sources: ``(m, 3, 3)``, from positions in the output to positions in the input, in pixels about the centre.
+        like: images of the size, device and type to come.
+    """
+
+    def __init__(self, sources: Tensor, like: Tensor) -> None:
+        (height, width), device = like.shape[-2:], like.device
+        centre = torch.tensor([(width - 1) / 2, (height - 1) / 2], dtype=torch.float64)
+        linear = sources[:, :2, :2]
+        # The same map in array indices: index_in = linear @ index_out + offset.
+        offset = sources[:, :2, 2] + centre - linear @ centre
+        exact = _is_whole(linear).flatten(1).all(1) & _is_whole(offset).all(1)
+        self._exact, self._inexact = exact.nonzero()[:, 0].to(device), (~exact).nonzero()[:, 0].to(device)
+
+        index = _indices(linear[exact].round(), offset[exact].round(), height, width).long()
+        inside = ((index >= 0) & (index < torch.tensor([width, height]))).all(-1)
+        outside = height * width  # the index of one extra pixel that holds the fill
+        self._moves = torch.where(inside, index[..., 1] * width + index[..., 0], outside).flatten(1).to(device)
+
+        # Selecting maps copies their images: where at most half are exact, all are interpolated and those overwritten.
+        self._interpolate_all = 0 < 2 * int(exact.sum()) <= len(exact)
+        some = torch.ones_like(exact) if self._interpolate_all else ~exact
+        size = torch.tensor([width, height], dtype=torch.float64)
+        grids = (2 * _indices(linear[some], offset[some], height, width) + 1) / size - 1
+        self._grids = grids.to(device, torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+    def __call__(self, x: Tensor, fill: Tensor | None = None) -> Tensor:
+        """Give every pixel of images the value of where it comes from.
+
+        Args:
+            x: ``(batch, m, planes, height, width)``.
+            fill: what is outside of the images, ``(planes,)``; None for zeros.
+        """
+        if not len(self._inexact):
+            return self._move(x, fill)
+        if not len(self._exact):
+            return self._interpolate(x, fill)
+        if self._interpolate_all:
+            moved = self._interpolate(x, fill)
+        else:
+            moved = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            moved[:, self._inexact] = self._interpolate(x[:, self._inexact], fill)
+        moved[:, self._exact] = self._move(x[:, self._exact], fill)
+        return moved
+
+    def _move(self, x: Tensor, fill: Tensor | None) -> Tensor:
+        """Move whole pixels."""
+        padded = pad(x.flatten(3), (0, 1))
+        if fill is not None:
+            padded[..., -1] = fill.to(x.dtype)
+        return padded.gather(3, self._moves[:, None].expand(*x.shape[:3], -1)).view(x.shape)
+
+    def _interpolate(self, x: Tensor, fill: Tensor | None) -> Tensor:
+        """Bilinear interpolation, at the border between the image and the fill."""
+        grid = self._grids.expand(len(x), -1, -1, -1, -1).flatten(0, 1)
+        above = None if fill is None else fill.to(grid.dtype)[:, None, None]
+        images = x.to(grid.dtype) if above is None else x.to(grid.dtype) - above
+        moved = grid_sample(images.flatten(0, 1), grid, padding_mode="zeros", align_corners=False).view(x.shape)
+        if above is not None:
+            moved = moved + above
+        return moved.to(x.dtype) if x.is_floating_point() else moved.round().to(x.dtype)
+
+
+def _indices(linear: Tensor, offset: Tensor, height: int, width: int) -> Tensor:
+    """The array index (x, y) that each output pixel reads, ``(m, height, width, 2)`` in float64."""
+    xs = torch.arange(width, dtype=torch.float64)
+    ys = torch.arange(height, dtype=torch.float64)
+    along_x = xs[None, None, :, None] * linear[:, None, None, :, 0]
+    along_y = ys[None, :, None, None] * linear[:, None, None, :, 1]
+    return along_x + along_y + offset[:, None, None, :]
+
+
+def _is_whole(values: Tensor) -> Tensor:
+    return (values - values.round()).abs() < 1e-9
