@@ -279,6 +279,12 @@ def _check_alike(results: Sequence[InvarianceResult], measure: str) -> None:
                 f"Expected results of the same transformations, but got {some(results[0].transformations)} and"
                 f" {some(result.transformations)}."
             )
+        units = [each.units.get(measure, "") or "no unit" for each in (results[0], result)]
+        if units[0] != units[1] and "distance" not in units:  # of a function of the user, or of an older file
+            raise ValueError(
+                f"Expected results of {measure} with the same arguments, such as `squared`, but got values"
+                f" in units of {units[0]} and of {units[1]}."
+            )
 
 
 def _mean(values: Iterable[float]) -> float:

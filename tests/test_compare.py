@@ -18,7 +18,13 @@ from lightning_invariance import (
     quarter_turns,
     rotations,
 )
-from lightning_invariance.measures import Consistency, NormalizedVariance, SampleDistance, TransformationVariance
+from lightning_invariance.measures import (
+    Consistency,
+    NormalizedVariance,
+    SampleDistance,
+    TransformationDistance,
+    TransformationVariance,
+)
 
 TV = [TransformationVariance()]
 
@@ -335,6 +341,21 @@ def test_the_picture_has_a_bar_and_an_interval_for_each_layer():
     assert heights == pytest.approx(sorted(row.difference for row in found.rows))
     segments = axes.collections[0].get_segments()
     assert [(s[0][1], s[1][1]) for s in segments] == [pytest.approx((r.low, r.high)) for r in found.rows]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "units"),
+    [
+        (TransformationVariance(), TransformationVariance(squared=False), "activation² and of activation"),
+        (SampleDistance(), SampleDistance("squared"), "activation and of activation²"),
+        (TransformationDistance("cosine", over="channel"), TransformationDistance(), "no unit and of activation"),
+    ],
+)
+def test_values_in_other_units_do_not_compare(one, other, units):
+    network = nn.Conv2d(1, 2, 3, dtype=torch.float64)
+    a, b = (evaluate(network, images(20), quarter_turns(), [m], confidence=0.95) for m in (one, other))
+    with pytest.raises(ValueError, match=f"same arguments, .* in units of {units}"):
+        compare(a, b)
 
 
 def test_what_does_not_compare_is_refused():

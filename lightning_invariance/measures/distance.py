@@ -13,6 +13,9 @@ from lightning_invariance.measures.base import Measure, quotient
 from lightning_invariance.measures.pair_distances import pair_distances
 from lightning_invariance.measures.sums import Sums
 
+#: Units of distances, of which cosines have none.
+UNITS = {"abs": "activation", "euclidean": "activation", "squared": "activation²", "cosine": ""}
+
 
 class MeasureOfDistances(Measure):
     """A function of the transformation distance and the sample distance.
@@ -48,6 +51,8 @@ class MeasureOfDistances(Measure):
         super().__init__(pairs.needs(self.of_rows, self.of_columns), **kwargs)
         self.distance, self.over, self.samples, self.aggregate = distance, over, samples, aggregate
         self.pairs = pairs
+        if self.unit and not callable(distance):
+            self.unit = UNITS[distance]
 
     @property
     def takes_any_channel_axis(self) -> bool:

@@ -49,6 +49,8 @@ class MeasureOfVariances(Measure):
             )
         super().__init__([Deviations(squared, response)], **kwargs)
         self.squared, self.aggregate = squared, aggregate
+        if not squared:
+            self.unit = self.unit.removesuffix("²")
 
     @abstractmethod
     def of_variances(self, transformation: Tensor, sample: Tensor) -> Tensor:
