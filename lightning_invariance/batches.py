@@ -74,7 +74,7 @@ def input_of(batch: Any, input_fn: Callable[..., Tensor] | None) -> Tensor:
     if not isinstance(found, Tensor) or found.ndim < 2:
         raise ValueError(
             "Expected each sample to be a tensor, a pair (x, y), or a dict with the input under one of"
-            f" {INPUT_KEYS}, but a batch of the data is {_describe(batch)}. Pick the input with `input_fn`."
+            f" {INPUT_KEYS}, but a batch of the data is {describe(batch)}. Pick the input with `input_fn`."
         )
     return found
 
@@ -189,11 +189,12 @@ def _like(sequence: Any, values: list[Any]) -> Any:
     return type(sequence)(*values) if hasattr(sequence, "_fields") else type(sequence)(values)
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """What a batch holds, for messages."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, Mapping):
-        return "a dict with " + ", ".join(f"{key!r}: {_describe(v)}" for key, v in value.items())
+        return "a dict with " + ", ".join(f"{key!r}: {describe(v)}" for key, v in value.items())
     if isinstance(value, list | tuple):
-        return f"a {type(value).__name__} of ({', '.join(_describe(v) for v in value[:4])})"
+        return f"a {type(value).__name__} of ({', '.join(describe(v) for v in value[:4])})"
     return f"of type {type(value).__name__}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_invariance.batches import target_of
+from lightning_invariance.batches import LABEL_KEYS, describe, target_of
 from lightning_invariance.distributed import gather_objects
 from lightning_invariance.evaluation.probe_block import FAILURES
 from lightning_invariance.hints import level_of_user
@@ -70,8 +70,9 @@ class Predictions:
         targets = target_of(block.batch, rows)
         if targets is None:
             raise ValueError(
-                "Expected data with targets for the metrics in argument `outputs`, as pairs (x, y) or dicts with a"
-                " label, but a batch has none."
+                "Expected data with targets for the metrics in argument `outputs`, as pairs (x, y) or dicts with y"
+                f" under one of {LABEL_KEYS}, where y is a tensor with an entry for each sample, but a batch is"
+                f" {describe(block.batch)}."
             )
         if self._may_move:
             self._may_move = False
