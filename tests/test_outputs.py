@@ -266,7 +266,7 @@ def test_the_callback_logs_mean_and_worst(tmp_path):
 
 def test_what_does_not_fit_is_refused():
     data, turns = TensorDataset(X, Y), quarter_turns()
-    with pytest.raises(ValueError, match="targets for the metrics.*but a batch is a tensor"):
+    with pytest.raises(ValueError, match="targets for the metrics.*but a batch is a list of"):
         evaluate(classifier(), X, turns, outputs=accuracy())
     with pytest.raises(ValueError, match="one value"):
         evaluate(classifier(), data, turns, outputs=MulticlassAccuracy(3, average=None))
