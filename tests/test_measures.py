@@ -297,6 +297,22 @@ def test_consistency_of_predictions():
     assert Consistency()(st).isnan().all()
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 2, 2)])
+def test_where_one_unit_competes_consistency_is_undefined(shape):
+    assert Consistency()(torch.rand(4, 3, *shape)).isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore:NaN, and left out of all means")
+def test_layers_without_consistency_have_no_interval_and_leave_that_of_the_others():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3), torch.nn.Linear(3, 1))
+    x = torch.rand(50, 1, 4, 4)
+    both, alone = (evaluate(model, x, TURNS, Consistency(), layers=of, confidence=0.95) for of in (["1", "2"], ["1"]))
+    assert both["Consistency"]["2"].isnan()
+    assert both.interval()["2"].doubt == "undefined"
+    assert both.interval()["1"] == alone.interval()["1"]
+
+
 def test_consistency_has_an_interval():
     x = torch.rand(50, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)

@@ -228,6 +228,8 @@ def derivatives(measure: Measure, sums: Sums, names: Sequence[str]) -> States:
     leaves = {name: sums[name].detach().clone().requires_grad_() for name in names}
     with torch.enable_grad():
         value = measure.value(replace(sums, states={**sums.states, **leaves}))
+        if not value.requires_grad:  # a layer in which the value is not defined, for example
+            return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
         found = torch.autograd.grad(value.nansum(), list(leaves.values()), allow_unused=True)
     return {name: w.nan_to_num(0, 0, 0) for name, w in zip(names, found, strict=True) if w is not None}
 

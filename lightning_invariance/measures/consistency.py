@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators.winners import Winners
@@ -22,8 +23,8 @@ class Consistency(Measure):
 
     As output of ``forward`` and ``compute`` the metric returns
 
-    - ``consistency`` (:class:`~torch.Tensor`): float64 scalar; NaN where an activation is NaN, and, with a
-      warning, for fewer than two transformations.
+    - ``consistency`` (:class:`~torch.Tensor`): float64 scalar; NaN where an activation is NaN, where the layer has one
+      unit, which always wins, and, with a warning, for fewer than two transformations.
 
     Example:
         >>> import torch
@@ -41,7 +42,8 @@ class Consistency(Measure):
 
     def value(self, sums: Sums) -> Tensor:
         """The mean share of pairs with one winner."""
-        return sums["agreements"] / sums.n_samples
+        share = sums["agreements"] / sums.n_samples
+        return share if sums.n_channels > 1 else torch.full_like(share, torch.nan)
 
     def value_shape(self, sums: Sums) -> tuple[int, ...]:
         """One number for the layer."""
