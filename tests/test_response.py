@@ -122,6 +122,8 @@ def test_changes_of_any_activation_are_the_definition(shape, axis, reference, th
     monkeypatch.setattr(deviations, "FEWEST_FLOAT32_VALUES", 0)
     if not compiled:
         monkeypatch.setattr(kernels, "_kernels", None)
+    elif kernels._kernels is not None:
+        monkeypatch.setattr(deviations, "scaled_changes", None)  # which takes them with PyTorch's operations
     generator = torch.Generator().manual_seed(0)
     st = scale * (torch.randn(11, 1, *shape, generator=generator) + torch.randn(11, 5, *shape, generator=generator))
     before = torch.get_num_threads()
@@ -142,20 +144,22 @@ def test_changes_of_any_activation_are_the_definition(shape, axis, reference, th
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_a_first_block_whose_columns_are_far_apart(compiled, monkeypatch):
+@pytest.mark.parametrize("reference", [0, None])
+def test_a_first_block_whose_columns_are_far_apart(reference, compiled, monkeypatch):
     """Its sums are taken again in float64, and count once."""
     if not compiled:
         monkeypatch.setattr(kernels, "_kernels", None)
     generator = torch.Generator().manual_seed(0)
     far = 1e4 * torch.randn(1, 8, 16, 16, 16, generator=generator)
     st = far + torch.randn(24, 8, 16, 16, 16, generator=generator)
-    accumulator = Deviations(response=True, reference=0)
+    accumulator = Deviations(response=True, reference=reference)
     states = accumulator.empty()
     for before, block in zip((0, 8, 16), st.split(8), strict=True):
         accumulator.add_(states, Rows(block, before=before))
         assert states["offsets"].dtype == torch.float64
     x = st.double()
-    apart = (x - x[:, [0]]).square().sum((0, 3, 4)) / 2
+    origin, factor = (x[:, [0]], 1 / 2) if reference == 0 else (x.mean(1, keepdim=True), 8 / 7)
+    apart = factor * (x - origin).square().sum((0, 3, 4))
     torch.testing.assert_close(states["changes"], apart, rtol=1e-5, atol=0)
     torch.testing.assert_close(states["row_spread"], 7 * x.var(1).sum(0).flatten(), rtol=1e-5, atol=0)
     torch.testing.assert_close(states["column_spread"][0], 23 * x.var(0).sum(0).flatten(), rtol=1e-5, atol=0)

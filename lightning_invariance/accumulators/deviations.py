@@ -160,7 +160,7 @@ class Deviations(Accumulator):
         if not self.squared or not kernels.takes(rows.values) or m > MOST_VALUES:
             return kernels.Beside()
         spreads = torch.empty(n, math.prod(shape)) if rows.keep_shares else None
-        if not self.response or self.reference is None:
+        if not self.response:
             return kernels.Beside(spreads=spreads)
         channels, inner = (shape[rows.channel_axis], math.prod(shape[rows.channel_axis + 1 :])) if shape else (1, 1)
         if not states["changes"].numel():

@@ -49,15 +49,15 @@ class Beside(NamedTuple):
     """What :func:`add_deviations` finds beside its sums.
 
     Attributes:
-        changes: ``(m, channels)`` in float64, to which half the squared deviations from a column are added, summed
-            over the positions of each channel.
-        reference: which column.
+        changes: ``(m, channels)`` in float64, to which what each transformation changes is added, summed over the
+            positions of each channel; see ``changes.py``.
+        reference: the column that changes are taken from; None for the mean of the row.
         inner: how many neighbouring activations belong to one channel, before the next one's follow.
         spreads: ``(n, k)`` in float32, which then hold the squared deviations within each row.
     """
 
     changes: Tensor | None = None
-    reference: int = 0
+    reference: int | None = 0
     inner: int = 1
     spreads: Tensor | None = None
 
@@ -145,7 +145,7 @@ def add_deviations(
         offsets.data_ptr(),
         offsets.numel(),
         *((0, 0, 0) if changes is None else (changes.data_ptr(), changes.shape[1], inner)),
-        reference,
+        -1 if reference is None else reference,
         *((0, 0) if spreads is None else (spreads.data_ptr(), spreads.numel())),
         *limits,
     )

@@ -1,4 +1,5 @@
-/* What each transformation changes in the channels of a tile: half the squared deviations from a reference column. */
+/* What each transformation changes in the channels of a tile: squared deviations from a reference column, or from the
+ * mean of the row, times `factor`. */
 
 #ifndef LIGHTNING_INVARIANCE_CHANGES_H
 #define LIGHTNING_INVARIANCE_CHANGES_H
@@ -7,7 +8,7 @@
 
 #include <string.h>
 
-/* Adds half of what changed of up to WIDTH activations under one transformation to their channels. */
+/* Adds what changed of up to WIDTH activations under one transformation to their channels. */
 INLINE void add_to_channels(const double *changed, double *channels, Py_ssize_t first, const job *j, int width)
 {
     Py_ssize_t channel = first / j->inner % j->channels, left = j->inner - first % j->inner;
@@ -19,7 +20,7 @@ INLINE void add_to_channels(const double *changed, double *channels, Py_ssize_t 
                 sums[i] += changed[l + i];
         for (; l < end; l++)
             sums[0] += changed[l];
-        channels[channel] += ((sums[0] + sums[1]) + (sums[2] + sums[3])) / 2;
+        channels[channel] += ((sums[0] + sums[1]) + (sums[2] + sums[3])) * j->factor;
         channel = channel + 1 < j->channels ? channel + 1 : 0;
         left = j->inner;
     }
@@ -37,7 +38,7 @@ INLINE void add_pairs(lanes *sums, const lanes *a, const lanes *b)
 #endif
 }
 
-/* Adds half of what changed of WIDTH activations under each transformation to their channels. Where WIDTH neighbours
+/* Adds what changed of WIDTH activations under each transformation to their channels. Where WIDTH neighbours
  * belong to one channel, `changed[t][0]` holds all of them. */
 INLINE void add_changes(tile p, const job *j, lanes changed[][REGISTERS], enum changes changes)
 {
@@ -63,12 +64,33 @@ INLINE void add_changes(tile p, const job *j, lanes changed[][REGISTERS], enum c
                 const Py_ssize_t from = (channel + l) % j->channels, left = j->channels - from;
                 run = number - l < left ? number - l : (int)left;
                 for (int i = 0; i < run; i++)
-                    channels[from + i] += values[l + i] / 2;
+                    channels[from + i] += values[l + i] * j->factor;
             }
     }
 }
 
-/* The changes of up to WIDTH activations in double. */
+/* The changes of up to WIDTH activations from the means of the rows in double. */
+INLINE void centred_in_double(tile p, const job *j, int width)
+{
+    for (Py_ssize_t i = 0; i < j->n; i++) {
+        const float *const row = p.x + i * p.row_stride;
+        double mean[WIDTH] = {0}, changed[WIDTH];
+        for (Py_ssize_t t = 1; t < j->m; t++)
+            for (int l = 0; l < width; l++)
+                mean[l] += (double)row[t * p.column_stride + l] - row[l];
+        for (int l = 0; l < width; l++)
+            mean[l] /= (double)j->m;
+        for (Py_ssize_t t = 0; t < j->m; t++) {
+            for (int l = 0; l < width; l++) {
+                const double c = ((double)row[t * p.column_stride + l] - row[l]) - mean[l];
+                changed[l] = c * c;
+            }
+            add_to_channels(changed, p.changes + t * j->channels, p.first, j, width);
+        }
+    }
+}
+
+/* The changes of up to WIDTH activations from the reference column in double. */
 INLINE void changes_in_double(tile p, const job *j, int width)
 {
     for (Py_ssize_t t = 0; t < j->m; t++) {

@@ -25,7 +25,8 @@
  *
  * Changes. With a_j taken from a reference column, sum a_j^2 / 2 over rows and over the positions of a channel is what
  * each transformation changes in it: the variance of the pair of columns. A row adds the same to R whichever column its
- * deviations are taken from.
+ * deviations are taken from. Without a reference it is m / (m - 1) sum (a_j - mean of a)^2, whose mean over j is the
+ * variance; each row is then read once more, from the first cache.
  *
  * WIDTH activations at a time go through all rows and columns, so that their sums stay in registers. Offsets may lie
  * WIDTH by WIDTH, (k / width, m, width), so that all that is needed at a time is close together in memory. */
@@ -50,7 +51,9 @@ INLINE int deviations_in_double(tile p, const job *j, int width, int wide)
 {
     double squares[WIDTH] = {0};
     float offset_squares[WIDTH] = {0};
-    if (p.changes)
+    if (p.changes && j->centred)
+        centred_in_double(p, j, width);
+    else if (p.changes)
         changes_in_double(p, j, width);
     for (Py_ssize_t i = 0; i < j->n; i++) {
         const float *row = p.x + i * p.row_stride;
@@ -122,10 +125,11 @@ INLINE void move_means(tile p, const job *j, lanes means[][REGISTERS], lanes sum
         }
 }
 
-/* Adds row i of WIDTH activations to sums in float32; `begins` is a constant: whether it is the first row. */
+/* Adds row i of WIDTH activations to sums in float32; constants are `changes`, whether they are `centred`, and whether
+ * the first row `begins`. */
 INLINE void add_row(tile p, const job *j, Py_ssize_t i, const lanes *centre, lanes means[][REGISTERS],
                     lanes sums[][REGISTERS], lanes changed[][REGISTERS], lanes *row_spread, lanes *squares,
-                    bits *rows_vary, bits *columns_vary, enum changes changes, int begins)
+                    bits *rows_vary, bits *columns_vary, enum changes changes, int centred, int begins)
 {
     const float *const row = p.x + i * p.row_stride;
     const float inverse = 1 / (float)j->m;
@@ -148,13 +152,25 @@ INLINE void add_row(tile p, const job *j, Py_ssize_t i, const lanes *centre, lan
             const lanes a = *value - first[v], d = *value - means[t][v], square = a * a;
             sum[v] += a;
             sum_of_squares[v] += square;
-            if (changes == OF_CHANNELS)
+            if (changes == OF_CHANNELS && !centred)
                 changed[t][v] = begins ? square : changed[t][v] + square;
             else if (changes == OF_ONE_CHANNEL)
                 of_channel += square;
             sums[t][v] = begins ? d : sums[t][v] + d;
             squares[v] += d * d;
             columns_vary[v] |= (bits)d;
+        }
+        if (changes == OF_ONE_CHANNEL && !centred)
+            changed[t][0] = begins ? of_channel : changed[t][0] + of_channel;
+    }
+    for (Py_ssize_t t = 0; centred && t < j->m; t++) {
+        lanes of_channel = none;
+        for (int v = 0; v < REGISTERS; v++) {
+            const unaligned *const value = (const unaligned *)(row + t * p.column_stride + v * LANES);
+            const lanes c = (*value - first[v]) - sum[v] * inverse;
+            of_channel += c * c;
+            if (changes == OF_CHANNELS)
+                changed[t][v] = begins ? c * c : changed[t][v] + c * c;
         }
         if (changes == OF_ONE_CHANNEL)
             changed[t][0] = begins ? of_channel : changed[t][0] + of_channel;
@@ -174,8 +190,8 @@ INLINE void add_row(tile p, const job *j, Py_ssize_t i, const lanes *centre, lan
 /* The sums of WIDTH activations in float32, or in double where it does not hold the squares.
  *
  * `means`, `sums` and `changed` take 192 kB of the stack of each thread. OpenMP's have 2 MB at least on Linux; elsewhere
- * this runs in the calling thread. `changes` is a constant. */
-INLINE int deviations_of(tile p, const job *j, enum changes changes)
+ * this runs in the calling thread. `changes` and `centred` are constants. */
+INLINE int deviations_of(tile p, const job *j, enum changes changes, int centred)
 {
     const lanes none = {0};
     lanes means[MOST_VALUES][REGISTERS], sums[MOST_VALUES][REGISTERS];
@@ -188,14 +204,14 @@ INLINE int deviations_of(tile p, const job *j, enum changes changes)
         rows_vary[v] = columns_vary[v] = (bits)none;
         found |= centre[v] != 0;
     }
-    const int centred = any(&found);
+    const int with_centres = any(&found);
     for (int l = 0; l < WIDTH; l += 8) {
         PREFETCH(p.row_spread, 2 * WIDTH + l, 1);
         PREFETCH(p.column_spread, 2 * WIDTH + l, 1);
     }
-    add_row(p, j, 0, centre, means, sums, changed, row_spread, squares, rows_vary, columns_vary, changes, 1);
+    add_row(p, j, 0, centre, means, sums, changed, row_spread, squares, rows_vary, columns_vary, changes, centred, 1);
     for (Py_ssize_t i = 1; i < j->n; i++)
-        add_row(p, j, i, centre, means, sums, changed, row_spread, squares, rows_vary, columns_vary, changes, 0);
+        add_row(p, j, i, centre, means, sums, changed, row_spread, squares, rows_vary, columns_vary, changes, centred, 0);
     found = (bits)none;
     for (int v = 0; v < REGISTERS; v++) { /* masked with INT32_MAX, the bits of -0 are those of 0 */
         const bits held = (row_spread[v] <= j->limits.largest) & (squares[v] <= j->limits.largest); /* false for NaN */
@@ -207,7 +223,7 @@ INLINE int deviations_of(tile p, const job *j, enum changes changes)
         return deviations_in_double(p, j, WIDTH, 0);
     if (changes)
         add_changes(p, j, changed, changes);
-    if (centred)
+    if (with_centres)
         move_means(p, j, means, sums, centre, squares, offset_squares, 1);
     else
         move_means(p, j, means, sums, centre, squares, offset_squares, 0);
@@ -238,10 +254,11 @@ void deviations(job *j, Py_ssize_t from, Py_ssize_t to)
         if (j->wide)
             deviations_in_double(p, j, width, 1);
         else
-            far |= width < WIDTH                              ? deviations_in_double(p, j, width, 0)
-                   : !changes                                 ? deviations_of(p, j, NO_CHANGES)
-                   : a / j->inner == (a + WIDTH - 1) / j->inner ? deviations_of(p, j, OF_ONE_CHANNEL)
-                                                              : deviations_of(p, j, OF_CHANNELS);
+            far |= width < WIDTH ? deviations_in_double(p, j, width, 0)
+                   : !changes    ? deviations_of(p, j, NO_CHANGES, 0)
+                   : a / j->inner == (a + WIDTH - 1) / j->inner
+                       ? (j->centred ? deviations_of(p, j, OF_ONE_CHANNEL, 1) : deviations_of(p, j, OF_ONE_CHANNEL, 0))
+                       : (j->centred ? deviations_of(p, j, OF_CHANNELS, 1) : deviations_of(p, j, OF_CHANNELS, 0));
     }
     __atomic_fetch_or(&j->far, far, __ATOMIC_RELAXED);
 }

@@ -55,6 +55,8 @@ typedef struct job {
     /* of add_deviations with changes */
     double *changes; /* (parts, m, channels), or NULL */
     Py_ssize_t reference, channels, inner, share; /* `inner`: neighbouring activations of one channel */
+    int centred;   /* changes are deviations from the mean of the row, not from the reference */
+    double factor; /* of their squares */
     /* of absolute_differences */
     Py_ssize_t row, column; /* how far rows, and columns, lie apart */
     const int *network;

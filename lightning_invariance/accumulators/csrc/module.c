@@ -93,8 +93,8 @@ static PyObject *refuse(const char *what)
 
 /* Pointers come with the number of elements behind them:
  * n, m, k, threads, before, width, wide, x, its values, row_spread, its values, column_spread, its values, centres, their
- * values, offsets, their values, changes (or 0), channels, inner, reference, spreads (or 0), their values; smallest,
- * largest, far, rows_for_far, far_of_few. Returns whether columns are far apart. */
+ * values, offsets, their values, changes (or 0), channels, inner, reference (-1: changes are taken from the mean of the
+ * row), spreads (or 0), their values; smallest, largest, far, rows_for_far, far_of_few. Returns whether columns are far apart. */
 static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     Py_ssize_t v[23];
@@ -113,7 +113,7 @@ static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_
     if (v[4] < 0 || !v[7] || !v[9] || !v[11] || !v[13] || !v[15])
         return refuse("a pointer or the number of rows is missing");
     const Py_ssize_t channels = v[18], inner = v[19], reference = v[20];
-    if (v[17] && (channels <= 0 || inner <= 0 || k % channels || k / channels % inner || reference < 0
+    if (v[17] && (channels <= 0 || inner <= 0 || k % channels || k / channels % inner || reference < -1
                   || reference >= m))
         return refuse("the changes are of other sizes");
     if (v[21] && v[22] != n * k)
@@ -122,7 +122,9 @@ static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_
              .wide = v[6] != 0, .row_spread = (double *)v[9], .column_spread = (double *)v[11],
              .centres = (const void *)v[13], .offsets = (void *)v[15],
              .limits = {(float)limit[0], (float)limit[1], limit[2], limit[3], limit[4]},
-             .spreads = (float *)v[21], .reference = v[17] ? reference : 0, .channels = channels, .inner = inner};
+             .spreads = (float *)v[21], .channels = channels, .inner = inner, .centred = reference < 0,
+             .reference = v[17] && reference > 0 ? reference : 0,
+             .factor = reference < 0 ? (double)m / (double)(m > 1 ? m - 1 : 1) : .5};
     double *const changes = (double *)v[17];
     const Py_ssize_t parts = cut(&j, v[3]);
     j.changes = apart(changes, parts, m * channels);
