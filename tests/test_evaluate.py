@@ -389,6 +389,51 @@ def test_a_stream_of_one_sample():
         evaluate(network(), One(), rotations(4), max_samples=9)
 
 
+@pytest.mark.parametrize("batch_size", [4, 64])
+def test_a_metric_may_keep_blocks_that_later_modules_change_in_place(batch_size):
+    class Kept(Metric):
+        def __init__(self):
+            super().__init__()
+            self.add_state("blocks", [], dist_reduce_fx="cat")
+
+        def update(self, st):
+            self.blocks.append(st)
+
+        def compute(self):
+            return torch.cat(self.blocks).amin((0, 1))
+
+    torch.manual_seed(0)
+    conv, x, turns = nn.Conv2d(1, 2, 3), torch.rand(5, 1, 8, 8) - 0.5, rotations(8)
+    found = evaluate(nn.Sequential(conv, nn.ReLU(inplace=True)), x, turns, Kept(), batch_size=batch_size)
+    expected = conv(turns(x).flatten(0, 1)).detach().amin(0).double()
+    torch.testing.assert_close(found["Kept"]["0"], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:1 layer is reached by some")
+def test_a_row_that_reaches_a_layer_in_part_does_not_count_there():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            x = self.first(x)
+            return x if x.max() > 50 else self.second(x)
+
+    torch.manual_seed(0)
+    factors = range(1, 9)
+    model, x = Branches().double(), torch.rand(6, 4, dtype=torch.float64)
+    nn.init.constant_(model.first.weight, 0.5)
+    x[3] = 5  # at most 41 up to the fourth transformation, which ends the first batch
+    functions = TransformationSet.from_callables({str(k): lambda x, k=k: k * x for k in factors})
+    found = evaluate(model, x, functions, NormalizedVariance(response=True), batch_size=4)
+    assert found.reached == {"second": 5}
+    others = x[torch.arange(6) != 3]
+    st = torch.stack([model.second(model.first(k * others)) for k in factors], 1).detach()
+    expected = st.var(1).mean(0) / st.var(0).mean(0)
+    torch.testing.assert_close(found["NormalizedVariance"]["second"], expected, rtol=1e-9, atol=0)
+
+
 def test_a_long_walk_shows_its_progress(capsys, monkeypatch):
     # The function of the same name hides the module from an import.
     monkeypatch.setattr(sys.modules["lightning_invariance.evaluation.session"], "PROGRESS_DELAY", 0.0)

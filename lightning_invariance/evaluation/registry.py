@@ -138,7 +138,7 @@ class Registry:
             self._update([tally for tally in active if tally.accumulator.takes_parts], rows)
             active = [tally for tally in active if not tally.accumulator.takes_parts]
         waiting = layer.waiting
-        whole = self._assembly.complete(name, st, last) if active or layer.metrics or waiting else None
+        whole = self._assembly.complete(name, st, block.columns) if active or layer.metrics or waiting else None
         if whole is not None:
             rows = self._rows(block, whole, True, channel_axis)
             rows.keep_shares = bool(waiting) and self.in_first_pass
@@ -147,7 +147,8 @@ class Registry:
                 influence.add(rows)
             for key, metric in layer.metrics.items() if self.in_first_pass else ():
                 rows.widen()
-                metric.update(rows.values, **self._arguments(key, metric, block))
+                kept = rows.values.clone()  # it may be kept, while later modules change activations in place
+                metric.update(kept, **self._arguments(key, metric, block))
         return True
 
     def _rows(self, block: STBlock, st: Tensor, last: bool, channel_axis: int) -> Rows:
