@@ -114,8 +114,14 @@ ACTIVATIONS += [((8, 9, 32), 2), ((5, 5, 24), 2), ((16, 8, 3), 2), ((8, 8, 40), 
 ACTIVATIONS += [((40, 3, 4), 1), ((70, 3), 1), ((24, 3, 5), 1), ((32, 2, 2), 0), ((16, 2, 4), 0), ((12, 4, 8), 0)]
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize(("scale", "threads"), [(1.0, 1), (1.0, 2), (1.0, 3), (1e-25, 1), (1e25, 1)])
+@pytest.mark.parametrize(
+    ("compiled", "scale", "threads"),
+    [
+        (True, 1.0, 2),
+        (True, 1.0, 3),
+        *((compiled, scale, 1) for compiled in (True, False) for scale in (1, 1e-25, 1e25)),
+    ],
+)
 @pytest.mark.parametrize("reference", [0, 2, None])
 @pytest.mark.parametrize(("shape", "axis"), ACTIVATIONS)
 def test_changes_of_any_activation_are_the_definition(shape, axis, reference, threads, scale, compiled, monkeypatch):
