@@ -409,29 +409,46 @@ def test_a_metric_may_keep_blocks_that_later_modules_change_in_place(batch_size)
     torch.testing.assert_close(found["Kept"]["0"], expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:1 layer is reached by some")
-def test_a_row_that_reaches_a_layer_in_part_does_not_count_there():
-    class Branches(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Linear(4, 3), nn.Linear(3, 3)
+class Branches(nn.Module):
+    """A layer that inputs with large values do not reach."""
 
-        def forward(self, x):
-            x = self.first(x)
-            return x if x.max() > 50 else self.second(x)
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Identity(), nn.Linear(4, 3, dtype=torch.float64)
 
-    torch.manual_seed(0)
-    factors = range(1, 9)
-    model, x = Branches().double(), torch.rand(6, 4, dtype=torch.float64)
-    nn.init.constant_(model.first.weight, 0.5)
-    x[3] = 5  # at most 41 up to the fourth transformation, which ends the first batch
-    functions = TransformationSet.from_callables({str(k): lambda x, k=k: k * x for k in factors})
-    found = evaluate(model, x, functions, NormalizedVariance(response=True), batch_size=4)
-    assert found.reached == {"second": 5}
-    others = x[torch.arange(6) != 3]
-    st = torch.stack([model.second(model.first(k * others)) for k in factors], 1).detach()
+    def forward(self, x):
+        x = self.first(x)
+        return x if x.max() > 50 else self.second(x)
+
+
+def large_at(column, marks):
+    """Scales, and makes values of some columns large in samples with a mark."""
+    columns = {1: range(2), 2: range(6, 8)}  # by mark: those of the first batch, and of the last one
+
+    def transform(x):
+        large = sum((x[:, 0] == mark) & (column in columns[mark]) for mark in marks)
+        return torch.where(large[:, None] > 0, 100, 1) * (1 + 0.1 * column) * x
+
+    return transform
+
+
+@pytest.mark.filterwarnings("ignore:1 layer is")
+@pytest.mark.parametrize("marks", [(2, 0, 0, 0), (0, 1, 0, 0), (2, 1, 0, 0), (0, 2, 1, 0), (1, 2, 0, 0), (0, 0, 0, 2)])
+def test_a_row_that_reaches_a_layer_in_part_does_not_count_there(marks):
+    marks, x = torch.tensor([0, *marks, 0]), torch.rand(6, 4, dtype=torch.float64)
+    x[marks > 0, 0] = marks[marks > 0].double()
+    turns = TransformationSet.from_callables({str(j): large_at(j, [1, 2]) for j in range(8)})
+    model, measure = Branches(), NormalizedVariance()
+    found = evaluate(model, x, turns, measure, batch_size=2)
+    assert found.reached == {"second": int((marks == 0).sum())}
+    st = model.second(turns(x[marks == 0])).detach()
     expected = st.var(1).mean(0) / st.var(0).mean(0)
     torch.testing.assert_close(found["NormalizedVariance"]["second"], expected, rtol=1e-9, atol=0)
+    in_two_walks = evaluate(model, x, turns, measure, batch_size=2, state_budget=600)  # which add rows in parts
+    assert in_two_walks.left_out == {"second": "ragged: not as much for every sample"}
+    whole = found["NormalizedVariance"]["first"]
+    torch.testing.assert_close(in_two_walks["NormalizedVariance"]["first"], whole, rtol=1e-9, atol=0)
 
 
 def test_a_long_walk_shows_its_progress(capsys, monkeypatch):

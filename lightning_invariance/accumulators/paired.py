@@ -46,9 +46,10 @@ class PairedDeviations(Accumulator):
         x = rows.flat
         if not rows.before:
             m, k = x.shape[1:]
+            first = torch.sub(x[0], x[0, :1].double())
+            finite = (first - first == 0).all(0)  # else it is not among the rows that the means are of
             states = {
-                # Constant columns then deviate by exactly 0.
-                "paired_means": torch.nan_to_num(torch.sub(x[0], x[0, :1].double()), 0, 0, 0),
+                "paired_means": torch.where(finite, first, 0),  # constant columns then deviate by exactly 0
                 "paired_rows": torch.zeros(k, dtype=torch.float64, device=x.device),
                 "paired_error": torch.zeros(k, dtype=torch.float64, device=x.device),
                 "paired_products": torch.zeros(m, m, dtype=torch.float64, device=x.device),
@@ -98,7 +99,7 @@ def _added(
 
     With c from the means so far and their sums S over the n rows added, the products of c about the new means of all N
     rows are :math:`\sum_i c_i c_i^T - S S^T / N`; S is at most about as large as what remains, since the first row is
-    one of those that the means are of. The error is the trace of these products.
+    one of those that the means are of, if it is finite. The error is the trace of these products.
     """
     columns = x.movedim(1, 0)
     deviations = torch.empty(columns.shape, dtype=torch.float64, device=x.device)

@@ -21,6 +21,7 @@ from lightning_invariance.accumulators.base import (
 from lightning_invariance.distributed import gather_or_raise, merge_over_ranks, rank_and_world_size
 from lightning_invariance.evaluation.assembly import Assembly
 from lightning_invariance.evaluation.needed import INPUT, Needed
+from lightning_invariance.evaluation.probe import RAGGED
 from lightning_invariance.evaluation.tallies import Layer, Tally, memory_order
 from lightning_invariance.loader import STBlock
 from lightning_invariance.maps import usual_channel_axis
@@ -80,6 +81,7 @@ class Registry:
         self._in_parts = any(a.takes_parts for needs in self.needs.first.values() for a in needs)
         self._m = len(transformations)
         self._assembly = Assembly(self._m)
+        self._row = 0  # counts those that have begun
         self._block: STBlock | None = None
         self._memo: dict[Hashable, Any] = {}  # of this block, for all layers
         self._about: dict[str, dict[str, Any]] = {}  # by metric that is no Measure: what its update takes
@@ -87,6 +89,7 @@ class Registry:
     def start_block(self, block: STBlock) -> None:
         """The outputs that follow belong to this block."""
         self._block, self._memo, self._about = block, {}, {}
+        self._row += block.columns.start == 0
         if self.in_first_pass and block.columns.stop == len(self.transformations):
             self.n_samples += len(block.inputs)
             if block.keys is not None:
@@ -114,14 +117,12 @@ class Registry:
             channel_axis: which axis of the activation holds the channels.
 
         Returns:
-            False if its activation had another shape before; nothing is added then.
+            False if its activation had another shape before, or rows that are added in parts reached it in part;
+            nothing is added then.
         """
         if (block := self._block) is None:
             raise RuntimeError("Expected a block before its activations.")
-        if not st.is_cpu:
-            st = st.to(summed_on(st.device))
-        if st.dtype not in TYPES:
-            st = st.float()
+        st = _as_summed(st)
         layer = self.layers.get(name)
         if layer is None:
             order = memory_order(st[0, 0], channel_axis) if self.with_any_channel_axis else ()
@@ -131,14 +132,18 @@ class Registry:
         st, channel_axis = layer.in_order(st), layer.ordered_channel_axis
         last = block.columns.stop == self._m
         active = layer.first if self.in_first_pass else layer.second
+        goes_on = st.shape[1] == self._m or self._assembly.goes_on(name, block.columns, self._row)
         if self._in_parts:
+            if name in self._assembly.partial:
+                return False
             rows = self._rows(block, st, last, channel_axis)
             rows.widen()
             st = rows.values
             self._update([tally for tally in active if tally.accumulator.takes_parts], rows)
             active = [tally for tally in active if not tally.accumulator.takes_parts]
         waiting = layer.waiting
-        whole = self._assembly.complete(name, st, block.columns) if active or layer.metrics or waiting else None
+        wanted = goes_on and (active or layer.metrics or waiting)
+        whole = self._assembly.complete(name, st, block.columns) if wanted else None
         if whole is not None:
             rows = self._rows(block, whole, True, channel_axis)
             rows.keep_shares = bool(waiting) and self.in_first_pass
@@ -185,6 +190,8 @@ class Registry:
         Raises:
             RuntimeError: If another process failed, with its error. The one that failed raises that itself.
         """
+        for name in self._assembly.end() if self._in_parts else ():
+            self.leave_out(name, RAGGED)
         shapes = {name: (layer.shape, layer.channel_axis) for name, layer in self.layers.items()}
         told = gather_or_raise((shapes, self.n_samples, self.input_shape, self.left_out, self.sample_keys), error)
         for *_, left_out, keys in reversed(told):  # the reason that the first process found
@@ -232,3 +239,10 @@ class Registry:
         for tally, states in zip(tallies, found, strict=False):
             tally.n_samples = int(states.pop(N_SAMPLES))
             tally.states = states
+
+
+def _as_summed(st: Tensor) -> Tensor:
+    """Activations where they are summed, in a type that accumulators take."""
+    if not st.is_cpu:
+        st = st.to(summed_on(st.device))
+    return st if st.dtype in TYPES else st.float()

@@ -37,8 +37,8 @@ class AffineSet(TransformationSet):
         labels: a short text for each map.
         parameters: numbers for the axes of plots.
         square: whether the maps need a square image (quarter turns that must not lose pixels).
-        fill: what pixels are that come from outside of an image, one number or one for each channel. Feature maps,
-            such as those that are mapped back, are filled with zeros.
+        fill: what pixels are that come from outside of an image, one number or one for each channel. Feature maps
+            are filled with zeros where same-equivariances map them back or transform them.
     """
 
     def __init__(
