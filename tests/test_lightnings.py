@@ -9,11 +9,11 @@ import pytest
 
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
 HERE = Path(__file__).parent
-#: Of these files the tests that run no Trainer; and of those that start processes the ones that start them a third way,
-#: or print what jsonargparse says.
+#: Of these files the tests that run no Trainer; those that start processes in a third and fourth way; and those of what
+#: jsonargparse prints.
 LEFT_OUT = "architectures or vision_transformer or residual or another_size or channels_last or compiled_models"
-LEFT_OUT += " or compiled_modules_within or sound or tokens or clouds or streams or error_on_one_process and ddp_spawn"
-LEFT_OUT += " or ddp_fork or help_lists or bad_argument_is_named"
+LEFT_OUT += " or compiled_modules_within or sound or tokens or clouds or streams or ddp_fork or ddp_spawn"
+LEFT_OUT += " or error_on_one_process and torchrun or help_lists or bad_argument_is_named"
 
 FILES = ["test_trainer", "test_callback", "test_strategies", "test_loggers", "test_cli", "test_tensorboard"]
 
