@@ -131,6 +131,18 @@ def test_a_shift_on_a_feature_map_is_in_proportion():
     assert moved_back.tolist() == [[2, 3, 4, 0], [6, 7, 8, 0], [10, 11, 12, 0], [14, 15, 16, 0]]
 
 
+def test_products_with_functions_know_the_size_of_the_input_too():
+    t = translations(pixels=[4], fill=7)
+    same = TransformationSet.from_callables({"same": lambda x: x}, {"same": lambda x: x}, identity="same")
+    both = combine(combine(t, same), same)
+    maps = torch.rand(2, 8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(both.inverse(maps, input_size=(16, 16)), t.inverse(maps, input_size=(16, 16)))
+    right = both.of_maps(torch.arange(1.0, 17).view(1, 1, 4, 4), input_size=(16, 16))[0, 5, 0]
+    assert right.tolist() == [[0, 1, 2, 3], [0, 5, 6, 7], [0, 9, 10, 11], [0, 13, 14, 15]]  # one pixel, without fill
+    x = images(8, 8)
+    assert torch.equal(both(x), t(x))
+
+
 def test_a_rotation_does_not_shear_a_map_that_is_not_square():
     x = torch.zeros(1, 1, 9, 15)
     x[0, 0, 4, 4:11] = 1  # a bar of 7 pixels through the centre

@@ -26,6 +26,10 @@ class Transformation:
         """Transform a batch ``(batch, ...)`` into a batch of the same length."""
         return self._single(x)[:, 0]
 
+    def of_maps(self, maps: Tensor, input_size: tuple[int, int] | None = None) -> Tensor:
+        """Transform feature maps; see :meth:`TransformationSet.of_maps`."""
+        return self._single.of_maps(maps, input_size)[:, 0]
+
     def inverse(self, x: Tensor, input_size: tuple[int, int] | None = None) -> Tensor:
         """Map a transformed batch back; see :meth:`TransformationSet.inverse`."""
         return self._single.inverse(x.unsqueeze(1), input_size)[:, 0]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_invariance.transforms.base import TransformationSet
+from lightning_invariance.transforms.base import Transformation, TransformationSet
 
 BatchFunction = Callable[..., Tensor]
 Functions = Mapping[str, BatchFunction] | Sequence[BatchFunction]
@@ -42,7 +42,7 @@ class CallableSet(TransformationSet):
 
     def _apply(self, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
         # Each gets a batch of its own, which it may change in place.
-        return self._stack([function(x.clone()) for function in self._functions], x)
+        return self._stack([_applied(function, x.clone(), input_size) for function in self._functions], x)
 
     def is_random(self, x: Tensor) -> bool:
         """Whether the functions make something else of a batch the second time."""
@@ -50,7 +50,8 @@ class CallableSet(TransformationSet):
 
     def _invert(self, st: Tensor, input_size: tuple[int, int] | None) -> Tensor:
         inverses = self._inverses or []
-        return self._stack([inverse(st[:, j].clone()) for j, inverse in enumerate(inverses)], st)
+        mapped = [_applied(inverse, st[:, j].clone(), input_size) for j, inverse in enumerate(inverses)]
+        return self._stack(mapped, st)
 
     def _select(self, columns: list[int]) -> CallableSet:
         labels = [self.labels[j] for j in columns]
@@ -78,16 +79,29 @@ class CallableSet(TransformationSet):
 
 
 class Chain:
-    """Functions applied one after the other (a class, so that sets of it can be pickled)."""
+    """Members of sets applied one after the other (a class, so that sets of it can be pickled).
 
-    def __init__(self, functions: Sequence[BatchFunction]) -> None:
-        self.functions = list(functions)
+    Args:
+        members: in the order in which they are applied.
+        inverse: whether each maps back.
+    """
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Apply all of them."""
-        for function in self.functions:
-            x = function(x)
+    def __init__(self, members: Sequence[Transformation], inverse: bool = False) -> None:
+        self.members, self.inverse = list(members), inverse
+
+    def __call__(self, x: Tensor, input_size: tuple[int, int] | None = None) -> Tensor:
+        """Apply all of them; to feature maps where the size of the network's input is given."""
+        for member in self.members:
+            if self.inverse:
+                x = member.inverse(x, input_size)
+            else:
+                x = member(x) if input_size is None else member.of_maps(x, input_size)
         return x
+
+
+def _applied(function: BatchFunction, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
+    """A function of a batch; those of users are told no size."""
+    return function(x, input_size) if isinstance(function, Chain) else function(x)
 
 
 def _shape_of(result: Any) -> Any:

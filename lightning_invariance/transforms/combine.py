@@ -43,6 +43,6 @@ def combine(*sets: TransformationSet) -> TransformationSet:
     members = {" ".join(t.label for t in chain): chain for chain in chosen}
     inverses = None
     if all(s.invertible for s in sets):
-        inverses = {label: Chain([t.inverse for t in reversed(chain)]) for label, chain in members.items()}
+        inverses = {label: Chain([*reversed(chain)], inverse=True) for label, chain in members.items()}
     functions = {label: Chain(chain) for label, chain in members.items()}
     return CallableSet(functions, inverses, combined_parameters(sets, columns))

@@ -211,7 +211,8 @@ INLINE int deviations_of(tile p, const job *j, enum changes changes, int centred
     }
     add_row(p, j, 0, centre, means, sums, changed, row_spread, squares, rows_vary, columns_vary, changes, centred, 1);
     for (Py_ssize_t i = 1; i < j->n; i++)
-        add_row(p, j, i, centre, means, sums, changed, row_spread, squares, rows_vary, columns_vary, changes, centred, 0);
+        add_row(p, j, i, centre, means, sums, changed, row_spread, squares, rows_vary, columns_vary, changes, centred,
+                0);
     found = (bits)none;
     for (int v = 0; v < REGISTERS; v++) { /* masked with INT32_MAX, the bits of -0 are those of 0 */
         const bits held = (row_spread[v] <= j->limits.largest) & (squares[v] <= j->limits.largest); /* false for NaN */

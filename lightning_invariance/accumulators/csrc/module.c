@@ -94,7 +94,8 @@ static PyObject *refuse(const char *what)
 /* Pointers come with the number of elements behind them:
  * n, m, k, threads, before, width, wide, x, its values, row_spread, its values, column_spread, its values, centres, their
  * values, offsets, their values, changes (or 0), channels, inner, reference (-1: changes are taken from the mean of the
- * row), spreads (or 0), their values; smallest, largest, far, rows_for_far, far_of_few. Returns whether columns are far apart. */
+ * row), spreads (or 0), their values; smallest, largest, far, rows_for_far, far_of_few. Returns whether columns are far
+ * apart. */
 static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     Py_ssize_t v[23];
