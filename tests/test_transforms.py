@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torchvision.transforms import InterpolationMode, v2
@@ -118,7 +119,7 @@ def test_feature_maps_are_never_filled(measure, mask):
 def test_members_and_equality_of_filled_sets():
     t = rotations(8, fill=(0, 0.5))
     assert torch.equal(t[2:4](images(channels=2)), t(images(channels=2))[:, 2:4])
-    assert t == rotations(8, fill=(0, 0.5))
+    assert t == rotations(8, fill=(0, 0.5)) == rotations(8, fill=np.array([0, 0.5], dtype=np.float32))
     assert t != rotations(8)
     assert torch.equal(pickle.loads(pickle.dumps(t))(images(channels=2)), t(images(channels=2)))
 
@@ -251,6 +252,7 @@ def test_sets_pickle():
         (lambda: scales(factors=[1, 0]), ValueError, "above 0, but got 0"),
         (lambda: translations(pixels=[-1]), ValueError, "above 0, but got -1"),
         (lambda: rotations(4, fill="black"), ValueError, "`fill` to hold finite numbers, but got black"),
+        (lambda: translations(fill=None), ValueError, "`fill` to hold finite numbers, but got None"),
         (lambda: scales(fill=[0, float("nan")]), ValueError, r"`fill` to hold finite numbers, but got \[0, nan\]"),
         (lambda: rotations(3, fill=[0, 1])(images()), ValueError, r"each of 3 channels .*\(2, 3, 9, 9\), but got 2"),
         (lambda: combine(rotations(4, fill=1), scales(fill=2)), ValueError, r"one `fill`.*got \[\(1.0,\), \(2.0,\)\]"),

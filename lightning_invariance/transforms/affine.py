@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import product
+from numbers import Real
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class AffineSet(TransformationSet):
             raise ValueError(f"Expected matrices of shape ({len(self)}, 3, 3), but got {tuple(matrices.shape)}.")
         self.matrices = matrices.to(torch.float64)
         self.square = square
-        self.fill = _numbers("fill", [fill] if isinstance(fill, int | float) else fill)
+        self.fill = _checked_fill(fill)
         same = (self.matrices == torch.eye(3, dtype=torch.float64)).flatten(1).all(1).nonzero()
         self.identity = int(same[0]) if len(same) else None
         self._known_resamplings: dict[Hashable, Resampling] = {}
@@ -226,14 +227,15 @@ def translations(pixels: Sequence[float] = (1, 2, 4), *, fill: float | Sequence[
     return AffineSet(matrices, [f"({x:g},{y:g})" for x, y in shifts], {"x": xs, "y": ys}, fill=fill)
 
 
-def _numbers(argument: str, values: Sequence[float]) -> tuple[float, ...]:
-    """The values, if they are finite numbers.
+def _checked_fill(fill: float | Sequence[float]) -> tuple[float, ...]:
+    """The numbers of ``fill``.
 
     Raises:
-        ValueError: If one is not, or there is none.
+        ValueError: If one is no finite number, or there is none.
     """
-    if not values or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-        raise ValueError(f"Expected argument `{argument}` to hold finite numbers, but got {values}.")
+    values = [*fill] if isinstance(fill, Iterable) else [fill]
+    if not values or not all(isinstance(value, Real) and math.isfinite(value) for value in values):
+        raise ValueError(f"Expected argument `fill` to hold finite numbers, but got {fill}.")
     return tuple(map(float, values))
 
 
