@@ -11,27 +11,27 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_invariance.arguments import (
+from lightning_invariance.data.loader import STLoader
+from lightning_invariance.distributed import gather_or_raise, rank_and_world_size
+from lightning_invariance.engine.arguments import (
     check_model,
     check_number,
     check_transformations,
     named_measures,
     named_metrics,
 )
-from lightning_invariance.distributed import gather_or_raise, rank_and_world_size
-from lightning_invariance.evaluation.collect import Convergence, collect
-from lightning_invariance.evaluation.isolation import ONE_AT_A_TIME
-from lightning_invariance.evaluation.memory import needed_bytes
-from lightning_invariance.evaluation.memory_format import ChannelsLastError, never_with_channels_last
-from lightning_invariance.evaluation.options import Options
-from lightning_invariance.evaluation.registry import Registry
-from lightning_invariance.evaluation.session import Session
-from lightning_invariance.evaluation.told import warn_of
-from lightning_invariance.evaluation.two_walks import in_two_walks
-from lightning_invariance.layers import Layers, unwrapped
-from lightning_invariance.loader import STLoader
+from lightning_invariance.engine.budget import needed_bytes
+from lightning_invariance.engine.collect import Convergence, collect
+from lightning_invariance.engine.column_chunks import in_two_walks
+from lightning_invariance.engine.memory_format import ChannelsLastError, never_with_channels_last
+from lightning_invariance.engine.options import Options
+from lightning_invariance.engine.registry import Registry
+from lightning_invariance.engine.walk import Session
 from lightning_invariance.measures.base import names_accumulators
-from lightning_invariance.result import InvarianceResult
+from lightning_invariance.model.preserved import ONE_AT_A_TIME
+from lightning_invariance.model.selection import Layers, unwrapped
+from lightning_invariance.results.result import InvarianceResult
+from lightning_invariance.results.warnings import warn_of
 from lightning_invariance.transforms import TransformationSet
 
 #: The states of rows longer than a batch may take so many bytes where the user does not say.

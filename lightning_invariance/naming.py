@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_invariance.evaluation.isolation import ONE_AT_A_TIME
-from lightning_invariance.evaluation.options import Options
-from lightning_invariance.evaluation.session import Session
-from lightning_invariance.layers import Layers, select_layers, unwrapped
+from lightning_invariance.engine.options import Options
+from lightning_invariance.engine.walk import Session
+from lightning_invariance.model.preserved import ONE_AT_A_TIME
+from lightning_invariance.model.selection import Layers, select_layers, unwrapped
 
 
 def layer_names(

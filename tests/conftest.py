@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from lightning_invariance.accumulators import devices
+from lightning_invariance.accumulators.backends import devices
 from lightning_invariance.measures.accumulating import AccumulatingMetric
 from lightning_invariance.measures.base import Measure
 from lightning_invariance.measures.stratified import Stratified
@@ -31,7 +31,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # tests/test_devices.py runs othe
     @pytest.fixture(autouse=True)
     def _sums_by_triton(monkeypatch):
         """Tensors of the CPU as if they were on a GPU, whose kernels the interpreter runs."""
-        triton_kernels = importlib.import_module("lightning_invariance.accumulators.triton_kernels")
+        triton_kernels = importlib.import_module("lightning_invariance.accumulators.backends.triton_kernels")
         monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False), raising=False)
         monkeypatch.setattr(devices, "_kernels_for", lambda x: triton_kernels if triton_kernels.takes(x) else None)
         monkeypatch.setattr(triton_kernels, "MOST_WIDTH", 2**12)  # it takes as long for wide tiles as for narrow ones

@@ -20,9 +20,10 @@ from pathlib import Path
 
 import torch
 
-from lightning_invariance.accumulators import Deviations, Rows, kernels, means_of, pairs
+from lightning_invariance.accumulators import Deviations, Rows, means_of
+from lightning_invariance.accumulators.backends import c_kernels, pairs
 
-SOURCES = Path(kernels.__file__).parent / "csrc"
+SOURCES = Path(c_kernels.__file__).parents[1] / "csrc"
 FLAGS = ["-O1", "-g", "-fPIC", "-shared", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-Wall", "-Werror"]
 FLAGS += ["-fno-sanitize-recover=undefined", "-DPy_LIMITED_API=0x030A0000", "-DFOR_EACH_PROCESSOR="]
 
@@ -52,8 +53,8 @@ def load(module: str) -> None:
     spec = importlib.util.spec_from_file_location("_kernels", module)
     assert spec is not None
     assert spec.loader is not None
-    kernels._kernels = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(kernels._kernels)
+    c_kernels._kernels = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(c_kernels._kernels)
 
 
 def block(generator: random.Random, m: int, k: int) -> torch.Tensor:
@@ -95,15 +96,15 @@ def check(generator: random.Random) -> None:
             accumulator.add_(states, some)
             check_powers(accumulator.shares(some, None)["row_spread"].flatten(1), x)
             rows.append(x)
-        network = pairs._network(min(m, kernels.MOST_SORTED))
-        found = kernels.absolute_differences(x[:, : kernels.MOST_SORTED], network)
-        some = x[:, : kernels.MOST_SORTED].double()
+        network = pairs._network(min(m, c_kernels.MOST_SORTED))
+        found = c_kernels.absolute_differences(x[:, : c_kernels.MOST_SORTED], network)
+        some = x[:, : c_kernels.MOST_SORTED].double()
         expected = sum(((some - some[:, j : j + 1]).abs().sum((0, 1)) for j in range(some.shape[1])), torch.zeros(k))
         rounding = 1e-5 * some.nan_to_num().abs().sum().item() / k * len(some)
         torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=rounding, equal_nan=True)
-        each = kernels.absolute_differences(x[:, : kernels.MOST_SORTED], network, True)
+        each = c_kernels.absolute_differences(x[:, : c_kernels.MOST_SORTED], network, True)
         torch.testing.assert_close(each.sum(0), found, rtol=1e-6, atol=0, equal_nan=True)
-        if m <= kernels.MOST_COLUMNS:
+        if m <= c_kernels.MOST_COLUMNS:
             check_influences(x, m, k)
     if rows:
         x = torch.cat(rows).double()
@@ -124,8 +125,8 @@ def check_influences(x: torch.Tensor, m: int, k: int) -> None:
     means, weights = torch.randn(m, k), torch.rand(3, k)
     counts = -(torch.rand(k) > 0.2).int()
     squares, fourths = torch.zeros(k, dtype=torch.float64), torch.zeros(k, dtype=torch.float64)
-    of_changes = kernels.ChangesOfSamples(torch.rand(k), m // 2) if k % 2 else None
-    found = kernels.add_influences(x, means, weights, counts, squares, fourths, of_changes)
+    of_changes = c_kernels.ChangesOfSamples(torch.rand(k), m // 2) if k % 2 else None
+    found = c_kernels.add_influences(x, means, weights, counts, squares, fourths, of_changes)
     on_sum = found.on_sum
     wide, (w, v, b) = x.double(), weights.double()
     of_rows = (wide - wide.mean(1, keepdim=True)).square().sum(1)
@@ -148,7 +149,7 @@ def check_powers(spreads: torch.Tensor, x: torch.Tensor) -> None:
     rounding = 1e-8 * wide.square().sum(1)[held]
     assert bool(((spreads.double()[held] - expected[held]).abs() <= 1e-4 * expected[held] + rounding).all())
     centre, powers = spreads[0].double(), torch.zeros(4, spreads.shape[1], dtype=torch.float64)
-    on_sum = kernels.add_powers(spreads, 0.5, centre, powers)
+    on_sum = c_kernels.add_powers(spreads, 0.5, centre, powers)
     values = spreads.double() / 2
     torch.testing.assert_close(on_sum, values.sum(1), equal_nan=True)
     each = torch.stack([((values - centre) ** power).sum(0) for power in (1, 2, 3, 4)])

@@ -388,7 +388,7 @@ def test_what_does_not_compare_is_refused():
 
 
 def test_holm_is_that_of_statsmodels():
-    from lightning_invariance.comparison import holm
+    from lightning_invariance.results.comparison import holm
 
     p = np.random.default_rng(0).uniform(size=40) ** 4
     assert holm(p.tolist()) == pytest.approx(multipletests(p, method="holm")[1].tolist())

@@ -13,7 +13,7 @@ from counting import counted
 from definitions import anova, goodfellow, quotient, same_equivariance, sd, sv, td, tv
 
 from lightning_invariance import quarter_turns, rotations
-from lightning_invariance.accumulators import devices, kernels
+from lightning_invariance.accumulators.backends import c_kernels, devices
 from lightning_invariance.accumulators.base import Rows
 from lightning_invariance.accumulators.deviations import Deviations
 from lightning_invariance.measures import (
@@ -168,7 +168,7 @@ def test_influences_of_any_type_are_the_definition(dtype):
     x, means, weights = (torch.rand(*size, generator=generator) for size in ((n, m, k), (m, k), (3, k)))
     x, counts, factors = x.to(dtype), -torch.ones(k, dtype=torch.int32), torch.rand(k, generator=generator)
     squares, fourths = torch.zeros(k, dtype=torch.float64), torch.zeros(k, dtype=torch.float64)
-    of_changes = kernels.ChangesOfSamples(factors, 1)
+    of_changes = c_kernels.ChangesOfSamples(factors, 1)
     found = devices.add_influences(x, means, weights, counts, squares, fourths, of_changes)
     wide, mean, (w, v, b) = x.double().numpy(), means.double().numpy(), weights.double().numpy()
     spreads = ((wide - mean) ** 2).sum(1)
@@ -321,7 +321,7 @@ def kernels_of_triton():
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("the interpreter does not compile")
-    from lightning_invariance.accumulators import triton_influences, triton_kernels
+    from lightning_invariance.accumulators.backends import triton_influences, triton_kernels
 
     return triton_kernels, triton_influences
 

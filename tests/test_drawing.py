@@ -16,7 +16,7 @@ from PIL import Image
 from test_callback import events
 
 from lightning_invariance import InvarianceResult, plots
-from lightning_invariance.logging import log_pictures
+from lightning_invariance.monitor.logging import log_pictures
 from lightning_invariance.plots.common import render
 
 LONG = "a_module_with_a_very_long_name_{}.and_one_within_it.convolution_number_{}"

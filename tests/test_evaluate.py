@@ -453,7 +453,7 @@ def test_a_row_that_reaches_a_layer_in_part_does_not_count_there(marks):
 
 def test_a_long_walk_shows_its_progress(capsys, monkeypatch):
     # The function of the same name hides the module from an import.
-    monkeypatch.setattr(sys.modules["lightning_invariance.evaluation.session"], "PROGRESS_DELAY", 0.0)
+    monkeypatch.setattr(sys.modules["lightning_invariance.engine.walk"], "PROGRESS_DELAY", 0.0)
     evaluate(network(), IMAGES, rotations(4))
     assert "Measuring invariance" in capsys.readouterr().err
     evaluate(network(), IMAGES, rotations(4), progress=False)

@@ -86,7 +86,7 @@ def test_buffers_and_parameters_are_what_they_were():
 
 
 def test_a_parameter_of_a_model_too_large_to_copy_must_stay(monkeypatch):
-    monkeypatch.setattr("lightning_invariance.evaluation.isolation.LARGEST_COPY", 10)
+    monkeypatch.setattr("lightning_invariance.model.preserved.LARGEST_COPY", 10)
 
     class InPlace(Counting):
         def forward(self, x):

@@ -9,7 +9,6 @@ from lightnings import CSVLogger, ModelCheckpoint, TensorBoardLogger
 from test_callback import Net, fit
 
 from lightning_invariance import InvarianceMonitor, InvarianceResult, rotations, scales
-from lightning_invariance.logging import curves
 from lightning_invariance.measures import (
     Anova,
     NormalizedVariance,
@@ -18,6 +17,7 @@ from lightning_invariance.measures import (
     TransformationVariance,
     VarianceSameEquivariance,
 )
+from lightning_invariance.monitor.logging import curves
 
 TURNS = rotations(4)
 

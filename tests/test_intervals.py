@@ -26,7 +26,7 @@ from lightning_invariance.measures import (
     VarianceSameEquivariance,
 )
 from lightning_invariance.plots import evolution
-from lightning_invariance.students_t import t_quantiles
+from lightning_invariance.results.students_t import t_quantiles
 
 STEP = 1e-30
 
@@ -580,7 +580,7 @@ def test_samples_are_known_by_what_they_hold():
 
 @pytest.mark.parametrize(("level", "freedom"), [*itertools.product([0.5, 0.9, 0.95, 0.999], [1, 2.5, 12, 250.3, 1e5])])
 def test_students_t(level, freedom):
-    from lightning_invariance.students_t import t_quantile, two_sided
+    from lightning_invariance.results.students_t import t_quantile, two_sided
 
     t = t_quantile(level, freedom)
     assert t == pytest.approx(scipy.stats.t.ppf((1 + level) / 2, freedom), rel=1e-9)

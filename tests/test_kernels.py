@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_invariance import STLoader, evaluate, rotations
-from lightning_invariance.accumulators import kernels, pairs
+from lightning_invariance.accumulators.backends import c_kernels, pairs
 from lightning_invariance.accumulators.deviations import LIMITS
 from lightning_invariance.measures import (
     Anova,
@@ -17,7 +17,7 @@ from lightning_invariance.measures import (
     VarianceSameEquivariance,
 )
 
-needs_kernels = pytest.mark.skipif(kernels._kernels is None, reason="the kernels were not compiled here")
+needs_kernels = pytest.mark.skipif(c_kernels._kernels is None, reason="the kernels were not compiled here")
 
 SIZES = [(4, 16, 4096), (1, 256, 64), (16, 16, 65), (3, 5, 1000), (7, 2, 2049), (128, 2, 64), (1, 3, 5000)]
 SIZES += [(4, 16, 10), (4, 16, 1), (70, 16, 130)]  # fewer than are read together; more values than at once
@@ -26,8 +26,8 @@ SIZES += [(4, 16, 10), (4, 16, 1), (70, 16, 130)]  # fewer than are read togethe
 @pytest.fixture(params=["in C", "by PyTorch"])
 def way(request, monkeypatch):
     if request.param == "by PyTorch":
-        monkeypatch.setattr(kernels, "_kernels", None)
-    elif kernels._kernels is None:
+        monkeypatch.setattr(c_kernels, "_kernels", None)
+    elif c_kernels._kernels is None:
         pytest.skip("the kernels were not compiled here")
 
 
@@ -44,7 +44,7 @@ def sums_of(blocks, centres, offsets, width=None):
     parts = offsets.view(m, -1, width).movedim(1, 0).clone(memory_format=torch.contiguous_format)
     n, far = 0, []
     for block in blocks:
-        far.append(kernels.add_deviations(block, n, row_spread, column_spread, centres, parts, LIMITS))
+        far.append(c_kernels.add_deviations(block, n, row_spread, column_spread, centres, parts, LIMITS))
         n += len(block)
     return row_spread, column_spread[0], centres.double() + parts.double().movedim(1, 0).flatten(1), far
 
@@ -213,7 +213,7 @@ def test_a_network_has_the_same_values_without_kernels(monkeypatch):
     images = torch.rand(24, 3, 20, 20)
     measures = [NormalizedVariance(), NormalizedDistance(), Anova(statistic="f")]
     with_kernels = evaluate(model, images, rotations(16), measures, progress=False)
-    monkeypatch.setattr(kernels, "_kernels", None)
+    monkeypatch.setattr(c_kernels, "_kernels", None)
     without = evaluate(model, images, rotations(16), measures, progress=False)
     for measure in without:
         for layer, value in without[measure].items():
@@ -275,7 +275,7 @@ def sums(m=16, k=128, width=64, dtype=torch.float32, squares=1):
 
 @needs_kernels
 def test_sums_that_c_cannot_add_to_are_left_alone():
-    assert kernels.add_deviations(torch.rand(4, 16, 128), 0, *sums(), LIMITS) is False
+    assert c_kernels.add_deviations(torch.rand(4, 16, 128), 0, *sums(), LIMITS) is False
     cases = [
         (torch.rand(4, 257, 128), sums(257)),  # too many columns
         (torch.rand(4, 16, 128).double(), sums()),
@@ -288,7 +288,7 @@ def test_sums_that_c_cannot_add_to_are_left_alone():
         (torch.rand(4, 16, 128), [sums()[0], torch.zeros(128, dtype=torch.float64), *sums()[2:]]),
     ]
     for x, tensors in cases:
-        assert kernels.add_deviations(x, 0, *tensors, LIMITS) is None
+        assert c_kernels.add_deviations(x, 0, *tensors, LIMITS) is None
         assert not any(tensor.any() for tensor in tensors)
 
 
@@ -297,7 +297,7 @@ def test_c_refuses_sizes_that_do_not_fit_before_it_uses_a_pointer():
     x, tensors = torch.rand(4, 16, 128), sums()
     pointers = [number for tensor in (x, *tensors) for number in (tensor.data_ptr(), tensor.numel())]
     fine = [4, 16, 128, 1, 0, 64, False, *pointers, *[0] * 6, *LIMITS]
-    assert kernels._kernels.add_deviations(*fine) is False
+    assert c_kernels._kernels.add_deviations(*fine) is False
     for place, value, words in [
         (0, 5, "another number of values"),
         (0, -4, "another number of values"),
@@ -310,13 +310,13 @@ def test_c_refuses_sizes_that_do_not_fit_before_it_uses_a_pointer():
         (16, 2047, "other sizes"),
     ]:
         with pytest.raises(ValueError, match=words):
-            kernels._kernels.add_deviations(*fine[:place], value, *fine[place + 1 :])
+            c_kernels._kernels.add_deviations(*fine[:place], value, *fine[place + 1 :])
     with pytest.raises(TypeError, match="Expected 28 arguments"):
-        kernels._kernels.add_deviations(*fine[1:])
+        c_kernels._kernels.add_deviations(*fine[1:])
     network = torch.tensor([[0, 1], [1, 200]], dtype=torch.int32)
     total = torch.zeros(128, dtype=torch.float64)
     with pytest.raises(ValueError, match="columns that the block does not have"):
-        kernels.absolute_differences(x, network)
+        c_kernels.absolute_differences(x, network)
     about = [number for tensor in (x, network, total) for number in (tensor.data_ptr(), tensor.numel())]
     fine = [4, 16, 128, 1, 2, 16 * 128, 128, *about, False]
     for place, value, words in [
@@ -327,7 +327,7 @@ def test_c_refuses_sizes_that_do_not_fit_before_it_uses_a_pointer():
         (6, -1, "another number of values"),
     ]:
         with pytest.raises(ValueError, match=words):
-            kernels._kernels.absolute_differences(*fine[:place], value, *fine[place + 1 :])
+            c_kernels._kernels.absolute_differences(*fine[:place], value, *fine[place + 1 :])
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -401,14 +401,14 @@ def test_c_refuses_spreads_and_powers_of_other_sizes():
     x, tensors, spreads = torch.rand(4, 16, 128), sums(), torch.zeros(4, 128)
     pointers = [number for tensor in (x, *tensors) for number in (tensor.data_ptr(), tensor.numel())]
     with pytest.raises(ValueError, match="spreads are of another size"):
-        kernels._kernels.add_deviations(
+        c_kernels._kernels.add_deviations(
             4, 16, 128, 1, 0, 64, False, *pointers, *[0] * 4, spreads.data_ptr(), 3 * 128, *LIMITS
         )
     shares, centre = torch.rand(4, 128), torch.zeros(128, dtype=torch.float64)
     powers, on_sum = torch.zeros(4, 128, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     pointers = [number for tensor in (shares, centre, powers) for number in (tensor.data_ptr(), tensor.numel())]
     fine = [4, 128, 1, False, *pointers, on_sum.data_ptr(), 4, 0.5]
-    kernels._kernels.add_powers(*fine)
+    c_kernels._kernels.add_powers(*fine)
     torch.testing.assert_close(on_sum, shares.double().sum(1) / 2)
     for place, value, words in [
         (0, 5, "another number of values"),
@@ -419,4 +419,4 @@ def test_c_refuses_spreads_and_powers_of_other_sizes():
         (8, 0, "pointer"),
     ]:
         with pytest.raises(ValueError, match=words):
-            kernels._kernels.add_powers(*fine[:place], value, *fine[place + 1 :])
+            c_kernels._kernels.add_powers(*fine[:place], value, *fine[place + 1 :])

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from lightning_invariance import evaluate, rotations
-from lightning_invariance.evaluation import collect as collecting
-from lightning_invariance.evaluation import memory, two_walks
-from lightning_invariance.evaluation.registry import Registry
+from lightning_invariance.engine import collect as collecting
+from lightning_invariance.engine import memory, two_walks
+from lightning_invariance.engine.registry import Registry
 from lightning_invariance.measures import (
     Anova,
     DistanceSameEquivariance,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_invariance import TransformationSet, evaluate, quarter_turns, rotations
-from lightning_invariance.evaluation import memory_format
+from lightning_invariance.engine import memory_format
 from lightning_invariance.measures import (
     Anova,
     Consistency,

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from lightning_invariance import evaluate, quarter_turns, rotations
-from lightning_invariance.accumulators import Deviations, Rows, kernels, pairs
-from lightning_invariance.evaluation.influence_on_mean import InfluenceOnMean
+from lightning_invariance.accumulators import Deviations, Rows
+from lightning_invariance.accumulators.backends import c_kernels, pairs
+from lightning_invariance.engine.influence_on_mean import InfluenceOnMean
 from lightning_invariance.measures import (
     Consistency,
     DistanceSameEquivariance,
@@ -20,13 +21,13 @@ from lightning_invariance.measures import (
     VarianceSameEquivariance,
 )
 
-needs_kernels = pytest.mark.skipif(kernels._kernels is None, reason="the kernels were not compiled here")
+needs_kernels = pytest.mark.skipif(c_kernels._kernels is None, reason="the kernels were not compiled here")
 
 
 @pytest.fixture(params=["in C", "by PyTorch"])
 def way(request, monkeypatch):
     if request.param == "by PyTorch":
-        monkeypatch.setattr(kernels, "_kernels", None)
+        monkeypatch.setattr(c_kernels, "_kernels", None)
 
 
 def images(n, channels=2, size=4, dtype=torch.float32):
@@ -231,7 +232,7 @@ def test_powers_of_shares(dtype, n, k):
     generator = torch.Generator().manual_seed(n + k)
     shares, centre = torch.rand(n, k, dtype=dtype, generator=generator), torch.rand(k, generator=generator).double()
     powers = torch.ones(4, k, dtype=torch.float64)
-    on_sum = kernels.add_powers(shares, 0.25, centre, powers)
+    on_sum = c_kernels.add_powers(shares, 0.25, centre, powers)
     values = shares.double().numpy() / 4
     expected = np.stack([((values - centre.numpy()) ** power).sum(0) for power in (1, 2, 3, 4)]) + 1
     np.testing.assert_allclose(powers.numpy(), expected, rtol=1e-12)
@@ -274,8 +275,8 @@ def test_changes_of_samples_from_any_column(n, m, k):
     x, means, weights = (torch.rand(*size, generator=generator) for size in ((n, m, k), (m, k), (3, k)))
     counts, factors = -torch.ones(k, dtype=torch.int32), torch.rand(k, generator=generator)
     squares, fourths = torch.zeros(k, dtype=torch.float64), torch.zeros(k, dtype=torch.float64)
-    of_changes = kernels.ChangesOfSamples(factors, m - 2)
-    found = kernels.add_influences(x, means, weights, counts, squares, fourths, of_changes)
+    of_changes = c_kernels.ChangesOfSamples(factors, m - 2)
+    found = c_kernels.add_influences(x, means, weights, counts, squares, fourths, of_changes)
     wide, mean, (w, v, b) = x.double().numpy(), means.double().numpy(), weights.double().numpy()
     spreads = ((wide - mean) ** 2).sum(1)
     psi = w * m * wide.var(1) + v * spreads - b
@@ -285,10 +286,10 @@ def test_changes_of_samples_from_any_column(n, m, k):
     changes = ((wide - wide[:, [m - 2]]) ** 2) @ factors.double().numpy()
     np.testing.assert_allclose(found.changes.numpy(), changes, rtol=1e-5)
     with pytest.raises(ValueError, match="factors, the changes or the spreads"):
-        kernels.add_influences(x, means, weights, counts, squares, fourths, of_changes._replace(reference=m))
+        c_kernels.add_influences(x, means, weights, counts, squares, fourths, of_changes._replace(reference=m))
     with pytest.raises(ValueError, match="factors, the changes or the spreads"):
-        kernels.add_influences(x, means, weights, counts, squares, fourths, of_changes._replace(factors=factors[1:]))
-    many = torch.rand(2, kernels.MOST_COLUMNS + 1, k, generator=generator)
+        c_kernels.add_influences(x, means, weights, counts, squares, fourths, of_changes._replace(factors=factors[1:]))
+    many = torch.rand(2, c_kernels.MOST_COLUMNS + 1, k, generator=generator)
     before = squares.clone()
-    assert kernels.add_influences(many, many[0], weights, counts, squares, fourths) is None
+    assert c_kernels.add_influences(many, many[0], weights, counts, squares, fourths) is None
     torch.testing.assert_close(squares, before, rtol=0, atol=0)

@@ -26,7 +26,7 @@ from lightning_invariance import (
     rotations,
 )
 from lightning_invariance.measures import Goodfellow, NormalizedVariance
-from lightning_invariance.result import OutputValues
+from lightning_invariance.results.result import OutputValues
 
 X = torch.rand(37, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(37) % 3

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from lightning_invariance import InvarianceResult, evaluate, plots, rotations, translations
-from lightning_invariance.logging import log_pictures
 from lightning_invariance.measures import NormalizedVariance, STTensor
+from lightning_invariance.monitor.logging import log_pictures
 from lightning_invariance.plots.common import render
 
 IMAGES = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,7 @@ from lightning_invariance import InvarianceResult, compare, evaluate, plots, rot
 from lightning_invariance.measures import NormalizedVariance
 from lightning_invariance.plots import evolution, heatmap, layers
 from lightning_invariance.plots.common import render
-from lightning_invariance.style import DEAD, INFINITE
+from lightning_invariance.plots.style import DEAD, INFINITE
 
 
 def result(fc=(0.5, 0.0, math.inf, math.nan, 1.0), epoch=0):

@@ -14,7 +14,8 @@ from lightning_invariance import (
     scales,
     translations,
 )
-from lightning_invariance.accumulators import Deviations, Rows, deviations, kernels
+from lightning_invariance.accumulators import Deviations, Rows, deviations
+from lightning_invariance.accumulators.backends import c_kernels
 from lightning_invariance.measures import NormalizedVariance, SampleVariance, TransformationVariance
 
 IMAGES = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -127,8 +128,8 @@ ACTIVATIONS += [((40, 3, 4), 1), ((70, 3), 1), ((24, 3, 5), 1), ((32, 2, 2), 0),
 def test_changes_of_any_activation_are_the_definition(shape, axis, reference, threads, scale, compiled, monkeypatch):
     monkeypatch.setattr(deviations, "FEWEST_FLOAT32_VALUES", 0)
     if not compiled:
-        monkeypatch.setattr(kernels, "_kernels", None)
-    elif kernels._kernels is not None:
+        monkeypatch.setattr(c_kernels, "_kernels", None)
+    elif c_kernels._kernels is not None:
         monkeypatch.setattr(deviations, "scaled_changes", None)  # which takes them with PyTorch's operations
     generator = torch.Generator().manual_seed(0)
     st = scale * (torch.randn(11, 1, *shape, generator=generator) + torch.randn(11, 5, *shape, generator=generator))
@@ -154,7 +155,7 @@ def test_changes_of_any_activation_are_the_definition(shape, axis, reference, th
 def test_a_first_block_whose_columns_are_far_apart(reference, compiled, monkeypatch):
     """Its sums are taken again in float64, and count once."""
     if not compiled:
-        monkeypatch.setattr(kernels, "_kernels", None)
+        monkeypatch.setattr(c_kernels, "_kernels", None)
     generator = torch.Generator().manual_seed(0)
     far = 1e4 * torch.randn(1, 8, 16, 16, 16, generator=generator)
     st = far + torch.randn(24, 8, 16, 16, 16, generator=generator)

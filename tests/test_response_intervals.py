@@ -8,7 +8,7 @@ from test_intervals import influences, weighted_means
 from torch import nn
 
 from lightning_invariance import InvarianceResult, evaluate, plots, quarter_turns, rotations
-from lightning_invariance.accumulators import kernels
+from lightning_invariance.accumulators.backends import c_kernels
 from lightning_invariance.measures import (
     NormalizedVariance,
     TransformationVariance,
@@ -53,7 +53,7 @@ RESPONSES = {
 @pytest.fixture(params=["in C", "by PyTorch"])
 def way(request, monkeypatch):
     if request.param == "by PyTorch":
-        monkeypatch.setattr(kernels, "_kernels", None)
+        monkeypatch.setattr(c_kernels, "_kernels", None)
 
 
 def assert_bounds(result, name, layer, expected, rtol):

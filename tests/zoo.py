@@ -34,8 +34,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoo_networks import NETWORKS, Network
 
 from lightning_invariance import evaluate
-from lightning_invariance.catching import catch_activations
-from lightning_invariance.layers import select_layers
+from lightning_invariance.model.hooks import catch_activations
+from lightning_invariance.model.selection import select_layers
 
 #: Kernels that change where values are, but not what they are, or that take only a shape.
 COPIES = frozenset(["clone", "copy_", "_to_copy", "as_strided_", "fill_", "contiguous", "resize_", "set_"])

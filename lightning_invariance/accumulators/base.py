@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.distributed import DTYPES
-from lightning_invariance.hints import given
+from lightning_invariance.messages import given
 from lightning_invariance.transforms import TransformationSet
 
 #: The sums of one accumulator by name.
@@ -37,8 +37,8 @@ class Context:
         input_shape: of a network input; ``()`` where it is not known yet.
         n_samples: how many samples all processes together will show, named by the ``indices`` 0 to n − 1, if known.
         run: how many samples each process shows in a row, in rising order of ``indices``, before another shows those
-            that follow: see :func:`~lightning_invariance.runs.places_of`. Their order is random, and ``n_samples`` is
-            known. 0 where samples come in any other order.
+            that follow: see :func:`~lightning_invariance.distributed.places_of`. Their order is random, and
+            ``n_samples`` is known. 0 where samples come in any other order.
     """
 
     transformations: TransformationSet

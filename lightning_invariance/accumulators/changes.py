@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_invariance.accumulators.backends.scratch import chunk_length, scratch
 from lightning_invariance.accumulators.base import Accumulator, Rows, States
-from lightning_invariance.accumulators.memory import chunk_length, scratch
 
 #: The range of float32 sums of squares that have not lost digits: its smallest normal number is 1e-38, its largest
 #: 3e38.

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from lightning_invariance.accumulators.backends.c_kernels import Limits
 from lightning_invariance.accumulators.base import States
-from lightning_invariance.accumulators.kernels import Limits
 
 
 def means_of(states: Mapping[str, Tensor]) -> Tensor:

@@ -14,22 +14,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators import devices, kernels
+from lightning_invariance.accumulators.backends import c_kernels, devices
+from lightning_invariance.accumulators.backends.scratch import chunk_length, scratch
 from lightning_invariance.accumulators.base import N_SAMPLES, Accumulator, Context, Rows, States
 from lightning_invariance.accumulators.changes import changes_of_samples, scaled_changes
 from lightning_invariance.accumulators.column_means import far_apart, means_of, narrow, widen
-from lightning_invariance.accumulators.memory import chunk_length, scratch
 from lightning_invariance.accumulators.shares import deviations_of_samples
 
 #: Rows times columns of one step, which bounds the rounding of a float32 sum; longer rows are summed in float64.
-MOST_VALUES = kernels.MOST_COLUMNS
+MOST_VALUES = c_kernels.MOST_COLUMNS
 
 #: A sum over rows of squares smaller than ``smallest`` may hold terms that float32 has rounded to 0, and one above
 #: ``largest`` may leave float32 (3e38) where it is multiplied. Rounding float32 offsets o of N rows costs about
 #: (6e-8 o)² N of a column's squared deviations: where these are below 1e-4 N o², that would be more than 4e-11 of
 #: them, a thousandth of what the values themselves lose, and the means become float64. Fewer than 8 rows may be alike
 #: by chance, but not below 1e-9 N o², where rounding costs up to 4e-6 of them.
-LIMITS = kernels.Limits(smallest=1e-24, largest=1e30, far=1e-4, rows_for_far=8, far_of_few=1e-9)
+LIMITS = c_kernels.Limits(smallest=1e-24, largest=1e30, far=1e-4, rows_for_far=8, far_of_few=1e-9)
 
 #: Where rows keep the squared deviations within each of them, ``(n, k)`` in float32.
 SPREADS = "row_spread"
@@ -154,20 +154,20 @@ class Deviations(Accumulator):
         """Which activations never changed, over all samples and transformations."""
         return (states["row_spread"] == 0) & (states["column_spread"] == 0).all(0)
 
-    def _beside(self, states: States, rows: Rows) -> kernels.Beside:
+    def _beside(self, states: States, rows: Rows) -> c_kernels.Beside:
         """What C is to find beside the sums."""
         n, m, *shape = rows.values.shape
-        if not self.squared or not kernels.takes(rows.values) or m > MOST_VALUES:
-            return kernels.Beside()
+        if not self.squared or not c_kernels.takes(rows.values) or m > MOST_VALUES:
+            return c_kernels.Beside()
         spreads = torch.empty(n, math.prod(shape)) if rows.keep_shares else None
         if not self.response:
-            return kernels.Beside(spreads=spreads)
+            return c_kernels.Beside(spreads=spreads)
         channels, inner = (shape[rows.channel_axis], math.prod(shape[rows.channel_axis + 1 :])) if shape else (1, 1)
         if not states["changes"].numel():
             states["changes"] = torch.zeros(m, channels, dtype=torch.float64)
-        return kernels.Beside(states["changes"], self.reference, inner, spreads)
+        return c_kernels.Beside(states["changes"], self.reference, inner, spreads)
 
-    def _add_first(self, states: States, x: Tensor, before: int, beside: kernels.Beside) -> bool:
+    def _add_first(self, states: States, x: Tensor, before: int, beside: c_kernels.Beside) -> bool:
         """Add rows after fewer than two, of which cannot be told how far columns are apart; whether C did."""
         if not before and states["offsets"].dtype == torch.float32:
             in_c = self._add(states, x, before, beside)
@@ -185,12 +185,12 @@ class Deviations(Accumulator):
             narrow(states, LIMITS, before)
         return self._add(states, x, before, beside.of(slice(most, None))) if len(x) else in_c
 
-    def _add(self, states: States, x: Tensor, before: int, beside: kernels.Beside) -> bool:
+    def _add(self, states: States, x: Tensor, before: int, beside: c_kernels.Beside) -> bool:
         """Add rows ``x`` (n, m, k) to those before; whether C did."""
         if x.dtype == torch.float64 != states["offsets"].dtype:
             widen(states)
         sums = (states["row_spread"], states["column_spread"], states["centres"], states["offsets"])
-        far = kernels.add_deviations(x, before, *sums, LIMITS, beside) if self.squared else None
+        far = c_kernels.add_deviations(x, before, *sums, LIMITS, beside) if self.squared else None
         if far is None:
             for part in torch.split(x, max(1, MOST_VALUES // x.shape[1])):
                 if self._add_by_pytorch(states, part, before):
@@ -209,8 +209,8 @@ class Deviations(Accumulator):
         # The differences of close numbers are exact. Columns that are not close have no centre.
         centres = torch.where(high - low <= CLOSE * first[0].abs(), first[0], 0)
         squares = torch.zeros(1 if self.squared else m, k, dtype=torch.float64, device=x.device)
-        if kernels.takes(x):
-            tiles = k // kernels.WIDTH if k % kernels.WIDTH == 0 else 1
+        if c_kernels.takes(x):
+            tiles = k // c_kernels.WIDTH if k % c_kernels.WIDTH == 0 else 1
         else:  # a tile for each of PyTorch's threads, which then read what they wrote themselves; elsewhere one
             tiles = math.gcd(k, torch.get_num_threads()) if x.is_cpu else 1
         offsets = (first - centres).view(m, tiles, -1).movedim(1, 0).contiguous()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_invariance.accumulators.base import Accumulator, Rows, States
 from lightning_invariance.accumulators.distances import Distance, row_distances
-from lightning_invariance.runs import groups_of
+from lightning_invariance.distributed import groups_of
 
 #: What ``groups`` counts, in this order: the waiting group's number and its rows, Σ P, Σ P² and groups added.
 NUMBER, WAITING, PAIRS, SQUARED_PAIRS, ADDED = range(5)

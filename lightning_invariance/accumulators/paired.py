@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_invariance.accumulators.backends.scratch import chunk_length
 from lightning_invariance.accumulators.base import Accumulator, Rows, States
-from lightning_invariance.accumulators.memory import chunk_length
 
 
 @dataclass(frozen=True)

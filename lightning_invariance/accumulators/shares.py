@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_invariance.accumulators.backends.scratch import chunk_length, chunks
 from lightning_invariance.accumulators.base import States
-from lightning_invariance.accumulators.memory import chunk_length, chunks
 
 
 def deviations_of_samples(x: Tensor, means: Tensor | None, squared: bool) -> States:

@@ -15,12 +15,12 @@ from torchmetrics import Metric
 from torchmetrics.utilities.prints import rank_zero_warn
 
 from lightning_invariance.accumulators.base import States, check_states
-from lightning_invariance.hints import is_of_package
-from lightning_invariance.maps import aggregate_maps
+from lightning_invariance.aggregation import aggregate_maps
 from lightning_invariance.measures.accumulating import AccumulatingMetric
 from lightning_invariance.measures.sums import Sums, dead_of
+from lightning_invariance.messages import is_of_package
+from lightning_invariance.plots.style import draw_bars
 from lightning_invariance.precision import has_float64
-from lightning_invariance.style import draw_bars
 
 
 def quotient(transformation: Tensor, sample: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators.distances import Distance
-from lightning_invariance.maps import AGGREGATES, aggregate_maps
+from lightning_invariance.aggregation import AGGREGATES, aggregate_maps
 from lightning_invariance.measures.base import Measure, quotient
 from lightning_invariance.measures.pair_distances import pair_distances
 from lightning_invariance.measures.sums import Sums

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_invariance.accumulators import Accumulator, Changes, Deviations, DirectDistances, MappedBack
 from lightning_invariance.accumulators.distances import Distance
 from lightning_invariance.accumulators.mapped_back import BackMapping, check_inverses
-from lightning_invariance.maps import aggregate_maps
+from lightning_invariance.aggregation import aggregate_maps
 from lightning_invariance.measures.base import Measure, quotient
 from lightning_invariance.measures.pair_distances import pair_distances
 from lightning_invariance.measures.sums import Sums

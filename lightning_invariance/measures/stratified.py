@@ -10,9 +10,9 @@ from torch import Tensor
 from torchmetrics.utilities.prints import rank_zero_warn
 
 from lightning_invariance.accumulators import ByClass
-from lightning_invariance.hints import given
 from lightning_invariance.measures.base import Measure
 from lightning_invariance.measures.sums import Sums
+from lightning_invariance.messages import given
 
 
 class Stratified(Measure):

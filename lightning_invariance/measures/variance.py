@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators import Deviations
-from lightning_invariance.maps import AGGREGATES, aggregate_maps
+from lightning_invariance.aggregation import AGGREGATES, aggregate_maps
 from lightning_invariance.measures.base import Measure, quotient
 from lightning_invariance.measures.sums import Sums
 

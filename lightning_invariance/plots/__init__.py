@@ -19,8 +19,5 @@ from lightning_invariance.plots.feature_maps import feature_maps
 from lightning_invariance.plots.heatmap import heatmap
 from lightning_invariance.plots.layers import layers, stability
 from lightning_invariance.plots.response import response
-from lightning_invariance.result import InvarianceResult
-
-InvarianceResult.draw = staticmethod(heatmap)
 
 __all__ = ["compare", "convergence", "evolution", "feature_maps", "heatmap", "layers", "response", "stability"]

@@ -17,12 +17,12 @@ from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from lightning_invariance.hints import given
-from lightning_invariance.intervals import NOTABLE
+from lightning_invariance.messages import given
 from lightning_invariance.plots.labels import INFINITE, REACHED, shorten
+from lightning_invariance.plots.style import NAN
 from lightning_invariance.plots.text import TITLE, QuickRenderer, fitting
-from lightning_invariance.result import InvarianceResult
-from lightning_invariance.style import NAN
+from lightning_invariance.results.intervals import NOTABLE
+from lightning_invariance.results.result import InvarianceResult
 
 #: One result, or several: by the text of the legend, or just one after the other.
 Results = InvarianceResult | Mapping[str, InvarianceResult] | Sequence[InvarianceResult]

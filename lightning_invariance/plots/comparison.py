@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 
-from lightning_invariance.compare import compare as compared
-from lightning_invariance.comparison import Comparison
 from lightning_invariance.plots.common import depths, marks_of, new_figure, width_of
 from lightning_invariance.plots.labels import LayerLabels, shorten
-from lightning_invariance.result import InvarianceResult
+from lightning_invariance.results.compare import compare as compared
+from lightning_invariance.results.comparison import Comparison
+from lightning_invariance.results.result import InvarianceResult
 
 #: Bars above and below 0, and those that may be chance.
 ABOVE, BELOW, CHANCE = ("#d55e00", "//"), ("#0072b2", ""), 0.35

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from lightning_invariance.plots.bars import key_of_layers, room_of_key
 from lightning_invariance.plots.common import NUMBERS, axes_at, depth_colours, first_measure, new_figure
 from lightning_invariance.plots.labels import in_legend
-from lightning_invariance.result import InvarianceResult
+from lightning_invariance.results.result import InvarianceResult
 
 
 def convergence(results: InvarianceResult | Sequence[InvarianceResult], measure: str | None = None) -> Figure:

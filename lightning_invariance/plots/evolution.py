@@ -12,7 +12,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_invariance.compare import compare
 from lightning_invariance.plots.bars import ROOM, add_colourbar
 from lightning_invariance.plots.cells import show_cells
 from lightning_invariance.plots.common import (
@@ -31,7 +30,8 @@ from lightning_invariance.plots.common import (
 )
 from lightning_invariance.plots.labels import LayerLabels
 from lightning_invariance.plots.text import inches_of
-from lightning_invariance.result import InvarianceResult
+from lightning_invariance.results.compare import compare
+from lightning_invariance.results.result import InvarianceResult
 
 MOST_TICKS = 20
 

@@ -8,10 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_invariance.hints import given
+from lightning_invariance.messages import given
 from lightning_invariance.plots.common import new_figure, only_one
 from lightning_invariance.plots.labels import shorten
-from lightning_invariance.result import InvarianceResult
+from lightning_invariance.results.result import InvarianceResult
 
 #: Columns that fit into one figure.
 MOST_COLUMNS = 16

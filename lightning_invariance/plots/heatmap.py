@@ -25,9 +25,9 @@ from lightning_invariance.plots.common import (
     within,
 )
 from lightning_invariance.plots.labels import LayerLabels
+from lightning_invariance.plots.style import DEAD, INFINITE, special_patches
 from lightning_invariance.plots.text import TITLE, fitting
-from lightning_invariance.result import InvarianceResult
-from lightning_invariance.style import DEAD, INFINITE, special_patches
+from lightning_invariance.results.result import InvarianceResult
 
 #: The height of the image of all cells.
 PIXELS = 1000

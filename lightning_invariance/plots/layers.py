@@ -24,7 +24,7 @@ from lightning_invariance.plots.common import (
     width_of,
 )
 from lightning_invariance.plots.labels import LayerLabels, in_legend, shorten
-from lightning_invariance.result import InvarianceResult
+from lightning_invariance.results.result import InvarianceResult
 
 #: Layers whose markers do not overlap.
 MOST_MARKERS = 60

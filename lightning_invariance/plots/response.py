@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_invariance.hints import instead_of
+from lightning_invariance.messages import instead_of
 from lightning_invariance.plots.bars import ROOM, add_colourbar, key_of_layers, room_of_key
 from lightning_invariance.plots.cells import show_cells
 from lightning_invariance.plots.common import (
@@ -32,7 +32,7 @@ from lightning_invariance.plots.common import (
 )
 from lightning_invariance.plots.labels import LayerLabels, in_legend, shorten, without_prefix
 from lightning_invariance.plots.text import fitting, inches_of
-from lightning_invariance.result import InvarianceResult
+from lightning_invariance.results.result import InvarianceResult
 
 #: Labels that fit below an axis.
 MOST_LABELS = 32

@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 
 from lightning_invariance.evaluate import evaluate
-from lightning_invariance.hints import level_of_user, number_of, some
-from lightning_invariance.intervals import NOTABLE, Interval, check_confidence
-from lightning_invariance.layers import Layers
 from lightning_invariance.measures import Measure, NormalizedVariance, VarianceSameEquivariance
-from lightning_invariance.result import InvarianceResult
+from lightning_invariance.messages import level_of_user, number_of, some
+from lightning_invariance.model.selection import Layers
+from lightning_invariance.results.intervals import NOTABLE, Interval, check_confidence
+from lightning_invariance.results.result import InvarianceResult
 from lightning_invariance.transforms import TransformationSet
 
 #: So many layers are named in a message.

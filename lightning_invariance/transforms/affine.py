@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import product
 from numbers import Real
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_invariance.maps import warn_of_no_images
+from lightning_invariance.messages import level_of_user
 from lightning_invariance.transforms.base import TransformationSet, combined_parameters
 from lightning_invariance.transforms.resampling import Resampling
 
@@ -68,7 +69,7 @@ class AffineSet(TransformationSet):
     def _apply(self, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
         if x.ndim < 3:
             raise ValueError(f"Expected a batch of images (batch, channels, height, width), but got {tuple(x.shape)}.")
-        warn_of_no_images(x, input_size)
+        _warn_of_no_images(x, input_size)
         self._check_square(x)
         # Every column reads the same images: they are not copied.
         columns = x.reshape(1, 1, -1, *x.shape[-2:]).expand(-1, len(self), -1, -1, -1)
@@ -263,3 +264,20 @@ def combine_affine(sets: Sequence[AffineSet]) -> AffineSet:
         square=any(s.square for s in sets),
         fill=fills.pop() if fills else 0.0,
     )
+
+
+def _warn_of_no_images(x: Tensor, input_size: tuple[int, int] | None) -> None:
+    """Warn where inputs look like ``(batch, height, width, channels)`` or signals; feature maps of some input may."""
+    if input_size is not None:
+        return
+    told = ""
+    if x.ndim == 4 and x.shape[-1] in (1, 3, 4) and min(x.shape[1:3]) > 4:
+        told = "channels last: give `x.permute(0, 3, 1, 2)`"
+    elif min(x.shape[-2:]) == 1 < max(x.shape[-2:]):
+        told = "signals along one axis: make a set for these with `TransformationSet.from_callables`"
+    if told:
+        warnings.warn(
+            f"Expected images (batch, channels, height, width), but got {tuple(x.shape)}, which looks like {told}.",
+            UserWarning,
+            stacklevel=level_of_user(),
+        )

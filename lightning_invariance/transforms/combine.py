@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 
-from lightning_invariance.hints import given
+from torch import Tensor
+
+from lightning_invariance.messages import given
 from lightning_invariance.transforms.affine import AffineSet, combine_affine
-from lightning_invariance.transforms.base import TransformationSet, combined_parameters
-from lightning_invariance.transforms.callables import CallableSet, Chain
+from lightning_invariance.transforms.base import CallableSet, Transformation, TransformationSet, combined_parameters
 
 
 def combine(*sets: TransformationSet) -> TransformationSet:
@@ -46,3 +48,27 @@ def combine(*sets: TransformationSet) -> TransformationSet:
         inverses = {label: Chain([*reversed(chain)], inverse=True) for label, chain in members.items()}
     functions = {label: Chain(chain) for label, chain in members.items()}
     return CallableSet(functions, inverses, combined_parameters(sets, columns))
+
+
+class Chain:
+    """Members of sets applied one after the other (a class, so that sets of it can be pickled).
+
+    Args:
+        members: in the order in which they are applied.
+        inverse: whether each maps back.
+    """
+
+    #: It is called with the size of the network's input where it transforms feature maps.
+    takes_input_size = True
+
+    def __init__(self, members: Sequence[Transformation], inverse: bool = False) -> None:
+        self.members, self.inverse = list(members), inverse
+
+    def __call__(self, x: Tensor, input_size: tuple[int, int] | None = None) -> Tensor:
+        """Apply all of them; to feature maps where the size of the network's input is given."""
+        for member in self.members:
+            if self.inverse:
+                x = member.inverse(x, input_size)
+            else:
+                x = member(x) if input_size is None else member.of_maps(x, input_size)
+        return x

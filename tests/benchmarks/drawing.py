@@ -93,7 +93,7 @@ def measure(layers: int, count: int, calls: int) -> list[dict[str, float]]:
     """Seconds of each call in this process: in all, and of its parts."""
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from lightning_invariance.logging import log_pictures
+    from lightning_invariance.monitor.logging import log_pictures
 
     history = evaluations(layers, count)
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=0))

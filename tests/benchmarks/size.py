@@ -28,8 +28,8 @@ import torch.multiprocessing as mp
 import torchvision
 
 from lightning_invariance import STLoader, evaluate, rotations
-from lightning_invariance.evaluation.registry import Registry
-from lightning_invariance.evaluation.session import Session
+from lightning_invariance.engine.registry import Registry
+from lightning_invariance.engine.walk import Session
 from lightning_invariance.measures import (
     DistanceSameEquivariance,
     Goodfellow,

@@ -1,0 +1,95 @@
+"""Whether all processes, batches and passes see the same data."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_invariance.messages import level_of_user
+from lightning_invariance.random_state import isolated_random_state
+from lightning_invariance.transforms import TransformationSet
+
+
+class Fingerprint(NamedTuple):
+    """What processes with the same data agree on.
+
+    Attributes:
+        n_samples: how many samples there are, where that is known.
+        first: a digest of the first sample; None where a dataset gives another one every time.
+    """
+
+    n_samples: int | None
+    first: str | None
+
+
+def fingerprint_of(n_samples: int | None, first: Callable[[], Tensor], seed: int) -> Fingerprint:
+    """The fingerprint of data whose first sample is fetched by a function."""
+    digests = set()
+    for _ in range(2):
+        with isolated_random_state(seed):
+            values = first().detach().cpu().contiguous().view(torch.uint8)  # numpy has no bfloat16
+        digests.add(hashlib.sha256(values.numpy().tobytes()).hexdigest())
+    return Fingerprint(n_samples, digests.pop() if len(digests) == 1 else None)
+
+
+def keys_of(samples: Tensor) -> Tensor:
+    """A number of 64 bits for each sample, ``(n,)``, by what it holds, in float32 if that is of floating point."""
+    samples = samples.float() if samples.is_floating_point() else samples
+    values = samples.detach().cpu().contiguous().flatten(1).view(torch.uint8).numpy()
+    digests = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in values)
+    return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests], dtype=torch.long)
+
+
+def warn_of_randomness(transformations: TransformationSet, sample: Tensor, seed: int) -> None:
+    """Warn where values will depend on batches and processes, since transformations draw random numbers."""
+    with isolated_random_state(seed):
+        is_random = transformations.is_random(sample)
+    if is_random:
+        warnings.warn(
+            f"{transformations!r} transforms at random: the values depend on the batch size and on the number of"
+            " processes. Make functions of fixed parameters instead.",
+            UserWarning,
+            stacklevel=level_of_user(),
+        )
+
+
+def warn_of_equal(transformations: TransformationSet, inputs: Tensor) -> None:
+    """Warn where all transformations make the same of some samples, ``(rows, columns, ...)``, that differ in values."""
+    varies = bool((inputs != inputs.flatten()[0]).any())  # an empty image stays what it is
+    if inputs.shape[1] > 1 and varies and bool((inputs == inputs[:, :1]).all()):
+        warnings.warn(
+            f"All transformations of {transformations!r} make the same of a sample, so that every layer will look"
+            " invariant. Functions made in a loop all see its last value: write `lambda x, k=k: ...`.",
+            UserWarning,
+            stacklevel=level_of_user(),
+        )
+
+
+def is_split(told: Sequence[Fingerprint]) -> bool:
+    """Whether a stream is split among the processes, each of which has its own part.
+
+    Args:
+        told: the fingerprint of each process.
+
+    Raises:
+        ValueError: If they hold different data in another way.
+    """
+    numbers = [each.n_samples for each in told]
+    digests = [each.first for each in told if each.first is not None]
+    give = "give each of them the whole data, which `evaluate` divides."
+    if len(set(numbers)) > 1:
+        raise ValueError(
+            f"Expected argument `data` to be the same on every process, but they have {numbers} samples: {give}"
+        )
+    if len(set(digests)) < 2:
+        return False
+    if numbers[0] is None and len(set(digests)) == len(told):
+        return True
+    raise ValueError(
+        f"Expected argument `data` to be the same on every process, but their first samples differ: {give}"
+    )

@@ -1,0 +1,187 @@
+"""Samples × transformations: the inputs behind the ST matrix, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_invariance.data.batches import Samples
+from lightning_invariance.data.fingerprints import warn_of_equal, warn_of_randomness
+from lightning_invariance.data.samples import Source
+from lightning_invariance.messages import given
+from lightning_invariance.transforms import TransformationSet
+
+#: Samples that are fetched together, if that makes whole blocks: while a GPU computes the next ones are fetched.
+FETCHED = 64
+
+
+class STBlock(NamedTuple):
+    """Inputs of some rows and columns of the ST matrix.
+
+    Attributes:
+        inputs: ``(rows, columns, *input_shape)``: the transformed samples.
+        labels: ``(rows,)``, where they were loaded, or None where the samples carry no label.
+        columns: which transformations these are. Blocks of one row longer than a batch come one after the other;
+            the row is complete when ``columns.stop`` is the number of transformations.
+        indices: ``(rows,)``, on the CPU: which of the chosen samples these are, counted over all processes.
+        batch: all entries of the batch for these rows, where they were asked for.
+        keys: ``(rows,)``, on the CPU: 64 bits that tell the samples apart by what they hold before any transformation,
+            where they were asked for.
+    """
+
+    inputs: Tensor
+    labels: Tensor | None
+    columns: slice
+    indices: Tensor
+    batch: Any = None
+    keys: Tensor | None = None
+
+
+class STLoader:
+    """Loads samples, transforms them on the target device, and gives them out as blocks of the ST matrix.
+
+    A block holds complete rows, as many as fit into a batch: ``batch_size // m`` samples under all m transformations. A
+    row longer than a batch comes in parts of at most ``batch_size`` columns. Which samples are taken, and which of them
+    share a block, does not depend on how the data are loaded.
+
+    Args:
+        data: a map-style or iterable ``Dataset``, a ``DataLoader``, or a tensor of inputs. Samples are a tensor ``x``,
+            a pair ``(x, y)``, or a dict with the input under ``image``, ``x``, ``input``, ``pixel_values`` or the like
+            (or as its only tensor). Of a loader of a map-style dataset the samples of its sampler or batch sampler are
+            taken, with its ``collate_fn`` and workers, but in other batches; Lightning's distribution of a sampler is
+            taken off.
+        transformations: the columns.
+        batch_size: largest number of transformed inputs in a block.
+        max_samples: how many samples to take: a random choice without regard to classes, the same at every call and
+            for every batch size. None takes all. An iterable dataset gives its first samples instead.
+        input_fn: picks x from a collated batch, where the above does not find it.
+        device: where to transform; by default where the samples are.
+        seed: of the choice of samples.
+        rank: this process takes its share of the samples, one of ``world_size``.
+        world_size: number of processes.
+        transform: if false, a block holds each sample as it is, as often as there are transformations.
+        with_batch: whether blocks carry all entries of the batch.
+        run: how many samples a process takes at most, one after the other in the random order, before another has its
+            turn. Those of iterable datasets, whose order is their own, are always dealt one by one.
+
+    Attributes:
+        source: where the samples come from.
+        n_samples: how many all processes take together; None for a stream.
+
+    Raises:
+        ValueError: If ``batch_size`` or ``max_samples`` is too small, there are no samples, an iterable dataset comes
+            without ``max_samples``, or (when iterating) samples hold no input or inputs of different sizes.
+
+    Example:
+        >>> import torch
+        >>> from lightning_invariance import STLoader, rotations
+        >>> [block.inputs.shape for block in STLoader(torch.rand(5, 1, 8, 8), rotations(4), batch_size=10)]
+        [torch.Size([2, 4, 1, 8, 8]), torch.Size([2, 4, 1, 8, 8]), torch.Size([1, 4, 1, 8, 8])]
+    """
+
+    def __init__(
+        self,
+        data: Dataset[Any] | DataLoader[Any] | Tensor | Sequence[Any],
+        transformations: TransformationSet,
+        batch_size: int = 128,
+        *,
+        max_samples: int | None = None,
+        input_fn: Callable[..., Tensor] | None = None,
+        device: torch.device | str | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        transform: bool = True,
+        with_batch: bool = False,
+        run: int = 1,
+    ) -> None:
+        if not isinstance(transformations, TransformationSet):
+            raise TypeError(
+                f"Expected argument `transformations` to be a TransformationSet, but got {given(transformations)};"
+                " make one of functions with `TransformationSet.from_callables`."
+            )
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"Expected argument `batch_size` to be an int larger than 0, but got {batch_size}.")
+        if max_samples is not None and (not isinstance(max_samples, int) or max_samples < 1):
+            raise ValueError(f"Expected argument `max_samples` to be an int larger than 0, but got {max_samples}.")
+        self.transformations = transformations
+        self.batch_size = batch_size
+        self.transform = transform
+        self.device = torch.device(device) if device is not None else None
+        self.rows = max(1, batch_size // len(transformations))
+        self.source = Source(
+            data,
+            max_samples,
+            input_fn,
+            seed,
+            rank,
+            world_size,
+            with_batch,
+            run,
+            together=self._fetched_together(),
+            pinned=self.device is not None and self.device.type == "cuda",
+        )
+        self.n_samples = self.source.n_samples
+        self._seed, self._checked, self._compared = seed, False, False
+
+    def _fetched_together(self) -> int:
+        return self.rows * max(1, FETCHED // self.rows)
+
+    def resize(self, batch_size: int) -> None:
+        """Make larger or smaller blocks from now on, of the same samples, which must not be those of a stream.
+
+        Within a walk only if a batch holds whole rows before and after.
+        """
+        self.batch_size, self.rows = batch_size, max(1, batch_size // len(self.transformations))
+        self.source.fetch_together(self._fetched_together())
+
+    def __len__(self) -> int:
+        """Number of blocks of this process; a TypeError where the data have no length."""
+        if (own := self.source.n_own) is None:
+            raise TypeError("The data have no length.")
+        return -(-own // self.rows) * len(self._parts())
+
+    def _parts(self) -> list[slice]:
+        m = len(self.transformations)
+        return [slice(start, min(start + self.batch_size, m)) for start in range(0, m, self.batch_size)]
+
+    def __iter__(self) -> Iterator[STBlock]:
+        parts = [(columns, self.transformations[columns]) for columns in self._parts()]
+        if len(parts) == 1:
+            parts = [(parts[0][0], self.transformations)]
+        first = 0
+        for samples in self._rows():
+            if not self._checked and self.transform:
+                self._checked = True
+                warn_of_randomness(self.transformations, samples.inputs[:1], self._seed)
+            indices = self.source.numbers(first, len(samples))
+            first += len(samples)
+            for columns, transformations in parts:
+                if self.transform:
+                    inputs = transformations(samples.inputs)
+                    if not self._compared and len(parts) == 1:
+                        self._compared = True
+                        warn_of_equal(self.transformations, inputs)
+                else:
+                    inputs = torch.stack([samples.inputs] * len(transformations), dim=1)
+                yield STBlock(inputs, samples.labels, columns, indices, samples.batch, samples.keys)
+
+    def _rows(self) -> Iterator[Samples]:
+        """The samples, :attr:`rows` at a time however they were batched, on the device."""
+        waiting: Samples | None = None
+        for samples in self.source.batches():
+            if self.device is not None:
+                samples = samples.to(self.device)
+            if waiting is not None:
+                samples = waiting.joined(samples)
+            start = 0
+            while (end := start + self.rows) <= len(samples):  # which :meth:`resize` may change between two blocks
+                yield samples.taken(slice(start, end))
+                start = end
+            waiting = samples.taken(slice(start, None)) if start < len(samples) else None
+        if waiting is not None:
+            yield waiting

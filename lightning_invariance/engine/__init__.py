@@ -1,0 +1,1 @@
+"""One evaluation: the walk over the ST matrix, and what it computes of every layer."""

@@ -1,0 +1,195 @@
+"""How much memory the sums of a walk will take, before they take it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_invariance.accumulators.base import Accumulator, Rows, started
+from lightning_invariance.engine.needed import INPUT
+from lightning_invariance.engine.registry import Registry
+from lightning_invariance.messages import number_of
+from lightning_invariance.model.channels import channel_axis_in, usual_channel_axis
+from lightning_invariance.model.layout import Finding, Layout
+
+#: What a layer returned in a probe, without values; the axis of its channels, counted from the end, where the module
+#: says it; and for how many inputs.
+Output: TypeAlias = tuple[Tensor, int | None, int]
+
+#: What a layer returns for one input: shape, type, axis of the channels.
+Activation: TypeAlias = tuple[tuple[int, ...], torch.dtype, int]
+
+#: Of layers whose rows take more bytes than this, a part is looked at.
+LARGEST_ROW = 2**28
+
+#: States that still grow after so many rows are taken for what they are then.
+MOST_ROWS = 1024
+
+#: Bytes of an activation for influences: sums, derivatives and weights; and of a column mean in float32.
+INFLUENCE, MEAN = 48, 4
+
+#: Where Linux tells what a container may use.
+CONTAINER = Path("/sys/fs/cgroup")
+
+UNITS = ("bytes", "kB", "MB", "GB", "TB")
+
+
+def check_memory(
+    registry: Registry,
+    activations: Mapping[str, Activation],
+    batch_size: int,
+    device: torch.device,
+    budget: int | None,
+) -> None:
+    """Raise where the sums of all layers will not fit.
+
+    Args:
+        registry: with the measures.
+        activations: of each layer.
+        batch_size: largest number of inputs in a block.
+        device: where the sums will be.
+        budget: bytes that they may take; None for what is free on the device.
+
+    Raises:
+        ValueError: If they take more than the budget.
+        MemoryError: If they take more than is free.
+    """
+    free = free_bytes(device) if budget is None else budget
+    if free is None:
+        return
+    by_measure, total = needed_bytes(registry, activations, batch_size, device)
+    if total <= free:
+        return
+    parts = ", ".join(f"{measure} {readable(size)}" for measure, size in by_measure.items())
+    of_what = f"the sums of {number_of(len(activations), 'layer')} for {len(registry.transformations)} transformations"
+    helps = "Measure fewer layers with `layers=`, fewer transformations, or with measures that need less"
+    if budget is not None:
+        raise ValueError(
+            f"Expected argument `state_budget` to be larger, but got {budget} bytes: {of_what} take {total} ({parts})."
+            f" {helps}."
+        )
+    raise MemoryError(
+        f"Expected {of_what} to fit into the {readable(free)} that are free on {device}, but they will take"
+        f" {readable(total)} ({parts}). {helps}, or give the variances a `state_budget=`: they can do with less, by two"
+        " walks."
+    )
+
+
+def activations_of(
+    outputs: Mapping[str, Output], findings: Mapping[str, Finding], channel_axes: Mapping[str, int]
+) -> dict[str, Activation]:
+    """What the layers that can be measured return for one input.
+
+    Args:
+        outputs: of a probe.
+        findings: of the probe.
+        channel_axes: see :func:`~lightning_invariance.model.channels.channel_axis_in`.
+    """
+    found: dict[str, Activation] = {}
+    for layer, (output, axis, batch) in outputs.items():
+        layout = findings.get(layer)
+        values = layout.batch_first(output, batch) if isinstance(layout, Layout) else None
+        if values is not None:
+            shape = tuple(values.shape[1:])
+            dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
+            found[layer] = shape, dtype, channel_axis_in(layer, shape, axis, channel_axes)
+    return found
+
+
+def needed_bytes(
+    registry: Registry, activations: Mapping[str, Activation], batch_size: int, device: torch.device
+) -> tuple[dict[str, int], int]:
+    """Bytes of the sums of all layers on a device by measure; and together, with what measures share counted once.
+
+    The parts of rows longer than a batch count, too, where they wait for the others.
+    """
+    by_measure: dict[str, int] = {}
+    total, m = 0, len(registry.transformations)
+    sizes: dict[tuple[Accumulator, Activation], int] = {}
+    device = device if device.type == "cpu" else torch.device("meta")  # where tensors have a size and no values
+    if registry.input_shape is not None:  # of measures that have a floor
+        shape = registry.input_shape
+        dtype = next((dtype for _, dtype, _ in activations.values()), torch.float32)
+        activations = {**activations, INPUT: (shape, dtype, usual_channel_axis(shape))}
+    for name, activation in activations.items():
+        shared: dict[Accumulator, int] = {}
+        for measure, accumulators in registry.needs.accumulators_of(name, activation[0]).items():
+            for accumulator in accumulators:
+                key = accumulator, activation
+                if key not in sizes:
+                    sizes[key] = state_bytes(accumulator, activation, m, registry.expected or MOST_ROWS, device)
+                shared[accumulator] = sizes[key]
+                by_measure[measure] = by_measure.get(measure, 0) + sizes[key]
+        total += sum(size for each, size in shared.items() if not _is_included(each, shared))
+        for measure in registry.needs.with_intervals if registry.confidence and name != INPUT else ():
+            size = math.prod(activation[0]) * (INFLUENCE + MEAN * m)
+            by_measure[measure] = by_measure.get(measure, 0) + size
+            total += size
+        if m > batch_size and not all(accumulator.takes_parts for accumulator in shared):
+            total += m * math.prod(activation[0]) * activation[1].itemsize
+    return by_measure, total
+
+
+def _is_included(accumulator: Accumulator, others: Iterable[Accumulator]) -> bool:
+    return any(other != accumulator and other.includes(accumulator) for other in others)
+
+
+@lru_cache(maxsize=4096)
+def state_bytes(accumulator: Accumulator, activation: Activation, m: int, n: int, device: torch.device) -> int:
+    """Bytes of the states of an accumulator for one layer and n samples, from rows of zeros; of huge layers, about.
+
+    Remembered, since a network that trains is evaluated many times.
+    """
+    shape, dtype, axis = activation
+    largest = max(1, LARGEST_ROW // (m * dtype.itemsize))
+    parts = -(-math.prod(shape) // largest)
+    if parts == 1 or not shape:
+        return _bytes_after(n, accumulator, torch.zeros((), dtype=dtype, device=device).expand(1, m, *shape), axis)
+    some = *shape[:-1], -(-shape[-1] // parts)
+    values = torch.zeros((), dtype=dtype, device=device).expand(1, m, *some)
+    return _bytes_after(n, accumulator, values, axis) * shape[-1] // some[-1]
+
+
+def _bytes_after(n: int, accumulator: Accumulator, row: Tensor, axis: int) -> int:
+    """Bytes of the states after n equal rows, or after as many as they grow with."""
+    one = torch.zeros(1, dtype=torch.long)
+    states, size = started(accumulator, row.device), -1
+    for before in range(min(n, MOST_ROWS) if accumulator.grows else 1):
+        accumulator.add_(states, Rows(row, one + before, one, before, channel_axis=axis))
+        if size == (size := sum(state.nbytes for state in states.values())):
+            break
+    return size
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that can be had without swapping; None where that is not known."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type != "cpu":
+        return None
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        return None
+    try:  # of a container
+        limit = int((CONTAINER / "memory.max").read_text(encoding="ascii"))  # else it is "max"
+        used = int((CONTAINER / "memory.current").read_text(encoding="ascii"))
+        about = dict(line.split() for line in (CONTAINER / "memory.stat").read_text(encoding="ascii").splitlines())
+        cached = int(about["active_file"]) + int(about["inactive_file"])  # of files, which give way
+        return min(free, limit - used + cached)
+    except (OSError, ValueError, KeyError):
+        return free
+
+
+def readable(size: int) -> str:
+    """Bytes with three digits."""
+    power = min(len(UNITS) - 1, max(0, (len(str(size)) - 1) // 3))
+    return f"{size / 1000**power:.3g} {UNITS[power]}"

@@ -1,0 +1,74 @@
+"""How an evaluation runs: the arguments that `evaluate` and the callback share, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_invariance.model.selection import Layers
+from lightning_invariance.results.intervals import check_confidence
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the arguments of :func:`~lightning_invariance.evaluate` mean; see there.
+
+    Attributes:
+        layers: which layers to measure.
+        batch_size: largest number of inputs in one forward pass, or ``"auto"``.
+        max_samples: how many samples.
+        device: where to run; None for where the model is.
+        forward: how to run the model.
+        input_fn: picks x from a batch.
+        transform_at: the module whose input is transformed; None for the network's.
+        channel_axis: layer or glob pattern → axis of the activation that holds the channels.
+        operations: also measure what functions and operators compute in forward.
+        convergence: also report values of the first samples.
+        state_budget: bytes that the states of all layers may take.
+        confidence: of intervals; None for none.
+        outputs: name → metric of predictions and targets, for each transformation.
+        seed: of all random choices.
+        progress: show a bar.
+
+    Raises:
+        ValueError: If ``batch_size`` or ``max_samples`` is too small, or ``confidence`` is not in (0, 1).
+        TypeError: If ``channel_axis`` is no mapping.
+    """
+
+    layers: Layers = None
+    batch_size: int | Literal["auto"] = "auto"
+    max_samples: int | None = None
+    device: torch.device | str | None = None
+    forward: Callable[..., Any] | None = None
+    input_fn: Callable[..., Tensor] | None = None
+    transform_at: str | None = None
+    channel_axis: Mapping[str, int] | None = None
+    operations: bool = False
+    convergence: bool = False
+    state_budget: int | None = None
+    confidence: float | None = None
+    outputs: Mapping[str, Metric] = field(default_factory=dict)
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch_size != "auto" and (not isinstance(self.batch_size, int) or self.batch_size < 1):
+            raise ValueError(
+                f'Expected argument `batch_size` to be an int of at least 1 or "auto", but got {self.batch_size!r}.'
+            )
+        if self.max_samples is not None and (not isinstance(self.max_samples, int) or self.max_samples < 1):
+            raise ValueError(
+                f"Expected argument `max_samples` to be an int of at least 1 or None, but got {self.max_samples!r}."
+            )
+        if self.confidence is not None:
+            check_confidence(self.confidence)
+        if self.channel_axis is not None and not isinstance(self.channel_axis, Mapping):
+            raise TypeError(
+                "Expected argument `channel_axis` to be a dict of names or patterns of layers, but got"
+                f' {self.channel_axis!r}: write {{"*": {self.channel_axis!r}}} for all layers.'
+            )

@@ -1,0 +1,217 @@
+"""What metrics of predictions and targets say under each transformation, from the same walk."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_invariance.data.batches import LABEL_KEYS, describe, target_of
+from lightning_invariance.data.loader import STBlock
+from lightning_invariance.distributed import gather_objects
+from lightning_invariance.messages import level_of_user
+from lightning_invariance.model.outputs import all_tensors_of
+from lightning_invariance.model.probe import FAILURES
+from lightning_invariance.results.intervals import interval_of
+from lightning_invariance.results.result import OutputValues
+from lightning_invariance.transforms import TransformationSet
+
+#: A metric is a mean over samples if its values are those of single samples within this part; metrics are in float32.
+SAME = 1e-5
+
+#: Where the prediction stands in an output that holds several tensors; by default it is the first.
+LOGITS = "[logits]"
+
+
+class Predictions:
+    """Metrics of the output of a network and the targets, a clone for each transformation.
+
+    Args:
+        metrics: name → metric, which is updated as ``metric(predictions, targets)``.
+        transformations: of the inputs.
+        device: where they are updated.
+        confidence: of the intervals of metrics that are means over samples; None for no intervals.
+    """
+
+    def __init__(
+        self,
+        metrics: Mapping[str, Metric],
+        transformations: TransformationSet,
+        device: torch.device,
+        confidence: float | None = None,
+    ) -> None:
+        self._clones: dict[str, list[Metric]] = {}
+        self._by_sample: dict[str, _BySample] = {}
+        self._confidence = confidence
+        self._may_move, m = transformations.invertible, len(transformations)
+        for name, metric in metrics.items():
+            metric = deepcopy(metric)
+            metric.reset()
+            self._clones[name] = [deepcopy(metric).to(device) for _ in range(m)]
+            if confidence is not None:
+                self._by_sample[name] = _BySample(deepcopy(metric).to(device), m)
+
+    def add(self, block: STBlock, output: Any) -> None:
+        """Update with what the network made of a block, columns of each row one after the other.
+
+        Raises:
+            ValueError: If the batch has no targets, or the output no tensor with a prediction for each input.
+        """
+        if not self._clones:
+            return
+        rows, columns = block.inputs.shape[:2]
+        targets = target_of(block.batch, rows)
+        if targets is None:
+            raise ValueError(
+                "Expected data with targets for the metrics in argument `outputs`, as pairs (x, y) or dicts with y"
+                f" under one of {LABEL_KEYS}, where y is a tensor with an entry for each sample, but a batch is"
+                f" {describe(block.batch)}."
+            )
+        if self._may_move:
+            self._may_move = False
+            _warn_of_maps(targets, block.inputs)
+        predictions = prediction_of(output, rows * columns)
+        predictions = predictions.detach().reshape(rows, columns, *predictions.shape[1:])
+        targets = targets.to(predictions.device).contiguous()  # some metrics view their arguments
+        for name, clones in self._clones.items():
+            for column, metric in enumerate(clones[block.columns]):
+                _update(name, metric, predictions[:, column].contiguous(), targets)
+            if name in self._by_sample:
+                self._by_sample[name].add(predictions, targets)
+
+    def values(self) -> dict[str, OutputValues]:
+        """Name → the value under each transformation; of all processes, by the metrics' own synchronisation.
+
+        Raises:
+            ValueError: If a metric has more than one value.
+        """
+        found: dict[str, OutputValues] = {}
+        for name, clones in self._clones.items():
+            with warnings.catch_warnings():  # of metrics that were not updated: in processes without samples
+                warnings.simplefilter("ignore", UserWarning)
+                values = [metric.compute() for metric in clones]
+            if any(not isinstance(value, Tensor) or value.numel() != 1 for value in values):
+                raise ValueError(
+                    f"Expected metrics in argument `outputs` to have one value, but {name} has {values[0]!r}: average"
+                    " over classes."
+                )
+            found[name] = OutputValues([float(value) for value in values], clones[0].higher_is_better)
+            if name in self._by_sample and self._confidence is not None:
+                of_samples = torch.cat(gather_objects(self._by_sample[name].values()))
+                bounds = clones[0].plot_lower_bound, clones[0].plot_upper_bound
+                found[name] = _with_intervals(found[name], of_samples, self._confidence, bounds)
+        return found
+
+
+class _BySample:
+    """What a metric says of each sample by itself.
+
+    Args:
+        metric: on its device.
+        m: number of transformations.
+    """
+
+    def __init__(self, metric: Metric, m: int) -> None:
+        self._metric, self._m = metric, m
+        self._values: list[float] = []
+        self._is_mean = True
+
+    def add(self, predictions: Tensor, targets: Tensor) -> None:
+        """Add the values of predictions ``(rows, columns, ...)``; a row longer than a batch comes in parts."""
+        with warnings.catch_warnings():  # of what a single sample lacks, such as a class
+            warnings.simplefilter("ignore")
+            found = [
+                [self._value(prediction[None], target[None]) for prediction in of_row]
+                for of_row, target in zip(predictions, targets, strict=True)
+            ]
+            together = [self._value(of_column, targets) for of_column in predictions.unbind(1)]
+        self._values += [value for of_row in found for value in of_row]
+        # Of all samples it may be their mean by chance: averaged over classes which have as many samples each.
+        self._is_mean &= is_mean(torch.tensor(found, dtype=torch.float64), together)
+
+    def _value(self, prediction: Tensor, target: Tensor) -> float:
+        """NaN where the metric has no single value for one sample."""
+        try:
+            self._metric.reset()
+            value = self._metric(prediction, target)  # of this call, which no process is asked for
+            return float(value) if isinstance(value, Tensor) and value.numel() == 1 else math.nan
+        except (ValueError, RuntimeError, IndexError):
+            return math.nan
+
+    def values(self) -> Tensor:
+        """``(samples, transformations)``; NaN where the metric was not the mean of those of single samples."""
+        found = torch.tensor(self._values, dtype=torch.float64).view(-1, self._m)
+        return found if self._is_mean else torch.full_like(found, math.nan)
+
+
+def _update(name: str, metric: Metric, predictions: Tensor, targets: Tensor) -> None:
+    """Update a metric; its own errors say nothing of whose predictions they are."""
+    try:
+        metric.update(predictions, targets)
+    except FAILURES as error:
+        if type(error) not in FAILURES:
+            raise
+        raise type(error)(
+            f"{error}\nMetric {name!r} in argument `outputs` got predictions of shape {tuple(predictions.shape)} and"
+            f" targets of shape {tuple(targets.shape)}. Predictions are what `forward` returns (its logits, or the"
+            " first tensor with one for each input), targets the second entry of a batch: let `forward` return others,"
+            " or a dataset give pairs (x, y)."
+        ) from error
+
+
+def is_mean(of_samples: Tensor, values: Sequence[float]) -> bool:
+    """Whether each value is the mean of those of single samples, ``(samples, transformations)``."""
+    apart = (of_samples.mean(0) - torch.tensor(values, dtype=torch.float64)).abs()
+    return bool((apart <= SAME * of_samples.abs().max()).all())  # false for NaN
+
+
+def _warn_of_maps(targets: Tensor, inputs: Tensor) -> None:
+    """Warn where targets have a value for each pixel of the images ``(rows, columns, channels, height, width)``."""
+    if inputs.ndim == 5 and targets.ndim > 2 and targets.shape[-2:] == inputs.shape[-2:]:
+        warnings.warn(
+            f"Targets of shape {tuple(targets.shape)} look like maps of the images, but do not move with these: where"
+            " transformations move pixels, metrics in argument `outputs` compare predictions with targets that stand"
+            " elsewhere. Measure VarianceSameEquivariance of the last layer instead, which maps predictions back.",
+            UserWarning,
+            stacklevel=level_of_user(),
+        )
+
+
+def _with_intervals(
+    found: OutputValues, of_samples: Tensor, confidence: float, bounds: tuple[float | None, float | None]
+) -> OutputValues:
+    """The same with intervals, if every value is the mean of those of single samples (samples, transformations).
+
+    They end where the metric does, by what torchmetrics draws of it.
+    """
+    if not len(of_samples) or not is_mean(of_samples, found.values):
+        return found
+    columns = [*of_samples.unbind(1), of_samples.mean(1)]
+    intervals = [interval_of(float(each.mean()), each - each.mean(), confidence) for each in columns]
+    ends = torch.tensor([[each.low, each.high] for each in intervals], dtype=torch.float64)
+    ends[[each.standard_error == 0 for each in intervals]] = math.nan
+    low, high = (ends if bounds == (None, None) else ends.clamp(*bounds)).mT.tolist()
+    return replace(found, low=low[:-1], high=high[:-1], mean_low=low[-1], mean_high=high[-1])
+
+
+def prediction_of(output: Any, n: int) -> Tensor:
+    """The tensor in an output that holds a prediction for each of n inputs: its logits, or else the first that fits.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    tensors = {place: tensor for place, tensor in all_tensors_of(output) if tensor.ndim and len(tensor) == n}
+    if not tensors:
+        shapes = [tuple(tensor.shape) for _, tensor in all_tensors_of(output)]
+        raise ValueError(
+            f"Expected the model to return a prediction for each of {n} inputs for the metrics in argument `outputs`,"
+            f" but its output has tensors of shapes {shapes}: let `forward` return the predictions."
+        )
+    return tensors.get(LOGITS, next(iter(tensors.values())))

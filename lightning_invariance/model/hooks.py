@@ -1,0 +1,153 @@
+"""Catching what the modules of a network return."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lightning_invariance.model.channels import channel_axis_of
+from lightning_invariance.model.operations import Operations
+from lightning_invariance.model.outputs import tensors_of
+from lightning_invariance.model.selection import Selection
+
+#: Receives the name of a layer, an output tensor, and the axis of the channels in it, counted from the end (None where
+#: the module does not say).
+Consumer: TypeAlias = Callable[[str, Tensor, int | None], None]
+
+#: Entered in the hook of every module, where there is no function mode to leave: making one each time takes longer.
+NOTHING = nullcontext()
+
+
+class Catcher:
+    """Hands the outputs of selected modules to a consumer, inside the forward hook, before anything can change them.
+
+    Attributes:
+        consumer: may be replaced between two forward passes.
+    """
+
+    def __init__(self, selection: Selection, consumer: Consumer) -> None:
+        self.consumer = consumer
+        self.operations = Operations(self._operation) if selection.operations else None
+        self._patterns = selection.operations
+        self._origins = selection.origins
+        self._calls: dict[str, int] = {}
+        self._runs = 0  # of modules, in this pass
+        self._entered: list[int] = []  # how many there were when each running container began
+        # By identity of the tensors that modules returned in this pass; another may have it once a tensor is gone.
+        self._channel_axes: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+    @contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """What runs in this context is one forward pass."""
+        self._calls, self._channel_axes, self._runs, self._entered = {}, {}, 0, []
+        if self.operations is None:
+            yield
+            return
+        self.operations.start_forward()
+        with self.operations:
+            yield
+
+    def hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        """The forward hook of one module."""
+
+        def caught(module: nn.Module, args: Any, output: Any) -> None:
+            self._runs += 1
+            call = self._calls.get(name, 0)
+            self._calls[name] = call + 1
+            layer = name if call == 0 else f"{name}#{call}"
+            self._give(layer, name, module, args, output)
+            if self.operations is not None:
+                self.operations.module_returned(output)
+
+        return caught
+
+    def count(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The forward hook of modules that are not selected: a container within which one runs is no leaf."""
+        self._runs += 1
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """The forward pre-hook of a container."""
+        self._entered.append(self._runs)
+
+    def hook_of_container(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        """The forward hook of a module that is measured where no other module has run within it."""
+        caught = self.hook(name)
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            if self._entered and self._entered.pop() == self._runs:
+                caught(module, args, output)
+
+        return leave
+
+    def _operation(self, operation: str, args: tuple[Any, ...], output: Any) -> None:
+        pattern = next((p for p in self._patterns if p == operation or fnmatchcase(operation, p)), None)
+        if pattern is not None:
+            self._give(operation, pattern, None, args, output)
+
+    def _give(self, layer: str, origin: str, module: nn.Module | None, args: Any, output: Any) -> None:
+        """Give every tensor of an output to the consumer, whose own operations are not those of the model."""
+        # Leaving a function mode unseen costs less than having it ignore every function of the consumer.
+        with NOTHING if self.operations is None else torch._C.DisableTorchFunction():
+            for place, tensor in tensors_of(output):
+                if layer + place not in self._origins:
+                    self._origins[layer + place] = origin
+                axis = self._channel_axis(module, args, tensor)
+                self.consumer(layer + place, tensor.detach() if tensor.requires_grad else tensor, axis)
+
+    def _channel_axis(self, module: nn.Module | None, args: Any, output: Tensor) -> int | None:
+        """The axis of the channels; of a module that keeps the shape of its input it is that of the input."""
+        of_input = None
+        if args and isinstance(args[0], Tensor) and args[0].shape == output.shape:
+            known = self._channel_axes.get(id(args[0]))
+            of_input = known[1] if known is not None and known[0]() is args[0] else None
+        axis = channel_axis_of(module, output, of_input)
+        if axis is not None:
+            self._channel_axes[id(output)] = weakref.ref(output), axis
+        return axis
+
+
+@contextmanager
+def catch_activations(model: nn.Module, selection: Selection, consumer: Consumer) -> Iterator[Catcher]:
+    """Call ``consumer(layer, output, channel_axis)`` for every output of the selected modules while the context lasts.
+
+    The hooks are gone afterwards, also when forward or the consumer raises.
+    """
+    catcher = Catcher(selection, consumer)
+    handles = []
+    try:
+        for name, module in selection.modules.items():
+            handles.append(module.register_forward_hook(catcher.hook(name)))
+        for name, module in selection.containers.items():
+            handles.append(module.register_forward_pre_hook(catcher.enter))
+            handles.append(module.register_forward_hook(catcher.hook_of_container(name)))
+        known = {id(module) for module in (*selection.modules.values(), *selection.containers.values())}
+        within = {id(m): m for container in selection.containers.values() for m in container.modules()}
+        for module in (module for identity, module in within.items() if identity not in known):
+            handles.append(module.register_forward_hook(catcher.count))
+        with nullcontext() if catcher.operations is None else catcher.operations.following(model):
+            yield catcher
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def transformed_input(module: nn.Module, transform: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace the first argument of a module by ``transform`` of it while the context lasts."""
+
+    def replaced(module: nn.Module, args: Any) -> Any:
+        if not args or not isinstance(args[0], Tensor):
+            raise RuntimeError("Expected the module of argument `transform_at` to take a tensor as its first argument.")
+        return (transform(args[0]), *args[1:])
+
+    handle = module.register_forward_pre_hook(replaced)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,1 @@
+"""What an evaluation has found: values, intervals, tables, files, comparisons and warnings."""
