@@ -1,9 +1,8 @@
 """See, while a PyTorch Lightning model trains, how invariant every layer and unit is to input transformations."""
 
 from lightning_invariance.data.loader import STLoader
-from lightning_invariance.evaluate import evaluate
+from lightning_invariance.evaluate import evaluate, layer_names
 from lightning_invariance.monitor.callback import InvarianceMonitor
-from lightning_invariance.naming import layer_names
 from lightning_invariance.results.compare import compare
 from lightning_invariance.results.comparison import Comparison
 from lightning_invariance.results.result import InvarianceResult

@@ -1,8 +1,8 @@
-"""One walk over the ST matrix that feeds every measure of every layer."""
+"""``evaluate`` and ``layer_names``: their arguments, checks, and results."""
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_invariance.data.loader import STLoader
-from lightning_invariance.distributed import gather_or_raise, rank_and_world_size
+from lightning_invariance.distributed import rank_and_world_size
 from lightning_invariance.engine.arguments import (
     check_model,
     check_number,
@@ -20,23 +19,18 @@ from lightning_invariance.engine.arguments import (
     named_measures,
     named_metrics,
 )
-from lightning_invariance.engine.budget import needed_bytes
-from lightning_invariance.engine.collect import Convergence, collect
-from lightning_invariance.engine.column_chunks import in_two_walks
-from lightning_invariance.engine.memory_format import ChannelsLastError, never_with_channels_last
+from lightning_invariance.engine.budget import OverBudgetError
+from lightning_invariance.engine.collect import collect
+from lightning_invariance.engine.column_chunks import in_column_chunks
 from lightning_invariance.engine.options import Options
-from lightning_invariance.engine.registry import Registry
-from lightning_invariance.engine.walk import Session
+from lightning_invariance.engine.walk import Walk
 from lightning_invariance.measures.base import names_accumulators
+from lightning_invariance.messages import level_of_user
 from lightning_invariance.model.preserved import ONE_AT_A_TIME
-from lightning_invariance.model.selection import Layers, unwrapped
+from lightning_invariance.model.selection import Layers, select_layers, unwrapped
 from lightning_invariance.results.result import InvarianceResult
 from lightning_invariance.results.warnings import warn_of
 from lightning_invariance.transforms import TransformationSet
-
-#: The states of rows longer than a batch may take so many bytes where the user does not say.
-DEFAULT_BUDGET = 2**31
-
 
 #: Model → the batch size that ``"auto"`` came to, where the memory did not suffice for the first one.
 _FITTING: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -56,7 +50,6 @@ def evaluate(
     input_fn: Callable[..., Tensor] | None = None,
     transform_at: str | None = None,
     operations: bool = False,
-    convergence: bool = False,
     state_budget: int | None = None,
     confidence: float | None = None,
     outputs: Metric | Sequence[Metric] | Mapping[str, Metric] | None = None,
@@ -80,13 +73,9 @@ def evaluate(
             default :class:`~lightning_invariance.measures.NormalizedVariance`.
         layers: which layers to measure; by default every leaf module. Names, glob patterns, module types, a predicate,
             or a dict that renames: see :func:`layer_names`.
-        batch_size: largest number of transformed inputs in one forward pass. ``"auto"`` begins with 128, and goes on
-            with up to 512 while activations take at most 10 MiB on average and less than 32 each; on an accelerator
-            with as many inputs as make half a gigabyte (at most 16,384). It halves where the memory does not suffice,
-            which it remembers for the next evaluation of the model; values do not depend on it. On the CPU it also
-            lets convolutional networks run with channels last in memory if that is faster, which is timed once for a
-            model, in six more passes. A number keeps the format of the images, and with it the last digits of every
-            run; so does ``torch.use_deterministic_algorithms``.
+        batch_size: largest number of transformed inputs in one forward pass. ``"auto"`` is 128 on the CPU, and on an
+            accelerator as many as make half a gigabyte of inputs (at most 16,384). It halves, with a warning, where
+            memory does not suffice, also for later evaluations of the model. Values depend on it by rounding alone.
         max_samples: how many samples to use, a random choice that is the same every time; by default all.
         device: where to run; by default where the model's parameters are. The model is moved there and back.
         forward: ``forward(model, x)`` runs the model where it is not simply called as ``model(x)``. One of three
@@ -99,15 +88,12 @@ def evaluate(
         operations: also measure what functions and operators compute in forward: ``layer1.0/add`` is the sum in the
             forward of ``layer1.0``, ``features/relu#1`` the second ``relu`` in that of ``features``. Views, and what
             a measured module returns, are left out. Some of them are chosen with patterns in ``layers``.
-        convergence: also report the value of each layer after 1/8, 1/4 and 1/2 of the samples in whole blocks, as
-            ``result.convergence``; of measures of this package that need one pass, in a single process.
         state_budget: bytes that the states of all layers may take. Where the means of the columns of a large set do not
-            fit, the variances are computed in two walks instead, samples first and then some transformations at a
-            time: the same values from twice as many forward passes, and more passes over the data. By default 2 GiB
-            for rows longer than a batch, and else what is free.
+            fit, variances are computed from chunks of the ST matrix instead, some transformations or some samples at
+            a time: the same values from twice as many forward passes, and more passes over the data. By default
+            2 GiB for rows longer than a batch, and else the memory that is free.
         confidence: of intervals over samples, such as 0.95: the standard error of every unit, and how much each sample
-            moves the mean of each layer, of the variances, distances and same-equivariances. Means over samples, such
-            as TransformationVariance, have them from one pass, quotients from a second one. See
+            moves the mean of each layer, of the variances, distances and same-equivariances, from a second pass. See
             :meth:`InvarianceResult.interval` and :func:`compare`. By default there are none.
         outputs: metrics of predictions and targets, such as an accuracy: what the network's output (its logits, or the
             first tensor) is worth under each transformation, as ``result.outputs``. They need targets in the data.
@@ -123,8 +109,8 @@ def evaluate(
 
     Raises:
         ValueError: Before anything runs: for fewer than two samples or transformations, unknown or no layers, two
-            measures of one name, data without inputs, ``convergence`` without a known number of samples, or measures
-            whose states exceed ``state_budget`` and that cannot do with less.
+            measures of one name, or data without inputs. After a look at a few inputs: if the states of measures
+            exceed ``state_budget`` and they cannot do with less.
         MemoryError: After a look at a few inputs, if the states take more memory than is free.
         TypeError: If a measure is no ``Metric`` or the transformations are no :class:`TransformationSet`.
         RuntimeError: If a layer that was asked for by name never runs (the message lists those that did).
@@ -150,7 +136,6 @@ def evaluate(
         input_fn=input_fn,
         transform_at=transform_at,
         operations=operations,
-        convergence=convergence,
         state_budget=state_budget,
         confidence=confidence,
         outputs=named_metrics(outputs),
@@ -170,72 +155,44 @@ def evaluate_with(
 ) -> InvarianceResult:
     """:func:`evaluate` with its options in one object."""
     check_model(model)
+    check_transformations(transformations)
     model = unwrapped(model)
-    session = Session(model, data, options)
+    walk = Walk(model, data, options)
     if options.batch_size == "auto" and model in _FITTING:
-        session = session.with_batch_size(_FITTING[model])
+        walk = walk.with_batch_size(_FITTING[model])
     while True:
         try:
             # Results are plain tensors, also where the caller is in inference mode.
             with ONE_AT_A_TIME, torch.inference_mode(False):
-                return _measured(session, transformations, measures)
-        except ChannelsLastError:
-            never_with_channels_last(model)
-            session = Session(model, data, options)
-            continue
+                return _measured(walk, transformations, measures)
         except torch.OutOfMemoryError:
-            if options.batch_size != "auto" or session.batch_size == 1:
+            if options.batch_size != "auto" or walk.batch_size == 1:
                 raise
-        _FITTING[model] = session.batch_size // 2
-        session = session.with_batch_size(_FITTING[model])
+        _FITTING[model] = walk.batch_size // 2
+        warnings.warn(
+            f"Memory did not suffice for batches of {walk.batch_size} inputs: they have {_FITTING[model]} from now on.",
+            UserWarning,
+            stacklevel=level_of_user(),
+        )
+        walk = walk.with_batch_size(_FITTING[model])
 
 
-def _measured(session: Session, transformations: TransformationSet, measures: Mapping[str, Metric]) -> InvarianceResult:
-    """Walk over the ST matrix, in two directions where the states of one walk would be too large."""
-    check_transformations(transformations)
-    loader, options = session.loader(transformations, _run_of(measures)), session.options
+def _measured(walk: Walk, transformations: TransformationSet, measures: Mapping[str, Metric]) -> InvarianceResult:
+    """Walk over the ST matrix, or over chunks of it where the sums of one walk would take too much memory."""
+    loader = walk.loader(transformations, _run_of(measures))
     if loader.n_samples is not None:
         check_number(loader.n_samples)
-    milestones = _milestones(loader) if options.convergence else []
-    convergence, result = Convergence(measures), None
-    if options.state_budget is not None or len(transformations) > session.batch_size:
-        budget = DEFAULT_BUDGET if options.state_budget is None else options.state_budget
-        needed, activations = _needed(session, loader, measures)
-        if needed > budget:
-            for name in ("convergence", "confidence", "outputs"):
-                if getattr(options, name):
-                    raise ValueError(
-                        f"Expected `{name}` with states within `state_budget`, but {budget} bytes are less than the"
-                        f" {needed} that they take."
-                    )
-            result = in_two_walks(session, measures, loader, activations, budget)
-    if result is None:
-        result = collect(session.walk(measures, loader, milestones, convergence.note))
-        if milestones:
-            result.convergence = convergence.of(result)
-    result.outputs = session.outputs()
+    try:
+        result = collect(walk.run(measures, loader))
+    except OverBudgetError as over:
+        result = in_column_chunks(walk, measures, loader, over)
+    result.outputs = walk.outputs()
     check_number(result.n_samples)
     ran = [*result.layers, *(layer for layers in result.skipped.values() for layer in layers)]
-    session.selection.check_measured(ran, result.left_out)
+    walk.selection.check_measured(ran, result.left_out)
     if rank_and_world_size()[0] == 0:
-        warn_of(result, options.channel_axis or ())
+        warn_of(result, walk.options.channel_axis or ())
     return result
-
-
-def _needed(session: Session, loader: STLoader, measures: Mapping[str, Metric]) -> tuple[int, int]:
-    """Bytes of the sums of one walk, and the number of activations of all layers: the most of any process."""
-    error: BaseException | None = None
-    own = 0, 0
-    try:
-        activations = session.activations(loader)
-        confidence = session.options.confidence
-        registry = Registry(measures, loader.transformations, loader.n_samples, loader.source.run, confidence)
-        number = sum(math.prod(shape) for shape, *_ in activations.values())
-        own = needed_bytes(registry, activations, session.batch_size, session.device)[1], number
-    except Exception as raised:  # the other processes must be told, or they would wait for ever
-        error = raised
-    bytes_of, numbers = zip(*gather_or_raise(own, error), strict=True)
-    return max(bytes_of), max(numbers)
 
 
 def _run_of(measures: Mapping[str, Metric]) -> int:
@@ -244,12 +201,63 @@ def _run_of(measures: Mapping[str, Metric]) -> int:
     return max((accumulator.least_run for accumulator in needs), default=1)
 
 
-def _milestones(loader: STLoader) -> list[int]:
-    """The numbers of samples after which values are reported."""
-    _, world_size = rank_and_world_size()
-    if loader.n_samples is None or world_size > 1:
-        raise ValueError(
-            "Expected argument `convergence` to be used in a single process with data of known length, but got"
-            f" {world_size} processes and {'unknown' if loader.n_samples is None else loader.n_samples} samples."
-        )
-    return sorted({max(2, loader.n_samples // part) for part in (8, 4, 2)} - {loader.n_samples})
+def layer_names(
+    model: nn.Module,
+    layers: Layers = None,
+    example: Tensor | None = None,
+    *,
+    operations: bool = False,
+    forward: Callable[[nn.Module, Tensor], Any] | None = None,
+) -> list[str]:
+    """Names of a model's layers: in the order in which the model holds them, or with an example in which they run.
+
+    Args:
+        model: any module.
+        layers: what to select, as in :func:`evaluate`:
+
+            - ``None``: every leaf module: one without children, or within which no other module runs, such as an
+              ``nn.MultiheadAttention``.
+            - names of modules, leaf or not, such as ``["conv1", "layer1"]``; the output of ``"layer1"`` is what the
+              whole block returns.
+            - glob patterns over the leaf modules, such as ``"layer1.*"`` or ``"*conv?"``; ``*`` also matches dots.
+            - module types, such as ``nn.Conv2d`` or your own block class.
+            - a predicate ``(name, module) -> bool``, asked for every module but the model itself.
+            - a dict from module name to the name for results, curves and pictures.
+            - patterns of operations, ``"layer1.0/add"`` or ``"layer*/add"``: what functions and operators compute in
+              the forward of a module, see ``operations`` of :func:`evaluate`.
+        example: inputs, at least two different ones; the model runs on them twice. Then the names are those of a
+            result: without layers that do not run or cannot be measured, with operations, and with the further layers
+            of modules that run k times in one forward pass (``name``, ``name#1``, …, ``name#{k-1}``) or return a tuple,
+            list or dict (``name[0]``, ``name[key]``, …). Without an example only modules without children are known.
+        operations: with an example, whether to name what functions and operators compute, too.
+        forward: with an example, ``forward(model, x)`` runs the model where it is not called as ``model(x)``.
+
+    Returns:
+        The names.
+
+    Raises:
+        ValueError: If a name or pattern is not in the model (the message lists near names), nothing is selected, or
+            ``operations`` comes without an ``example`` of two inputs.
+        TypeError: If ``layers`` is of another kind.
+
+    Example:
+        >>> import torch
+        >>> class Net(nn.Sequential):
+        ...     def forward(self, x):
+        ...         return super().forward(x.relu()) + 1
+        >>> model = Net(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten())
+        >>> layer_names(model)
+        ['0', '1', '2']
+        >>> layer_names(model, example=torch.randn(2, 1, 5, 5), operations=True)
+        ['Net/relu', '0', '1', '2', 'Net/add']
+    """
+    if example is None:
+        if operations:
+            raise ValueError("Expected argument `example` with `operations=True`: they have names only when they run.")
+        return list(select_layers(model, layers).modules)
+    if not isinstance(example, Tensor) or example.ndim < 2 or len(example) < 2:
+        shape = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
+        raise ValueError(f"Expected argument `example` to be a tensor of at least two inputs, but got {shape}.")
+    walk = Walk(unwrapped(model), example, Options(layers, forward=forward, operations=operations))
+    with ONE_AT_A_TIME:
+        return walk.names(example)

@@ -7,15 +7,14 @@ from lightning_invariance.accumulators.base import Accumulator, Context, Rows, S
 from lightning_invariance.accumulators.by_class import ByClass
 from lightning_invariance.accumulators.changes import Changes
 from lightning_invariance.accumulators.column_means import means_of
+from lightning_invariance.accumulators.constant import Constant
 from lightning_invariance.accumulators.deviations import Deviations
 from lightning_invariance.accumulators.distances import RowDistances
 from lightning_invariance.accumulators.grouped_pairs import GroupedPairs
-from lightning_invariance.accumulators.long_rows import LongRows
 from lightning_invariance.accumulators.mapped_back import DirectDistances, MappedBack
 from lightning_invariance.accumulators.matrix import Matrix
 from lightning_invariance.accumulators.paired import PairedDeviations
 from lightning_invariance.accumulators.peaks import Extremes, Firing, Peaks
-from lightning_invariance.accumulators.still import Still
 from lightning_invariance.accumulators.subsample import ColumnPairs, Subsample
 from lightning_invariance.accumulators.winners import Winners
 
@@ -24,13 +23,13 @@ __all__ = [
     "ByClass",
     "Changes",
     "ColumnPairs",
+    "Constant",
     "Context",
     "Deviations",
     "DirectDistances",
     "Extremes",
     "Firing",
     "GroupedPairs",
-    "LongRows",
     "MappedBack",
     "Matrix",
     "PairedDeviations",
@@ -38,7 +37,6 @@ __all__ = [
     "RowDistances",
     "Rows",
     "States",
-    "Still",
     "Subsample",
     "Winners",
     "means_of",

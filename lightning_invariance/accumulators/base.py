@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -52,28 +52,23 @@ class Rows:
     """Rows of the ST matrix of every activation of one layer.
 
     Attributes:
-        values: ``(samples, transformations, *activation_shape)`` in float32 or float64; or in float16 or bfloat16, if
-            the accumulator :attr:`~Accumulator.takes_half`. Rows are complete, unless it
-            :attr:`~Accumulator.takes_parts`.
+        values: complete rows ``(samples, transformations, *activation_shape)`` in float32 or float64; or in float16 or
+            bfloat16, if the accumulator :attr:`~Accumulator.takes_half`.
         indices: ``(samples,)`` in int64, on the CPU: numbers that name the samples; None in an update by hand without.
         labels: ``(samples,)``, the class of each sample; None where the data have none.
         before: how many rows were added before these.
-        last: whether the rows are complete with these columns.
         memo: what the accumulators of this layer have computed of these rows; see :meth:`once`.
         block_memo: what the accumulators of all layers have computed of these samples.
         channel_axis: which axis of the activation holds the channels.
-        keep_shares: whether :meth:`Accumulator.shares` of these rows follow, for which :meth:`once` may keep things.
     """
 
     values: Tensor
     indices: Tensor | None = None
     labels: Tensor | None = None
     before: int = 0
-    last: bool = True
     memo: dict[Hashable, Any] = field(default_factory=dict)
     block_memo: dict[Hashable, Any] = field(default_factory=dict)
     channel_axis: int = 0
-    keep_shares: bool = False
 
     @property
     def flat(self) -> Tensor:
@@ -115,16 +110,87 @@ class Rows:
         return Rows(self.values[there], indices, labels, before, channel_axis=self.channel_axis)
 
 
+class Group(NamedTuple):
+    """Rows of one group of samples in a block.
+
+    Attributes:
+        number: of the group.
+        size: how many samples it holds.
+        rows: how many of them the block holds.
+    """
+
+    number: int
+    size: int
+    rows: int
+
+
+class GroupShare(NamedTuple):
+    """What a group of samples adds to the sums.
+
+    Attributes:
+        shares: state → ``(1, *state shape)``.
+        expected: which part of the sums a group of this size adds on average.
+        groups: how many groups there are.
+    """
+
+    shares: States
+    expected: float
+    groups: int
+
+
+class Influenced(NamedTuple):
+    """A value that is made of sums, and how it changes with them.
+
+    Attributes:
+        n_samples: number of rows of the sums.
+        n_transformations: number of columns.
+        derivative: gives the derivatives of the value of each unit with respect to some states, in their shapes.
+        finite: which units have a finite value, ``(units,)``.
+        factors: ``(activations,)`` in float32, by which changes are multiplied in the response of the measure; None
+            where they are not constant, or not wanted.
+        with_response: whether the influences on the response are wanted, too.
+    """
+
+    n_samples: int
+    n_transformations: int
+    derivative: Callable[[Sequence[str]], States]
+    finite: Tensor
+    factors: Tensor | None
+    with_response: bool
+
+
+class FoundInfluences(NamedTuple):
+    r"""What an :class:`InfluenceKernel` has found of some rows.
+
+    Attributes:
+        on_sum: :math:`\sum_u \psi_{iu}` over activations, ``(n,)`` in float64.
+        changes: :math:`\sum_u f_u (x_{iju} - x_{iru})^2` with the factors f, ``(n, m)`` in float64; empty without.
+        spreads: squared deviations of each row from the means of the columns, ``(n, k)`` in float32; empty without
+            factors.
+    """
+
+    on_sum: Tensor
+    changes: Tensor
+    spreads: Tensor
+
+
+class InfluenceKernel(Protocol):
+    """Sums the influences of samples on the value of each unit."""
+
+    def add(self, rows: Rows, squares: Tensor, fourths: Tensor) -> FoundInfluences | None:
+        r"""Add :math:`\sum_i \psi_i^2` and :math:`\sum_i \psi_i^4` in place; None, and no change, if it cannot."""
+
+
 class Accumulator(ABC):
     """One family of sums over the rows of the ST matrix of a layer.
 
-    A subclass is a frozen dataclass, whose fields are its arguments, immutable and hashable: accumulators that are
-    equal exist once for a layer, and serve every measure that needs them. It overrides :meth:`empty`, :meth:`add` and
+    A subclass is a frozen dataclass, whose fields are its arguments, immutable and hashable: equal accumulators exist
+    once for a layer, and serve every measure that needs them. It overrides :meth:`empty`, :meth:`add` and
     :meth:`merge`, which work on plain dicts of tensors:
 
     - The states before the first row are those of :meth:`empty`. A state keeps its number of dimensions from then on,
       and is float64, float32, int64, int32 or bool, so that processes know what they send to each other.
-    - :meth:`add` returns every state. The number of rows before is ``rows.before``.
+    - :meth:`add` changes the dict in place. The number of rows before is ``rows.before``.
     - :meth:`merge` is called with states that have rows, returns every state, and must give the same for any split and
       order of the rows. The dicts that it gets also hold ``n_samples``, the number of their rows; whatever else it
       needs, such as the number of transformations, must be a state.
@@ -133,14 +199,21 @@ class Accumulator(ABC):
     #: States that stay on the CPU, since the accumulator reads them: reading from a GPU would synchronise.
     cpu_states: ClassVar[tuple[str, ...]] = ()
 
-    #: Whether rows longer than a batch are added in parts, one after the other; otherwise rows are completed first.
-    takes_parts: ClassVar[bool] = False
-
     #: Whether it adds float16 and bfloat16 values as they are; otherwise they are float32.
     takes_half: ClassVar[bool] = False
 
     #: Whether states grow with the number of rows; otherwise the first row tells how much memory they take.
     grows: ClassVar[bool] = False
+
+    #: Whether it looks at samples in groups, which then take the place of samples in standard errors.
+    in_groups: ClassVar[bool] = False
+
+    #: Whether sums have the channels first, whichever axis of the activation holds them.
+    channels_first: ClassVar[bool] = False
+
+    #: Whether it gives the same sums where another axis of the activation holds the channels (``rows.channel_axis``).
+    #: Declared by each class for itself: subclasses do not inherit it.
+    any_channel_axis: ClassVar[bool] = False
 
     @property
     def least_run(self) -> int:
@@ -152,18 +225,12 @@ class Accumulator(ABC):
         """The states before the first row."""
 
     @abstractmethod
-    def add(self, states: States, rows: Rows) -> States:
-        """The states after more rows; those that were given stay as they are."""
+    def add(self, states: States, rows: Rows) -> None:
+        """Add rows to the states: change the dict, or the tensors in it, in place."""
 
     @abstractmethod
     def merge(self, a: States, b: States) -> States:
         """The states after the rows of both, neither of which is changed."""
-
-    def add_(self, states: States, rows: Rows) -> None:
-        """As :meth:`add`, but may change the states in place: in an evaluation nobody else holds them."""
-        added = self.add(states, rows)
-        check_states(self, added, "add")
-        states.update(added)
 
     def prepared(self, context: Context) -> Accumulator:
         """The accumulator for what is known before the first row.
@@ -186,18 +253,39 @@ class Accumulator(ABC):
         """Whether :meth:`shares` is there, so that values have standard errors over samples."""
         return type(self).shares is not Accumulator.shares
 
-    def shares(self, rows: Rows, totals: States | None) -> States:
+    def shares(self, rows: Rows, totals: States) -> States:
         """What each sample adds to the sums, given what they came to: what they change if it weighs a little more.
 
         Args:
-            rows: of a second pass over the same samples, or just added in a first one.
-            totals: the states after all rows; None in a first pass, which wants those alone that do not depend on them.
+            rows: of a second pass over the same samples.
+            totals: the states after all rows.
 
         Returns:
             ``(samples, *state shape)`` in float64 for each state that a value is made of, whose last axis is that of
             activations or channels.
         """
         raise NotImplementedError(f"{type(self).__name__} does not tell the shares of samples.")
+
+    def group_of(self, indices: Tensor) -> Tensor:
+        """The number of the group of each sample, ``(samples,)``, if it looks at samples :attr:`in_groups`."""
+        raise NotImplementedError(f"{type(self).__name__} does not look at samples in groups.")
+
+    def groups(self, rows: Rows) -> list[Group]:
+        """The groups that rows belong to, one after the other, if it looks at samples :attr:`in_groups`."""
+        raise NotImplementedError(f"{type(self).__name__} does not look at samples in groups.")
+
+    def share_of_group(self, states: States, totals: States) -> GroupShare | None:
+        """What the group that was just added to ``states`` adds to the sums, which begin anew; None while it waits."""
+        raise NotImplementedError(f"{type(self).__name__} does not look at samples in groups.")
+
+    def influence_kernel(self, totals: States, about: Influenced) -> InfluenceKernel | None:
+        """A fast way to sum the influences of samples on a value that is made of these sums alone, if there is one.
+
+        Args:
+            totals: the states after all rows.
+            about: the value.
+        """
+        return None
 
     def dead(self, states: States) -> Tensor | None:
         """Which activations never changed: bool ``(activations,)``; None where the states do not tell."""
@@ -210,13 +298,24 @@ def merged(accumulator: Accumulator, a: States, b: States) -> States:
         full = a if int(a[N_SAMPLES]) else b
         return {name: state.clone() for name, state in full.items()}
     states = accumulator.merge(a, b)
+    if not isinstance(states, dict):
+        raise TypeError(f"Expected {type(accumulator).__name__}.merge to return a dict, but got {given(states)}.")
     check_states(accumulator, states, "merge")
     return {**states, N_SAMPLES: a[N_SAMPLES] + b[N_SAMPLES]}
 
 
-def states_of(accumulator: Accumulator, states: Mapping[str, Tensor]) -> States:
-    """The states of one accumulator among those of several, and their number of rows where it is known."""
-    return {name: states[name] for name in (*accumulator.empty(), N_SAMPLES) if name in states}
+def add_to(states: States, **added: Tensor) -> None:
+    """Add tensors to states of these names, which are empty before the first row."""
+    for name, value in added.items():
+        states[name] = states[name] + value if states[name].numel() else value
+
+
+def declares(thing: Any, attribute: str) -> bool:
+    """Whether the class of an accumulator or a measure says itself that something holds: subclasses do not inherit it.
+
+    A subclass may compute other sums, or another value.
+    """
+    return bool(vars(type(thing)).get(attribute, False))
 
 
 def started(accumulator: Accumulator, device: torch.device) -> States:
@@ -255,19 +354,16 @@ def check_declaration(accumulator: Accumulator) -> States:
     return states
 
 
-def check_states(accumulator: Accumulator, states: Any, method: str) -> None:
-    """Check what a method of an accumulator made.
+def check_states(accumulator: Accumulator, states: States, method: str) -> None:
+    """Check the states after a method of an accumulator.
 
     Raises:
-        TypeError: If it is no dict, or a state is not a tensor of an allowed type.
+        TypeError: If a state is not a tensor of an allowed type.
         ValueError: If names or numbers of dimensions are not those of the empty states.
     """
     name, empty = type(accumulator).__name__, accumulator.empty()
-    if not isinstance(states, dict):
-        raise TypeError(f"Expected {name}.{method} to return a dict of states, but got {given(states)}.")
     if missing := empty.keys() - states.keys():
-        states_of = f"{name}.{method} to return the states {[*empty]}"
-        raise ValueError(f"Expected {states_of}, but {sorted(missing)} are missing.")
+        raise ValueError(f"Expected {name}.{method} to give the states {[*empty]}, but {sorted(missing)} are missing.")
     for state, value in empty.items():
         check_state(name, state, states[state])
         if states[state].ndim != value.ndim:

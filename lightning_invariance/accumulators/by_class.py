@@ -25,6 +25,8 @@ class ByClass(Accumulator):
     inner: tuple[Accumulator, ...]
     num_classes: int
 
+    any_channel_axis = True
+
     @property
     def cpu_states(self) -> tuple[str, ...]:  # type: ignore[override]
         """Those of all classes, and the numbers of samples."""
@@ -37,18 +39,11 @@ class ByClass(Accumulator):
         empty = {_name(c, state): value for c in range(self.num_classes) for state, value in inner}
         return {"class_samples": torch.zeros(self.num_classes, dtype=torch.long), **empty}
 
-    def add(self, states: States, rows: Rows) -> States:
-        """The states after more rows."""
-        states = dict(states)
-        for label, accumulator, some in self._parts(states, rows):
-            _set(states, label, accumulator, accumulator.add(_own(states, label, accumulator), some))
-        return {**states, "class_samples": states["class_samples"] + self._counts(rows)}
-
-    def add_(self, states: States, rows: Rows) -> None:
-        """Add rows to the states of their classes in place."""
+    def add(self, states: States, rows: Rows) -> None:
+        """Add rows to the states of their classes."""
         for label, accumulator, some in self._parts(states, rows):
             own = _own(states, label, accumulator)
-            accumulator.add_(own, some)
+            accumulator.add(own, some)
             _set(states, label, accumulator, own)
         states["class_samples"] = states["class_samples"] + self._counts(rows)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators.backends.scratch import chunk_length, scratch
-from lightning_invariance.accumulators.base import Accumulator, Rows, States
+from lightning_invariance.accumulators.base import Accumulator, Rows, States, add_to
 
 #: The range of float32 sums of squares that have not lost digits: its smallest normal number is 1e-38, its largest
 #: 3e38.
@@ -26,20 +26,21 @@ class Changes(Accumulator):
 
     reference: int | None = None
 
+    any_channel_axis = True
+
     def empty(self) -> States:
         """The states before the first row."""
         return {"changes": torch.zeros(0, 0, dtype=torch.float64)}
 
-    def add(self, states: States, rows: Rows) -> States:
-        """The states after more rows."""
-        added = scaled_changes(rows, self.reference)
-        return {"changes": states["changes"] + added if states["changes"].numel() else added}
+    def add(self, states: States, rows: Rows) -> None:
+        """Add the changes of rows."""
+        add_to(states, changes=scaled_changes(rows, self.reference))
 
     def merge(self, a: States, b: States) -> States:
         """The states after the rows of both."""
         return {"changes": a["changes"] + b["changes"]}
 
-    def shares(self, rows: Rows, totals: States | None) -> States:
+    def shares(self, rows: Rows, totals: States) -> States:
         """The changes of each sample, ``(samples, m, channels)``."""
         return {"changes": changes_of_samples(rows, self.reference)}
 

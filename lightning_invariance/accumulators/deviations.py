@@ -16,9 +16,19 @@ from torch import Tensor
 
 from lightning_invariance.accumulators.backends import c_kernels, devices
 from lightning_invariance.accumulators.backends.scratch import chunk_length, scratch
-from lightning_invariance.accumulators.base import N_SAMPLES, Accumulator, Context, Rows, States
+from lightning_invariance.accumulators.base import (
+    N_SAMPLES,
+    Accumulator,
+    Context,
+    Influenced,
+    InfluenceKernel,
+    Rows,
+    States,
+    add_to,
+)
 from lightning_invariance.accumulators.changes import changes_of_samples, scaled_changes
 from lightning_invariance.accumulators.column_means import far_apart, means_of, narrow, widen
+from lightning_invariance.accumulators.deviation_influences import DeviationInfluences
 from lightning_invariance.accumulators.shares import deviations_of_samples
 
 #: Rows times columns of one step, which bounds the rounding of a float32 sum; longer rows are summed in float64.
@@ -30,9 +40,6 @@ MOST_VALUES = c_kernels.MOST_COLUMNS
 #: them, a thousandth of what the values themselves lose, and the means become float64. Fewer than 8 rows may be alike
 #: by chance, but not below 1e-9 N o², where rounding costs up to 4e-6 of them.
 LIMITS = c_kernels.Limits(smallest=1e-24, largest=1e30, far=1e-4, rows_for_far=8, far_of_few=1e-9)
-
-#: Where rows keep the squared deviations within each of them, ``(n, k)`` in float32.
-SPREADS = "row_spread"
 
 #: Layers with fewer values a row than this have float64 means, which cost little there.
 FEWEST_FLOAT32_VALUES = 2**11
@@ -74,6 +81,7 @@ class Deviations(Accumulator):
     exact: bool = False
 
     takes_half = True
+    any_channel_axis = True
 
     def empty(self) -> States:
         """The states before the first row."""
@@ -81,14 +89,8 @@ class Deviations(Accumulator):
         changes = {"changes": matrix} if self.response else {}
         return {"row_spread": vector, "column_spread": matrix, "centres": vector, "offsets": tiles, **changes}
 
-    def add(self, states: States, rows: Rows) -> States:
-        """The states after more rows."""
-        states = {name: state.clone() for name, state in states.items()}
-        self.add_(states, rows)
-        return states
-
-    def add_(self, states: States, rows: Rows) -> None:
-        """Add rows in place: on the CPU in C where it takes them, and elsewhere as ``devices.py`` does."""
+    def add(self, states: States, rows: Rows) -> None:
+        """Add rows: on the CPU in C where it takes them, and elsewhere as ``devices.py`` does."""
         if self.exact and not rows.values.is_cpu:
             rows = replace(rows, values=rows.values.double())
         if rows.values.is_cpu:
@@ -102,11 +104,8 @@ class Deviations(Accumulator):
         beside = self._beside(states, rows)
         add = self._add if rows.before > 1 else self._add_first
         in_c = add(states, x, rows.before, beside)
-        if in_c and beside.spreads is not None:
-            rows.memo[SPREADS] = beside.spreads
         if self.response and not (in_c and beside.changes is not None):
-            added = scaled_changes(rows, self.reference)
-            states["changes"] = states["changes"] + added if states["changes"].numel() else added
+            add_to(states, changes=scaled_changes(rows, self.reference))
 
     def merge(self, a: States, b: States) -> States:
         r"""The states after the rows of both (Chan, Golub and LeVeque 1983, the paper's reference 20).
@@ -133,12 +132,14 @@ class Deviations(Accumulator):
             narrow(states, LIMITS, int(n + n_other))
         return states
 
-    def shares(self, rows: Rows, totals: States | None) -> States:
-        """Those of each sample."""
+    def shares(self, rows: Rows, totals: States) -> States:
+        """The squared deviations, and the changes, of each sample."""
         changes = {"changes": changes_of_samples(rows, self.reference)} if self.response else {}
-        if totals is None and self.squared and SPREADS in rows.memo:
-            return {"row_spread": rows.memo[SPREADS], **changes}
-        return deviations_of_samples(rows.flat, means_of(totals) if totals else None, self.squared) | changes
+        return deviations_of_samples(rows.flat, means_of(totals), self.squared) | changes
+
+    def influence_kernel(self, totals: States, about: Influenced) -> InfluenceKernel | None:
+        """The influences in C, of variances of single activations."""
+        return DeviationInfluences.of(totals, about, self.reference) if self.squared else None
 
     def prepared(self, context: Context) -> Accumulator:
         """With changes from the identity, where the set knows of one."""
@@ -156,16 +157,15 @@ class Deviations(Accumulator):
 
     def _beside(self, states: States, rows: Rows) -> c_kernels.Beside:
         """What C is to find beside the sums."""
-        n, m, *shape = rows.values.shape
+        m, *shape = rows.values.shape[1:]
         if not self.squared or not c_kernels.takes(rows.values) or m > MOST_VALUES:
             return c_kernels.Beside()
-        spreads = torch.empty(n, math.prod(shape)) if rows.keep_shares else None
         if not self.response:
-            return c_kernels.Beside(spreads=spreads)
+            return c_kernels.Beside()
         channels, inner = (shape[rows.channel_axis], math.prod(shape[rows.channel_axis + 1 :])) if shape else (1, 1)
         if not states["changes"].numel():
             states["changes"] = torch.zeros(m, channels, dtype=torch.float64)
-        return c_kernels.Beside(states["changes"], self.reference, inner, spreads)
+        return c_kernels.Beside(states["changes"], self.reference, inner)
 
     def _add_first(self, states: States, x: Tensor, before: int, beside: c_kernels.Beside) -> bool:
         """Add rows after fewer than two, of which cannot be told how far columns are apart; whether C did."""

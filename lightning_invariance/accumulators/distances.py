@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators.backends.pairs import absolute_differences, euclidean_distances
-from lightning_invariance.accumulators.base import Accumulator, Rows, States
+from lightning_invariance.accumulators.base import Accumulator, Rows, States, add_to
 from lightning_invariance.accumulators.deviations import MOST_VALUES
 
 #: A distance by name, or a function of two broadcast tensors; see :func:`distance_between`.
@@ -35,36 +35,29 @@ class RowDistances(Accumulator):
     distance: Distance
     over: str
 
+    any_channel_axis = True
+
     def empty(self) -> States:
         """The states before the first row."""
         return {"row_distances": torch.zeros(0, dtype=torch.float64)}
 
-    def add(self, states: States, rows: Rows) -> States:
-        """The states after more rows."""
-        total = states["row_distances"]
-        if rows.keep_shares:
-            added = self.shares(rows, None)["row_distances"].sum(0)
-            return {"row_distances": total + added if total.numel() else added}
+    def add(self, states: States, rows: Rows) -> None:
+        """Add the distances of rows."""
         for some in torch.split(self._values(rows), max(1, MOST_VALUES // rows.values.shape[1])):
-            added = row_distances(some, self.distance, self.over)
-            total = total + added if total.numel() else added
-        return {"row_distances": total}
+            add_to(states, row_distances=row_distances(some, self.distance, self.over))
 
     def merge(self, a: States, b: States) -> States:
         """The states after the rows of both."""
         return {"row_distances": a["row_distances"] + b["row_distances"]}
 
-    def shares(self, rows: Rows, totals: States | None) -> States:
+    def shares(self, rows: Rows, totals: States) -> States:
         """The distances within the row of each sample."""
-        return rows.once(self, lambda: {"row_distances": self._of_each(rows)})
-
-    def _of_each(self, rows: Rows) -> Tensor:
         if self.distance == "abs" and self.over == "activation":
-            return absolute_differences(rows.flat, of_rows=True)
+            return {"row_distances": absolute_differences(rows.flat, of_rows=True)}
         if self.distance == "cosine":
-            return _cosine_distances(rows.maps)
+            return {"row_distances": _cosine_distances(rows.maps)}
         values = self._values(rows)[:, None]
-        return torch.stack([row_distances(row, self.distance, self.over) for row in values])
+        return {"row_distances": torch.stack([row_distances(row, self.distance, self.over) for row in values])}
 
     def _values(self, rows: Rows) -> Tensor:
         return rows.values if self.over == "activation" else rows.maps

@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators.base import Accumulator, Rows, States
+from lightning_invariance.accumulators.base import Accumulator, Group, GroupShare, Rows, States
 from lightning_invariance.accumulators.distances import Distance, row_distances
 from lightning_invariance.distributed import groups_of
 
 #: What ``groups`` counts, in this order: the waiting group's number and its rows, Σ P, Σ P² and groups added.
 NUMBER, WAITING, PAIRS, SQUARED_PAIRS, ADDED = range(5)
-
-
-class Part(NamedTuple):
-    """Rows of one group in a block.
-
-    Attributes:
-        group: its number.
-        size: how many samples it holds.
-        rows: how many of them the block holds.
-    """
-
-    group: int
-    size: int
-    rows: int
 
 
 @dataclass(frozen=True)
@@ -61,6 +45,8 @@ class GroupedPairs(Accumulator):
     expected: int
 
     cpu_states = ("groups",)
+    in_groups = True
+    any_channel_axis = True
 
     def empty(self) -> States:
         """The states before the first row."""
@@ -71,16 +57,8 @@ class GroupedPairs(Accumulator):
             "groups": torch.zeros(0, dtype=torch.long),
         }
 
-    def add(self, states: States, rows: Rows) -> States:
-        """The states after more rows."""
-        states = {name: state.clone() for name, state in states.items()}
-        self.add_(states, rows)
-        return states
-
-    def add_(self, states: States, rows: Rows) -> None:
+    def add(self, states: States, rows: Rows) -> None:
         """Let rows wait for their group, and add the groups that are complete."""
-        if rows.indices is None:
-            raise ValueError("Expected argument `indices` for measures that were prepared for runs of samples.")
         x = rows.maps if self.over == "channel" else rows.flat[..., None]
         if not states["groups"].numel():
             m, *shape = x.shape[1:]
@@ -89,14 +67,14 @@ class GroupedPairs(Accumulator):
             states["waiting"] = x.new_zeros(m, min(self.samples, self.expected), *shape)
             states["groups"] = torch.zeros(5, dtype=torch.long)
         row = 0
-        for part in self.parts(rows.indices, rows.block_memo):
+        for part in self.groups(rows):
             known, waiting = states["groups"][:PAIRS].tolist()
-            if waiting and known != part.group:  # not every sample of the last group reached this layer
+            if waiting and known != part.number:  # not every sample of the last group reached this layer
                 states.update(self.added(states))
                 waiting = 0
             states["waiting"][:, waiting : waiting + part.rows] = x[row : row + part.rows].transpose(0, 1)
             row += part.rows
-            states["groups"][:PAIRS] = torch.tensor([part.group, waiting + part.rows])
+            states["groups"][:PAIRS] = torch.tensor([part.number, waiting + part.rows])
             if waiting + part.rows == part.size:
                 states.update(self.added(states))
 
@@ -115,16 +93,32 @@ class GroupedPairs(Accumulator):
             "groups": groups,
         }
 
-    def parts(self, indices: Tensor, memo: dict[Hashable, Any]) -> list[Part]:
-        """The groups of a block, one after the other; computed once for all layers that have seen the same samples."""
-        known, parts = memo.get(self, (None, []))
+    def group_of(self, indices: Tensor) -> Tensor:
+        """The number of the group of each sample."""
+        return groups_of(indices, self.expected, self.run, self.samples)[0]
+
+    def groups(self, rows: Rows) -> list[Group]:
+        """The groups of a block, one after the other; computed once for all layers that have seen these samples."""
+        indices = rows.indices
+        if indices is None:
+            raise ValueError("Expected argument `indices` for measures that were prepared for runs of samples.")
+        known, parts = rows.block_memo.get(self, (None, []))
         if known is None or not torch.equal(known, indices):
             groups, sizes = groups_of(indices, self.expected, self.run, self.samples)
             counts = Counter(zip(groups.tolist(), sizes.tolist(), strict=True))
-            parts = [Part(group, size, rows) for (group, size), rows in counts.items()]
-            memo[self] = indices, parts
-        found: list[Part] = parts
+            parts = [Group(number, size, count) for (number, size), count in counts.items()]
+            rows.block_memo[self] = indices, parts
+        found: list[Group] = parts
         return found
+
+    def share_of_group(self, states: States, totals: States) -> GroupShare | None:
+        """What the group that was just added adds to the sum of distances, which begins anew; None while it waits."""
+        counts, all_counts = states["groups"], totals["groups"].tolist()
+        if int(counts[WAITING]):
+            return None
+        distances, pairs = states["column_distances"], int(counts[PAIRS])
+        states["column_distances"], counts[PAIRS] = torch.zeros_like(distances), 0
+        return GroupShare({"column_distances": distances[None]}, pairs / all_counts[PAIRS], all_counts[ADDED])
 
     def added(self, states: States) -> States:
         """The sums with those of the group that waits, whether or not it is complete."""

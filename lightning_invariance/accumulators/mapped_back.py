@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from lightning_invariance.accumulators.base import Accumulator, Context, Rows, States, states_of
+from lightning_invariance.accumulators.base import Accumulator, Context, Rows, States, add_to
 from lightning_invariance.accumulators.distances import Distance, distance_between, unit_maps, zero_maps
 from lightning_invariance.transforms import TransformationSet
 
@@ -79,6 +79,9 @@ class MappedBack(Accumulator):
     inner: tuple[Accumulator, ...]
     mapping: BackMapping
 
+    channels_first = True
+    any_channel_axis = True
+
     @property
     def cpu_states(self) -> tuple[str, ...]:  # type: ignore[override]
         """Those of the inner ones."""
@@ -96,22 +99,12 @@ class MappedBack(Accumulator):
             empty.update(accumulator.empty())
         return empty
 
-    def add(self, states: States, rows: Rows) -> States:
-        """The states after more rows."""
-        inside, back = self._mapped(states, rows)
-        added = {**_lit(states, back.lit), "inside": inside}
+    def add(self, states: States, rows: Rows) -> None:
+        """Add the rows that were mapped back to the inner accumulators."""
+        states["inside"], back = self._mapped(states, rows)
+        add_to(states, lit=back.lit)
         for accumulator in self.inner:
-            added.update(accumulator.add(states_of(accumulator, states), back.rows))
-        return added
-
-    def add_(self, states: States, rows: Rows) -> None:
-        """Add rows in place where the inner ones do."""
-        inside, back = self._mapped(states, rows)
-        states.update(**_lit(states, back.lit), inside=inside)
-        for accumulator in self.inner:
-            own = states_of(accumulator, states)
-            accumulator.add_(own, back.rows)
-            states.update(own)
+            accumulator.add(states, back.rows)
 
     def merge(self, a: States, b: States) -> States:
         """The states after the rows of both."""
@@ -134,12 +127,12 @@ class MappedBack(Accumulator):
         """Whether the inner ones tell them."""
         return all(accumulator.has_shares for accumulator in self.inner)
 
-    def shares(self, rows: Rows, totals: States | None) -> States:
-        """Those of the inner ones, of maps whose channels come first."""
-        mapped = self._mapped(totals or self.empty(), rows)[1].rows
+    def shares(self, rows: Rows, totals: States) -> States:
+        """The shares in the sums of the inner accumulators, of maps whose channels come first."""
+        mapped = self._mapped(totals, rows)[1].rows
         found: States = {}
         for accumulator in self.inner:
-            found.update(accumulator.shares(mapped, totals and states_of(accumulator, totals)))
+            found.update(accumulator.shares(mapped, totals))
         return found
 
     def dead(self, states: States) -> Tensor:
@@ -188,19 +181,20 @@ class DirectDistances(Accumulator):
     distance: Distance
     over: str
 
+    channels_first = True
+    any_channel_axis = True
+
     def empty(self) -> States:
         """The states before the first row."""
         return {"row_distances": torch.zeros(0, dtype=torch.float64), "lit": torch.zeros(0, dtype=torch.long)}
 
-    def add(self, states: States, rows: Rows) -> States:
-        """The states after more rows."""
+    def add(self, states: States, rows: Rows) -> None:
+        """Add the distances of rows."""
         maps = rows.channels_first
         found = direct_distances(maps, self.mapping.checked(rows), self.mapping, self.distance, self.over)
-        added = found.double().sum((0, 1)).flatten()
-        before, lit = states["row_distances"], (~zero_maps(maps)).sum((0, 1))
-        return {"row_distances": before + added if before.numel() else added, **_lit(states, lit)}
+        add_to(states, row_distances=found.double().sum((0, 1)).flatten(), lit=(~zero_maps(maps)).sum((0, 1)))
 
-    def shares(self, rows: Rows, totals: States | None) -> States:
+    def shares(self, rows: Rows, totals: States) -> States:
         """The distances of each sample, summed over transformations."""
         mapping = self.mapping
         found = direct_distances(rows.channels_first, mapping.checked(rows), mapping, self.distance, self.over)
@@ -221,10 +215,6 @@ class DirectDistances(Accumulator):
     def dead(self, states: States) -> Tensor:
         """Which channels were zero throughout."""
         return states["lit"] == 0
-
-
-def _lit(states: States, added: Tensor) -> States:
-    return {"lit": states["lit"] + added if states["lit"].numel() else added}
 
 
 def check_inverses(transformations: TransformationSet) -> None:

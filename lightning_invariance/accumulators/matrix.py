@@ -14,17 +14,18 @@ class Matrix(Accumulator):
     """All rows: ``rows`` ``(n, m, k)``, and ``order`` ``(n,)``, the numbers of their samples, on the CPU."""
 
     cpu_states = ("order",)
+    any_channel_axis = True
 
     def empty(self) -> States:
         """The states before the first row."""
         return {"rows": torch.zeros(0, 0, 0), "order": torch.zeros(0, dtype=torch.long)}
 
-    def add(self, states: States, rows: Rows) -> States:
-        """The states after more rows."""
+    def add(self, states: States, rows: Rows) -> None:
+        """Append rows."""
         before = rows.before
         order = rows.indices if rows.indices is not None else torch.arange(before, before + len(rows.values))
         added = {"rows": rows.flat.clone(), "order": order.cpu()}
-        return self.merge(states, added) if before else added
+        states.update(self.merge(states, added) if before else added)
 
     def merge(self, a: States, b: States) -> States:
         """The rows of both."""

@@ -29,6 +29,8 @@ class PairedDeviations(Accumulator):
       another row differs.
     """
 
+    any_channel_axis = True
+
     def empty(self) -> States:
         """The states before the first row."""
         vector, matrix = torch.zeros(0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64)
@@ -41,34 +43,30 @@ class PairedDeviations(Accumulator):
             "paired_moves": torch.zeros(0, dtype=torch.bool),
         }
 
-    def add(self, states: States, rows: Rows) -> States:
-        """The states after more rows."""
+    def add(self, states: States, rows: Rows) -> None:
+        """Add rows."""
         x = rows.flat
         if not rows.before:
             m, k = x.shape[1:]
             first = torch.sub(x[0], x[0, :1].double())
             finite = (first - first == 0).all(0)  # else it is not among the rows that the means are of
-            states = {
-                "paired_means": torch.where(finite, first, 0),  # constant columns then deviate by exactly 0
-                "paired_rows": torch.zeros(k, dtype=torch.float64, device=x.device),
-                "paired_error": torch.zeros(k, dtype=torch.float64, device=x.device),
-                "paired_products": torch.zeros(m, m, dtype=torch.float64, device=x.device),
-                "paired_origin": x[0, 0].double(),
-                "paired_moves": torch.zeros(k, dtype=torch.bool, device=x.device),
-            }
+            states.update(
+                paired_means=torch.where(finite, first, 0),  # constant columns then deviate by exactly 0
+                paired_rows=torch.zeros(k, dtype=torch.float64, device=x.device),
+                paired_error=torch.zeros(k, dtype=torch.float64, device=x.device),
+                paired_products=torch.zeros(m, m, dtype=torch.float64, device=x.device),
+                paired_origin=x[0, 0].to(torch.float64, copy=True),  # later modules may change activations in place
+                paired_moves=torch.zeros(k, dtype=torch.bool, device=x.device),
+            )
         parts, products, length = [], states["paired_products"], chunk_length(x)
         names = ("paired_means", "paired_rows", "paired_error")
         split = (torch.split(each, length, -1) for each in (x, *(states[name] for name in names)))
         for values, *sums in zip(*split, strict=True):
             products, *found = _added(products, values, *sums)
             parts.append(found)
-        moves = (x[:, 0] != states["paired_origin"]).any(0)
-        return {
-            **{name: _joined(part) for name, part in zip(names, zip(*parts, strict=True), strict=True)},
-            "paired_products": products,
-            "paired_origin": states["paired_origin"],
-            "paired_moves": states["paired_moves"] | moves,
-        }
+        states.update({name: _joined(part) for name, part in zip(names, zip(*parts, strict=True), strict=True)})
+        states["paired_products"] = products
+        states["paired_moves"] = states["paired_moves"] | (x[:, 0] != states["paired_origin"]).any(0)
 
     def merge(self, a: States, b: States) -> States:
         """The states after the rows of both (Chan, Golub and LeVeque 1983, the paper's reference 20)."""

@@ -29,18 +29,14 @@ class Peaks(Accumulator):
     capacity: int
     expected: int = 0
 
+    any_channel_axis = True
+
     def empty(self) -> States:
         """The states before the first row."""
         return {"peaks": torch.zeros(0, 0, 0)}
 
-    def add(self, states: States, rows: Rows) -> States:
-        """The states after more rows."""
-        states = {name: state.clone() for name, state in states.items()}
-        self.add_(states, rows)
-        return states
-
-    def add_(self, states: States, rows: Rows) -> None:
-        """Add the highest values of rows in place, if there is room."""
+    def add(self, states: States, rows: Rows) -> None:
+        """Add the highest values of rows, if there is room."""
         x, before = rows.flat, rows.before
         after, k = before + len(x), x.shape[2]
         room = min(self.capacity, MOST_PEAKS // (len(self.signs) * k * x.element_size()))
@@ -80,16 +76,17 @@ class Extremes(Accumulator):
     capacity: int
 
     grows = True
+    any_channel_axis = True
 
     def empty(self) -> States:
         """The states before the first row."""
         return {"extremes": torch.zeros(0, 0, 0, dtype=torch.float64)}
 
-    def add(self, states: States, rows: Rows) -> States:
-        """The states after more rows."""
+    def add(self, states: States, rows: Rows) -> None:
+        """Keep the highest values."""
         values = rows.flat.flatten(0, 1)
         found = torch.stack([sign * values for sign in self.signs]).to(states["extremes"].dtype)
-        return {"extremes": self._highest([states["extremes"], found])}
+        states["extremes"] = self._highest([states["extremes"], found])
 
     def merge(self, a: States, b: States) -> States:
         """The highest values of both."""
@@ -116,16 +113,18 @@ class Firing(Accumulator):
     alpha: float
     threshold: str
 
+    any_channel_axis = True
+
     def empty(self) -> States:
         """The states before the first pass has ended."""
         matrix = torch.zeros(0, 0, dtype=torch.float64)
         return {"thresholds": matrix, "firing_rows": matrix.long()}
 
-    def add(self, states: States, rows: Rows) -> States:
-        """The states after more rows."""
+    def add(self, states: States, rows: Rows) -> None:
+        """Count rows that fire."""
         levels = rounded_down(states["thresholds"], rows.values.dtype)
         found = [(sign * rows.flat > level).any(1).sum(0) for sign, level in zip(self.signs, levels, strict=True)]
-        return {"thresholds": states["thresholds"], "firing_rows": states["firing_rows"] + torch.stack(found)}
+        states["firing_rows"] = states["firing_rows"] + torch.stack(found)
 
     def merge(self, a: States, b: States) -> States:
         """The states after the rows of both, which have the same thresholds."""

@@ -38,6 +38,7 @@ class Subsample(Accumulator):
     expected: int = 0
 
     cpu_states = ("keys",)
+    any_channel_axis = True
 
     def empty(self) -> States:
         """The states before the first row."""
@@ -47,14 +48,8 @@ class Subsample(Accumulator):
             "flawed": torch.zeros(0, dtype=torch.bool),
         }
 
-    def add(self, states: States, rows: Rows) -> States:
-        """The states after more rows."""
-        states = {name: state.clone() for name, state in states.items()}
-        self.add_(states, rows)
-        return states
-
-    def add_(self, states: States, rows: Rows) -> None:
-        """Replace the samples of larger keys, in place."""
+    def add(self, states: States, rows: Rows) -> None:
+        """Replace the samples of larger keys."""
         x = rows.flat
         if not states["keys"].numel():
             m, k = x.shape[1:]
@@ -114,6 +109,8 @@ class ColumnPairs(Subsample):
 
     distance: Distance = "abs"
     over: str = "activation"
+
+    any_channel_axis = True
 
     @property
     def least_run(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators.base import Accumulator, Rows, States
+from lightning_invariance.accumulators.base import Accumulator, Rows, States, add_to
 
 
 @dataclass(frozen=True)
@@ -18,22 +18,23 @@ class Winners(Accumulator):
     with a NaN makes it NaN.
     """
 
+    any_channel_axis = True
+
     def empty(self) -> States:
         """The states before the first row."""
         return {"agreements": torch.zeros(0, dtype=torch.float64)}
 
-    def add(self, states: States, rows: Rows) -> States:
-        """The states after more rows."""
-        added = self.shares(rows, None)["agreements"].sum(0)
-        return {"agreements": states["agreements"] + added if states["agreements"].numel() else added}
+    def add(self, states: States, rows: Rows) -> None:
+        """Add the shares of agreeing pairs of rows."""
+        add_to(states, agreements=agreements(rows.maps)[:, None].sum(0))
 
     def merge(self, a: States, b: States) -> States:
         """The states after the rows of both."""
         return {"agreements": a["agreements"] + b["agreements"]}
 
-    def shares(self, rows: Rows, totals: States | None) -> States:
-        """The share of each sample."""
-        return rows.once(self, lambda: {"agreements": agreements(rows.maps)[:, None]})
+    def shares(self, rows: Rows, totals: States) -> States:
+        """The share of agreeing pairs of each sample."""
+        return {"agreements": agreements(rows.maps)[:, None]}
 
 
 def agreements(maps: Tensor) -> Tensor:

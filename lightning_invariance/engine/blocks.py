@@ -1,4 +1,4 @@
-"""From the hooks of a network to its registry: outputs become ST blocks, by what a probe has found."""
+"""From the hooks of a network to the states of its layers: outputs become ST blocks of complete rows."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from lightning_invariance.accumulators.layer_state import LayerState
 from lightning_invariance.data.loader import STBlock
-from lightning_invariance.engine.registry import Registry
-from lightning_invariance.model.channels import channel_axis_in
+from lightning_invariance.engine.registry import INPUT, Registry, as_summed
+from lightning_invariance.model.channels import channel_axis_in, usual_channel_axis
 from lightning_invariance.model.layout import RAGGED, Finding, Layout
 
 
-class Intake:
-    """Gives the outputs of layers to a registry as blocks ``(rows, columns, *activation_shape)``.
+class Blocks:
+    """Adds the outputs of layers to their states, as blocks ``(rows, columns, *activation_shape)``.
 
     Args:
         registry: where they go.
@@ -34,13 +35,16 @@ class Intake:
         self._within = within
         self._block: STBlock | None = None
         self._open = False
+        self._row = 0  # counts rows that have begun
+        self._long_rows: dict[str, tuple[Tensor, int, int]] = {}  # layer → values, row, where its columns end
 
     def start_block(self, block: STBlock) -> None:
         """The outputs that follow belong to this block."""
         self._block, self._open = block, not self._within
+        self._row += block.columns.start == 0
         self._registry.start_block(block)
         if not self._within:
-            self._registry.start_input(block.inputs)
+            self._start_input(block.inputs, block)
 
     def end_block(self) -> None:
         """Outputs that follow do not count."""
@@ -60,7 +64,7 @@ class Intake:
         samples = x.reshape(rows, columns, *x.shape[1:])[:, 0]
         inputs = self._registry.transformations[block.columns](samples)
         self._open = True
-        self._registry.start_input(inputs)
+        self._start_input(inputs, block)
         return inputs.flatten(0, 1)
 
     def consume(self, layer: str, output: Tensor, channel_axis: int | None) -> None:
@@ -79,7 +83,7 @@ class Intake:
         elif isinstance(finding, str):
             self._registry.leave_out(layer, finding)
         else:
-            self._add(layer, finding, output, channel_axis, self._block)
+            self._consume(layer, finding, output, channel_axis, self._block)
 
     def consume_unknown(self, findings: Mapping[str, Finding]) -> None:
         """Add the outputs of layers that no earlier block reached, given what a probe of this block found."""
@@ -89,19 +93,49 @@ class Intake:
                 self.findings.setdefault(layer, findings.get(layer, Layout()))
             self.consume(layer, output, channel_axis)
 
-    def _add(self, layer: str, layout: Layout, output: Tensor, channel_axis: int | None, block: STBlock) -> None:
+    def _start_input(self, inputs: Tensor, block: STBlock) -> None:
+        """Use the transformed inputs ``(rows, columns, *input_shape)``, which are a layer for measures with a floor."""
+        self._registry.know_input(tuple(inputs.shape[2:]))
+        if self._registry.has_floor:
+            self._add(INPUT, inputs, usual_channel_axis(tuple(inputs.shape[2:])), block)
+
+    def _consume(self, layer: str, layout: Layout, output: Tensor, channel_axis: int | None, block: STBlock) -> None:
         rows, columns = block.inputs.shape[:2]
         values = layout.batch_first(output, rows * columns)
         if values is None:
             fits = False
         else:
-            st = values.reshape(rows, columns, *values.shape[1:])
             known = self._registry.layers.get(layer)
-            if known:
-                axis = known.channel_axis
-            else:
-                axis = channel_axis_in(layer, tuple(values.shape[1:]), channel_axis, self._channel_axes)
-            fits = self._registry.add(layer, st, axis)
+            shape = tuple(values.shape[1:])
+            axis = known.channel_axis if known else channel_axis_in(layer, shape, channel_axis, self._channel_axes)
+            fits = self._add(layer, values.reshape(rows, columns, *shape), axis, block)
         if not fits and self.findings is not None:
             self.findings[layer] = RAGGED
             self._registry.leave_out(layer, RAGGED)
+
+    def _add(self, name: str, st: Tensor, channel_axis: int, block: STBlock) -> bool:
+        """Add complete rows, or a part of one, ``(rows, columns, *activation_shape)``; whether the shape is known."""
+        st = as_summed(st)
+        layer = self._registry.state_of(name, st, channel_axis)
+        if layer is None:
+            return False
+        if self._registry.wants(name) and (whole := self._complete(name, layer, st, block.columns)) is not None:
+            self._registry.add(name, layer, whole)
+        return True
+
+    def _complete(self, name: str, layer: LayerState, st: Tensor, columns: slice) -> Tensor | None:
+        """Complete rows in the layer's order; None while columns of a row longer than a batch are missing.
+
+        The memory of such a row is used again for the next one. A row counts where all its columns reach the layer.
+        """
+        st, m = layer.in_order(st), layer.n_transformations
+        if st.shape[1] == m:
+            return st
+        joined, row, end = self._long_rows.get(name, (st.new_empty(0), self._row, 0))
+        if columns.start and (row, end) != (self._row, columns.start):
+            return None
+        if not joined.numel():
+            joined = st.new_empty(1, m, *st.shape[2:])
+        joined[:, columns] = st
+        self._long_rows[name] = joined, self._row, columns.stop
+        return joined if columns.stop == m else None

@@ -11,9 +11,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators.base import Accumulator, Rows, started
-from lightning_invariance.engine.needed import INPUT
-from lightning_invariance.engine.registry import Registry
+from lightning_invariance.accumulators.base import Accumulator, Rows
+from lightning_invariance.accumulators.layer_state import LayerState
+from lightning_invariance.engine.registry import INPUT, Registry
+from lightning_invariance.measures.base import names_accumulators
 from lightning_invariance.messages import number_of
 from lightning_invariance.model.channels import channel_axis_in, usual_channel_axis
 from lightning_invariance.model.layout import Finding, Layout
@@ -34,10 +35,28 @@ MOST_ROWS = 1024
 #: Bytes of an activation for influences: sums, derivatives and weights; and of a column mean in float32.
 INFLUENCE, MEAN = 48, 4
 
+#: The sums may take so many bytes where rows are longer than a batch and the user does not say.
+DEFAULT_BUDGET = 2**31
+
 #: Where Linux tells what a container may use.
 CONTAINER = Path("/sys/fs/cgroup")
 
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
+
+
+class OverBudgetError(Exception):
+    """The sums of all layers take more memory than they may.
+
+    Attributes:
+        needed: bytes that they take.
+        budget: bytes that they may take.
+        activations: number of activations of all layers.
+        parts: what each measure takes, for a message.
+    """
+
+    def __init__(self, needed: int, budget: int, activations: int, parts: str) -> None:
+        super().__init__(f"{needed} bytes are more than {budget}: {parts}")
+        self.needed, self.budget, self.activations, self.parts = needed, budget, activations, parts
 
 
 def check_memory(
@@ -54,12 +73,15 @@ def check_memory(
         activations: of each layer.
         batch_size: largest number of inputs in a block.
         device: where the sums will be.
-        budget: bytes that they may take; None for what is free on the device.
+        budget: bytes that they may take; None for :data:`DEFAULT_BUDGET` where rows are longer than a batch, and else
+            for what is free on the device.
 
     Raises:
-        ValueError: If they take more than the budget.
+        OverBudgetError: If they take more than the budget.
         MemoryError: If they take more than is free.
     """
+    if budget is None and len(registry.transformations) > batch_size:
+        budget = DEFAULT_BUDGET
     free = free_bytes(device) if budget is None else budget
     if free is None:
         return
@@ -67,17 +89,14 @@ def check_memory(
     if total <= free:
         return
     parts = ", ".join(f"{measure} {readable(size)}" for measure, size in by_measure.items())
-    of_what = f"the sums of {number_of(len(activations), 'layer')} for {len(registry.transformations)} transformations"
-    helps = "Measure fewer layers with `layers=`, fewer transformations, or with measures that need less"
     if budget is not None:
-        raise ValueError(
-            f"Expected argument `state_budget` to be larger, but got {budget} bytes: {of_what} take {total} ({parts})."
-            f" {helps}."
-        )
+        number = sum(math.prod(shape) for shape, *_ in activations.values())
+        raise OverBudgetError(total, budget, number, parts)
+    of_what = f"the sums of {number_of(len(activations), 'layer')} for {len(registry.transformations)} transformations"
     raise MemoryError(
         f"Expected {of_what} to fit into the {readable(free)} that are free on {device}, but they will take"
-        f" {readable(total)} ({parts}). {helps}, or give the variances a `state_budget=`: they can do with less, by two"
-        " walks."
+        f" {readable(total)} ({parts}). Measure fewer layers with `layers=`, fewer transformations, or with measures"
+        " that need less, or give the variances a `state_budget=`: they can do with less, by two walks."
     )
 
 
@@ -119,19 +138,21 @@ def needed_bytes(
         activations = {**activations, INPUT: (shape, dtype, usual_channel_axis(shape))}
     for name, activation in activations.items():
         shared: dict[Accumulator, int] = {}
-        for measure, accumulators in registry.needs.accumulators_of(name, activation[0]).items():
-            for accumulator in accumulators:
-                key = accumulator, activation
-                if key not in sizes:
-                    sizes[key] = state_bytes(accumulator, activation, m, registry.expected or MOST_ROWS, device)
-                shared[accumulator] = sizes[key]
-                by_measure[measure] = by_measure.get(measure, 0) + sizes[key]
+        for key, measure in registry.applicable(name, activation[0]).items():
+            if not names_accumulators(measure):
+                continue
+            for accumulator in measure.needs:
+                about = accumulator, activation
+                if about not in sizes:
+                    sizes[about] = state_bytes(accumulator, activation, m, registry.expected or MOST_ROWS, device)
+                shared[accumulator] = sizes[about]
+                by_measure[key] = by_measure.get(key, 0) + sizes[about]
+            if name != INPUT and registry.has_intervals(measure):
+                size = math.prod(activation[0]) * (INFLUENCE + MEAN * m)
+                by_measure[key] = by_measure.get(key, 0) + size
+                total += size
         total += sum(size for each, size in shared.items() if not _is_included(each, shared))
-        for measure in registry.needs.with_intervals if registry.confidence and name != INPUT else ():
-            size = math.prod(activation[0]) * (INFLUENCE + MEAN * m)
-            by_measure[measure] = by_measure.get(measure, 0) + size
-            total += size
-        if m > batch_size and not all(accumulator.takes_parts for accumulator in shared):
+        if m > batch_size:
             total += m * math.prod(activation[0]) * activation[1].itemsize
     return by_measure, total
 
@@ -159,10 +180,10 @@ def state_bytes(accumulator: Accumulator, activation: Activation, m: int, n: int
 def _bytes_after(n: int, accumulator: Accumulator, row: Tensor, axis: int) -> int:
     """Bytes of the states after n equal rows, or after as many as they grow with."""
     one = torch.zeros(1, dtype=torch.long)
-    states, size = started(accumulator, row.device), -1
+    layer, size = LayerState([accumulator], tuple(row.shape[2:]), axis, device=row.device), -1
     for before in range(min(n, MOST_ROWS) if accumulator.grows else 1):
-        accumulator.add_(states, Rows(row, one + before, one, before, channel_axis=axis))
-        if size == (size := sum(state.nbytes for state in states.values())):
+        layer.add(Rows(row, one + before, one, channel_axis=axis))
+        if size == (size := layer.nbytes):
             break
     return size
 

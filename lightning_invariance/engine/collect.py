@@ -3,154 +3,177 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_invariance.distributed import groups_of
-from lightning_invariance.engine.layer_state import Layer
-from lightning_invariance.engine.needed import INPUT
-from lightning_invariance.engine.registry import Registry
+from lightning_invariance.accumulators.layer_state import LayerState
+from lightning_invariance.engine.influence import Influence
+from lightning_invariance.engine.registry import INPUT, Registry
 from lightning_invariance.measures import Measure
 from lightning_invariance.measures.base import names_accumulators
-from lightning_invariance.measures.sums import Sums, dead_of
 from lightning_invariance.results.intervals import FEWEST_DEGREES, degrees_of_freedom
 from lightning_invariance.results.result import InvarianceResult
 from lightning_invariance.results.students_t import t_quantiles
-from lightning_invariance.results.table import LayerStatistics
 from lightning_invariance.transforms import TransformationSet
 
-Values = dict[str, dict[str, Tensor]]
+
+@dataclass
+class LayerRecord:
+    """What was found of one layer.
+
+    Attributes:
+        values: measure → value in float64. So are the others, where a measure has them.
+        responses: what each transformation does to the layer.
+        response_bounds: lower and upper bounds of the response.
+        standard_errors: of each value; NaN where the value is not finite.
+        freedom: degrees of freedom of the standard errors.
+        influences: of each sample, or group, on the mean of the layer; NaN for samples that did not reach it.
+        sparse: share of the units whose values few samples decide, or none.
+        dead: which activations never changed; None where no accumulator tells.
+    """
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    responses: dict[str, list[float]] = field(default_factory=dict)
+    response_bounds: dict[str, list[list[float]]] = field(default_factory=dict)
+    standard_errors: dict[str, Tensor] = field(default_factory=dict)
+    freedom: dict[str, Tensor] = field(default_factory=dict)
+    influences: dict[str, Tensor] = field(default_factory=dict)
+    sparse: dict[str, float] = field(default_factory=dict)
+    dead: Tensor | None = None
 
 
 def collect(registry: Registry) -> InvarianceResult:
     """Compute every measure of every layer, and free the sums of each layer as soon as it is done."""
-    values: Values = {name: {} for name in registry.measures}
-    response: dict[str, dict[str, list[float]]] = {}
-    errors: Values = {}
-    found_influences = Influences(registry)
-    dead: dict[str, Tensor] = {}
-    skipped: dict[str, list[str]] = {name: [] for name in registry.measures}
-    floor: dict[str, Tensor] = {}
-    channel_axis = {name: layer.channel_axis for name, layer in registry.layers.items()}
-    reached = {name: tally.n_samples for name, layer in registry.layers.items() for tally in layer.first}
-    for name, layer in registry.layers.items():
-        for key, metric in registry.measures.items():
-            if not registry.needs.applies(key, name, layer.shape):
-                skipped[key] += [name] if name != INPUT else []
-                continue
-            value = _value(registry, key, layer)
-            if name == INPUT:
-                floor[key] = value
-                continue
-            values[key][name] = value
-            if names_accumulators(metric):
-                sums = registry.needs.sums(layer, key)
-                if (parts := metric.response_of(sums)) is not None:
-                    response.setdefault(key, {})[name] = parts.tolist()
-                if sums.n_samples and (error := metric.standard_error(sums)) is not None:
-                    error = layer.in_shape(error.flatten()).reshape(value.shape)
-                    errors.setdefault(key, {})[name] = error.to("cpu", torch.float64)
-        if name != INPUT and (found := _dead(layer, len(registry.transformations))) is not None:
-            dead[name] = found
-        for key in layer.influences:
-            found_influences.add(key, name, layer, values[key][name], response.get(key, {}).get(name))
-        layer.first, layer.second, layer.metrics, layer.influences = [], [], {}, {}
-    values = {key: _over_layers(registry, key, of_layers) for key, of_layers in values.items()}
+    channel_axis = {name: layer.channel_axis for name, layer in registry.layers.items() if name != INPUT}
+    reached = {name: layer.n_samples for name, layer in registry.layers.items() if name != INPUT}
+    samples = SampleKeys(registry)
+    records = {name: _record_of(registry, name, registry.layers.pop(name), samples) for name in [*registry.layers]}
+    floor = records.pop(INPUT, LayerRecord()).values
+    values = {
+        key: {n: record.values[key] for n, record in records.items() if key in record.values}
+        for key in registry.measures
+    }
+    for key, measure in registry.measures.items():
+        if names_accumulators(measure):  # which may look at all layers together
+            values[key] = dict(measure.of_network(values[key]))
     return make_result(
         registry.measures,
         registry.transformations,
         values,
-        dead=dead,
+        dead={name: record.dead for name, record in records.items() if record.dead is not None},
         n_samples=registry.n_samples,
         floor=floor,
-        response=response,
-        response_bounds=found_influences.response_bounds,
-        standard_errors={**errors, **found_influences.standard_errors},
-        freedom=found_influences.freedom,
-        influences=found_influences.on_means,
-        sample_keys=found_influences.sample_keys,
-        sparse=found_influences.sparse,
+        response=_by_measure(records, "responses"),
+        response_bounds=_by_measure(records, "response_bounds"),
+        standard_errors=_by_measure(records, "standard_errors"),
+        freedom=_by_measure(records, "freedom"),
+        influences=_by_measure(records, "influences"),
+        sample_keys=samples.of_measures,
+        sparse=_by_measure(records, "sparse"),
         confidence=registry.confidence,
-        skipped=skipped,
+        skipped={key: [n for n in records if key not in records[n].values] for key in registry.measures},
         left_out=registry.left_out,
-        channel_axis={name: axis for name, axis in channel_axis.items() if name != INPUT},
+        channel_axis=channel_axis,
         reached={name: n for name, n in reached.items() if 0 < n < registry.n_samples},
     )
 
 
-def _dead(layer: Layer, m: int) -> Tensor | None:
-    """Which activations of a layer never changed; None where no accumulator tells."""
-    for tally in layer.first:
-        counted = Sums(tally.states, tally.n_samples, m, layer.ordered_shape, layer.ordered_channel_axis)
-        if (found := dead_of([tally.accumulator], counted)) is not None:
-            return layer.in_shape(found).cpu()
-    return None
+def _by_measure(records: Mapping[str, LayerRecord], attribute: str) -> dict[str, dict[str, Any]]:
+    """Measure → layer → what the records hold under an attribute."""
+    found: dict[str, dict[str, Any]] = {}
+    for layer, record in records.items():
+        for measure, value in getattr(record, attribute).items():
+            found.setdefault(measure, {})[layer] = value
+    return found
 
 
-class Influences:
-    """What the influences of samples come to, for a result.
+def _record_of(registry: Registry, name: str, layer: LayerState, samples: SampleKeys) -> LayerRecord:
+    """Compute every measure of a layer."""
+    record = LayerRecord(dead=layer.dead())
+    for key, measure in registry.applicable(name, layer.shape).items():
+        if not names_accumulators(measure):
+            record.values[key] = _value_of_metric(registry.metrics[name][key], layer.shape)
+            continue
+        sums = layer.sums((*measure.needs, *measure.needs_again))
+        value = layer.in_shape(measure.evaluated(sums, measure.of_layer).detach().to("cpu", torch.float64))
+        record.values[key] = value
+        if (response := measure.response_of(sums)) is not None:
+            record.responses[key] = response.tolist()
+        if sums.n_samples and (error := measure.standard_error(sums)) is not None:
+            error = layer.in_shape(error.flatten()).reshape(value.shape)
+            record.standard_errors[key] = error.to("cpu", torch.float64)
+        if (influence := registry.influences.get(name, {}).get(key)) is not None:
+            _add_intervals(record, key, influence, layer, registry.confidence)
+            record.influences[key] = samples.in_order(key, influence)
+    registry.metrics.pop(name, None)
+    registry.influences.pop(name, None)
+    return record
+
+
+def _value_of_metric(metric: Metric, shape: tuple[int, ...]) -> Tensor:
+    """The value of a metric that is no measure, in the shape of the activation if it has as many values."""
+    # torchmetrics keeps a computed value, and turns one of shape (1,) into a scalar.
+    value = torch.as_tensor(metric.compute()).detach().to("cpu", torch.float64)
+    return value.reshape(shape) if value.numel() == torch.Size(shape).numel() else value
+
+
+def _add_intervals(
+    record: LayerRecord, key: str, influence: Influence, layer: LayerState, confidence: float | None
+) -> None:
+    """Add what the influences of samples on a measure come to."""
+    value, n = record.values[key], len(influence.states["numbers"])
+    squares, fourths = (layer.in_shape(influence.states[state].cpu()) for state in ("squares", "fourths"))
+    error = torch.where(value.flatten().isfinite(), (squares.double() / (n * (n - 1))).sqrt(), torch.nan)
+    freedom = degrees_of_freedom(n, squares, fourths).float().view(value.shape)
+    never = (squares == 0).view(value.shape) & (value != 0)  # such as 1 for units that never fired
+    few = ((freedom < FEWEST_DEGREES) | never)[value.isfinite()]
+    record.standard_errors[key] = error.view(value.shape)
+    record.freedom[key] = freedom
+    record.sparse[key] = float(few.double().mean()) if few.numel() else 0.0
+    squares, fourths = (influence.states[f"response_{state}"].cpu().double() for state in ("squares", "fourths"))
+    if key in record.responses and len(squares) and confidence is not None:
+        quantiles = t_quantiles(confidence, degrees_of_freedom(n, squares, fourths))
+        half = quantiles * (squares / (n * (n - 1))).sqrt()
+        middle = torch.tensor(record.responses[key], dtype=torch.float64)
+        record.response_bounds[key] = [(middle - half).tolist(), (middle + half).tolist()]
+
+
+class SampleKeys:
+    """The samples, or groups of samples, of an evaluation in the order of their numbers.
 
     Args:
         registry: of the walk.
 
     Attributes:
-        standard_errors: measure → layer → standard error of each unit; NaN where the value is not finite.
-        freedom: measure → layer → degrees of freedom of it.
-        on_means: measure → layer → influence of each sample, or group, on the mean; NaN where it did not reach it.
-        sample_keys: measure → digest of each sample, or group of samples.
-        sparse: measure → layer → share of the units that few samples decide, or none.
-        response_bounds: measure → layer → lower and upper bounds of the response.
+        of_measures: measure → a number of 64 bits for each sample, or group of samples, by what they hold.
     """
 
     def __init__(self, registry: Registry) -> None:
-        self.standard_errors: Values = {}
-        self.freedom: Values = {}
-        self.on_means: Values = {}
-        self.sample_keys: dict[str, Tensor] = {}
-        self.sparse: dict[str, dict[str, float]] = {}
-        self.response_bounds: dict[str, dict[str, list[list[float]]]] = {}
-        self._confidence = registry.confidence
+        self.of_measures: dict[str, Tensor] = {}
         self._numbers = torch.tensor(sorted(registry.sample_keys), dtype=torch.long)
         self._keys = torch.tensor([registry.sample_keys[i] for i in self._numbers.tolist()], dtype=torch.long)
 
-    def add(self, measure: str, name: str, layer: Layer, value: Tensor, response: list[float] | None) -> None:
-        """Add those on a measure of a layer of this name, with this value and response."""
-        influence = layer.influences[measure]
-        own, found = (influence.states[state].cpu() for state in ("numbers", "on_mean"))
-        squares, fourths = (layer.in_shape(influence.states[state].cpu()) for state in ("squares", "fourths"))
-        n = len(own)
+    def in_order(self, measure: str, influence: Influence) -> Tensor:
+        """The influences on the mean of a layer, one for each sample or group; NaN for those that did not reach it."""
         numbers, keys = self._numbers, self._keys
-        if (pairs := influence.pairs) is not None:
-            of_samples, _ = groups_of(numbers, pairs.expected, pairs.run, pairs.samples)
-            numbers, group = torch.unique(of_samples, return_inverse=True)
+        if influence.group_of is not None:
+            numbers, group = torch.unique(influence.group_of(numbers), return_inverse=True)
             keys = torch.zeros_like(numbers).index_add_(0, group, keys)
+        own, found = (influence.states[state].cpu() for state in ("numbers", "on_mean"))
         on_mean = torch.full((len(numbers),), torch.nan, dtype=torch.float64)
         on_mean[torch.searchsorted(numbers, own)] = found - found.mean()  # which is 0 but for the rounding of the sums
-        error = torch.where(value.flatten().isfinite(), (squares.double() / (n * (n - 1))).sqrt(), torch.nan)
-        self.standard_errors.setdefault(measure, {})[name] = error.view(value.shape)
-        freedom = degrees_of_freedom(n, squares, fourths).float().view(value.shape)
-        never = (squares == 0).view(value.shape) & (value != 0)  # such as 1 for units that never fired
-        few = ((freedom < FEWEST_DEGREES) | never)[value.isfinite()]
-        self.sparse.setdefault(measure, {})[name] = float(few.double().mean()) if few.numel() else 0.0
-        self.freedom.setdefault(measure, {})[name] = freedom
-        self.on_means.setdefault(measure, {})[name] = on_mean
-        self.sample_keys[measure] = keys
-        squares, fourths = (influence.states[f"response_{state}"].cpu().double() for state in ("squares", "fourths"))
-        if response is not None and len(squares) and self._confidence is not None:
-            quantiles = t_quantiles(self._confidence, degrees_of_freedom(n, squares, fourths))
-            half, middle = quantiles * (squares / (n * (n - 1))).sqrt(), torch.tensor(response, dtype=torch.float64)
-            bounds = [(middle - half).tolist(), (middle + half).tolist()]
-            self.response_bounds.setdefault(measure, {})[name] = bounds
+        self.of_measures[measure] = keys
+        return on_mean
 
 
 def make_result(
     measures: Mapping[str, Metric],
     transformations: TransformationSet,
-    values: Values,
+    values: Mapping[str, Mapping[str, Tensor]],
     **found: Any,
 ) -> InvarianceResult:
     """A result with what measures and transformations say of themselves.
@@ -171,56 +194,3 @@ def make_result(
         units={name: measure.unit if isinstance(measure, Measure) else "" for name, measure in measures.items()},
         **found,
     )
-
-
-class Convergence:
-    """The means of the layers after some of the samples, for measures of this package that need one pass.
-
-    Args:
-        measures: name → metric.
-    """
-
-    def __init__(self, measures: Mapping[str, Metric]) -> None:
-        self._measures = [name for name, m in measures.items() if not (names_accumulators(m) and m.needs_again)]
-        self._means: dict[int, dict[str, dict[str, float]]] = {}
-
-    def note(self, registry: Registry) -> None:
-        """Compute what there is so far; the sums stay as they are."""
-        layers = {name: layer for name, layer in registry.layers.items() if name != INPUT}
-        self._means[registry.n_samples] = {}
-        for key in self._measures:
-            measured = [name for name, layer in layers.items() if registry.needs.applies(key, name, layer.shape)]
-            values = _over_layers(registry, key, {name: _value(registry, key, layers[name]) for name in measured})
-            self._means[registry.n_samples][key] = {
-                name: LayerStatistics.of(name, value, None).mean for name, value in values.items()
-            }
-
-    def of(self, result: InvarianceResult) -> dict[str, dict[str, dict[int, float]]]:
-        """Measure → layer → number of samples → mean of the layer, the whole result the last."""
-        means = {**self._means, result.n_samples: {key: result.per_layer(key) for key in self._measures}}
-        # Layers that every milestone has seen: some are reached, or left out, only later.
-        known = {
-            key: [name for name in result[key] if all(name in of[key] for of in means.values())]
-            for key in self._measures
-        }
-        return {key: {name: {n: means[n][key][name] for n in means} for name in names} for key, names in known.items()}
-
-
-def _value(registry: Registry, measure: str, layer: Layer) -> Tensor:
-    """What a measure is of a layer, given the sums so far: float64, on the CPU."""
-    metric = registry.measures[measure]
-    if names_accumulators(metric):
-        value = metric.evaluated(registry.needs.sums(layer, measure), metric.of_layer)
-        return layer.in_shape(value.detach().to("cpu", torch.float64))
-    # torchmetrics keeps a computed value, and turns one of shape (1,) into a scalar.
-    own = deepcopy(layer.metrics[measure])
-    value = torch.as_tensor(own.compute()).detach().to("cpu", torch.float64)
-    if value.numel() == torch.Size(layer.shape).numel():
-        return value.reshape(layer.shape)
-    return value
-
-
-def _over_layers(registry: Registry, measure: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The values of all layers, where a measure looks at them together."""
-    metric = registry.measures[measure]
-    return dict(metric.of_network(values)) if names_accumulators(metric) else values

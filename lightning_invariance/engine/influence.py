@@ -9,35 +9,18 @@ shares :math:`s_i`. Where a measure looks at samples in groups, whole groups tak
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators import (
-    Accumulator,
-    Deviations,
-    DirectDistances,
-    GroupedPairs,
-    MappedBack,
-    Rows,
-    States,
-    means_of,
-)
-from lightning_invariance.accumulators.backends import c_kernels, devices
-from lightning_invariance.accumulators.base import started
-from lightning_invariance.accumulators.grouped_pairs import ADDED, PAIRS, WAITING, Part
+from lightning_invariance.accumulators import Rows, States
+from lightning_invariance.accumulators.base import GroupShare, Influenced, InfluenceKernel, started
+from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.engine.response_influence import ResponseInfluence, has_intervals
 from lightning_invariance.measures import Measure
-from lightning_invariance.measures.sums import Sums
-from lightning_invariance.messages import is_of_package
-
-#: The range of mean squares that float32 holds with their digits, and of weights.
-SMALLEST, LARGEST = 1e-24, 1e30
-
-#: Float32 means are too coarse where the variance of a column is below this part of the square of a mean.
-FAR = 1e-6
 
 
 class Influence:
@@ -45,133 +28,108 @@ class Influence:
 
     Args:
         measure: what is measured.
-        accumulators: those that it needs.
-        sums: what they came to in the first pass.
+        sums: the sums of its accumulators after the first pass.
 
     Attributes:
         states: ``numbers`` ``(clusters,)``: which sample, or group of samples; ``on_mean`` ``(clusters,)``: its
             influence on the mean over the units with a finite value; ``squares`` and ``fourths`` ``(units,)``: Σ ψ² and
             Σ ψ⁴ of each unit, 0 where its value is not finite; ``response_squares`` and ``response_fourths`` ``(m,)``:
-            those of the response, empty where it has no intervals.
-        pairs: what forms the groups; None where samples are apart.
-        waits: that rows of the second pass are still added.
+            the same sums for the response, empty where it has no intervals.
     """
 
-    waits = True
-
-    def __init__(self, measure: Measure, accumulators: Sequence[Accumulator], sums: Sums) -> None:
+    def __init__(self, measure: Measure, sums: Sums) -> None:
         value = measure.value(sums).flatten().double()
-        if not is_of_package(measure):
-            check_units_apart(measure, accumulators, sums)
         self._measure, self._sums = measure, sums
-        self._others = [a for a in accumulators if not isinstance(a, GroupedPairs)]
-        self.pairs = next((a for a in accumulators if isinstance(a, GroupedPairs)), None)
-        self._mapped = is_mapped(accumulators)
+        self._single = [accumulator for accumulator in measure.needs if not accumulator.in_groups]
+        self._grouped = next((accumulator for accumulator in measure.needs if accumulator.in_groups), None)
+        self._channels_first = any(accumulator.channels_first for accumulator in measure.needs)
         self._finite = value.isfinite()
         self._all_finite, self._units = bool(self._finite.all()), max(1, int(self._finite.sum()))
+        check_units_apart(measure, sums, self._channels_first)
         self._weights: States = {}
-        self._prepared: tuple[Tensor, ...] | None = None  # for C or Triton; empty where they cannot
-        self._of_changes: c_kernels.ChangesOfSamples | None = None  # what they take for the response
         self._response = ResponseInfluence(measure, sums) if has_intervals(measure, sums) else None
-        self._group: States = {}  # the shares of the group that is not complete
-        self._states_of_pairs: States = {} if self.pairs is None else started(self.pairs, value.device)
+        self._kernel = self._new_kernel()
+        self._group: States = {}  # shares of the group that is not complete
+        self._group_states = {} if self._grouped is None else started(self._grouped, value.device)
+        m = 0 if self._response is None else sums.n_transformations
         self.states: States = {
             "numbers": torch.zeros(0, dtype=torch.long),
             "on_mean": value.new_zeros(0),
             "squares": torch.zeros_like(value),
             "fourths": torch.zeros_like(value),
-            "response_squares": value.new_zeros(0 if self._response is None else sums.n_transformations),
-            "response_fourths": value.new_zeros(0 if self._response is None else sums.n_transformations),
+            "response_squares": value.new_zeros(m),
+            "response_fourths": value.new_zeros(m),
         }
 
     def add(self, rows: Rows) -> None:
         """Add rows of the second pass."""
         if rows.indices is None:
             raise ValueError("Expected argument `indices` for influences, which belong to samples.")
-        if self.pairs is None and self._add_by_kernel(rows):
+        if self._kernel is not None and self._add_by_kernel(self._kernel, rows):
             return
         rows.widen()
-        if self.pairs is None:
+        if self._grouped is None:
             n, shares = self._sums.n_samples, self._shares(rows)
             if self._response is not None:
                 self._add_response(self._response.of(shares))
             self._add(rows.indices, shares, n, 1 / n)
             return
         row = 0
-        for part in self.pairs.parts(rows.indices, {}):
-            some = rows.some(torch.arange(row, row + part.rows), rows.before + row)
-            row += part.rows
+        for group in self._grouped.groups(rows):
+            some = rows.some(torch.arange(row, row + group.rows), rows.before + row)
+            row += group.rows
             for name, share in self._shares(some).items():
                 total = share.sum(0, keepdim=True)
                 self._group[name] = self._group[name] + total if name in self._group else total
-            self.pairs.add_(self._states_of_pairs, some)
-            if not int(self._states_of_pairs["groups"][WAITING]):
-                self._add_group(part)
+            self._grouped.add(self._group_states, some)
+            found = self._grouped.share_of_group(self._group_states, self._sums.states)
+            if found is not None:
+                shares, self._group = {**self._group, **found.shares}, {}
+                part = group.size / self._sums.n_samples
+                self._add(torch.tensor([group.number]), shares, found.groups, part, found)
 
-    def _add_by_kernel(self, rows: Rows) -> bool:
-        """Add rows in C or Triton where these can: of variances of single activations, in what float32 holds."""
-        kernel = c_kernels if rows.values.is_cpu else devices
-        if self._prepared is None:
-            self._prepared = self._for_kernel() if kernel.takes(rows.values) else ()
-        if not self._prepared or not kernel.takes(rows.values):
-            return False
-        sums = (self.states["squares"], self.states["fourths"])
-        means, weights, counts = self._prepared
-        found = kernel.add_influences(rows.values, means, weights, counts, *sums, self._of_changes)
-        if found is None:
+    @property
+    def group_of(self) -> Callable[[Tensor], Tensor] | None:
+        """Gives the number of the group of each sample; None where samples count one by one."""
+        return None if self._grouped is None else self._grouped.group_of
+
+    def _new_kernel(self) -> InfluenceKernel | None:
+        """The fast way of a measure that needs one accumulator."""
+        if self._grouped is not None or len(self._single) != 1:
+            return None
+        factors = None if self._response is None else self._response.constant_factors()
+        about = Influenced(
+            self._sums.n_samples,
+            self._sums.n_transformations,
+            partial(derivatives, self._measure, self._sums),
+            self._finite,
+            factors,
+            self._response is not None,
+        )
+        return self._single[0].influence_kernel(self._sums.states, about)
+
+    def _add_by_kernel(self, kernel: InfluenceKernel, rows: Rows) -> bool:
+        """Add rows in the fast way; whether it took them."""
+        found = kernel.add(rows, self.states["squares"], self.states["fourths"])
+        if found is None or rows.indices is None:
             return False
         if self._response is not None:
             self._add_response(self._response.of_found(found))
-        self._note(rows.indices, found.on_sum)  # type: ignore[arg-type]
+        self._note(rows.indices, found.on_sum)
         return True
 
-    def _for_kernel(self) -> tuple[Tensor, ...]:
-        """The means, weights and counts that C and Triton take; nothing where they cannot."""
-        sums, (deviations, *others) = self._sums, self._others
-        if others or not isinstance(deviations, Deviations) or not deviations.squared:
-            return ()
-        rows, columns = sums["row_spread"], sums["column_spread"][0]
-        if len(rows) != len(self.states["squares"]) or rows.dtype != torch.float64:
-            return ()
-        means, values = means_of(sums.states), sums.n_samples * sums.n_transformations
-        both = torch.stack([rows, columns]) / values
-        held = (both == 0) | ((both > SMALLEST) & (both < LARGEST))
-        far = (columns > 0) & (columns < FAR * values * means.abs().amax(0).square())
-        if bool(((~held.all(0) | far) & self._finite).any()):
-            return ()
-        found = derivatives(self._measure, sums, ["row_spread", "column_spread"])
-        zeros, n = torch.zeros_like(rows), sums.n_samples
-        of_rows, of_columns = found.get("row_spread", zeros), found.get("column_spread", zeros[None])[0]
-        weights = torch.stack([n * of_rows, n * of_columns, of_rows * rows + of_columns * columns])
-        if bool((weights.abs() > LARGEST).any()):
-            return ()
-        if self._response is not None and (of_changes := self._response.for_kernel(deviations)) is None:
-            return ()
-        self._of_changes = None if self._response is None else of_changes
-        return means.float(), weights.float(), -self._finite.int()
-
     def _note(self, numbers: Tensor, on_sum: Tensor) -> None:
-        """Keep the influences of clusters on the mean, given those on the sum over units."""
+        """Keep the influences of clusters on the mean, given the influences on the sum over units."""
         self.states["numbers"] = torch.cat([self.states["numbers"], numbers.cpu()])
         self.states["on_mean"] = torch.cat([self.states["on_mean"], on_sum.double() / self._units])
 
-    def _add_group(self, part: Part) -> None:
-        """Add a group that is complete."""
-        groups = self._sums["groups"].tolist()
-        distances, pairs = (self._states_of_pairs[name] for name in ("column_distances", "groups"))
-        shares = {**self._group, "column_distances": distances[None]}
-        of_pairs = int(pairs[PAIRS]) / groups[PAIRS]
-        self._group = {}
-        self._states_of_pairs["column_distances"], pairs[PAIRS] = torch.zeros_like(distances), 0
-        self._add(torch.tensor([part.group]), shares, groups[ADDED], part.size / self._sums.n_samples, of_pairs)
-
     def _shares(self, rows: Rows) -> States:
         found: States = {}
-        for accumulator in self._others:
+        for accumulator in self._single:
             found.update(accumulator.shares(rows, self._sums.states))
         return found
 
-    def _add(self, numbers: Tensor, shares: States, n: int, part: float, part_of_pairs: float = 0.0) -> None:
+    def _add(self, numbers: Tensor, shares: States, n: int, part: float, group: GroupShare | None = None) -> None:
         """Add the influences of clusters.
 
         Args:
@@ -179,15 +137,15 @@ class Influence:
             shares: ``(clusters, *state shape)`` by name.
             n: how many clusters there are in all.
             part: of the samples that a cluster holds.
-            part_of_pairs: of the pairs.
+            group: what is known of a group, which may be expected to add another part to its own sums.
         """
         if not self._weights:
             self._weights = derivatives(self._measure, self._sums, list(shares))
         influence = torch.zeros(1, dtype=self.states["squares"].dtype, device=self.states["squares"].device)
         for name, weight in self._weights.items():
-            expected = part_of_pairs if name == "column_distances" else part
+            expected = group.expected if group is not None and name in group.shares else part
             moved = (shares[name] - expected * self._sums[name]).mul_(weight)
-            influence = influence + of_units(moved, self._sums, len(self.states["squares"]), self._mapped)
+            influence = influence + of_units(moved, self._sums, len(self.states["squares"]), self._channels_first)
         influence = n * influence
         if not self._all_finite:
             influence = torch.where(self._finite, influence, 0.0)
@@ -213,7 +171,7 @@ def derivatives(measure: Measure, sums: Sums, names: Sequence[str]) -> States:
     """How the value of a unit changes with each of its sums; 0 for what is constant, such as 1 for a dead unit.
 
     Raises:
-        ValueError: If units share a sum: the derivative of one could not be told from that of another.
+        ValueError: If units share a sum: the derivative of one could not be told from the derivative of another.
     """
     is_one = math.prod(measure.value_shape(sums)) == 1
     apart = math.prod(sums.activation_shape), sums.n_channels
@@ -233,17 +191,17 @@ def derivatives(measure: Measure, sums: Sums, names: Sequence[str]) -> States:
     return {name: w.nan_to_num(0, 0, 0) for name, w in zip(names, found, strict=True) if w is not None}
 
 
-def of_units(influence: Tensor, sums: Sums, units: int, mapped: bool) -> Tensor:
-    """Influences by unit, ``(clusters, units)``: those of a feature map together, if it has one value.
+def of_units(influence: Tensor, sums: Sums, units: int, channels_first: bool) -> Tensor:
+    """Influences by unit, ``(clusters, units)``: all of a feature map together, if it has one value.
 
     Args:
         influence: by state, ``(clusters, activations)``, or ``(clusters, parts, activations)`` where parts add up.
         sums: of the layer.
         units: how many values the measure has.
-        mapped: whether the sums of the layer have the channels first; see :func:`is_mapped`.
+        channels_first: whether the sums of the layer have the channels first.
     """
     influence = influence.flatten(1, -2).sum(1) if influence.ndim > 2 else influence
-    of_states = sums.channels_first() if mapped else sums
+    of_states = sums.channels_first() if channels_first else sums
     maps = of_states.activation_shape
     if units == 1:
         return influence.sum(1, keepdim=True)
@@ -254,16 +212,16 @@ def of_units(influence: Tensor, sums: Sums, units: int, mapped: bool) -> Tensor:
     return influence
 
 
-def check_units_apart(measure: Measure, accumulators: Sequence[Accumulator], sums: Sums) -> None:
-    """Raise where a unit's value depends on the sums of another, whose influences would be taken for those of its own.
+def check_units_apart(measure: Measure, sums: Sums, channels_first: bool) -> None:
+    """Raise where the value of a unit, of which one is looked at, depends on the sums of another unit.
 
-    Asked of measures of users, of one unit: that every measure of the package keeps them apart is tested.
+    Influences on the other unit would be taken for influences on this one.
     """
-    states = {name: sums[name].detach().clone() for accumulator in accumulators for name in accumulator.empty()}
+    states = {name: state.detach().clone() for name, state in sums.states.items()}
     activations = math.prod(sums.activation_shape)
     leaves = [s.requires_grad_() for s in states.values() if s.is_floating_point() and s.shape[-1:] == (activations,)]
     with torch.enable_grad():
-        value = measure.value(replace(sums, states={**sums.states, **states})).flatten()
+        value = measure.value(replace(sums, states=states)).flatten()
         units = value.isfinite().nonzero().flatten().tolist()
         if len(value) < 2 or not units or not leaves or not value.requires_grad:
             return
@@ -271,15 +229,10 @@ def check_units_apart(measure: Measure, accumulators: Sequence[Accumulator], sum
     for share in found:
         if share is None:
             continue
-        of_each = of_units(share.nan_to_num(0, 0, 0).abs()[None], sums, len(value), is_mapped(accumulators))[0]
+        of_each = of_units(share.nan_to_num(0, 0, 0).abs()[None], sums, len(value), channels_first)[0]
         if int((of_each != 0).sum()) > 1:
             raise ValueError(
                 f"Expected measure {type(measure).__name__}, which has `has_intervals = True`, to compute the value of"
-                " each unit from the sums of this unit alone, but the first one also depends on those of others. Their"
+                " each unit from the sums of this unit alone, but the first one also depends on sums of others. Its"
                 " standard errors would be wrong: write `has_intervals = False`."
             )
-
-
-def is_mapped(accumulators: Sequence[Accumulator]) -> bool:
-    """Whether sums are of maps that were mapped back, which have the channels first."""
-    return any(isinstance(a, MappedBack | DirectDistances) for a in accumulators)

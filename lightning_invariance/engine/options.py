@@ -28,7 +28,6 @@ class Options:
         transform_at: the module whose input is transformed; None for the network's.
         channel_axis: layer or glob pattern → axis of the activation that holds the channels.
         operations: also measure what functions and operators compute in forward.
-        convergence: also report values of the first samples.
         state_budget: bytes that the states of all layers may take.
         confidence: of intervals; None for none.
         outputs: name → metric of predictions and targets, for each transformation.
@@ -49,7 +48,6 @@ class Options:
     transform_at: str | None = None
     channel_axis: Mapping[str, int] | None = None
     operations: bool = False
-    convergence: bool = False
     state_budget: int | None = None
     confidence: float | None = None
     outputs: Mapping[str, Metric] = field(default_factory=dict)

@@ -30,7 +30,7 @@ SAME = 1e-5
 LOGITS = "[logits]"
 
 
-class Predictions:
+class OutputMetrics:
     """Metrics of the output of a network and the targets, a clone for each transformation.
 
     Args:

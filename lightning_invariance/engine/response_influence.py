@@ -15,10 +15,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators import Deviations, States
-from lightning_invariance.accumulators.backends.c_kernels import ChangesOfSamples, FoundInfluences
+from lightning_invariance.accumulators import States
+from lightning_invariance.accumulators.base import FoundInfluences
+from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.measures import Measure
-from lightning_invariance.measures.sums import Sums
 
 
 class ResponseInfluence:
@@ -52,18 +52,16 @@ class ResponseInfluence:
             return found.changes - self._response
         return found.changes - self._of_channels(found.spreads).double() @ self._of_spreads.mT
 
-    def for_kernel(self, deviations: Deviations) -> ChangesOfSamples | None:
-        """What C and Triton need to find the same; None where they cannot."""
+    def constant_factors(self) -> Tensor | None:
+        """By what changes are multiplied in the response, ``(activations,)``; None if it depends on the column."""
         sums = self._sums
-        finite = sums["column_spread"].isfinite().all() & (self._weights == self._weights[0]).all()
-        if deviations.reference is None or not bool(finite):
+        if not bool((self._weights == self._weights[0]).all()):
             return None
         shape, axis = sums.activation_shape, sums.channel_axis
         ends = [1] * len(shape)
         if shape:
             ends[axis] = -1
-        factors = (self._weights[0] / 2).view(ends or (1,)).expand(shape or (1,))
-        return ChangesOfSamples(factors.reshape(-1).float(), deviations.reference)
+        return self._weights[0].view(ends or (1,)).expand(shape or (1,)).reshape(-1).float()
 
     def _of_channels(self, values: Tensor) -> Tensor:
         """``(rows, activations)`` → ``(rows, channels)``, summed over positions."""

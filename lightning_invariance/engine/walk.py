@@ -1,8 +1,8 @@
-"""One evaluation: a model, its data, and walks over the ST matrix."""
+"""One evaluation of a model: passes over the blocks of the ST matrix."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -16,27 +16,15 @@ from lightning_invariance.data.batches import taken, takes_batch
 from lightning_invariance.data.fingerprints import Fingerprint, is_split
 from lightning_invariance.data.loader import STBlock, STLoader
 from lightning_invariance.distributed import gather_or_raise, rank_and_world_size
-from lightning_invariance.engine.allocator import keep_freed_memory
-from lightning_invariance.engine.batch_size import first_size, size_for_activations, size_for_inputs
-from lightning_invariance.engine.blocks import Intake
-from lightning_invariance.engine.budget import Activation, Output, activations_of, check_memory
-from lightning_invariance.engine.memory_format import (
-    FEWEST,
-    ChannelsLastError,
-    is_faster_with_channels_last,
-    with_channels_last,
-)
+from lightning_invariance.engine.batch_size import batch_size_for, first_batch_size
+from lightning_invariance.engine.blocks import Blocks
+from lightning_invariance.engine.budget import Output, activations_of, check_memory
 from lightning_invariance.engine.options import Options
-from lightning_invariance.engine.output_metrics import Predictions
+from lightning_invariance.engine.output_metrics import OutputMetrics
 from lightning_invariance.engine.registry import Registry
 from lightning_invariance.model.hooks import Catcher, catch_activations, transformed_input
 from lightning_invariance.model.layout import CONSTANT, Finding, Layout
-from lightning_invariance.model.preserved import (
-    device_of,
-    evaluation_mode,
-    on_device,
-    unchanged_tensors,
-)
+from lightning_invariance.model.preserved import device_of, evaluation_mode, on_device, unchanged_tensors
 from lightning_invariance.model.probe import probe_block
 from lightning_invariance.model.selection import module_of, select_layers
 from lightning_invariance.precision import summed_on
@@ -48,7 +36,7 @@ from lightning_invariance.transforms import TransformationSet
 PROGRESS_DELAY = 3.0
 
 
-class Session:
+class Walk:
     """A model and its data for the time of one evaluation.
 
     Args:
@@ -64,19 +52,18 @@ class Session:
         self.model = model
         self.data = data
         self.device = torch.device(options.device) if options.device is not None else device_of(model)
-        self.batch_size = first_size(self.device) if options.batch_size == "auto" else options.batch_size
+        self.batch_size = first_batch_size(self.device) if options.batch_size == "auto" else options.batch_size
         self.options = options
         self.selection = select_layers(model, options.layers, options.operations)
         at = options.transform_at
-        self._transformed_module = None if at is None else module_of(model, at)
+        self.transformed_module = None if at is None else module_of(model, at)
         self._findings: dict[str, Finding] | None = None  # of the first block
-        self._channels_last = False
         self._outputs: dict[str, Output] = {}  # of all probes
-        self._predictions: Predictions | None = None  # of the last walk
+        self._output_metrics: OutputMetrics | None = None  # of the last run
 
-    def with_batch_size(self, batch_size: int) -> Session:
-        """The same with another batch size."""
-        return Session(self.model, self.data, replace(self.options, batch_size=batch_size))
+    def with_batch_size(self, batch_size: int) -> Walk:
+        """The same evaluation with another batch size."""
+        return Walk(self.model, self.data, replace(self.options, batch_size=batch_size))
 
     def loader(self, transformations: TransformationSet, run: int = 1) -> STLoader:
         """The blocks that this process takes.
@@ -102,12 +89,13 @@ class Session:
                 seed=self.options.seed,
                 rank=rank,
                 world_size=world_size,
-                transform=self._transformed_module is None,
+                transform=self.transformed_module is None,
                 with_batch=takes_batch(self.options.forward) or bool(self.options.outputs),
                 run=run,
             )
             if self.options.batch_size == "auto":
-                self._resize(loader, size_for_inputs(loader, self.device))
+                self.batch_size = batch_size_for(loader, self.device)
+                loader.resize(self.batch_size)
             fingerprint = loader.source.fingerprint() if world_size > 1 else fingerprint
         except Exception as raised:  # the other processes must be told, or they would wait for ever
             error = raised
@@ -115,107 +103,56 @@ class Session:
             loader.source.take_own_stream()
         return loader
 
-    def walk(
-        self,
-        measures: Mapping[str, Metric],
-        loader: STLoader,
-        milestones: Sequence[int] = (),
-        at_milestone: Callable[[Registry], None] | None = None,
-        about: str = "Measuring invariance",
-    ) -> Registry:
+    def run(self, measures: Mapping[str, Metric], loader: STLoader, about: str = "Measuring invariance") -> Registry:
         """Show every row to the measures of every layer, as often as they need it.
 
         Args:
             measures: name → metric.
             loader: the rows.
-            milestones: numbers of samples, in rising order, after which ``at_milestone`` is called.
-            at_milestone: called with the registry between two blocks.
             about: text beside the progress bar.
+
+        Raises:
+            OverBudgetError: If the sums of all layers take more than the budget.
         """
-        registry = Registry(
-            measures, loader.transformations, loader.n_samples, loader.source.run, self.options.confidence
-        )
-        intake = Intake(registry, self.options.channel_axis, within=self._transformed_module is not None)
-        waiting = list(milestones)
+        confidence = self.options.confidence
+        registry = Registry(measures, loader.transformations, loader.n_samples, loader.source.run, confidence)
+        blocks = Blocks(registry, self.options.channel_axis, within=self.transformed_module is not None)
         if self.options.outputs:
-            self._predictions = Predictions(
-                self.options.outputs, loader.transformations, self.device, self.options.confidence
-            )
-        with self._prepared(intake), catch_activations(self.model, self.selection, intake.consume) as catcher:
+            self._output_metrics = OutputMetrics(self.options.outputs, loader.transformations, self.device, confidence)
+        with self._prepared(blocks), catch_activations(self.model, self.selection, blocks.consume) as catcher:
             while not registry.finished:
                 error: BaseException | None = None
-                loader.source.with_keys = self.options.confidence is not None and registry.in_first_pass
+                loader.source.with_keys = confidence is not None and registry.in_first_pass
                 try:
                     with isolated_random_state(self.options.seed):  # every pass sees the same random transformations
                         for block in with_progress(loader, about, self.options.progress):
-                            if waiting and registry.n_samples >= waiting[0] and at_milestone is not None:
-                                waiting = [n for n in waiting if n > registry.n_samples]
-                                at_milestone(registry)
-                            self._measure(block, intake, catcher, registry, loader)
-                        waiting = []
+                            self._measure(block, blocks, catcher, registry)
                 except Exception as raised:  # the other processes must be told, or they would wait for ever
                     error = raised
                 registry.end_pass(self.device, error)
         return registry
 
     def outputs(self) -> dict[str, OutputValues]:
-        """What the metrics of predictions and targets said in the last walk; every process must ask."""
-        return {} if self._predictions is None else self._predictions.values()
+        """The values of the metrics of predictions and targets in the last run; every process must ask."""
+        return {} if self._output_metrics is None else self._output_metrics.values()
 
-    def _measure(self, block: STBlock, intake: Intake, catcher: Catcher, registry: Registry, loader: STLoader) -> None:
+    def _measure(self, block: STBlock, blocks: Blocks, catcher: Catcher, registry: Registry) -> None:
         """Run the model on a block, after a probe if there was none or the block reaches other layers."""
-        x = block.inputs.flatten(0, 1)
         if self._findings is None:
             self._findings = self._probed(block, catcher)
-            self._channels_last = self._choose_channels_last(block, catcher, registry, loader)
-        first_of_walk = intake.findings is None
-        intake.findings = self._findings
-        intake.start_block(block)
-        if first_of_walk:
+        first_of_run = blocks.findings is None
+        blocks.findings = self._findings
+        blocks.start_block(block)
+        if first_of_run:
             activations = activations_of(self._outputs, self._findings, self.options.channel_axis or {})
             check_memory(registry, activations, self.batch_size, summed_on(self.device), self.options.state_budget)
-        output = self._output(block, x, catcher)
-        if registry.in_first_pass and self._predictions is not None:
-            self._predictions.add(block, output)
-        if intake.unknown:
-            intake.consume_unknown(self._probed(block, catcher))
-        intake.end_block()
-        if first_of_walk and self.options.batch_size == "auto":
-            self._resize(loader, size_for_activations(loader, self.device, self._outputs.values()))
-
-    def _choose_channels_last(self, block: STBlock, catcher: Catcher, registry: Registry, loader: STLoader) -> bool:
-        """Whether to run the model with channels last: if the user does not say how, and sums need no copies then."""
-        number = (loader.n_samples or 0) * len(loader.transformations)
-        if self.options.batch_size != "auto" or not registry.with_any_channel_axis or number < FEWEST:
-            return False
-
-        def run(x: Tensor) -> Any:
-            with catcher.forward_pass():  # nothing is added to sums before `Intake.start_block`
-                return self._call(block, x, torch.arange(len(x)))
-
-        function = self.options.forward
-        called = getattr(function, "__code__", type(function)), self.options.transform_at, tuple(self.selection.modules)
-        inputs = block.inputs.flatten(0, 1)
-        return is_faster_with_channels_last(self.model, run, catcher, inputs, called, self.options.seed)
-
-    def _output(self, block: STBlock, x: Tensor, catcher: Catcher) -> Any:
-        """What the model returns for the inputs of a block, in the memory format that was chosen.
-
-        Raises:
-            ChannelsLastError: If it fails with channels last.
-        """
         with catcher.forward_pass():
-            if not self._channels_last:
-                return self._call(block, x)
-            try:
-                return self._call(block, with_channels_last(x))
-            except Exception as error:
-                raise ChannelsLastError from error
-
-    def _resize(self, loader: STLoader, batch_size: int) -> None:
-        if batch_size != self.batch_size:
-            self.batch_size = batch_size
-            loader.resize(batch_size)
+            output = self._call(block, block.inputs.flatten(0, 1))
+        if registry.in_first_pass and self._output_metrics is not None:
+            self._output_metrics.add(block, output)
+        if blocks.unknown:
+            blocks.consume_unknown(self._probed(block, catcher))
+        blocks.end_block()
 
     def _probed(self, block: STBlock, catcher: Catcher) -> dict[str, Finding]:
         """Where the inputs of a batch stand in the output of each layer."""
@@ -234,16 +171,6 @@ class Session:
                 self._call(block, block.inputs.flatten(0, 1))
         return [layer for layer in order if isinstance(found.get(layer, CONSTANT), Layout)]
 
-    def activations(self, loader: STLoader) -> dict[str, Activation]:
-        """What the layers return for one input, from a probe of the first block; nothing where there is no sample."""
-        findings: dict[str, Finding] = {}
-        caught = catch_activations(self.model, self.selection, lambda layer, output, axis: None)
-        with isolated_random_state(self.options.seed), self._prepared(None), caught as catcher:
-            for block in loader:
-                findings = self._probed(block, catcher)
-                break
-        return activations_of(self._outputs, findings, self.options.channel_axis or {})
-
     def _call(self, block: STBlock, x: Tensor, positions: Tensor | None = None) -> Any:
         """Run the model on x: the inputs of a block, or some that stand at these positions among them."""
         forward: Callable[..., Any] | None = self.options.forward
@@ -255,9 +182,8 @@ class Session:
         of_row = torch.arange(rows).repeat_interleave(columns)
         return forward(self.model, x, taken(block.batch, rows, of_row if positions is None else of_row[positions]))
 
-    def _prepared(self, intake: Intake | None) -> ExitStack:
+    def _prepared(self, blocks: Blocks | None) -> ExitStack:
         """The model in eval mode on its device, without gradients; everything is put back afterwards."""
-        keep_freed_memory()
         with ExitStack() as stack:
             stack.enter_context(on_device(self.model, self.device))
             stack.enter_context(unchanged_tensors(self.model))
@@ -265,8 +191,8 @@ class Session:
             stack.enter_context(torch.no_grad())
             # A compiled graph silently skips hooks that were added later.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            if intake is not None and self._transformed_module is not None:
-                stack.enter_context(transformed_input(self._transformed_module, intake.enter))
+            if blocks is not None and self.transformed_module is not None:
+                stack.enter_context(transformed_input(self.transformed_module, blocks.enter))
             return stack.pop_all()
 
 

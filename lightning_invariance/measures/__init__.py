@@ -1,5 +1,6 @@
 """The measures of the paper as ``torchmetrics.Metric`` classes with online, mergeable states."""
 
+from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.measures.anova import Anova
 from lightning_invariance.measures.base import Measure, quotient
 from lightning_invariance.measures.components import IntraclassCorrelation, MainEffect
@@ -9,7 +10,6 @@ from lightning_invariance.measures.goodfellow import Goodfellow
 from lightning_invariance.measures.same_equivariance import DistanceSameEquivariance, VarianceSameEquivariance
 from lightning_invariance.measures.st_tensor import STTensor
 from lightning_invariance.measures.stratified import Stratified
-from lightning_invariance.measures.sums import Sums
 from lightning_invariance.measures.variance import NormalizedVariance, SampleVariance, TransformationVariance
 
 __all__ = [

@@ -19,11 +19,9 @@ from lightning_invariance.accumulators.base import (
     Rows,
     States,
     check_declaration,
-    check_states,
-    merged,
-    states_of,
 )
 from lightning_invariance.accumulators.configuration import configuration_of
+from lightning_invariance.accumulators.layer_state import LayerState
 from lightning_invariance.distributed import merge_over_ranks
 from lightning_invariance.precision import has_float64, summed_on
 from lightning_invariance.transforms import TransformationSet
@@ -108,7 +106,10 @@ class AccumulatingMetric(Metric):
         Raises:
             ValueError: If an accumulator cannot work with these transformations.
         """
-        context = Context(transformations, tuple(input_shape), n_samples)
+        self.prepare_for(Context(transformations, tuple(input_shape), n_samples))
+
+    def prepare_for(self, context: Context) -> None:
+        """As :meth:`prepare`, for an evaluation."""
         self.needs = tuple(accumulator.prepared(context) for accumulator in self.needs)
         self.needs_again = tuple(accumulator.prepared(context) for accumulator in self.needs_again)
 
@@ -130,13 +131,7 @@ class AccumulatingMetric(Metric):
                 shape than the blocks before.
             TypeError: If the block is not of a real floating-point type.
         """
-        self._add_rows(st_block, indices, labels, in_place=False)
-
-    def add(self, st_block: Tensor, indices: Tensor | None = None, labels: Tensor | None = None) -> None:
-        """As :meth:`update`, but changes states in place: those that were taken from the metric before change, too."""
-        self._computed = None
-        self._update_count += 1
-        self._add_rows(st_block, indices, labels, in_place=True)
+        self._add_rows(st_block, indices, labels)
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Merge the states of another metric of the same class, or a dictionary of states, into this one.
@@ -149,7 +144,7 @@ class AccumulatingMetric(Metric):
         self._computed = None
         self._update_count += getattr(incoming_state, "_update_count", 1)
 
-    def _add_rows(self, st_block: Tensor, indices: Tensor | None, labels: Tensor | None, in_place: bool) -> None:
+    def _add_rows(self, st_block: Tensor, indices: Tensor | None, labels: Tensor | None) -> None:
         values = checked_block(st_block)
         if not self.configuration.numel():
             self.configuration = configuration_of((*self.needs, *self.needs_again))
@@ -157,20 +152,18 @@ class AccumulatingMetric(Metric):
         if n == 0 or m == 0:
             return
         self._check_shape(m, shape)
-        rows = Rows(values, None if indices is None else indices.cpu(), labels, before=int(self.n_samples))
+        layer = self._layer_state({name: state.clone() for name, state in self.states().items()})
         with torch.no_grad():
-            for accumulator in self.needs_again if self.in_second_pass else self.needs:
-                states = {name: getattr(self, name) for name in accumulator.empty()}
-                if not accumulator.takes_half:
-                    rows.widen()
-                if in_place:
-                    accumulator.add_(states, rows)
-                else:
-                    states = accumulator.add(states, rows)
-                check_states(accumulator, states, "add")
-                for name in accumulator.empty():
-                    setattr(self, name, states[name])
-        self.n_samples = self.n_samples + n
+            layer.add(Rows(values, None if indices is None else indices.cpu(), labels))
+        self.set_states({**self.states(), **layer.states(numbered=False)})
+
+    def _layer_state(self, states: States) -> LayerState:
+        """The accumulators of the pass at hand with these states."""
+        active = self.needs_again if self.in_second_pass else self.needs
+        shape, m = tuple(states["activation_shape"].tolist()), int(states["columns"])
+        layer = LayerState(active, shape, n_transformations=m)
+        layer.load(states, numbered=False)
+        return layer
 
     def _check_shape(self, m: int, shape: list[int]) -> None:
         if self.n_transformations == 0:
@@ -216,10 +209,7 @@ class AccumulatingMetric(Metric):
                 "Expected states of one shape (transformations, *activation_shape),"
                 f" but got {shapes[0]} and {shapes[1]}."
             )
-        result = {name: a[name] for name in self._defaults}
-        for accumulator in self.needs_again if self.in_second_pass else self.needs:
-            result.update(merged(accumulator, states_of(accumulator, a), states_of(accumulator, b)))
-        return result
+        return {**{name: a[name] for name in self._defaults}, **self._layer_state(a).merged(a, b, numbered=False)}
 
     def _sync_dist(
         self, dist_sync_fn: Callable[..., list[Tensor]] = gather_all_tensors, process_group: Any | None = None

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators import Deviations, PairedDeviations, means_of
+from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.measures.base import Measure
 from lightning_invariance.measures.f_distribution import CORRECTIONS, f_survival, rejected, rejected_f
-from lightning_invariance.measures.sums import Sums
 
 STATISTICS = ("f", "p", "reject", "effect", "epsilon")
 
@@ -63,6 +63,7 @@ class Anova(Measure):
         tensor(0.2000, dtype=torch.float64)
     """
 
+    any_channel_axis = True
     needs = (Deviations(),)
     least_samples = 2
 

@@ -14,11 +14,10 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.prints import rank_zero_warn
 
-from lightning_invariance.accumulators.base import States, check_states
+from lightning_invariance.accumulators.base import States, check_states, declares
+from lightning_invariance.accumulators.sums import Sums, dead_of
 from lightning_invariance.aggregation import aggregate_maps
 from lightning_invariance.measures.accumulating import AccumulatingMetric
-from lightning_invariance.measures.sums import Sums, dead_of
-from lightning_invariance.messages import is_of_package
 from lightning_invariance.plots.style import draw_bars
 from lightning_invariance.precision import has_float64
 
@@ -88,14 +87,15 @@ class Measure(AccumulatingMetric):
     #: of ``column_spread`` over the positions of the channel.
     has_response_intervals: ClassVar[bool] = False
 
+    #: Whether :meth:`value` is right where the channels are another axis of the activation, ``sums.channel_axis``.
+    #: Declared by each class for itself: subclasses do not inherit it.
+    any_channel_axis: ClassVar[bool] = False
+
     @property
     def takes_any_channel_axis(self) -> bool:
-        """Whether it gives the same where the channels are another axis of the activation, ``sums.channel_axis``.
-
-        An evaluation then leaves values as they lie in memory, such as channels last, instead of copying them. Measures
-        of the package do.
-        """
-        return is_of_package(self) and all(map(is_of_package, (*self.needs, *self.needs_again)))
+        """Whether an evaluation may leave values as they lie in memory, such as channels last, instead of copying."""
+        accumulators = (*self.needs, *self.needs_again)
+        return all(declares(each, "any_channel_axis") for each in (self, *accumulators))
 
     @abstractmethod
     def value(self, sums: Sums) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators import Deviations, means_of
+from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.measures.base import Measure
-from lightning_invariance.measures.sums import Sums
 
 
 class MeanSquares(NamedTuple):
@@ -73,6 +73,7 @@ class IntraclassCorrelation(Measure):
         tensor(1., dtype=torch.float64)
     """
 
+    any_channel_axis = True
     needs = (Deviations(exact=True),)
     higher_is_better = True
     least_samples = 2
@@ -116,6 +117,7 @@ class MainEffect(Measure):
         tensor(1., dtype=torch.float64)
     """
 
+    any_channel_axis = True
     needs = (Deviations(exact=True),)
     higher_is_better = None
     least_samples = 2

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.accumulators.winners import Winners
 from lightning_invariance.measures.base import Measure
-from lightning_invariance.measures.sums import Sums
 
 
 class Consistency(Measure):
@@ -35,6 +35,7 @@ class Consistency(Measure):
         tensor(0.3333, dtype=torch.float64)
     """
 
+    any_channel_axis = True
     needs = (Winners(),)
     higher_is_better = True
     has_intervals = True

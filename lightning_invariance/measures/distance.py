@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators.distances import Distance
+from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.aggregation import AGGREGATES, aggregate_maps
 from lightning_invariance.measures.base import Measure, quotient
 from lightning_invariance.measures.pair_distances import pair_distances
-from lightning_invariance.measures.sums import Sums
 
 #: Units of distances, of which cosines have none.
 UNITS = {"abs": "activation", "euclidean": "activation", "squared": "activation²", "cosine": ""}
@@ -107,6 +107,7 @@ class TransformationDistance(MeasureOfDistances):
         tensor(0.5000, dtype=torch.float64)
     """
 
+    any_channel_axis = True
     of_columns = False
     unit = "distance"
 
@@ -163,6 +164,7 @@ class SampleDistance(MeasureOfDistances):
         tensor(1.5000, dtype=torch.float64)
     """
 
+    any_channel_axis = True
     higher_is_better = None
     of_rows = False
     unit = "distance"
@@ -211,6 +213,7 @@ class NormalizedDistance(MeasureOfDistances):
         tensor(0.3333, dtype=torch.float64)
     """
 
+    any_channel_axis = True
     is_ratio = True
     relative_bias = 1.0  # that of SD
     least_samples = 2

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lightning_invariance.accumulators import Accumulator, Deviations, Extremes, Firing, Peaks, States, means_of
 from lightning_invariance.accumulators.peaks import rounded_down
+from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.measures.base import Measure
-from lightning_invariance.measures.sums import Sums
 
 #: The paper's share of values that fire.
 PAPER_ALPHA = 0.01
@@ -64,6 +64,8 @@ class Goodfellow(Measure):
         >>> measure.compute()
         tensor(4., dtype=torch.float64)
     """
+
+    any_channel_axis = True
 
     def __init__(
         self,

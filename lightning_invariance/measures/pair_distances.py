@@ -11,8 +11,8 @@ from lightning_invariance.accumulators import Accumulator, ColumnPairs, Deviatio
 from lightning_invariance.accumulators.distances import Distance, row_distances
 from lightning_invariance.accumulators.grouped_pairs import GroupedPairs, mean_and_error
 from lightning_invariance.accumulators.subsample import EMPTY
+from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.aggregation import aggregate_maps
-from lightning_invariance.measures.sums import Sums
 from lightning_invariance.measures.variance import sample_variance, transformation_variance
 
 DISTANCES = ("abs", "squared", "euclidean", "cosine")

@@ -11,10 +11,10 @@ from torch import Tensor
 from lightning_invariance.accumulators import Accumulator, Changes, Deviations, DirectDistances, MappedBack
 from lightning_invariance.accumulators.distances import Distance
 from lightning_invariance.accumulators.mapped_back import BackMapping, check_inverses
+from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.aggregation import aggregate_maps
 from lightning_invariance.measures.base import Measure, quotient
 from lightning_invariance.measures.pair_distances import pair_distances
-from lightning_invariance.measures.sums import Sums
 from lightning_invariance.measures.variance import sample_variance, transformation_variance
 from lightning_invariance.transforms import TransformationSet
 
@@ -144,6 +144,7 @@ class VarianceSameEquivariance(SameEquivariance):
         tensor([0., 0., 0.], dtype=torch.float64)
     """
 
+    any_channel_axis = True
     has_response_intervals = True
 
     def __init__(
@@ -234,6 +235,8 @@ class DistanceSameEquivariance(SameEquivariance):
         >>> dse.compute()
         tensor([0., 0., 0.], dtype=torch.float64)
     """
+
+    any_channel_axis = True
 
     def __init__(
         self,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_invariance.accumulators import Matrix
+from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.measures.base import Measure
-from lightning_invariance.measures.sums import Sums
 
 
 class STTensor(Measure):
@@ -28,6 +28,7 @@ class STTensor(Measure):
         torch.Size([2, 4, 5, 6, 6])
     """
 
+    any_channel_axis = True
     higher_is_better: bool | None = None
     needs = (Matrix(),)
     least_transformations = 1

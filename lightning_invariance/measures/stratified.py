@@ -10,8 +10,8 @@ from torch import Tensor
 from torchmetrics.utilities.prints import rank_zero_warn
 
 from lightning_invariance.accumulators import ByClass
+from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.measures.base import Measure
-from lightning_invariance.measures.sums import Sums
 from lightning_invariance.messages import given
 
 
@@ -49,6 +49,8 @@ class Stratified(Measure):
         >>> measure.compute()
         tensor(0.1000, dtype=torch.float64)
     """
+
+    any_channel_axis = True
 
     least_samples, least_transformations = 2, 1
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators import Deviations
+from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.aggregation import AGGREGATES, aggregate_maps
 from lightning_invariance.measures.base import Measure, quotient
-from lightning_invariance.measures.sums import Sums
 
 
 class MeasureOfVariances(Measure):
@@ -113,6 +113,7 @@ class TransformationVariance(MeasureOfVariances):
         tensor(1., dtype=torch.float64)
     """
 
+    any_channel_axis = True
     unit = "activation²"
     has_response_intervals = True
 
@@ -165,6 +166,7 @@ class SampleVariance(MeasureOfVariances):
         tensor(5., dtype=torch.float64)
     """
 
+    any_channel_axis = True
     higher_is_better = None
     unit = "activation²"
     has_response = False
@@ -206,6 +208,7 @@ class NormalizedVariance(MeasureOfVariances):
         tensor(0.2000, dtype=torch.float64)
     """
 
+    any_channel_axis = True
     is_ratio = True
     has_response_intervals = True
     least_samples = 2

@@ -68,8 +68,8 @@ class History:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the history of a checkpoint, or keep it apart where it was measured with other arguments."""
-        self._earlier = list(state.get("earlier", []))
-        if not state["history"] or _agree(_configuration_in(state), self._configuration):
+        self._earlier = list(state["earlier"])
+        if not state["history"] or _agree(state["configuration"], self._configuration):
             self.results = unpacked(state)
             return
         self._earlier.append({key: state[key] for key in state if key != "earlier"})
@@ -107,15 +107,7 @@ def packed(history: Sequence[InvarianceResult]) -> dict[str, Any]:
 def unpacked(state: Mapping[str, Any]) -> list[InvarianceResult]:
     """The history that :func:`packed` described."""
     whole = [InvarianceResult.from_state_dict(each) for each in state["history"]]
-    return [*whole[:1], *_of_means(state.get("means") or {}, whole), *whole[1:]]
-
-
-def _configuration_in(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration that a checkpoint tells; that of an earlier version says less."""
-    if "configuration" in state:
-        return dict(state["configuration"])
-    last = state["history"][-1]
-    return {"measures": dict.fromkeys(last["values"]), "transformations": list(last["transformations"])}
+    return [*whole[:1], *_of_means(state["means"], whole), *whole[1:]]
 
 
 def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,41 +17,26 @@ from lightning_invariance.results.intervals import (
     network_influences,
     samples_for,
 )
+from lightning_invariance.results.record import Record
 from lightning_invariance.results.students_t import t_quantiles
 from lightning_invariance.results.table import LayerStatistics
 from lightning_invariance.results.values import LayerValues
 
-ByLayer = Mapping[str, Mapping[str, Tensor]]
 
-
-class LayerIntervals(LayerValues):
+class LayerIntervals(LayerValues, Record):
     """Values with the influences of samples on them; see :class:`~lightning_invariance.InvarianceResult`."""
 
-    n_samples: int
-    reached: dict[str, int]
-    biases: dict[str, float]
-    confidence: float | None
-    standard_errors: dict[str, dict[str, Tensor]]
-    freedom: dict[str, dict[str, Tensor]]
-    influences: dict[str, dict[str, Tensor]]
-    sample_keys: dict[str, Tensor]
-    sparse: dict[str, dict[str, float]]
-
-    def set_intervals(
+    def __init__(
         self,
-        confidence: float | None,
-        standard_errors: ByLayer | None,
-        freedom: ByLayer | None,
-        influences: ByLayer | None,
-        sample_keys: Mapping[str, Tensor] | None,
+        values: Mapping[str, Mapping[str, Tensor]],
+        dead: Mapping[str, Tensor] | None,
+        about: Mapping[str, Any],
     ) -> None:
-        """Hold the influences, and write the intervals of layers into the tables."""
-        self.confidence = confidence
-        self.standard_errors = {measure: dict(layers) for measure, layers in (standard_errors or {}).items()}
-        self.freedom = {measure: dict(layers) for measure, layers in (freedom or {}).items()}
-        self.influences = {measure: dict(layers) for measure, layers in (influences or {}).items()}
-        self.sample_keys = dict(sample_keys or {})
-        for measure in self.influences if confidence is not None else ():
+        Record.__init__(self, **about)
+        layers = dict.fromkeys(layer for of_layers in values.values() for layer in of_layers)
+        reached = {layer: self.reached.get(layer, self.n_samples) for layer in layers}
+        LayerValues.__init__(self, values, dead, self.channel_axis, reached)
+        for measure in self.influences if self.confidence is not None else ():
             self._tables[measure] = self._tables[measure].with_intervals(self.interval(measure))
 
     def interval(self, measure: str | None = None, confidence: float | None = None) -> Intervals:

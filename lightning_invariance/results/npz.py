@@ -50,11 +50,11 @@ def read(path: Path) -> dict[str, Any]:
     with np.load(path, allow_pickle=False) as arrays:
         state: dict[str, Any] = json.loads(str(arrays["about"]))
         for kind, names in SINGLE.items():
-            state[kind] = {name: torch.from_numpy(arrays[f"{kind}/{j}"]) for j, name in enumerate(state.pop(names, []))}
+            state[kind] = {name: torch.from_numpy(arrays[f"{kind}/{j}"]) for j, name in enumerate(state.pop(names))}
         for kind in BY_LAYER:
             state[kind] = {
                 measure: {name: torch.from_numpy(arrays[f"{kind}/{i}/{j}"]) for j, name in enumerate(layers)}
-                for i, (measure, layers) in enumerate(state.pop(f"measures_with_{kind}", {}).items())
+                for i, (measure, layers) in enumerate(state.pop(f"measures_with_{kind}").items())
             }
         state["values"] = {
             measure: {row["layer"]: torch.from_numpy(arrays[f"values/{i}/{j}"]) for j, row in enumerate(rows)}

@@ -1,12 +1,11 @@
-"""What an evaluation found: values by measure and layer."""
+"""The result of an evaluation: values by measure and layer, which print, plot, and are saved to a file."""
 
 from __future__ import annotations
 
 import html
-import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,71 +14,15 @@ from torch import Tensor
 from lightning_invariance.messages import number_of
 from lightning_invariance.results.drawing import drawn
 from lightning_invariance.results.layer_intervals import LayerIntervals
-from lightning_invariance.results.npz import BY_LAYER, read, write
+from lightning_invariance.results.npz import read, write
+from lightning_invariance.results.record import OutputValues, Record
 from lightning_invariance.results.table import LayerStatistics, Table
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
-
-#: Attributes that are plain data: numbers, strings, lists and dicts of them, and in ``floor`` tensors.
-PLAIN = (
-    "n_samples",
-    "transformations",
-    "parameters",
-    "epoch",
-    "step",
-    "floor",
-    "skipped",
-    "left_out",
-    "reached",
-    "channel_axis",
-    "convergence",
-    "higher_is_better",
-    "ratios",
-    "units",
-    "biases",
-    "response",
-    "response_bounds",
-    "scores",
-    "confidence",
-    "sparse",
-)
-
-
-@dataclass(frozen=True)
-class OutputValues:
-    """What a metric of predictions and targets is under each transformation.
-
-    Attributes:
-        values: one for each transformation.
-        higher_is_better: whether higher values are better; None where the metric does not say.
-        low: lower bounds of confidence intervals over samples, one for each transformation, with ``confidence`` and for
-            metrics that are means over samples, else empty; NaN where all samples have the same value.
-        high: upper bounds.
-        mean_low: lower bound of the mean over the transformations.
-        mean_high: upper bound.
-    """
-
-    values: list[float]
-    higher_is_better: bool | None = None
-    low: list[float] = field(default_factory=list)
-    high: list[float] = field(default_factory=list)
-    mean_low: float | None = None
-    mean_high: float | None = None
-
-    @property
-    def mean(self) -> float:
-        """The mean over the transformations."""
-        return sum(self.values) / len(self.values) if self.values else math.nan
-
-    @property
-    def worst(self) -> float:
-        """The lowest value, or the highest of metrics where lower is better; NaN where that or a value is not known."""
-        if self.higher_is_better is None or not self.values or any(map(math.isnan, self.values)):
-            return math.nan
-        return min(self.values) if self.higher_is_better else max(self.values)
+__all__ = ["InvarianceResult", "OutputValues"]
 
 
 class InvarianceResult(LayerIntervals):
@@ -91,6 +34,9 @@ class InvarianceResult(LayerIntervals):
     Args:
         values: measure → {layer: tensor}.
         dead: layer → bool tensor, true for activations that never changed (where the measures know).
+        about: attributes by name, of those that follow.
+
+    Attributes:
         n_samples: how many samples were measured.
         transformations: labels of the transformations.
         parameters: their parameters, a list for each name.
@@ -99,11 +45,10 @@ class InvarianceResult(LayerIntervals):
         floor: same-equivariance measure → its values for the network that returns its input: what interpolation and
             the borders cost by themselves.
         skipped: measure → layers for which it is not defined, such as those without spatial axes.
-        left_out: layer → why no measure could be taken of it: that it does not depend on the input, or on other
-            samples too, that it has not as much for every sample, or that it is random.
+        left_out: layer → why no measure could be taken of it, such as that it does not depend on the input, or on other
+            samples too.
         reached: layer → number of samples that reached it, where that is not all of them.
         channel_axis: layer → which axis of its activation holds the channels (units); by default the first.
-        convergence: measure → layer → number of samples → mean of the layer after so many samples.
         higher_is_better: measure → whether higher values are more invariant; None where neither is.
         ratios: measure → whether it is a ratio, for which 1 means as much as samples do.
         units: measure → unit of its values; empty where there is none.
@@ -122,75 +67,14 @@ class InvarianceResult(LayerIntervals):
         sample_keys: measure → a number of 64 bits for each of these samples or groups, by what they hold.
         sparse: measure → layer → share of the units whose values few samples decide.
         outputs: metric of predictions and targets → its value under each transformation, with ``mean`` and ``worst``.
-
-    Attributes:
-        n_samples: see Args. So are ``transformations``, ``parameters``, ``epoch``, ``step``, ``floor``, ``skipped``,
-            ``left_out``, ``reached``, ``channel_axis``, ``convergence``, ``higher_is_better``, ``ratios``, ``units``,
-            ``biases``, ``response``, ``response_bounds``, ``scores``, ``standard_errors``, ``confidence``, ``freedom``,
-            ``influences``, ``sample_keys``, ``sparse`` and ``outputs``.
     """
 
     def __init__(
-        self,
-        values: Mapping[str, Mapping[str, Tensor]],
-        *,
-        dead: Mapping[str, Tensor] | None = None,
-        n_samples: int = 0,
-        transformations: Sequence[str] = (),
-        parameters: Mapping[str, Sequence[float]] | None = None,
-        epoch: int | None = None,
-        step: int | None = None,
-        floor: Mapping[str, Tensor] | None = None,
-        skipped: Mapping[str, Sequence[str]] | None = None,
-        left_out: Mapping[str, str] | None = None,
-        reached: Mapping[str, int] | None = None,
-        channel_axis: Mapping[str, int] | None = None,
-        convergence: Mapping[str, Mapping[str, Mapping[int, float]]] | None = None,
-        higher_is_better: Mapping[str, bool | None] | None = None,
-        ratios: Mapping[str, bool] | None = None,
-        units: Mapping[str, str] | None = None,
-        biases: Mapping[str, float] | None = None,
-        response: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
-        response_bounds: Mapping[str, Mapping[str, Sequence[Sequence[float]]]] | None = None,
-        scores: Mapping[str, float] | None = None,
-        standard_errors: Mapping[str, Mapping[str, Tensor]] | None = None,
-        confidence: float | None = None,
-        freedom: Mapping[str, Mapping[str, Tensor]] | None = None,
-        influences: Mapping[str, Mapping[str, Tensor]] | None = None,
-        sample_keys: Mapping[str, Tensor] | None = None,
-        sparse: Mapping[str, Mapping[str, float]] | None = None,
-        outputs: Mapping[str, OutputValues | Mapping[str, Any]] | None = None,
+        self, values: Mapping[str, Mapping[str, Tensor]], *, dead: Mapping[str, Tensor] | None = None, **about: Any
     ) -> None:
-        layers = dict.fromkeys(layer for of_layers in values.values() for layer in of_layers)
-        samples = {layer: (reached or {}).get(layer, n_samples) for layer in layers}
-        super().__init__(values, dead, channel_axis, samples)
-        self.n_samples = n_samples
-        self.transformations = list(transformations)
-        self.parameters = {name: list(numbers) for name, numbers in (parameters or {}).items()}
-        self.epoch = epoch
-        self.step = step
-        self.floor = dict(floor or {})
-        self.skipped = {measure: list(layers) for measure, layers in (skipped or {}).items() if layers}
-        self.left_out = dict(left_out or {})
-        self.reached = dict(reached or {})
-        self.higher_is_better = dict(higher_is_better or {})
-        # Results of earlier versions and those made by hand do not say: then the package's names for ratios count.
-        self.ratios = {m: m.startswith("Normalized") for m in self._values} if ratios is None else dict(ratios)
-        self.units = dict(units or {})
-        self.biases = dict(biases or {})
-        self.response = {measure: dict(layers) for measure, layers in (response or {}).items()}
-        self.response_bounds = {measure: dict(layers) for measure, layers in (response_bounds or {}).items()}
-        self.scores = dict(scores or {})
-        self.convergence = {
-            measure: {layer: {int(n): value for n, value in found.items()} for layer, found in layers.items()}
-            for measure, layers in (convergence or {}).items()
-        }
-        self.outputs = {
-            name: found if isinstance(found, OutputValues) else OutputValues(**found)
-            for name, found in (outputs or {}).items()
-        }
-        self.sparse = {measure: dict(layers) for measure, layers in (sparse or {}).items()}
-        self.set_intervals(confidence, standard_errors, freedom, influences, sample_keys)
+        if "ratios" not in about:  # made by hand
+            about["ratios"] = {measure: measure.startswith("Normalized") for measure in values}
+        super().__init__(values, dead, about)
 
     def plot(self, measure: str | None = None) -> Figure:
         """The heatmap of a measure: :func:`lightning_invariance.plots.heatmap`.
@@ -234,21 +118,18 @@ class InvarianceResult(LayerIntervals):
         return {
             "values": {measure: dict(layers) for measure, layers in self._values.items()},
             "dead": self.dead,
-            **{name: getattr(self, name) for name in BY_LAYER},
-            "sample_keys": self.sample_keys,
-            "outputs": {name: asdict(found) for name, found in self.outputs.items()},
             "statistics": statistics,
-            **{name: getattr(self, name) for name in PLAIN},
+            **{each.name: getattr(self, each.name) for each in fields(Record)},
+            "outputs": {name: asdict(found) for name, found in self.outputs.items()},
         }
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> InvarianceResult:
         """The result that :meth:`state_dict` described."""
-        known = ("dead", "sample_keys", "outputs", *BY_LAYER, *PLAIN)  # and not what later versions add
-        rest = {name: value for name, value in state.items() if name in known}
-        result = cls(state["values"], **rest)
+        about = {each.name: state[each.name] for each in fields(Record)}
+        result = cls(state["values"], dead=state["dead"], **about)
         for measure, rows in state["statistics"].items():
-            result._tables[measure] = Table(LayerStatistics.from_plain(row) for row in rows)
+            result._tables[measure] = Table(LayerStatistics(**{**row, "shape": tuple(row["shape"])}) for row in rows)
         return result
 
     def save(self, path: str | os.PathLike[str]) -> None:

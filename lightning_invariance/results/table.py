@@ -6,7 +6,6 @@ import html
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 from torch import Tensor
 
@@ -82,12 +81,6 @@ class LayerStatistics:
             nan=0 if every else int(values.isnan().sum()),
             samples=samples,
         )
-
-    @classmethod
-    def from_plain(cls, row: Mapping[str, Any]) -> LayerStatistics:
-        """The row that a file holds, whose names may be those of a later version."""
-        known: dict[str, Any] = {field.name: row[field.name] for field in fields(cls) if field.name in row}
-        return cls(**{**known, "shape": tuple(known["shape"])})
 
 
 class Table(list[LayerStatistics]):

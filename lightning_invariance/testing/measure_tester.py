@@ -111,7 +111,7 @@ class MeasureTester(ABC):
         metric = self.make().to("meta")
         for rows in (slice(0, 5), slice(5, 10), slice(10, SAMPLES)):
             about = metric._filter_kwargs(labels=LABELS[rows], indices=torch.arange(SAMPLES)[rows])
-            metric.add(self.cube(torch.float32)[rows].to("meta"), **about)
+            metric.update(self.cube(torch.float32)[rows].to("meta"), **about)
         assert metric.n_samples == SAMPLES
         devices = {name: state.device.type for name, state in metric.metric_state.items()}  # type: ignore[union-attr]
         assert {devices.pop(name) for name in metric.read_states if name in devices} == {"cpu"}

@@ -154,6 +154,10 @@ class TransformationSet(ABC, Sequence[Transformation]):
     def _apply(self, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
         """``(batch, ...)`` → ``(batch, m, ...)``."""
 
+    def select(self, columns: Sequence[int]) -> TransformationSet:
+        """The set of some of its transformations, by position, in this order."""
+        return self._select(list(columns))
+
     @abstractmethod
     def _select(self, columns: list[int]) -> TransformationSet:
         """The set of these transformations, in this order."""
@@ -192,8 +196,8 @@ class TransformationSet(ABC, Sequence[Transformation]):
     def __getitem__(self, index: slice) -> TransformationSet: ...
     def __getitem__(self, index: int | slice) -> Transformation | TransformationSet:
         if isinstance(index, slice):
-            return self._select(list(range(len(self)))[index])
-        return Transformation(self._select([range(len(self))[index]]))
+            return self.select(range(len(self))[index])
+        return Transformation(self.select([range(len(self))[index]]))
 
     def __iter__(self) -> Iterator[Transformation]:
         return (self[j] for j in range(len(self)))

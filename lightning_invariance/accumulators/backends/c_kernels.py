@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_invariance.accumulators.base import FoundInfluences
+
 _kernels: ModuleType | None
 try:
     from lightning_invariance.accumulators.backends import _kernels  # type: ignore[attr-defined, no-redef]
@@ -67,6 +69,11 @@ class Beside(NamedTuple):
 
 
 NOTHING = Beside()
+
+
+def is_compiled() -> bool:
+    """Whether there is C."""
+    return _kernels is not None
 
 
 def takes(x: Tensor) -> bool:
@@ -194,21 +201,6 @@ class ChangesOfSamples(NamedTuple):
     reference: int
 
 
-class FoundInfluences(NamedTuple):
-    r"""What :func:`add_influences` found.
-
-    Attributes:
-        on_sum: :math:`\sum_u \psi_{iu}` over activations, ``(n,)`` in float64.
-        changes: :math:`\sum_u f_u (x_{iju} - x_{iru})^2`, ``(n, m)`` in float64; empty without factors.
-        spreads: squared deviations of each row from the means of the columns, ``(n, k)`` in float32; empty without
-            factors.
-    """
-
-    on_sum: Tensor
-    changes: Tensor
-    spreads: Tensor
-
-
 def add_influences(
     x: Tensor,
     means: Tensor,
@@ -254,33 +246,3 @@ def add_influences(
             reference,
         )
     return found
-
-
-def add_powers(shares: Tensor, weight: float, centre: Tensor, powers: Tensor) -> Tensor | None:
-    r"""Add powers of what each sample is by itself, in a mean over samples.
-
-    With :math:`\theta_i = w s_i` and :math:`d = \theta_i - c`, :math:`\sum_i d, \dots, \sum_i d^4` of each activation.
-
-    Args:
-        shares: ``(n, k)`` in float32 or float64: s, of each sample.
-        weight: w.
-        centre: ``(k,)`` in float64: c.
-        powers: ``(4, k)`` in float64, to which the sums are added.
-
-    Returns:
-        The sum of :math:`\theta_i` over activations for each sample, ``(n,)`` in float64; None where C cannot, and
-        nothing was changed.
-    """
-    wide = shares.dtype == torch.float64
-    if _kernels is None or not shares.is_cpu or not (wide or shares.dtype == torch.float32):
-        return None
-    n, k = shares.shape
-    on_sum = torch.zeros(n, dtype=torch.float64)
-    if n:
-        tensors = (shares.contiguous(), centre, powers, on_sum)
-        _kernels.add_powers(
-            *(n, k, torch.get_num_threads(), wide),
-            *(number for tensor in tensors for number in (tensor.data_ptr(), tensor.numel())),
-            weight,
-        )
-    return on_sum

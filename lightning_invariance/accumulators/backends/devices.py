@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import warnings
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,25 +58,6 @@ def add_deviations(
     rows.widen()
     _add_columns(states, rows.flat, rows.before, squared)
     _add_rows(states, rows.flat, squared, rows, changes, reference)
-
-
-def takes(x: Tensor) -> bool:
-    """Whether Triton reads rows ``x`` (n, m, ...)."""
-    return _kernels_for(x.flatten(2) if x.ndim > 2 else x[..., None]) is not None
-
-
-def add_influences(x: Tensor, *about: Any) -> c_kernels.FoundInfluences | None:
-    """As ``c_kernels.add_influences``, in a Triton kernel, of rows that it takes."""
-    x = x.flatten(2) if x.ndim > 2 else x[..., None]
-    try:
-        from lightning_invariance.accumulators.backends import triton_influences
-
-        return triton_influences.add_influences(x, *about)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # of the compiler, before the first launch
-        _give_up(error)
-        return None
 
 
 def _in_one_tile(states: States) -> None:
