@@ -120,7 +120,7 @@ class Scaled(Accumulator):
     def add(self, states, rows):
         factor = self.factor if isinstance(self.factor, float) else 2.0
         added = factor * rows.flat.double().sum((0, 1))
-        return {"total": states["total"] + added if rows.before else added}
+        states["total"] = states["total"] + added if rows.before else added
 
     def merge(self, a, b):
         return {"total": a["total"] + b["total"]}
@@ -172,6 +172,10 @@ def broken(empty=VECTOR, added=None, merged=None, name="state"):
             return {name: empty}
 
         def add(self, states, rows):
+            if isinstance(added, dict):
+                states.clear()
+                states.update(added)
+                return None
             return added
 
         def merge(self, a, b):
@@ -217,8 +221,8 @@ def test_what_is_wrong_with_an_accumulator_is_said_when_the_measure_is_made(accu
 @pytest.mark.parametrize(
     ("added", "error", "message"),
     [
-        (None, TypeError, "Broken.add to return a dict of states, but got None"),
-        ({}, ValueError, r"Broken.add to return the states \['state'\], but \['state'\] are missing"),
+        (1.0, TypeError, "Broken.add to change `states` in place and to return None, but got 1.0"),
+        ({}, ValueError, r"Broken.add to keep the states \['state'\], but \['state'\] are missing"),
         ({"state": torch.zeros(5, 2)}, ValueError, r"keep its 1 dimensions, but got a tensor of shape \(5, 2\)"),
         ({"state": torch.zeros(5, dtype=torch.complex64)}, TypeError, "got torch.complex64"),
         ({"state": 1.0}, TypeError, "'state' of Broken to be a tensor .* but got float"),
@@ -326,7 +330,8 @@ class Squares(Accumulator):
     def add(self, states, rows):
         squares = self.of_rows(rows).sum(0)
         before = states["squares"]
-        return {"squares": before + squares if before.numel() else squares, "rows": states["rows"] + len(rows.values)}
+        states["squares"] = before + squares if before.numel() else squares
+        states["rows"] = states["rows"] + len(rows.values)
 
     def merge(self, a, b):
         return {name: a[name] + b[name] for name in ("squares", "rows")}

@@ -18,6 +18,7 @@ from lightning_invariance.accumulators.base import (
     started,
 )
 from lightning_invariance.accumulators.sums import Sums, dead_of
+from lightning_invariance.messages import given
 
 
 class LayerState:
@@ -74,10 +75,19 @@ class LayerState:
             if not accumulator.takes_half:
                 rows.widen()
             states = self._states[accumulator]
-            accumulator.add(states, rows)
+            if (returned := accumulator.add(states, rows)) is not None:  # type: ignore[func-returns-value]
+                raise TypeError(
+                    f"Expected {type(accumulator).__name__}.add to change `states` in place and to return None, but got"
+                    f" {given(returned)}: write `states.update(...)`."
+                )
             if not rows.before:
-                check_states(accumulator, states, "add")
+                check_states(accumulator, states, "add")  # later rows are added in the same way
         self._count(self._rows + rows.values.shape[0])
+
+    def check(self) -> None:
+        """Raise where a state is not what :class:`Accumulator` asks for."""
+        for accumulator in self._active:
+            check_states(accumulator, self._states[accumulator], "add")
 
     def begin_second_pass(self, begun: Iterable[tuple[Accumulator, States]], device: torch.device) -> None:
         """Let other accumulators take the rows of a second pass.
@@ -139,13 +149,13 @@ class LayerState:
 
     def merged(self, a: States, b: States, numbered: bool = True) -> States:
         """The :meth:`states` after the rows of two of them, either of which may have none."""
-        found = {N_SAMPLES: a[N_SAMPLES] + b[N_SAMPLES]}
+        found: States = {}
         for i, accumulator in enumerate(self._active):
             keys = {name: f"{i}.{name}" if numbered else name for name in accumulator.empty()}
             parts = ({name: each[key] for name, key in keys.items()} | {N_SAMPLES: each[N_SAMPLES]} for each in (a, b))
             both = merged(accumulator, *parts)
             found.update({key: both[name] for name, key in keys.items()})
-        return found
+        return {**found, N_SAMPLES: a[N_SAMPLES] + b[N_SAMPLES]}
 
     def _keys(self, numbered: bool) -> list[tuple[str, Accumulator, str]]:
         """The names of the states of the pass at hand, with the accumulator and its own name of each."""

@@ -107,7 +107,7 @@ def _checked(
                 " TransformationVariance, SampleVariance and NormalizedVariance can do with less."
             )
         found[name] = measure
-    if any(measure.response for measure in found.values()):
+    if any(measure.with_response for measure in found.values()):
         warnings.warn("Responses are left out within `state_budget`.", UserWarning, stacklevel=level_of_user())
     return found
 
