@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -75,7 +74,7 @@ class LayerState:
             if not accumulator.takes_half:
                 rows.widen()
             states = self._states[accumulator]
-            if (returned := accumulator.add(states, rows)) is not None:  # type: ignore[func-returns-value]
+            if (returned := accumulator.add(states, rows)) is not None:
                 raise TypeError(
                     f"Expected {type(accumulator).__name__}.add to change `states` in place and to return None, but got"
                     f" {given(returned)}: write `states.update(...)`."
@@ -129,7 +128,7 @@ class LayerState:
         """Which activations never changed, bool of :attr:`shape`, on the CPU; None where no accumulator tells."""
         for accumulator in self._states:
             if (found := dead_of([accumulator], self.sums([accumulator]))) is not None:
-                return self.in_shape(found).cpu()
+                return self.in_shape(found, by_activation=True).cpu()
         return None
 
     def states(self, numbered: bool = True) -> States:
@@ -186,19 +185,17 @@ class LayerState:
         """``(rows, columns, *shape)`` → ``(rows, columns, *ordered_shape)``."""
         return st.permute(0, 1, *(2 + axis for axis in self.order)) if self.order else st
 
-    def in_shape(self, values: Tensor) -> Tensor:
-        """Values ``(..., *ordered_shape)``, or flat ones, that were computed from the sums, in :attr:`shape`.
+    def in_shape(self, values: Tensor, by_activation: bool) -> Tensor:
+        """Values that were computed from the sums, in :attr:`shape`.
 
-        Others have no axes of positions, such as values of channels, and are returned as they are. They are never as
-        many as the activations: where a channel has one position, :attr:`order` is empty.
+        Args:
+            values: ``(..., *ordered_shape)``, or any others.
+            by_activation: whether their last axes are the axes of the activation.
         """
-        own = self.ordered_shape
-        if self.order and values.shape == (math.prod(own),):
-            return self.in_shape(values.view(own)).flatten()
-        if not self.order or values.shape[-len(own) :] != own:
+        if not self.order or not by_activation:
             return values
-        leading = values.ndim - len(own)
-        axes = [*range(leading), *(leading + self.order.index(axis) for axis in range(len(own)))]
+        leading = values.ndim - len(self.shape)
+        axes = [*range(leading), *(leading + self.order.index(axis) for axis in range(len(self.shape)))]
         return values.permute(axes).contiguous()
 
 

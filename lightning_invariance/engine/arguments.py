@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_invariance.measures import NormalizedVariance
@@ -63,18 +62,6 @@ def check_model(model: Any) -> None:
         raise ValueError(
             "Expected argument `model` to hold values, but some of its parameters are on the meta device: load them, or"
             " materialise it with `model.to_empty(device=...)`."
-        )
-
-
-def check_data(data: Any) -> None:
-    """Raise for tensors of inputs and targets that are no dataset."""
-    if isinstance(data, tuple | list) and data and all(isinstance(each, DataLoader) for each in data):
-        raise TypeError(f"Expected argument `data` to be one DataLoader, but got {len(data)} of them: give one.")
-    tensors = isinstance(data, tuple | list) and len(data) > 1 and all(isinstance(each, Tensor) for each in data)
-    if isinstance(data, Mapping) or (tensors and len({each.ndim for each in data}) > 1):
-        raise TypeError(
-            f"Expected argument `data` to be a dataset, a DataLoader or a tensor of inputs, but got a"
-            f" {type(data).__name__}: give `torch.utils.data.TensorDataset(x, y)`."
         )
 
 
