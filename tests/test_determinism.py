@@ -32,7 +32,7 @@ def network():
         nn.Conv2d(16, 8, 3),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(512, 2),
+        nn.Linear(128, 2),
     )
 
 
