@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from ranks import Ranks
 
 from lightning_invariance.accumulators.backends import devices
 from lightning_invariance.measures.accumulating import AccumulatingMetric
@@ -24,6 +25,14 @@ def _nothing_is_left_where_the_tests_run():
     yield
     left = [name for name in set(os.listdir()) - before if not name.startswith(".")]
     assert not left, f"tests left {left} in {os.getcwd()}"
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """Three processes that run a function each time they are called: ``ranks(function, *args)`` → what each returns."""
+    group = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield group
+    group.stop()
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":  # tests/test_devices.py runs others with Triton's interpreter

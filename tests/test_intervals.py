@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from lightning_invariance import InvarianceResult, TransformationSet, compare, evaluate, quarter_turns, rotations
@@ -335,19 +333,9 @@ def test_influences_do_not_depend_on_batches():
             torch.testing.assert_close(other[name], value, rtol=1e-9, atol=1e-13)
 
 
-def in_process(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    torch.save(of_ranks(64), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("world_size", [3])
-def test_processes_find_the_influences_of_one(tmp_path, world_size):
-    mp.start_processes(in_process, (world_size, str(tmp_path)), world_size, start_method="spawn")
+def test_processes_find_the_influences_of_one(ranks):
     alone = of_ranks(64)
-    for rank in range(world_size):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for found in ranks(of_ranks, 64):
         for name, value in alone.items():
             torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-13)
 

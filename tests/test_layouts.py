@@ -7,8 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.data import TensorDataset
@@ -87,20 +85,15 @@ def test_every_order_of_samples_and_slices_gives_the_stored_cube(batch_size):
             torch.testing.assert_close(distances, functional.normalized_distance(cube), rtol=1e-9, atol=1e-12)
 
 
-def in_process(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+def on_a_rank():
     found = measured(64)["NormalizedVariance"]
     lstm = nn.Sequential(nn.Flatten(2), nn.LSTM(36, 5, batch_first=True)).double()
     few = evaluate(lstm, IMAGES, TURNS, layers="1", max_samples=2, progress=False)  # the third process has no sample
-    torch.save({**found, **left_out_by(), "few": few.layers}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return {**found, **left_out_by(), "few": few.layers}
 
 
-def test_three_processes_agree(tmp_path):
-    mp.start_processes(in_process, (3, str(tmp_path)), 3, start_method="spawn")
-    for rank in range(3):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+def test_three_processes_agree(ranks):
+    for found in ranks(on_a_rank):
         for name, cube in expected().items():
             value = found[f"seen.{name}"]
             torch.testing.assert_close(value, functional.normalized_variance(cube), rtol=1e-9, atol=1e-12)

@@ -6,8 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from lightning.pytorch.callbacks import EarlyStopping
 from scipy import stats
 from test_callback import Net, events, fit
@@ -230,22 +228,17 @@ def test_targets_that_are_maps_do_not_move_which_is_said():
         evaluate(model, TensorDataset(X, maps), brightness, outputs=metric)
 
 
-def in_process(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+def on_a_rank():
     result = evaluate(classifier(), TensorDataset(X, Y), rotations(4), outputs=accuracy(), confidence=0.9)
     few = evaluate(classifier(), TensorDataset(X[:2], Y[:2]), rotations(4), outputs=accuracy())
     found = [each.outputs["MulticlassAccuracy"] for each in (result, few)]
-    torch.save([found[0].values, found[1].values, found[0].low], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found[0].values, found[1].values, found[0].low
 
 
-def test_processes_have_the_values_of_one(tmp_path):
-    mp.start_processes(in_process, (3, str(tmp_path)), 3, start_method="spawn")
+def test_processes_have_the_values_of_one(ranks):
     few = evaluate(classifier(), TensorDataset(X[:2], Y[:2]), rotations(4), outputs=accuracy())
     one = evaluate(classifier(), TensorDataset(X, Y), rotations(4), outputs=accuracy(), confidence=0.9)
-    for rank in range(3):
-        values = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for values in ranks(on_a_rank):
         assert values[0] == pytest.approx(expected_accuracies(rotations(4)), rel=1e-6)
         assert values[1] == pytest.approx(few.outputs["MulticlassAccuracy"].values)
         assert values[2] == pytest.approx(one.outputs["MulticlassAccuracy"].low)
