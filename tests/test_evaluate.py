@@ -26,7 +26,6 @@ from lightning_invariance.measures import (
     Goodfellow,
     NormalizedDistance,
     NormalizedVariance,
-    SampleDistance,
     SampleVariance,
     TransformationVariance,
     VarianceSameEquivariance,
@@ -490,34 +489,9 @@ def test_an_unknown_place_of_transformation_lists_near_names():
         evaluate(deep(), torch.rand(10, 3, 8, 8), rotations(4), transform_at="22")
 
 
-@pytest.mark.filterwarnings("ignore:NaN")  # of units that never fire
-def test_convergence_gives_the_values_of_the_first_samples():
-    model, images = deep(), torch.rand(48, 3, 8, 8, dtype=torch.float64)
-    measures = [NormalizedVariance(), SampleDistance(samples=4), Goodfellow(0.1)]
-    result = evaluate(model, images, rotations(4), measures, convergence=True, batch_size=8)
-    assert set(result.convergence) == {"NormalizedVariance", "SampleDistance"}  # Goodfellow may take two passes
-    order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
-    for n in (6, 12, 24, 48):
-        cube = functional.normalized_variance(cube_of(model, images[order[:n]], rotations(4)))
-        assert result.convergence["NormalizedVariance"]["4"][n] == pytest.approx(cube.mean().item(), rel=1e-9)
-        few = evaluate(model, images[order[:n]], rotations(4), SampleDistance(samples=n), layers="4")
-        assert result.convergence["SampleDistance"]["4"][n] == pytest.approx(few.per_layer()["4"], rel=0.35)
-    unchanged = evaluate(model, images, rotations(4), measures, batch_size=8)
-    assert torch.equal(unchanged["NormalizedVariance"]["0"], result["NormalizedVariance"]["0"])
-
-
 def cube_of(model, images, transformations):
     with torch.no_grad():
         return model(transformations(images).flatten(0, 1)).unflatten(0, (len(images), len(transformations)))
-
-
-def test_convergence_needs_to_know_the_number_of_samples():
-    class Stream(IterableDataset):
-        def __iter__(self):
-            yield from IMAGES
-
-    with pytest.raises(ValueError, match="`convergence` .* unknown samples"):
-        evaluate(network(), Stream(), rotations(4), max_samples=9, convergence=True)
 
 
 @pytest.mark.parametrize("aggregate", ["mean", "max", "sum"])
@@ -582,11 +556,6 @@ def test_a_measure_that_does_not_fit_the_budget_is_refused():
         evaluate(deep(), torch.rand(9, 3, 8, 8).double(), rotations(4), NormalizedDistance(), state_budget=1)
 
 
-def test_convergence_is_refused_where_two_walks_are_needed():
-    with pytest.raises(ValueError, match="`convergence` with states within `state_budget`"):
-        evaluate(deep(), torch.rand(9, 3, 8, 8).double(), rotations(4), convergence=True, state_budget=1)
-
-
 def test_automatic_batch_size_halves_until_it_fits_and_changes_no_value():
     model, images, sizes = deep(), torch.rand(40, 3, 8, 8, dtype=torch.float64), []
 
@@ -610,77 +579,6 @@ def test_automatic_batch_size_halves_until_it_fits_and_changes_no_value():
         evaluate(model, images, rotations(4), forward=forward, batch_size=64)
     with pytest.raises(torch.OutOfMemoryError):
         evaluate(model, images, rotations(4), forward=lambda *_: forward(model, images), batch_size="auto")
-
-
-@pytest.mark.parametrize(
-    ("activation", "n", "expected"),
-    [
-        (1, 810, [128] + [512] * 6 + [40]),  # blocks of 32 samples, then of 128, and 10 are left
-        (10 * 2**20 // 4 // 200, 150, [128, 200, 200, 72]),
-        (10 * 2**20 // 4 // 100, 50, [128, 72]),  # larger ones stay as they are
-    ],
-)
-def test_automatic_batches_grow_where_activations_are_small(activation, n, expected):
-    model, sizes = nn.Sequential(nn.Flatten(), nn.Linear(12, activation)), []
-
-    def forward(model, x):
-        sizes.append(len(x))
-        return model(x)
-
-    images = torch.randn(n, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    measures = [TransformationVariance(), NormalizedVariance()]
-    grown, fixed = (
-        evaluate(model, images, rotations(4), measures, layers=["1"], confidence=0.9, batch_size=size, **options)
-        for size, options in (("auto", {"forward": forward}), (64, {}))
-    )
-    walked = [size for size in sizes if size not in (4, 5)]  # those of the probe
-    assert walked[: len(expected)] == expected
-    assert max(walked[len(expected) :]) == max(expected)  # those of the second pass
-    for key in grown:
-        torch.testing.assert_close(grown[key]["1"], fixed[key]["1"], rtol=1e-5, atol=0)
-        assert grown.interval(key)["1"].standard_error == pytest.approx(fixed.interval(key)["1"].standard_error, 1e-4)
-
-
-def test_one_large_activation_among_small_ones_bounds_automatic_batches():
-    """32 MiB hold it 200 times, and all of them would be small enough on average for 512."""
-    model, sizes = nn.Sequential(nn.Flatten(), nn.Linear(12, 2**25 // 4 // 200), nn.AdaptiveAvgPool1d(1)), []
-    model.extend([nn.Linear(1, 1) for _ in range(10)])
-
-    def forward(model, x):
-        sizes.append(len(x))
-        return model(x)
-
-    evaluate(model, torch.rand(100, 3, 2, 2), rotations(4), forward=forward)
-    assert [size for size in sizes if size not in (4, 5)] == [128, 196, 76]
-
-
-def test_automatic_batches_that_grew_too_large_shrink_again():
-    sizes = []
-
-    def forward(model, x):
-        sizes.append(len(x))
-        if len(x) > 128:
-            raise torch.OutOfMemoryError("not that many")
-        return model(x)
-
-    evaluate(nn.Sequential(nn.Flatten()), torch.rand(120, 3, 2, 2), rotations(4), forward=forward)
-    assert [size for size in sizes if size not in (4, 5)] == [128, 352, 256, 128, 128, 128, 96]
-
-
-def test_automatic_batches_of_streams_and_long_rows_stay_as_they_are():
-    class Stream(IterableDataset):
-        def __iter__(self):
-            return iter(torch.rand(99, 3, 2, 2, generator=torch.Generator().manual_seed(0)))
-
-    model, sizes = nn.Sequential(nn.Flatten()), []
-
-    def forward(model, x):
-        sizes.append(len(x))
-        return model(x)
-
-    evaluate(model, Stream(), rotations(4), forward=forward, max_samples=99)
-    evaluate(model, torch.rand(2, 3, 2, 2), rotations(200), forward=forward)
-    assert [size for size in sizes if size not in (4, 5)] == [128, 128, 128, 12, 128, 72, 128, 72]
 
 
 class Tracked(nn.Module):

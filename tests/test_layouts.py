@@ -278,26 +278,6 @@ def test_a_network_without_any_dependence_on_order_keeps_its_values_in_one_pass(
     assert calls == [5, 4, 40, 40]  # a probe of two small forward passes, and the walk
 
 
-def test_convergence_leaves_out_what_only_some_milestones_have_seen():
-    class Changing(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.always, self.ragged, self.late = Seen(), Seen(), Seen()
-            self.calls = 0
-
-        def forward(self, x):
-            self.calls += 1
-            self.ragged(x if self.calls < 5 else x[:-1])
-            if self.calls > 6:
-                self.late(x)
-            return self.always(x)
-
-    with pytest.warns(UserWarning, match="1 ragged"):
-        result = evaluate(Changing(), IMAGES, TURNS, convergence=True, batch_size=8, progress=False)
-    assert set(result.convergence["NormalizedVariance"]) == {"always"}
-    assert set(result.convergence["NormalizedVariance"]["always"]) == {2, 6, 10, 20}
-
-
 class Towers(nn.Module):
     """Two towers, one of which sees the same text whatever the image is."""
 
