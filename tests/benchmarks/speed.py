@@ -183,33 +183,21 @@ def time_of_passes(model: nn.Module, batches: list[torch.Tensor]) -> float:
 
 
 def transformed(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
-    """The images as evaluate() gives them to a model, channels first, in batches of the size that it comes to."""
-    return [block.inputs.flatten(0, 1) for block in STLoader(images, TRANSFORMATIONS, automatic(model, images).size)]
+    """The images as evaluate() gives them to a model, in batches of the size that it chooses."""
+    return [block.inputs.flatten(0, 1) for block in STLoader(images, TRANSFORMATIONS, automatic_size(model, images))]
 
 
-class Automatic(NamedTuple):
-    """What evaluate() chooses.
-
-    Attributes:
-        size: of batches.
-        channels_last: whether that is the memory format in which the model runs.
-    """
-
-    size: int
-    channels_last: bool
-
-
-def automatic(model: nn.Module, images: torch.Tensor, measures: list[Metric] | None = None) -> Automatic:
-    """What an evaluation chooses, which finds the largest batch that fits."""
-    found: list[Automatic] = []
+def automatic_size(model: nn.Module, images: torch.Tensor) -> int:
+    """The size of the batches of an evaluation."""
+    sizes: list[int] = []
 
     def note(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        found.append(Automatic(len(inputs[0]), inputs[0].stride(1) == 1))
+        sizes.append(len(inputs[0]))
 
     noting = model.register_forward_pre_hook(note)
-    evaluate(model, images, TRANSFORMATIONS, measures or default(), progress=False)
+    evaluate(model, images, TRANSFORMATIONS, default(), progress=False)
     noting.remove()
-    return max(found)
+    return max(sizes)
 
 
 def time_of_ours(
@@ -233,8 +221,7 @@ def ratios(case: int, samples: int, rounds: int) -> tuple[list[float], str]:
     times = [
         (time_of_passes(model, batches), time_of_ours(model, images, measures(), confidence)) for _ in range(rounds + 1)
     ][1:]  # the first warms up
-    chosen = ", ours with channels last" if automatic(model, images, measures()).channels_last else ""
-    divisor = f"{statistics.median(bare for bare, _ in times):.2f} s in batches of {len(batches[0])}{chosen}"
+    divisor = f"{statistics.median(bare for bare, _ in times):.2f} s in batches of {len(batches[0])}"
     return [own / bare for bare, own in times], divisor
 
 
@@ -262,7 +249,7 @@ def device_ratios(case: DeviceCase, device: str, samples: int | None, rounds: in
         return evaluate(model, images[:some], TRANSFORMATIONS, default(), progress=False)
 
     ours()  # warms up, compiles, and finds the largest batch that fits
-    size = automatic(model, images).size
+    size = automatic_size(model, images)
     loader = STLoader(images, TRANSFORMATIONS, size, device=torch.device(device))
     times = []
     for _ in range(rounds + 1):

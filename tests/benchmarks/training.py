@@ -28,7 +28,8 @@ from speed import machine, time_of_passes, transformed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_invariance import InvarianceMonitor, callback, rotations
+from lightning_invariance import InvarianceMonitor, rotations
+from lightning_invariance.monitor import callback
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from models import CifarResNet
