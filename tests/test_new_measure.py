@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from test_callback import fit
 from torch import nn
 from torch.utils.data import TensorDataset
 from torchmetrics import MetricCollection
+from trainings import fit
 
 from lightning_invariance import InvarianceMonitor, evaluate, plots, rotations
 from lightning_invariance.accumulators import Accumulator, Deviations

@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-from lightnings import TensorBoardLogger
-from test_callback import Net, events, fit
 from torch import nn
+from trainings import Net, events, fit_with_tensorboard
 
 from lightning_invariance import (
     InvarianceMonitor,
@@ -190,7 +189,7 @@ def test_curves_tell_the_shares_of_infinite_and_dead_units(tmp_path):
             return super().forward(x)
 
     monitor = InvarianceMonitor(rotations(4), NormalizedVariance())
-    fit(tmp_path, monitor, model=Half(), epochs=1, logger=TensorBoardLogger(tmp_path, name="", version="run"))
+    fit_with_tensorboard(tmp_path, monitor, model=Half(), epochs=1)
     share = monitor.history[-1].table()[-1].share_dead
     logged = events(tmp_path)
     assert "NormalizedVariance_dead/mixed.seen" in logged.Tags()["scalars"]

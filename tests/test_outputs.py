@@ -8,11 +8,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from scipy import stats
-from test_callback import Net, events, fit
 from torch import nn
 from torch.utils.data import TensorDataset
 from torchmetrics import MeanSquaredError, R2Score
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+from trainings import Net, events, fit_with_tensorboard
 
 from lightning_invariance import (
     InvarianceMonitor,
@@ -249,7 +249,7 @@ def test_the_callback_logs_mean_and_worst(tmp_path):
     metric = MulticlassAccuracy(2, average="micro")
     monitor = InvarianceMonitor(rotations(4), data=data, outputs=metric, name="turns")
     stopping = EarlyStopping("MulticlassAccuracy_turns_worst", mode="max", patience=100)
-    fit(tmp_path, monitor, stopping, epochs=1, model=Net())
+    fit_with_tensorboard(tmp_path, monitor, stopping, epochs=1, model=Net())
     found = monitor.history[-1].outputs["MulticlassAccuracy"]
     logged = events(tmp_path)
     assert logged.Scalars("MulticlassAccuracy_turns_mean")[-1].value == pytest.approx(found.mean, rel=1e-6)
