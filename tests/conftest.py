@@ -12,6 +12,10 @@ from lightning_invariance.measures.accumulating import AccumulatingMetric
 from lightning_invariance.measures.base import Measure
 from lightning_invariance.measures.stratified import Stratified
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # Workers that each start a thread for every core would wait for each other.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
+
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers_in_any_order():

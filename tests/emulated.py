@@ -5,9 +5,9 @@ And what its tests need of an NVIDIA GPU where there is one.
 
 import warnings
 from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
 
 import torch
+from ranks import CONTEXT
 from torch import Tensor
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -111,6 +111,7 @@ def _install(float64: bool) -> None:
         def set_rng_state(self, state):
             self.seed = int(state)
 
+    torch.set_num_threads(1)
     Emulation.float64 = float64
     backend_registration._setup_privateuseone_for_python_backend(NAME, Module())
     library = torch.library.Library("aten", "IMPL")
@@ -133,7 +134,7 @@ _installed: list[torch.library.Library] = []
 
 def process_with_device(float64: bool) -> ProcessPoolExecutor:
     """A process of its own that has the device, since a device type cannot be taken away again."""
-    return ProcessPoolExecutor(1, get_context("spawn"), _install, (float64,))
+    return ProcessPoolExecutor(1, CONTEXT, _install, (float64,))
 
 
 class Watched(TorchDispatchMode):
