@@ -149,9 +149,15 @@ def exact_f(st):
     return between / (m - 1) / (error / ((m - 1) * (n - 1)))
 
 
-@pytest.mark.parametrize("scale", [1e-2, 1e-4, 1e-6])
-@pytest.mark.parametrize("outlier", [False, True])
-@pytest.mark.parametrize(("n", "dtype"), [(100, torch.float32), (10_000, torch.float64), (10_000, torch.float32)])
+@pytest.mark.parametrize(
+    ("scale", "outlier", "n", "dtype"),
+    [
+        *((scale, outlier, 100, torch.float32) for scale in (1e-2, 1e-4, 1e-6) for outlier in (False, True)),
+        (1e-2, False, 10_000, torch.float32),
+        (1e-6, True, 10_000, torch.float32),
+        (1e-4, True, 10_000, torch.float64),
+    ],
+)
 def test_paired_f_of_nearly_invariant_units(scale, outlier, n, dtype):
     generator = torch.Generator().manual_seed(3)
     samples = torch.randn(n, 1, 40, generator=generator, dtype=torch.float64)
@@ -228,7 +234,7 @@ def test_epsilon_with_rows_that_are_not_finite_does_not_depend_on_order_splits_a
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("m", [3, 5, 24, 33])
+@pytest.mark.parametrize("m", [5, 24, 33])
 @pytest.mark.parametrize("k", [1, 100])  # columns of single activations, and of long blocks, are summed in other orders
 @pytest.mark.parametrize("paired", [False, True])
 def test_what_does_not_vary_is_exactly_invariant(dtype, m, k, paired):
@@ -265,10 +271,11 @@ def nulls(kind, n=100, m=16, k=4000):
 
 @pytest.mark.parametrize("kind", ["smooth", "one noisy column", "random slope"])
 def test_the_paired_test_keeps_its_level_where_columns_do_not_vary_alike(kind):
-    p = measured(nulls(kind), statistic="p", paired=True)
+    st = nulls(kind)
+    p = measured(st, statistic="p", paired=True)
     assert 0.03 <= (p < 0.05).double().mean() <= 0.07
     assert (p < 0.001).double().mean() <= 0.003
-    uncorrected = scipy.stats.f.sf(measured(nulls(kind), statistic="f", paired=True).numpy(), 15, 15 * 99)
+    uncorrected = scipy.stats.f.sf(measured(st, statistic="f", paired=True).numpy(), 15, 15 * 99)
     assert (uncorrected < 0.05).mean() > 0.09  # what the correction is for
 
 
@@ -287,18 +294,6 @@ def test_a_family_of_all_activations_of_the_network(correction):
     assert 0 < expected.sum() < len(expected)
     with pytest.raises(ValueError, match="`family` to be .layer. or .network., but got .all."):
         Anova(family="all")
-
-
-def test_epsilon_does_not_depend_on_splits_and_merges():
-    st = nulls("smooth", n=30, k=20)
-    whole, left, right = (Anova("epsilon", paired=True) for _ in range(3))
-    whole.update(st)
-    for rows in st[:11].split(4):
-        left.update(rows)
-    right.update(st[11:])
-    left.merge_state(right)
-    torch.testing.assert_close(left.compute(), whole.compute(), rtol=1e-9, atol=0)
-    assert whole.compute()[0].item() == pytest.approx(epsilon_of(st), rel=1e-9)
 
 
 @pytest.mark.parametrize("d1", [1, 1.3, 2.7, 15])

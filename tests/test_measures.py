@@ -66,6 +66,10 @@ MEASURES = {
     "TV": (TransformationVariance, functional.transformation_variance),
     "SV": (SampleVariance, functional.sample_variance),
     "NV": (NormalizedVariance, functional.normalized_variance),
+    "NV of deviations": (
+        partial(NormalizedVariance, squared=False),
+        partial(functional.normalized_variance, squared=False),
+    ),
     "NV with response": (partial(NormalizedVariance, response=True), functional.normalized_variance),
     "TD": (TransformationDistance, functional.transformation_distance),
     "SD": (SampleDistance, functional.sample_distance),

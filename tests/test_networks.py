@@ -74,6 +74,20 @@ class Windows(nn.Module):
         return keep("out", self.out(mixed)).view(b, 4, 4, 2, 2, 4)
 
 
+class Folded(nn.Module):
+    """Heads folded into the batch, and windows of which one axis comes before the samples and one after."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.heads, self.both = nn.Conv2d(3, 4, 3, padding=1), nn.Identity(), nn.Linear(4, 5)
+
+    def forward(self, x):
+        y = keep("conv", self.conv(x))
+        keep("heads", self.heads(y.flatten(2).transpose(1, 2).unflatten(2, (2, 2)).transpose(1, 2).flatten(0, 1)))
+        windows = y.unflatten(3, (2, 4)).unflatten(2, (2, 4)).permute(2, 0, 4, 3, 5, 1)
+        return keep("both", self.both(windows.reshape(2 * len(y) * 2, 16, 4)))
+
+
 class SliceMajor(nn.Module):
     """Patches folded into the batch before the samples, and taken apart again."""
 
@@ -232,6 +246,7 @@ class Spectral(nn.Module):
 NETWORKS = {
     Residual: {},
     Windows: {"table": "constant"},
+    Folded: {},
     SliceMajor: {},
     TimeFirst: {},
     Language: {"positions": "constant"},
