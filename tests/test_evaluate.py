@@ -17,7 +17,6 @@ from lightning_invariance import (
     combine,
     evaluate,
     functional,
-    layer_names,
     quarter_turns,
     rotations,
     scales,
@@ -101,22 +100,6 @@ def test_a_layer_of_one_activation_keeps_its_shape():
     assert [tuple(mask.shape) for mask in result.dead.values()] == [(1, 1, 1), (1,), ()]
 
 
-def test_in_place_activations_do_not_change_what_came_before():
-    class Net(nn.Module):
-        def __init__(self, inplace):
-            super().__init__()
-            torch.manual_seed(0)
-            self.conv, self.relu = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=inplace)
-
-        def forward(self, x):
-            return self.relu(self.conv(x))
-
-    one, other = (evaluate(Net(inplace), IMAGES, rotations(4)) for inplace in (True, False))
-    for layer in ("conv", "relu"):
-        assert torch.equal(one["NormalizedVariance"][layer], other["NormalizedVariance"][layer])
-    assert not torch.equal(one["NormalizedVariance"]["conv"], one["NormalizedVariance"]["relu"])
-
-
 def test_nothing_is_changed_afterwards():
     model = network().train()
     model[1].eval()  # a frozen BatchNorm stays frozen
@@ -167,130 +150,6 @@ def test_hooks_go_and_modes_return_when_forward_raises():
     assert torch.equal(state, torch.get_rng_state())
 
 
-class Many(nn.Module):
-    """A module that runs three times, one that never runs, and outputs in containers."""
-
-    def __init__(self):
-        super().__init__()
-        self.relu = nn.ReLU()
-        self.unused = nn.Linear(2, 2)
-        self.pair = Pair()
-        self.lstm = nn.LSTM(8, 5, batch_first=True)
-
-    def forward(self, x):
-        x = self.relu(self.relu(self.relu(x) - 0.2) - 0.2)
-        self.pair(x)
-        return self.lstm(x[:, 0])
-
-
-class Pair(nn.Module):
-    def forward(self, x):
-        return {"mean": x.mean(1), "rest": [x[:, 0], (x > 0).long(), None, x[:, :0]]}
-
-
-def test_repeated_calls_and_outputs_in_containers():
-    result = evaluate(Many(), IMAGES, rotations(4))
-    shapes = {layer: tuple(v.shape) for layer, v in result["NormalizedVariance"].items()}
-    assert shapes == {
-        "relu": (3, 8, 8),
-        "relu#1": (3, 8, 8),
-        "relu#2": (3, 8, 8),
-        "pair[mean]": (8, 8),
-        "pair[rest][0]": (8, 8),
-        "lstm[0]": (8, 5),
-        "lstm[1][0]": (1, 5),
-        "lstm[1][1]": (1, 5),
-    }
-    x = rotations(4)(IMAGES.double()).flatten(0, 1)
-    cube = (((x.relu() - 0.2).relu() - 0.2).relu()).unflatten(0, (13, 4))
-    expected = functional.normalized_variance(cube)
-    clear = functional.sample_variance(cube) > 1e-6
-    torch.testing.assert_close(result["NormalizedVariance"]["relu#2"][clear], expected[clear], rtol=1e-4, atol=0)
-
-
-def nested():
-    return nn.ModuleDict(
-        {
-            "conv1": nn.Conv2d(3, 4, 3),
-            "layer1": nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()),
-            "layer2": nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()),
-        }
-    )
-
-
-@pytest.mark.parametrize(
-    ("layers", "names"),
-    [
-        (None, ["conv1", "layer1.0", "layer1.1", "layer2.0", "layer2.1"]),
-        ("layer1", ["layer1"]),
-        ("layer1.*", ["layer1.0", "layer1.1"]),
-        (["*.0", "conv1"], ["conv1", "layer1.0", "layer2.0"]),
-        (nn.ReLU, ["layer1.1", "layer2.1"]),
-        ([nn.Sequential, "conv?"], ["conv1", "layer1", "layer2"]),
-        (lambda name, module: name.startswith("layer2"), ["layer2", "layer2.0", "layer2.1"]),
-        ({"layer2.0": "second", "conv1": "first"}, ["second", "first"]),
-    ],
-)
-def test_selecting_layers(layers, names):
-    assert layer_names(nested(), layers) == names
-
-
-@pytest.mark.parametrize(
-    ("layers", "error", "message"),
-    [
-        (["conv2"], ValueError, r"no layer 'conv2'\. Did you mean 'conv1'"),
-        ("zzz*", ValueError, "The model has conv1"),
-        (nn.Linear, ValueError, "no Linear; it has Conv2d, ReLU, Sequential"),
-        ([], ValueError, "selects none"),
-        (lambda name, module: False, ValueError, "selects none"),
-        ({"conv1": "a", "layer1": "a"}, ValueError, "different names"),
-        (3, TypeError, "but got 3"),
-        ([3], TypeError, "but got 3"),
-    ],
-)
-def test_selections_that_fail(layers, error, message):
-    with pytest.raises(error, match=message):
-        layer_names(nested(), layers)
-
-
-def test_a_layer_that_never_runs():
-    with pytest.raises(RuntimeError, match=r"'unused' to run .*'relu', 'relu#1', 'relu#2', 'pair"):
-        evaluate(Many(), IMAGES, rotations(4), layers=["unused", "relu", "pair"])
-    assert evaluate(Many(), IMAGES, rotations(4), layers="*u*").layers == ["relu", "relu#1", "relu#2"]
-
-
-def test_renamed_layers_and_the_output_of_a_block():
-    model = nn.Sequential(nested()["layer1"], nn.Flatten())
-    model[0][0] = nn.Conv2d(3, 4, 3)
-    result = evaluate(model, IMAGES, rotations(4), layers={"0": "block", "0.0": "conv"})
-    assert result.layers == ["conv", "block"]
-
-
-def test_a_model_of_one_module():
-    assert evaluate(nn.Conv2d(3, 2, 3), IMAGES, rotations(4)).layers == ["Conv2d"]
-
-
-def test_forward_and_input_fn():
-    class Conditional(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 2, 3)
-
-        def forward(self, x, factor):
-            return self.conv(x) * factor
-
-    data = [{"a": x, "b": torch.zeros(2)} for x in IMAGES]
-    grad_enabled = []
-
-    def forward(model, x):
-        grad_enabled.append(torch.is_grad_enabled())
-        return model(x, 2)
-
-    result = evaluate(Conditional(), data, rotations(4), forward=forward, input_fn=lambda batch: batch["a"])
-    assert result.layers == ["conv"]
-    assert not any(grad_enabled)
-
-
 def test_class_sorted_and_shuffled_data_agree():
     order = torch.randperm(13, generator=torch.Generator().manual_seed(7))
     one = evaluate(network(), TensorDataset(IMAGES, torch.arange(13)), rotations(4))
@@ -302,15 +161,6 @@ class Endless(IterableDataset):
     def __iter__(self):
         while True:
             yield from IMAGES
-
-
-def test_an_endless_dataset_with_max_samples():
-    result = evaluate(network(), Endless(), rotations(4), max_samples=13)
-    assert result.n_samples == 13
-    expected = evaluate(network(), IMAGES, rotations(4))
-    torch.testing.assert_close(
-        result["NormalizedVariance"]["5"], expected["NormalizedVariance"]["5"], rtol=1e-5, atol=0
-    )
 
 
 def test_nan_activations_are_counted_and_reported():
@@ -529,7 +379,7 @@ def test_the_mean_over_layers_can_be_weighted_by_size():
     assert result.mean(weighted=True) == pytest.approx(weighted)
 
 
-@pytest.mark.parametrize("budget", [172_536, 200_000, 300_000])  # 1, 1 and 3 transformations at a time
+@pytest.mark.parametrize("budget", [172_536, 300_000])  # 1 and 3 transformations at a time
 @pytest.mark.parametrize("batch_size", [4, 64])
 def test_large_sets_in_two_walks_give_the_same_values(budget, batch_size):
     model, images = deep(), torch.rand(9, 3, 8, 8, dtype=torch.float64)
@@ -560,6 +410,7 @@ def test_automatic_batch_size_halves_until_it_fits_and_changes_no_value():
     model, images, sizes = deep(), torch.rand(40, 3, 8, 8, dtype=torch.float64), []
 
     def forward(model, x):
+        assert not torch.is_grad_enabled()
         sizes.append(len(x))
         if len(x) > 20:
             raise torch.OutOfMemoryError("not that many")

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.data import TensorDataset
 
-from lightning_invariance import TransformationSet, evaluate, flips, functional, layer_names, quarter_turns, rotations
+from lightning_invariance import TransformationSet, evaluate, flips, functional, quarter_turns, rotations
 
 N, SIZE = 20, 6
 IMAGES = torch.rand(N, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -166,26 +166,6 @@ def test_an_empty_result_is_an_error():
 class Loss(nn.Module):
     def forward(self, x):
         return x.mean()
-
-
-def test_parametrised_modules_are_leaves():
-    model = nn.Sequential(
-        parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), parametrizations.orthogonal(nn.Linear(4, 4))
-    )
-    assert layer_names(model) == ["0", "1", "2"]
-    assert layer_names(model, "*") == ["0", "1", "2"]
-    assert layer_names(model, lambda name, module: True) == ["0", "1", "2"]
-
-
-def test_names_with_brackets_and_numbers_can_be_asked_for():
-    model = nn.Sequential()
-    for name in ("bn[4]", "relu#1"):
-        model.add_module(name, nn.ReLU())
-    assert evaluate(model, IMAGES.float(), TURNS, layers=["bn[4]", "relu#1"], progress=False).layers == [
-        "bn[4]",
-        "relu#1",
-    ]
-    assert evaluate(model, IMAGES.float(), TURNS, layers="relu#1", progress=False).layers == ["relu#1"]
 
 
 def test_states_of_recurrent_networks():

@@ -293,7 +293,7 @@ def check(kind, values):
 
 
 @pytest.mark.filterwarnings("ignore:.*left out")
-@pytest.mark.parametrize("batch_size", [1, 7, 64])
+@pytest.mark.parametrize("batch_size", [1, 64])  # and 7 below
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_every_layer_and_operation_has_the_value_of_its_cube(kind, batch_size):
     result = measured(kind, batch_size)
