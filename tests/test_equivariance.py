@@ -296,16 +296,6 @@ def test_measures_that_are_taken_together_have_the_values_of_each_alone():
             assert torch.equal(result[name][layer], alone[name][layer]), name
 
 
-def test_inference_mode():
-    torch.manual_seed(0)
-    model = nn.Conv2d(3, 4, 3).double()
-    expected = evaluate(model, images(), rotations(8), [BOTH[0](mask=True), BOTH[1](mask=True)])
-    with torch.inference_mode():
-        found = evaluate(model, images(), rotations(8), [BOTH[0](mask=True), BOTH[1](mask=True)])
-    for name in expected:
-        assert torch.equal(found[name]["Conv2d"], expected[name]["Conv2d"])
-
-
 def test_a_layer_that_was_asked_for_and_that_every_measure_skips():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).double()
     result = evaluate(model, images(), quarter_turns(), VarianceSameEquivariance(), layers=["0", "1"])
