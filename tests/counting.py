@@ -58,18 +58,3 @@ def counted(measure, block: Tensor) -> Counted:
     with Counted() as found:
         measure.add(block, indices=torch.arange(2 * n, 3 * n))
     return found
-
-
-class Allocated(TorchDispatchMode):
-    """Counts tensors that are given memory of their own while the context lasts, on any device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tensors = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        made = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
-        self.tensors += sum(leaf.untyped_storage()._cdata not in given for leaf in made)
-        return found

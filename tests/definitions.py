@@ -6,6 +6,7 @@ All take an ST array ``(n, m, *activation_shape)``. Sections and equations are t
 from __future__ import annotations
 
 import itertools
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -75,6 +76,12 @@ def average_distance(rows, kind, over):
 def td(x, kind="abs", over="activation"):
     """Eq. 5, of rows."""
     return sum(average_distance(row, kind, over) for row in x) / len(x)
+
+
+def groups_of(n, samples):
+    """Groups of nearly equal size, one sample after the other."""
+    count = math.ceil(n / samples)
+    return [[i for i in range(n) if i * count // n == group] for group in range(count)]
 
 
 def sd(x, kind="abs", over="activation", groups=None):

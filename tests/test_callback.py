@@ -48,12 +48,6 @@ def test_values_are_those_of_evaluate(tmp_path):
             assert torch.equal(result["NormalizedVariance"][layer], expected["NormalizedVariance"][layer])
 
 
-def test_every_n_epochs_and_the_first_validation(tmp_path):
-    monitor = InvarianceMonitor(rotations(4), every_n_epochs=3)
-    fit(tmp_path, monitor, epochs=6)
-    assert [result.epoch for result in monitor.history] == [-1, 0, 2, 5]
-
-
 def test_without_validation_the_training_epoch_counts(tmp_path):
     monitor = InvarianceMonitor(rotations(4), data=IMAGES, every_n_epochs=2)
     fit_with_tensorboard(tmp_path, monitor, epochs=4, limit_val_batches=0)
@@ -65,12 +59,6 @@ def test_without_validation_the_training_epoch_counts(tmp_path):
 def test_the_trainer_without_data(tmp_path):
     with pytest.raises(MisconfigurationException, match="give it `data`"):
         fit(tmp_path, InvarianceMonitor(rotations(4)), limit_val_batches=0)
-
-
-def test_validation_that_comes_late_is_loaded_for_the_untrained_network(tmp_path):
-    monitor = InvarianceMonitor(rotations(4))
-    fit(tmp_path, monitor, epochs=4, check_val_every_n_epoch=2, num_sanity_val_steps=0)
-    assert [result.epoch for result in monitor.history] == [-1, 1, 3]
 
 
 def test_early_stopping_and_checkpoints_can_watch_it(tmp_path):

@@ -43,7 +43,7 @@ class Residual(nn.Module):
         self.act, self.head = nn.ReLU(inplace=True), nn.Linear(8, 2)
 
     def forward(self, x):
-        y = keep("conv1", self.conv1(x))
+        y = keep("Residual/relu", F.relu(keep("conv1", self.conv1(x)), inplace=True))
         z = keep("act", self.act(keep("bn", self.bn(y))))
         z = keep("conv2", self.conv2(z))
         z += y

@@ -5,6 +5,7 @@ from functools import reduce
 
 import pytest
 import torch
+from definitions import groups_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import pdist
@@ -40,12 +41,6 @@ def in_order(data):
 def activations_of(model, images):
     with torch.no_grad():
         return model(TURNS(in_order(images)).flatten(0, 1)).unflatten(0, (len(images), len(TURNS)))
-
-
-def groups_of(n, samples):
-    """Groups of nearly equal size, one sample after the other."""
-    count = math.ceil(n / samples)
-    return [[i for i in range(n) if i * count // n == group] for group in range(count)]
 
 
 def defined(cube, groups, metric="cityblock"):

@@ -18,7 +18,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_invariance import STLoader, TransformationSet, evaluate
+from lightning_invariance import STLoader, TransformationSet
 
 NUMBERS = torch.arange(40.0).view(40, 1)
 DATA = TensorDataset(NUMBERS)
@@ -133,13 +133,3 @@ def test_two_passes_see_the_same_random_samples(workers):
         return torch.cat([block.inputs for block in loader])
 
     assert torch.equal(one_pass(), one_pass())
-
-
-def test_a_split_by_samplers_measures_its_own_part():
-    model = torch.nn.Linear(1, 2)
-    part = evaluate(model, DataLoader(DATA, sampler=SubsetRandomSampler(range(10))), SETS, progress=False)
-    expected = evaluate(model, NUMBERS[:10], SETS, progress=False)
-    assert part.n_samples == 10
-    torch.testing.assert_close(
-        part["NormalizedVariance"]["Linear"], expected["NormalizedVariance"]["Linear"], rtol=1e-6, atol=0
-    )

@@ -33,11 +33,15 @@ def test_a_chart_of_all_layers_in_the_order_of_the_network(tmp_path):
 
 def test_a_layout_of_the_user_is_kept(tmp_path):
     logger = TensorBoardLogger(tmp_path, name="", version="run")
-    logger.experiment.add_custom_scalars({"mine": {"losses": ["Multiline", ["train_loss", "val_loss"]]}})
-    fit_with_tensorboard(tmp_path, InvarianceMonitor(rotations(4)), epochs=1, logger=logger)
+    losses, band = ["Multiline", ["train_loss", "val_loss"]], ["Margin", ["value", "low", "high"]]
+    logger.experiment.add_custom_scalars({"mine": {"losses": losses, "band": band}})
+    fit_with_tensorboard(tmp_path, InvarianceMonitor(rotations(4), confidence=0.9), epochs=1, logger=logger)
     found = layout(events(tmp_path))
-    assert found["mine"] == {"losses": ["train_loss", "val_loss"]}
+    assert found["mine"]["losses"] == ["train_loss", "val_loss"]
     assert "NormalizedVariance" in found
+    charts = Layout.FromString(events(tmp_path).Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
+    mine = next(part for part in charts.category if part.title == "mine")
+    assert [(s.value, s.lower, s.upper) for s in mine.chart[1].margin.series] == [("value", "low", "high")]
 
 
 def test_a_page_says_what_the_tags_mean(tmp_path):
@@ -107,15 +111,6 @@ def test_bands_where_there_are_intervals(tmp_path):
         assert interval.low <= logged.Scalars(value)[-1].value <= interval.high
     text = logged.Tensors("invariance/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "90% confidence interval" in text
-
-
-def test_a_layout_with_bands_of_the_user_is_kept(tmp_path):
-    logger = TensorBoardLogger(tmp_path, name="", version="run")
-    logger.experiment.add_custom_scalars({"mine": {"band": ["Margin", ["value", "low", "high"]]}})
-    fit_with_tensorboard(tmp_path, InvarianceMonitor(rotations(4), confidence=0.9), epochs=1, logger=logger)
-    found = Layout.FromString(events(tmp_path).Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
-    mine = next(part for part in found.category if part.title == "mine")
-    assert [(s.value, s.lower, s.upper) for s in mine.chart[0].margin.series] == [("value", "low", "high")]
 
 
 def test_early_stopping_can_watch_a_bound(tmp_path):

@@ -73,7 +73,7 @@ def wide(mean=0.0, sparse=False, n=160, m=16, k=2048):
 
 
 @pytest.mark.parametrize(("measure", "definition"), CASES)
-@pytest.mark.parametrize("size", [2, 7, 160])
+@pytest.mark.parametrize("size", [1, 7, 160])
 @pytest.mark.parametrize(("mean", "sparse"), [(0.0, False), (1e4, False), (0.0, True)])
 def test_wide_float32_layers_in_few_numbers(measure, definition, size, mean, sparse):
     tensor = wide(mean, sparse)
@@ -311,18 +311,6 @@ def test_plot_returns_figure_and_axes():
     # The mean over the spatial axes of each of the 3 channels.
     expected = functional.normalized_variance(cube()).mean(1)
     torch.testing.assert_close(torch.tensor([bar.get_height() for bar in axes.patches]), expected, check_dtype=False)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 4, 13])
-def test_few_rows_at_a_time_keep_no_more_numbers_than_many(rows):
-    generator = torch.Generator().manual_seed(0)
-    samples = torch.randn(60, 1, 4096, generator=generator)
-    st = 3 + samples + 0.7 * torch.randn(60, 8, 4096, generator=generator)
-    metric = NormalizedVariance()
-    for block in st.split(rows):
-        metric.update(block)
-    assert sum(getattr(metric, name).numel() for name in metric._defaults) <= (8 + 4) * 4096 + 10
-    torch.testing.assert_close(metric.compute(), functional.normalized_variance(st.double()), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("rows", [1, 4])

@@ -5,8 +5,7 @@
 Each round runs the bare forward passes over the transformed inputs, without hooks, in batches of the size that
 evaluate() takes, and then evaluate() over the same inputs, which it transforms itself; the ratio is taken in each
 round, and each case runs in a process of its own. Also the time of 16 rotations against a ResNet-20, and that of
-tmeasures (``pip install ".[bench]"``) against ours. Ends with a profile of the first case. Exits with 1 where a target
-is missed.
+tmeasures (``pip install ".[bench]"``) against ours. Exits with 1 where a target is missed.
 
 With a device other than the CPU: networks that people train there, at the monitor's default and with automatic batches,
 and what the profiler says of synchronisations during the walk.
@@ -17,10 +16,8 @@ What it costs in memory, and how the cost grows, is in size.py.
 from __future__ import annotations
 
 import argparse
-import cProfile
 import multiprocessing
 import platform
-import pstats
 import statistics
 import sys
 import time
@@ -51,7 +48,6 @@ from lightning_invariance.measures import (
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from counting import Allocated
 from models import CifarResNet, simple_conv
 
 TRANSFORMATIONS = rotations(16)
@@ -333,48 +329,6 @@ def theirs_over_ours(model: str, samples: int, rounds: int) -> tuple[list[float]
     return [their / own for their, own, _ in times], f"{own:.2f} s; it takes {over_bare:.2f} × the bare passes"
 
 
-def profile(samples: int) -> str:
-    """Where the time of the first case goes, function by function."""
-    _, name, measures, *_ = CASES[1]
-    model, images, profiler = MODELS[name]().eval(), torch.rand(samples, 3, 32, 32), cProfile.Profile()
-    evaluate(model, images, TRANSFORMATIONS, measures(), progress=False)
-    profiler.enable()
-    evaluate(model, images, TRANSFORMATIONS, measures(), progress=False)
-    profiler.disable()
-    found: dict[tuple[str, int, str], tuple[int, int, float, float, Any]] = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
-    total = sum(own for _, _, own, _, _ in found.values())
-    rows = sorted(found.items(), key=lambda item: -item[1][2])[:14]
-    lines = [f"{name[2] if name[0] == '~' else Path(name[0]).stem + '.' + name[2]:58.58s}" for name, _ in rows]
-    return "\n".join(
-        f"{line}{calls:8d}{own / total:8.1%}" for line, (_, (_, calls, own, _, _)) in zip(lines, rows, strict=True)
-    )
-
-
-def python_cost(samples: int) -> str:
-    """What a layer and block cost in Python: calls of the package's functions, their time if profiled, and tensors."""
-    name = "MobileNetV3-small, 64×64"
-    model, images = model_and_images(name, samples)
-    evaluate(model, images, TRANSFORMATIONS, default(), progress=False)
-    profiler = cProfile.Profile()
-    profiler.enable()
-    evaluate(model, images, TRANSFORMATIONS, default(), progress=False)
-    profiler.disable()
-    stats: dict[tuple[str, int, str], tuple[int, int, float, float, Any]] = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
-    own = [found for (file, *_), found in stats.items() if "lightning_invariance" in file]
-    blocks = next(found[1] for (file, _, function), found in stats.items() if "registry" in file and function == "add")
-    calls, seconds = sum(found[1] for found in own), sum(found[2] for found in own)
-    batches = transformed(model, images)
-    with Allocated() as ours:
-        evaluate(model, images, TRANSFORMATIONS, default(), progress=False)
-    with torch.no_grad(), Allocated() as bare:
-        for batch in batches:
-            model(batch)
-    return (
-        f"{name}, each layer and block: {calls / blocks:.1f} calls in Python, {seconds / blocks * 1e6:.0f} µs,"
-        f" {(ours.tensors - bare.tensors) / blocks:.1f} tensors with memory of their own"
-    )
-
-
 def own_process() -> ProcessPoolExecutor:
     """A process that starts anew."""
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
@@ -436,9 +390,6 @@ def main() -> int:
             f"   {divisor}{'  MISSED' if late else ''}",
             flush=True,
         )
-    print(f"\nprofile of {CASES[1].name}: {CASES[1].model}\n{'':58s}{'calls':>8s}{'time':>8s}")
-    print(alone(profile, n // 2))
-    print(f"\n{alone(python_cost, n)}")
     return int(missed)
 
 
