@@ -1,4 +1,4 @@
-"""What holds for every test."""
+"""Fixtures and settings of all tests."""
 
 import importlib
 import os
@@ -24,7 +24,7 @@ def _same_random_numbers_in_any_order():
 
 @pytest.fixture(autouse=True, scope="session")
 def _nothing_is_left_where_the_tests_run():
-    """Such as checkpoints of a trainer without a folder of its own."""
+    """Checkpoints of a trainer without a folder of its own would be, for instance."""
     before = set(os.listdir())
     yield
     left = [name for name in set(os.listdir()) - before if not name.startswith(".")]

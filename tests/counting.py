@@ -1,4 +1,4 @@
-"""What operations launch, move and allocate; for devices on "meta", whose tensors have a size and no values."""
+"""Count kernels and bytes of operations on "meta", a device whose tensors have a size and no values."""
 
 import math
 
@@ -22,8 +22,8 @@ class Counted(TorchDispatchMode):
 
     Attributes:
         kernels: operations of the device that are not views.
-        bytes: those of their inputs and outputs.
-        names: of these operations.
+        bytes: size of their inputs and outputs.
+        names: names of these operations.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Counted(TorchDispatchMode):
 
 
 def counted(measure, block: Tensor) -> Counted:
-    """What the third block of a layer costs a measure on a device, beside making the block.
+    """Count the kernels and bytes that a measure needs for the third block of a layer on a device.
 
     Args:
         measure: a measure.

@@ -1,6 +1,6 @@
 """The measures as the paper defines them, in numpy's longest floating point; nothing here uses the package.
 
-All take an ST array ``(n, m, *activation_shape)``. Sections and equations are those of Quiroga's paper.
+All take an ST array ``(n, m, *activation_shape)``. Section and equation numbers refer to Quiroga's paper.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def aggregated(values, how):
 
 
 def distance(a, b, kind, over):
-    """Of activations, or of feature maps as vectors: of one activation shape, channels first."""
+    """Distance of activations, or of feature maps as vectors; channels first."""
     if kind == "squared":
         found = (a - b) ** 2
     elif kind == "abs":
@@ -68,7 +68,7 @@ def distance(a, b, kind, over):
 
 
 def average_distance(rows, kind, over):
-    """Eq. 6: the mean over all ordered pairs, those of a value with itself among them."""
+    """Eq. 6: the mean over all ordered pairs, including pairs of a value with itself."""
     pairs = [distance(rows[a], rows[b], kind, over) for a, b in itertools.combinations(range(len(rows)), 2)]
     return 2 * sum(pairs, 0 * distance(rows[0], rows[0], kind, over)) / len(rows) ** 2
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 #: The type of the device.
 NAME = "emulated"
 
-#: Operations that take tensors of the CPU beside those of a device: indices, and values to copy.
+#: Operations that take tensors of the CPU together with tensors of a device: indices, and values to copy.
 MIXING = {"copy_", "_to_copy", "index", "index_put", "index_put_", "_index_put_impl_"}
 
 #: Operations after which the CPU has waited for the device.
@@ -56,7 +56,7 @@ class Emulation(TorchDispatchMode):
     Attributes:
         float64: whether the device has that type.
         operations: how many there were.
-        read: names of those that made the CPU wait.
+        read: names of the operations that made the CPU wait.
     """
 
     float64 = True
@@ -123,7 +123,7 @@ def _install(float64: bool) -> None:
         target.inner.copy_(source.inner if isinstance(source, OnDevice) else source)
         return target
 
-    # What PyTorch makes of a list of indices goes below all modes.
+    # PyTorch makes tensors of lists of indices below all modes.
     library.impl("empty_strided", empty_strided, "PrivateUse1")
     library.impl("_copy_from", copy_from, "PrivateUse1")
     _installed.append(library)
@@ -138,7 +138,7 @@ def process_with_device(float64: bool) -> ProcessPoolExecutor:
 
 
 class Watched(TorchDispatchMode):
-    """Operations on an NVIDIA GPU, with float32 products as exact as those of the CPU.
+    """Operations on an NVIDIA GPU, with float32 products as exact as on the CPU.
 
     Attributes:
         operations: how many there were.

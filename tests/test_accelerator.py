@@ -117,7 +117,7 @@ def reads_of(device, name, samples, confidence):
 
 
 class Rounded(nn.Module):
-    """As if other kernels ran for batches of other lengths: the values are some parts of the largest one apart."""
+    """Values that depend on the length of the batch by a share of the largest, as different kernels would make them."""
 
     def __init__(self, apart):
         super().__init__()
@@ -375,7 +375,7 @@ def test_no_block_makes_the_cpu_wait_for_the_accelerator(name, confidence, there
 
 
 @pytest.mark.parametrize(("dtype", "apart"), [(torch.float32, 5e-3), (torch.bfloat16, 0.03)])
-def test_rounding_of_other_kernels_is_not_taken_for_what_depends_on_the_batch(dtype, apart, there):
+def test_rounding_of_other_kernels_does_not_make_a_layer_mixed(dtype, apart, there):
     device, process, _ = there
     layers, left_out = process.submit(findings_of, device, apart, dtype).result()
     assert layers == ["0.seen"]

@@ -31,7 +31,7 @@ def measured(st, **arguments):
     return metric.compute()
 
 
-def test_one_way_is_that_of_scipy():
+def test_one_way_anova_equals_scipy():
     expected = scipy.stats.f_oneway(*cube().transpose(0, 1).numpy())
     np.testing.assert_allclose(measured(cube(), statistic="f").numpy(), expected.statistic, rtol=1e-9)
     np.testing.assert_allclose(measured(cube(), statistic="p").numpy(), expected.pvalue, rtol=1e-9)
@@ -45,7 +45,7 @@ def epsilon_of(st):
     return np.trace(pooled) ** 2 / ((m - 1) * np.trace(pooled @ pooled))
 
 
-def test_paired_is_that_of_statsmodels():
+def test_paired_anova_equals_statsmodels():
     st = cube(k=3)
     epsilon = measured(st, statistic="epsilon", paired=True)
     assert epsilon.tolist() == pytest.approx([epsilon_of(st)] * 3, rel=1e-9)
@@ -64,7 +64,7 @@ def test_paired_is_that_of_statsmodels():
 
 @pytest.mark.parametrize("d1", [1, 2, 3.7, 15, 4223])
 @pytest.mark.parametrize("d2", [1, 7, 240, 55.3, 159984])
-def test_the_f_distribution_is_that_of_scipy(d1, d2):
+def test_the_f_distribution_equals_scipy(d1, d2):
     f = torch.cat([torch.zeros(1), torch.logspace(-6, 4, 300, dtype=torch.float64)])
     expected = scipy.stats.f.sf(f.numpy(), d1, d2)
     np.testing.assert_allclose(f_survival(f, d1, d2).numpy(), expected, rtol=1e-8, atol=1e-290)
@@ -72,7 +72,7 @@ def test_the_f_distribution_is_that_of_scipy(d1, d2):
 
 @pytest.mark.parametrize("correction", ["bonferroni", "holm", "fdr_bh"])
 @pytest.mark.parametrize("effect", [0.0, 0.6, 1.0])
-def test_corrections_are_those_of_statsmodels(correction, effect):
+def test_corrections_equal_statsmodels(correction, effect):
     p = functional.anova(cube(effect=effect), paired=True)[1]
     expected = multipletests(p.numpy(), 0.05, correction)[0]
     value = measured(cube(effect=effect), correction=correction, paired=True)
@@ -82,7 +82,7 @@ def test_corrections_are_those_of_statsmodels(correction, effect):
 
 def test_corrections_find_different_numbers_and_leave_out_nan():
     p = torch.tensor([0.001, 0.014, 0.018, 0.03, float("nan"), 0.6])
-    # Of 5 known: Bonferroni 0.01; Holm 0.01, 0.0125, ...; Benjamini-Hochberg 0.01, 0.02, 0.03, 0.04.
+    # Of 5 known p-values: Bonferroni 0.01; Holm 0.01, 0.0125, ...; Benjamini-Hochberg 0.01, 0.02, 0.03, 0.04.
     assert rejected(p, 0.05, "bonferroni").tolist() == [True, False, False, False, False, False]
     assert rejected(p, 0.05, "holm").tolist() == [True, False, False, False, False, False]
     assert rejected(p, 0.05, "fdr_bh").tolist() == [True, True, True, True, False, False]
@@ -237,7 +237,7 @@ def test_epsilon_with_rows_that_are_not_finite_does_not_depend_on_order_splits_a
 @pytest.mark.parametrize("m", [5, 24, 33])
 @pytest.mark.parametrize("k", [1, 100])  # columns of single activations, and of long blocks, are summed in other orders
 @pytest.mark.parametrize("paired", [False, True])
-def test_what_does_not_vary_is_exactly_invariant(dtype, m, k, paired):
+def test_constant_rows_are_exactly_invariant(dtype, m, k, paired):
     generator = torch.Generator().manual_seed(4)
     rows = torch.randn(200, 1, k, generator=generator, dtype=dtype).expand(200, m, k).contiguous()
     constants = (torch.rand(k, generator=generator, dtype=dtype) - 0.5).expand(200, m, k).contiguous()
@@ -297,7 +297,7 @@ def test_a_family_of_all_activations_of_the_network(correction):
 
 
 @pytest.mark.parametrize("d1", [1, 1.3, 2.7, 15])
-def test_the_p_value_of_the_definition_is_that_of_scipy(d1):
+def test_the_p_value_of_the_definition_equals_scipy(d1):
     for f in (0, 1e-6, 0.02, 0.9, 1.4, 30):
         for d2 in (3.1, 40, 1584.5):
             expected = scipy.stats.f.sf(f, d1, d2)

@@ -118,7 +118,7 @@ def test_batches_that_end_within_a_block_are_joined(size):
     torch.testing.assert_close(found["NormalizedVariance"]["seen"], expected(), rtol=1e-9, atol=1e-12)
 
 
-def test_what_belongs_to_no_sample_stays():
+def test_entries_of_a_batch_that_belong_to_no_sample_stay():
     shift = torch.ones(4, dtype=torch.float64)
 
     def collated(items):

@@ -36,7 +36,7 @@ def test_curves_and_pictures_in_tensorboard(tmp_path):
     )
 
 
-def test_values_are_those_of_evaluate(tmp_path):
+def test_values_equal_evaluate(tmp_path):
     monitor = InvarianceMonitor(rotations(4))
     model = Net()
     pl.seed_everything(5, verbose=False)

@@ -233,7 +233,7 @@ def test_equivalence_is_two_one_sided_tests(margin):
 
 
 def by_hand(values):
-    """A result of one layer whose mean is that of values, one for each sample."""
+    """A result of one layer with one given value for each sample."""
     psi = torch.from_numpy(values - values.mean())
     return InvarianceResult(
         {"M": {"layer": torch.tensor([values.mean()])}},
@@ -246,8 +246,8 @@ def by_hand(values):
 
 
 @pytest.mark.parametrize("margin", [0.01, 0.1, 0.3])
-def test_equivalence_is_that_of_statsmodels(margin):
-    """Of uniform differences, whose kurtosis is below 3: the textbook's n − 1 degrees of freedom."""
+def test_equivalence_equals_statsmodels(margin):
+    """Uniform differences have a kurtosis below 3, and so the textbook's n − 1 degrees of freedom."""
     one = np.random.default_rng(0).uniform(size=200)
     other = one + np.random.default_rng(1).uniform(-0.5, 0.6, 200)
     row = compare(by_hand(one), by_hand(other), margin=margin)["layer"]
@@ -255,7 +255,7 @@ def test_equivalence_is_that_of_statsmodels(margin):
     assert row.p == pytest.approx(scipy.stats.ttest_rel(other, one).pvalue, rel=1e-9)
 
 
-def test_doubts_of_either_result_are_told():
+def test_doubts_of_either_result_are_reported():
     x = images(30)
     few = compare(result_of(1.0, x[:6]), result_of(1.0, x[:6]))["layers.0"]
     assert "6 samples" in few.doubt
@@ -358,7 +358,7 @@ def test_values_in_other_units_do_not_compare(one, other, units):
         compare(a, b)
 
 
-def test_what_does_not_compare_is_refused():
+def test_results_that_do_not_compare_are_refused():
     x = images(20)
     a = result_of(1.0, x)
     without = result_of(1.0, x, confidence=None)
@@ -387,7 +387,7 @@ def test_what_does_not_compare_is_refused():
         compare(a, a)["x"]
 
 
-def test_holm_is_that_of_statsmodels():
+def test_holm_equals_statsmodels():
     from lightning_invariance.results.comparison import holm
 
     p = np.random.default_rng(0).uniform(size=40) ** 4
@@ -396,7 +396,7 @@ def test_holm_is_that_of_statsmodels():
     assert holm([0.5, math.nan, 0.01])[2] == pytest.approx(0.02)
 
 
-def test_earlier_results_compare_by_seeds_only():
+def test_results_without_influences_compare_by_seeds_only():
     old = InvarianceResult({"M": {"a": torch.tensor([1.0])}})
     new = InvarianceResult({"M": {"a": torch.tensor([2.0])}})
     with pytest.raises(ValueError, match="influences"):

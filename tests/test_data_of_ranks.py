@@ -12,7 +12,7 @@ IMAGES = torch.rand(12, 2, 6, 6, generator=torch.Generator().manual_seed(0), dty
 
 
 class Stream(IterableDataset):
-    """Some images: all of them, or those of one of several ranks."""
+    """All images, or the share of one of several ranks."""
 
     def __init__(self, first=0, step=1):
         self.first, self.step = first, step
@@ -46,7 +46,7 @@ def network():
     return nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten()).double()
 
 
-#: What each process is given, and what must come of it: the number of samples, or an error.
+#: Data of each process, arguments of evaluate, and the expected number of samples or error.
 CASES = {
     "stream": (lambda rank: Stream(), {"max_samples": 12}, 12),
     "stream split by rank": (lambda rank: Stream(rank, 3), {"max_samples": 12}, 12),

@@ -51,7 +51,7 @@ def test_values_worked_out_by_hand(measure, distance, value):
 
 
 @pytest.mark.parametrize(("distance", "metric"), [("abs", "cityblock"), ("euclidean",) * 2, ("cosine",) * 2])
-def test_distances_of_feature_maps_are_those_of_scipy(distance, metric):
+def test_distances_of_feature_maps_equal_scipy(distance, metric):
     st = torch.randn(7, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     n = len(st)
     of_samples = [[2 * pdist(st[:, j, c].flatten(1).numpy(), metric).sum() / n**2 for j in range(4)] for c in range(2)]

@@ -1,4 +1,4 @@
-"""The same values from several processes: uneven shares, a process that has no sample, an error on one of them."""
+"""Several processes have the values of one: with uneven shares, without samples on a process, and after an error."""
 
 from contextlib import contextmanager
 

@@ -74,7 +74,7 @@ def test_a_circular_network_scores_zero_inside_the_mask_of_translations(measure)
     assert (without[measure.__name__]["0"] > 1e-3).all()  # the bias left the frame
 
 
-def test_a_wider_mask_leaves_out_what_a_kernel_sees_of_the_border():
+def test_a_wider_mask_leaves_out_pixels_that_a_border_influences():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")).double()
     shifts = translations(pixels=(1, 2))

@@ -1,4 +1,4 @@
-"""evaluate() against the stored ST cube, and everything it must leave alone."""
+"""evaluate() against the stored ST cube, and what it must leave unchanged."""
 
 import pickle
 import random
@@ -273,7 +273,7 @@ class Branches(nn.Module):
 
 def large_at(column, marks):
     """Scales, and makes values of some columns large in samples with a mark."""
-    columns = {1: range(2), 2: range(6, 8)}  # by mark: those of the first batch, and of the last one
+    columns = {1: range(2), 2: range(6, 8)}  # by mark: columns of the first batch, and of the last one
 
     def transform(x):
         large = sum((x[:, 0] == mark) & (column in columns[mark]) for mark in marks)
@@ -417,7 +417,7 @@ def test_automatic_batch_size_halves_until_it_fits_and_changes_no_value():
         return model(x)
 
     found = evaluate(model, images, rotations(4), forward=forward, batch_size="auto")
-    walked = [size for size in sizes if size not in (4, 5)]  # those of the probe
+    walked = [size for size in sizes if size not in (4, 5)]  # sizes of the probe
     assert walked[:4] == [128, 64, 32, 16]
     assert set(walked[3:]) == {16}
     expected = evaluate(model, images, rotations(4), batch_size=64)
@@ -440,7 +440,7 @@ class Tracked(nn.Module):
         self.arrays, self.counts = arrays, counts
 
     def forward(self, x):
-        self.counts.append(len(self.arrays))  # that of the input among them
+        self.counts.append(len(self.arrays))  # including the input's array
         array = np.empty(tuple(x.shape), np.float32)
         self.arrays.add(array.ctypes.data)
         weakref.finalize(array, self.arrays.discard, array.ctypes.data)

@@ -128,7 +128,7 @@ def test_layers_as_functions_and_types_are_the_same_after_a_resume():
         assert len(second.history) == 2
 
 
-def test_scores_are_those_of_the_same_validation(tmp_path):
+def test_scores_come_from_the_same_validation(tmp_path):
     class Counting(Net):
         def training_step(self, batch, i):
             self.log("loss_epoch", 100.0 * self.current_epoch, on_epoch=True)

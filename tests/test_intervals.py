@@ -111,7 +111,7 @@ def network():
 
 @pytest.mark.parametrize("name", DEFINITIONS)
 @pytest.mark.parametrize("batch_size", [8, 64])
-def test_standard_errors_are_those_of_the_definition(name, batch_size):
+def test_standard_errors_equal_the_definition(name, batch_size):
     measure, definition = DEFINITIONS[name]
     x, turns = images(13), rotations(8)
     result = evaluate(network(), x, turns, {"measure": measure}, batch_size=batch_size, confidence=0.95)
@@ -192,7 +192,7 @@ def test_units_that_are_not_finite_do_not_count_in_c():
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("over", ["channel", "activation"])
 def test_standard_errors_of_same_equivariance(normalize, over):
-    """Of whole maps and of pixels, of a network that makes maps of images that are not turned: (n, m, C, H, W)."""
+    """Over whole maps and over pixels, with a network whose maps do not turn with the image."""
     x, turns = images(9, size=4), quarter_turns()
 
     def mapped(values):
@@ -272,7 +272,7 @@ def groups_of_sixteen(n, seed=0):
 
 
 @pytest.mark.parametrize("measure", [SampleDistance(), NormalizedDistance()])
-def test_standard_errors_of_sample_distances_are_those_of_groups(measure):
+def test_standard_errors_of_sample_distances_are_over_groups(measure):
     x, turns = images(96), rotations(4)
     result = evaluate(network(), x, turns, [measure], confidence=0.95)
     groups = turns(x).numpy()[groups_of_sixteen(96)]
@@ -381,7 +381,7 @@ def test_a_layer_that_some_samples_do_not_reach():
     assert result.interval()["rarely"].standard_error == pytest.approx(alone.interval()["0"].standard_error, rel=1e-9)
 
 
-def test_quantiles_of_many_units_are_those_of_students_t():
+def test_quantiles_of_many_units_equal_students_t():
     freedom = torch.tensor([1, 1.5, 2.7, 12.3, 100.7, 255, 256, 257, 300, 1023, 1e4, 1e9], dtype=torch.float64)
     for level in (0.5, 0.95, 0.999):
         expected = scipy.stats.t.ppf((1 + level) / 2, freedom.numpy())

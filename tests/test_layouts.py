@@ -102,7 +102,7 @@ def left_out_by():
         return evaluate(Strange(), IMAGES.float(), TURNS, batch_size=16, progress=False).left_out
 
 
-def test_what_cannot_be_measured_is_left_out_and_told_once():
+def test_layers_that_cannot_be_measured_are_left_out_with_one_warning():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = evaluate(Strange(), IMAGES.float(), TURNS, batch_size=16, progress=False)
@@ -126,7 +126,7 @@ def test_what_cannot_be_measured_is_left_out_and_told_once():
 
 
 def test_a_layer_that_some_samples_reach_says_how_many():
-    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))  # that of evaluate's seed
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))  # as with evaluate's seed
     signs = Strange().eval().conv(TURNS(IMAGES[order].float()).flatten(0, 1))[:, 0, 0, 0] > 0
     reached = 4 * int(signs[::16].sum())  # the first input of each batch of four samples decides
     assert 0 < reached < N
@@ -211,7 +211,7 @@ def test_a_tower_that_sees_no_input_is_constant():
 
 
 class TextTower(nn.Module):
-    """A tower that sees the text of each sample, beside that of the images."""
+    """A tower for the text of each sample, and one for its image."""
 
     def __init__(self):
         super().__init__()
@@ -228,7 +228,7 @@ class TextTower(nn.Module):
 
 
 @pytest.mark.parametrize("images", [IMAGES, torch.ones_like(IMAGES)], ids=["images", "equal images"])
-def test_what_a_model_makes_of_the_rest_of_a_batch_is_constant(images):
+def test_layers_that_depend_on_other_entries_of_a_batch_alone_are_constant(images):
     data = TensorDataset(images, torch.arange(len(images)) % 10)
     with pytest.warns(UserWarning, match=r"2 layers are left out: 2 constant \((words, text|text, words)\)"):
         result = evaluate(

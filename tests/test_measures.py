@@ -29,7 +29,7 @@ TURNS = rotations(4)
 
 
 def mean_squares(st):
-    """Of samples, transformations and the rest in the two-way layout, each as the sum of squares of its effect."""
+    """Mean squares of samples, transformations and residuals in the two-way layout."""
     n, m = st.shape[:2]
     grand, rows, columns = st.mean((0, 1)), st.mean(1), st.mean(0)
     rest = st - rows[:, None] - columns[None] + grand
@@ -129,7 +129,7 @@ EVERY = pytest.mark.parametrize(("make", "definition"), MEASURES.values(), ids=M
 
 
 @EVERY
-def test_what_is_done_on_another_device_gives_the_definition(make, definition, monkeypatch):
+def test_operations_of_other_devices_give_the_definition(make, definition, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False), raising=False)  # which is the CPU
     value = feed([make()], CUBE.float(), [[slice(0, 7), slice(7, 13)]])
     assert_close(value, definition(CUBE.float().double()), rtol=1e-5, atol=1e-7)
@@ -172,7 +172,7 @@ def test_the_example_of_shrout_and_fleiss():
     assert float(IntraclassCorrelation(agreement=True)(st)) == pytest.approx(0.2898, abs=5e-5)
 
 
-def test_the_normalised_variance_is_told_by_the_components():
+def test_the_normalised_variance_follows_from_the_components():
     samples, transformations, rest = mean_squares(CUBE)
     n, m = CUBE.shape[:2]
     of_samples, of_transformations = (samples - rest) / m, (transformations - rest) / n
@@ -180,7 +180,7 @@ def test_the_normalised_variance_is_told_by_the_components():
     assert_close(nv, functional.normalized_variance(CUBE), rtol=1e-9)
 
 
-def test_what_never_changes_has_no_correlation_and_no_effect():
+def test_constant_units_have_no_correlation_and_no_effect():
     constant = torch.ones(5, 4, 2)
     assert IntraclassCorrelation()(constant).isnan().all()
     assert MainEffect()(constant).isnan().all()
@@ -204,7 +204,7 @@ def test_where_one_unit_competes_consistency_is_undefined(shape):
 
 
 @pytest.mark.filterwarnings("ignore:NaN, and left out of all means")
-def test_layers_without_consistency_have_no_interval_and_leave_that_of_the_others():
+def test_layers_without_consistency_have_no_interval_and_other_layers_keep_theirs():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3), torch.nn.Linear(3, 1))
     x = torch.rand(50, 1, 4, 4)

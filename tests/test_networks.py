@@ -20,7 +20,7 @@ TOKENS = torch.randint(0, 20, (N, 6), generator=GENERATOR)
 TURNS = rotations(M)
 ROLLS = TransformationSet.from_callables({str(k): (lambda x, k=k: x.roll(k, 1)) for k in range(M)})
 
-#: What the running network keeps, name → output; nothing while it is measured.
+#: Outputs that the running network keeps, by name; nothing while it is measured.
 keeping = []
 
 
@@ -303,7 +303,7 @@ def test_every_layer_and_operation_has_the_value_of_its_cube(kind, batch_size):
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_their_names_are_known_beforehand(kind):
+def test_names_are_known_beforehand(kind):
     names = layer_names(network(kind), example=data_of(kind)[0], operations=True)
     assert set(names) == set(expected(kind))
 

@@ -1,4 +1,4 @@
-"""A measure made outside of the package: that of examples/new_measure.py."""
+"""A measure made outside of the package: examples/new_measure.py."""
 
 import sys
 from dataclasses import dataclass
@@ -147,7 +147,7 @@ def test_measures_with_other_arguments_do_not_merge():
         one.merge_state(other)
 
 
-def test_functions_are_told_apart_even_if_their_names_are_equal():
+def test_functions_are_different_even_if_their_names_are_equal():
     metrics = MetricCollection({"a": Total(lambda: 1), "b": Total(lambda: 2)})
     metrics.update(torch.zeros(3, 4, 5))
     assert len(metrics.compute_groups) == 2
@@ -202,7 +202,7 @@ class NotFrozen(Ranges):
         ([Scaled(torch.ones(2))], TypeError, "field 'factor' of accumulator Scaled to be immutable"),
     ],
 )
-def test_what_is_wrong_with_an_accumulator_is_said_when_the_measure_is_made(accumulators, error, message):
+def test_errors_of_an_accumulator_are_raised_when_the_measure_is_made(accumulators, error, message):
     with pytest.raises(error, match=message):
         ValueOf(accumulators)
 

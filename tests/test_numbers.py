@@ -118,7 +118,7 @@ def test_random_functions_are_warned_of_once():
     evaluate(nn.Linear(4, 3), torch.randn(20, 4), shifted(0.1), progress=False)  # where no warning is an error
 
 
-def test_a_response_that_does_not_fit_is_told():
+def test_a_response_that_does_not_fit_is_warned_of():
     with pytest.warns(UserWarning, match="Responses are left out within `state_budget`"):
         result = evaluate(
             nn.Linear(4, 3), torch.randn(20, 4), shifted(0.1), NormalizedVariance(response=True), state_budget=240,
@@ -155,7 +155,7 @@ def test_dead_units_are_known_to_every_measure(measure):
     assert result.dead["seen"].nonzero().flatten().tolist() == [*range(75, 100)]
 
 
-def test_many_infinite_units_are_told():
+def test_many_infinite_units_are_warned_of():
     with pytest.warns(UserWarning, match=r"NormalizedVariance is infinite.*for many units of seen \(50 of 100\)"):
         result = evaluate(Mixed(), DATA, shifted(1.0), NormalizedVariance(), progress=False)
     (row,) = result.table()

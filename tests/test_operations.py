@@ -1,4 +1,4 @@
-"""What functions and operators compute in forward, beside what modules return."""
+"""Outputs of functions and operators within forward, in addition to outputs of modules."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ MODULES = ["stem", "blocks.0.conv", "blocks.0.act", "blocks.1.conv", "blocks.1.a
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_they_are_named_by_the_running_module_and_a_count(inplace):
+def test_operations_are_named_by_the_running_module_and_a_count(inplace):
     result = evaluate(Net(inplace).double(), IMAGES, TURNS, operations=True, progress=False)
     assert set(result.layers) == {*NAMES, *MODULES}
     assert result.left_out == {}
@@ -111,7 +111,7 @@ def test_a_module_within_which_none_runs_is_a_leaf():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in Attention().modules())
 
 
-def test_what_a_measured_module_returns_in_another_shape_is_no_operation():
+def test_the_output_of_a_measured_module_in_another_shape_is_no_operation():
     class Attention(nn.MultiheadAttention):
         def forward(self, x):  # whose weights are not wanted: the module transposes what the function gives
             return super().forward(x, x, x, need_weights=False)[0]
@@ -123,7 +123,7 @@ def test_what_a_measured_module_returns_in_another_shape_is_no_operation():
 
     class Half(nn.Module):
         def forward(self, x):
-            return x.sin()[:, :1]  # other values than those of the operation
+            return x.sin()[:, :1]  # other values than the operation's
 
     class RealPart(nn.Module):
         def forward(self, x):

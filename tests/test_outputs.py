@@ -131,7 +131,7 @@ def test_the_file_keeps_them_and_the_picture_draws_them(tmp_path):
 
 
 def bounds(values, confidence):
-    """Those of Student's t, whose degrees of freedom follow from the kurtosis."""
+    """Bounds by Student's t, with degrees of freedom from the kurtosis."""
     psi = values - values.mean()
     n, squares = len(psi), (psi**2).sum()
     freedom = 2 * n / (n * (psi**4).sum() / squares**2 - 1) - 1
@@ -257,7 +257,7 @@ def test_the_callback_logs_mean_and_worst(tmp_path):
     assert float(stopping.best_score) == pytest.approx(found.worst, rel=1e-6)
 
 
-def test_what_does_not_fit_is_refused():
+def test_metrics_that_do_not_fit_are_refused():
     data, turns = TensorDataset(X, Y), quarter_turns()
     with pytest.raises(ValueError, match="targets for the metrics.*but a batch is a list of"):
         evaluate(classifier(), X, turns, outputs=accuracy())

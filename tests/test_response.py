@@ -1,4 +1,4 @@
-"""What each transformation does to a layer."""
+"""Responses: how much each transformation changes a layer."""
 
 import pytest
 import torch

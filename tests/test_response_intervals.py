@@ -32,7 +32,7 @@ def sample_variances(w, x):
 
 
 def half_widths(psi, confidence=0.95):
-    """Of Student's intervals with as many degrees of freedom as the kurtosis of the influences allows."""
+    """Half widths of Student's intervals, with degrees of freedom from the kurtosis of the influences."""
     n = len(psi)
     squares, fourths = (psi**2).sum(0), (psi**4).sum(0)
     freedom = np.clip(2 * n / (n * fourths / squares**2 - 1) - 1, 1, n - 1)
@@ -67,7 +67,7 @@ def assert_bounds(result, name, layer, expected, rtol):
 
 @pytest.mark.parametrize("name", RESPONSES)
 @pytest.mark.parametrize("batch_size", [8, 64])
-def test_bounds_are_those_of_the_definition(name, batch_size):
+def test_bounds_equal_the_definition(name, batch_size):
     measure, definition = RESPONSES[name]
     x, turns = images(13), rotations(8)
     model = nn.Sequential(nn.Identity())
@@ -188,7 +188,7 @@ def test_the_file_keeps_the_bounds_and_the_picture_has_bands(tmp_path):
 @pytest.mark.parametrize("with_response", [NormalizedVariance(response=True), TransformationVariance(response=True)])
 @pytest.mark.parametrize("without", [NormalizedVariance(), NormalizedVariance(aggregate="mean")])
 def test_a_measure_without_a_response_has_none_beside_one_with(with_response, without):
-    """They share an accumulator, whose sums of changes are those of the first one alone."""
+    """The two share an accumulator, whose sums of changes belong to the first one alone."""
     measures = {"with": with_response, "without": without}
     model, x, turns = nn.Sequential(nn.Conv2d(3, 4, 3).double()), images(12), quarter_turns()
     together = evaluate(model, x, turns, measures, confidence=0.95)

@@ -58,7 +58,7 @@ def defined(cube, groups, metric="cityblock"):
 
 @pytest.mark.parametrize("samples", [2, 3, 16, 49])
 @pytest.mark.parametrize("batch_size", [3, 4, 30, 64, 200])
-def test_the_sample_distance_is_that_of_pairs_in_groups(samples, batch_size):
+def test_the_sample_distance_is_over_pairs_in_groups(samples, batch_size):
     model = network()
     found = evaluate(model, IMAGES, TURNS, SampleDistance(samples=samples), batch_size=batch_size, progress=False)
     expected = defined(activations_of(model, IMAGES)[..., None], groups_of(50, samples))
@@ -238,7 +238,7 @@ def test_any_split_and_order_of_merging_gives_the_pairs_in_groups(n, samples, mo
         torch.testing.assert_close(mean, defined(cube[..., None], seen) * n / (n - 1), rtol=1e-9, atol=0)
 
 
-def test_the_standard_error_is_that_of_groups(tmp_path):
+def test_the_standard_error_is_over_groups(tmp_path):
     model = network()
     measures = [SampleDistance(samples=10), NormalizedDistance(samples=10), TransformationDistance()]
     result = evaluate(model, IMAGES, TURNS, measures, progress=False)
@@ -255,7 +255,7 @@ def test_the_standard_error_is_that_of_groups(tmp_path):
     assert result.reduced().standard_errors == {}
 
 
-def test_the_standard_error_tells_how_far_values_of_other_samples_are():
+def test_the_standard_error_is_the_spread_over_other_samples():
     generator = torch.Generator().manual_seed(1)
     values, errors = [], []
     for _ in range(60):

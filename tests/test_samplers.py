@@ -1,4 +1,4 @@
-"""The samples that are measured are those that a DataLoader gives."""
+"""Evaluations measure the samples that a DataLoader gives."""
 
 import random
 
@@ -72,7 +72,7 @@ def samples_of(data, **options):
         ({"sampler": wrapped(range(7))}, range(7)),
     ],
 )
-def test_the_samples_are_those_of_the_sampler(options, expected):
+def test_the_samples_come_from_the_sampler(options, expected):
     assert sorted(samples_of(DataLoader(DATA, **options))) == list(expected)
     shares = [samples_of(DataLoader(DATA, **options), rank=rank, world_size=3) for rank in range(3)]
     assert sorted(x for share in shares for x in share) == list(expected)

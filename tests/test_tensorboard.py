@@ -1,4 +1,4 @@
-"""What TensorBoard shows besides curves: the text page, the chart of all layers, histograms, responses."""
+"""TensorBoard: the text page, the chart of all layers, histograms, responses and bands."""
 
 import re
 

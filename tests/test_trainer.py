@@ -23,7 +23,7 @@ def monitor(**options):
     return InvarianceMonitor(rotations(4), **options)
 
 
-# What it leaves alone
+# Training is unchanged
 
 
 class Manual(Net):
@@ -230,7 +230,7 @@ def test_batches_go_through_the_hooks_of_the_trainer(owner, tmp_path):
 
 
 @NEEDS_AVERAGING
-def test_averaged_weights_that_are_taken_out_too_early_are_told(tmp_path):
+def test_averaged_weights_that_are_taken_out_too_early_are_warned_of(tmp_path):
     averaging = pl.callbacks.EMAWeightAveraging
     with pytest.warns(UserWarning, match="EMAWeightAveraging stands before InvarianceMonitor"):
         fit(tmp_path, averaging(), monitor(), epochs=1)

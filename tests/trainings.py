@@ -60,14 +60,14 @@ def fit_with_tensorboard(folder, *callbacks, **options):
 
 
 def events(folder):
-    """What a training with TensorBoard has logged."""
+    """The logs of a training with TensorBoard."""
     accumulator = EventAccumulator(str(folder / "run"), size_guidance={"images": 0, "scalars": 0})
     accumulator.Reload()
     return accumulator
 
 
 class Recorder(pl.Callback):
-    """What training sees: its batches, its losses and the random state."""
+    """Records batches, losses and random states of a training."""
 
     def __init__(self):
         self.seen = []

@@ -1,4 +1,4 @@
-"""What measuring costs in memory, and how the cost grows.
+"""Memory of an evaluation, and how its time grows.
 
     python tests/benchmarks/size.py [--only WORDS]
 
@@ -47,7 +47,7 @@ def peak_memory() -> bool:
 
 
 def growth() -> bool:
-    """Time for each sample and transformation: no more than a quarter above that of a sixteenth of the work."""
+    """Time for each sample and transformation: at most a quarter longer than with a sixteenth of the work."""
     model = simple_conv(3, 32, 16).eval()
     fine = True
     for what, sizes in (("n", (32, 128, 512)), ("m", (4, 16, 64))):
@@ -68,7 +68,7 @@ def growth() -> bool:
 
 def _large(samples: int, layers: Any) -> tuple[float, float, int, int, int]:
     """Seconds of an evaluation and of the bare forward passes, the number of activations, and peak memory in MB: how
-    much the evaluation adds to that of the passes, and all of it."""
+    much the evaluation adds to the passes' peak, and the total."""
     model, images = torchvision.models.resnet50(weights=None).eval(), torch.rand(samples, 3, 224, 224)
     batches = [block.inputs.flatten(0, 1) for block in STLoader(images, TRANSFORMATIONS)]
     with torch.no_grad():

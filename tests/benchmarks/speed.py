@@ -1,10 +1,10 @@
-"""What measuring costs: the time of evaluate() against the bare forward passes over the same inputs.
+"""Time of evaluate() against the bare forward passes over the same inputs.
 
     python tests/benchmarks/speed.py [--rounds 5] [--samples N] [--only WORDS] [--device cuda]
 
 Each round runs the bare forward passes over the transformed inputs, without hooks, in batches of the size that
 evaluate() takes, and then evaluate() over the same inputs, which it transforms itself; the ratio is taken in each
-round, and each case runs in a process of its own. Also the time of 16 rotations against a ResNet-20, and that of
+round, and each case runs in a process of its own. Also the time of 16 rotations against a ResNet-20, and of
 tmeasures (``pip install ".[bench]"``) against ours. Exits with 1 where a target is missed.
 
 With a device other than the CPU: networks that people train there, at the monitor's default and with automatic batches,
@@ -73,7 +73,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def default() -> list[Metric]:
-    """What the monitor measures if it is not told otherwise."""
+    """The monitor's default measures."""
     return [NormalizedVariance(response=True)]
 
 
@@ -83,7 +83,7 @@ def variances() -> list[Metric]:
 
 
 def distances() -> list[Metric]:
-    """With those of the second family."""
+    """The variances and the distances."""
     return [*variances(), TransformationDistance(), SampleDistance(), NormalizedDistance()]
 
 
@@ -158,7 +158,7 @@ DEVICE_CASES = [
     DeviceCase("SimpleConv-32", MODELS["SimpleConv-32"], 32, 10_000),  # images of CIFAR-10's test set
 ]
 
-#: What a synchronisation is called in a profile.
+#: Names of synchronisations in a profile.
 SYNCHRONISING = ("Synchronize", "_local_scalar_dense", "Memcpy DtoH", "aten::nonzero")
 
 
@@ -233,7 +233,7 @@ def transform_ratios(size: int, images: int, rounds: int) -> tuple[list[float], 
 
 
 def device_ratios(case: DeviceCase, device: str, samples: int | None, rounds: int) -> tuple[list[float], str, str]:
-    """Time of evaluate() over that of the forward passes on a device, the median of those, and synchronisations."""
+    """Ratios of evaluate() to the forward passes on a device, the median time of the passes, and synchronisations."""
     torch.manual_seed(0)
     samples = case.samples if samples is None else samples
     model = case.model().eval().to(device, case.dtype)
@@ -306,13 +306,13 @@ def time_of_tmeasures(model: str, samples: int) -> float:
 
 
 def times_of_ours(model: str, samples: int) -> tuple[float, float]:
-    """Seconds that evaluate() takes for the same, and those of the bare forward passes."""
+    """Seconds of evaluate() for the same model, and of the bare forward passes."""
     network, images = model_and_images(model, samples)
     return time_of_ours(network, images), time_of_passes(network, transformed(network, images))
 
 
 def theirs_over_ours(model: str, samples: int, rounds: int) -> tuple[list[float], str]:
-    """Time of tmeasures over that of evaluate(), by turns, and over that of the bare forward passes.
+    """Ratios of tmeasures to evaluate(), by turns, and to the bare forward passes.
 
     Each library in a process of its own, as users run them: what evaluate() does about the memory allocator would
     otherwise speed up the other as well.
@@ -341,7 +341,7 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def machine() -> str:
-    """What this runs on."""
+    """The machine, and the versions of Python and torch."""
     return (
         f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()},"
         f" Python {platform.python_version()}, torch {torch.__version__}; m = {len(TRANSFORMATIONS)}"

@@ -1,4 +1,4 @@
-"""What the callback costs a whole training at its default settings: two epochs of a ResNet-20, with and without it.
+"""Cost of the callback at its default settings in a whole training: two epochs of a ResNet-20, with and without it.
 
     python tests/benchmarks/training.py [--images 10000] [--epochs 2] [--rounds 3] [--confidence 0.95]
 
