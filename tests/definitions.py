@@ -161,3 +161,16 @@ def same_equivariance(x, inverses, normalize, over, normalized_by, kind=None):
     value = parts[0] if parts[1] is None else quotient(*parts)
     undefined = (dark if normalize else np.zeros_like(dark)).reshape(-1, *[1] * (value.ndim - 1))
     return np.where(undefined, np.nan, value)
+
+
+def degrees_of_freedom(values):
+    """Degrees of freedom of the variance of n values ``(n, ...)`` by their kurtosis: between 1 and n − 1."""
+    n, centred = len(values), values - values.mean(0)
+    kurtosis = n * (centred**4).sum(0) / (centred**2).sum(0) ** 2
+    return np.clip(2 * n / (kurtosis - 1) - 1, 1, n - 1)
+
+
+def half_width(values, confidence=0.95):
+    """Half the width of Student's interval of the mean of values ``(n, ...)``."""
+    t = stats.t.ppf((1 + confidence) / 2, degrees_of_freedom(values))
+    return t * values.std(0, ddof=1) / np.sqrt(len(values))

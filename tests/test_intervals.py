@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from definitions import degrees_of_freedom, half_width
 from torch import nn
 
 from lightning_invariance import InvarianceResult, evaluate, quarter_turns, rotations
@@ -124,16 +125,13 @@ def test_standard_errors_equal_the_definition(name, batch_size):
     interval = result.interval()["0"]
     mean = psi.mean(1)
     assert interval.standard_error == pytest.approx(math.sqrt((mean**2).sum() / (n * (n - 1))), rel=1e-9)
-    kurtosis = n * (mean**4).sum() / (mean**2).sum() ** 2
-    freedom = min(max(2 * n / (kurtosis - 1) - 1, 1), n - 1)
+    freedom = degrees_of_freedom(mean)
     assert interval.freedom == pytest.approx(freedom, rel=1e-9)
     t = scipy.stats.t.ppf(0.975, freedom)
     assert interval.low == pytest.approx(interval.value - t * interval.standard_error, rel=1e-7)
     assert interval.high == pytest.approx(interval.value + t * interval.standard_error, rel=1e-7)
     low, high = result.unit_interval("0")
-    units = np.clip(2 * n / (n * (psi**4).sum(0) / (psi**2).sum(0) ** 2 - 1) - 1, 1, n - 1)
-    half = (high - low).flatten() / 2
-    torch.testing.assert_close(half, torch.from_numpy(scipy.stats.t.ppf(0.975, units) * expected), rtol=1e-3, atol=0)
+    torch.testing.assert_close((high - low).flatten() / 2, torch.from_numpy(half_width(psi)), rtol=1e-3, atol=0)
     torch.testing.assert_close((high + low) / 2, result["measure"]["0"])
 
 

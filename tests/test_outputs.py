@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from definitions import half_width
 from lightning.pytorch.callbacks import EarlyStopping
 from scipy import stats
 from torch import nn
@@ -132,11 +133,7 @@ def test_the_file_keeps_them_and_the_picture_draws_them(tmp_path):
 
 def bounds(values, confidence):
     """Bounds by Student's t, with degrees of freedom from the kurtosis."""
-    psi = values - values.mean()
-    n, squares = len(psi), (psi**2).sum()
-    freedom = 2 * n / (n * (psi**4).sum() / squares**2 - 1) - 1
-    half = stats.t.ppf((1 + confidence) / 2, min(freedom, n - 1)) * math.sqrt(squares / (n * (n - 1)))
-    return [values.mean() - half, values.mean() + half]
+    return [values.mean() - half_width(values, confidence), values.mean() + half_width(values, confidence)]
 
 
 @pytest.mark.parametrize("batch_size", [3, 64])

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
+from definitions import half_width
 from test_intervals import influences, weighted_means
 from torch import nn
 
@@ -29,14 +29,6 @@ def sample_variances(w, x):
     """(channels,); n / (n - 1) does not change with the weights."""
     n = len(x)
     return (n / (n - 1) * weighted_means(w, (x - weighted_means(w, x)) ** 2)).mean((0, 2, 3))
-
-
-def half_widths(psi, confidence=0.95):
-    """Half widths of Student's intervals, with degrees of freedom from the kurtosis of the influences."""
-    n = len(psi)
-    squares, fourths = (psi**2).sum(0), (psi**4).sum(0)
-    freedom = np.clip(2 * n / (n * fourths / squares**2 - 1) - 1, 1, n - 1)
-    return scipy.stats.t.ppf((1 + confidence) / 2, freedom) * np.sqrt(squares / (n * (n - 1)))
 
 
 RESPONSES = {
@@ -74,7 +66,7 @@ def test_bounds_equal_the_definition(name, batch_size):
     result = evaluate(model, x, turns, {"measure": measure}, batch_size=batch_size, confidence=0.95)
     psi = influences(definition, turns(x).numpy())
     with np.errstate(invalid="ignore"):
-        assert_bounds(result, "measure", "0", half_widths(psi), rtol=3e-5)
+        assert_bounds(result, "measure", "0", half_width(psi), rtol=3e-5)
 
 
 class Reshaped(nn.Module):
@@ -108,7 +100,7 @@ def test_bounds_in_float32_of_any_layout(how, batch_size, size, way):
         st = st.flatten(2)[..., None, None]
     psi = influences(RESPONSES["NV"][1], st.numpy())
     with np.errstate(invalid="ignore"):
-        expected = half_widths(psi)
+        expected = half_width(psi)
     assert_bounds(result, "NV", "0", expected, rtol=1e-3)
 
 
@@ -123,7 +115,7 @@ def test_bounds_without_an_identity_are_of_changes_from_the_mean():
     model = nn.Sequential(nn.Identity())
     result = evaluate(model, x, turns, {"NV": NormalizedVariance(response=True)}, confidence=0.9)
     psi = influences(definition, turns(x).numpy())
-    assert_bounds(result, "NV", "0", half_widths(psi, 0.9), rtol=3e-5)
+    assert_bounds(result, "NV", "0", half_width(psi, 0.9), rtol=3e-5)
 
 
 def test_bounds_of_the_response_of_same_equivariance():
@@ -141,7 +133,7 @@ def test_bounds_of_the_response_of_same_equivariance():
     back = turns.inverse(turns(x) * weights).numpy()
     unit = back / np.sqrt((back**2).sum((3, 4), keepdims=True))
     values = (4 / 3 * (unit - unit.mean(1, keepdims=True)) ** 2).sum((3, 4)).mean(2)
-    assert_bounds(result, "SE", "0", half_widths(values - values.mean(0)), rtol=3e-5)
+    assert_bounds(result, "SE", "0", half_width(values - values.mean(0)), rtol=3e-5)
 
 
 @pytest.mark.filterwarnings("ignore:NaN")
