@@ -37,7 +37,10 @@ class Ranks:
             errors = [] if ready else [f"no answer of {len(waiting)} ranks within {SECONDS} s"]
             for connection in ready:
                 waiting.remove(connection)
-                error, returned[connection] = pickle.loads(connection.recv_bytes())
+                try:
+                    error, returned[connection] = pickle.loads(connection.recv_bytes())
+                except EOFError:
+                    error = "a rank has died"
                 errors += [error] if error else []
             if errors:  # the other ranks may wait for this one without end
                 self.stop()

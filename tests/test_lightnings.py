@@ -8,7 +8,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 #: By file: tests that meet classes of Lightning (callbacks, loggers, strategies, checkpoints, hooks of data).
 TESTS = {
-    "test_callback.py": "curves_and_pictures or can_watch_it or goes_on_after_a_resume or two_names or without_data",
+    "test_callback.py": "in_tensorboard or can_watch_it or goes_on_after_a_resume or two_names or without_data",
     "test_trainer.py": "averaged_weights or split_models or is_tested or hooks_of_the_trainer",
     "test_loggers.py": "several_loggers",
 }
