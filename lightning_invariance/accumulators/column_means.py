@@ -4,31 +4,56 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators.backends.c_kernels import Limits
+from lightning_invariance.accumulators.backends.c_kernels import LIMITS
 from lightning_invariance.accumulators.base import States
+
+#: Columns have a common centre where the range of the first row is within this fraction of its first value.
+CLOSE = 1 / 4
+
+
+def first_states(first: Tensor, columns: int = 1, tiles: int = 1) -> States:
+    """States without rows whose means are the first row ``(m, k)``: constant columns then deviate by exactly 0.
+
+    Args:
+        first: the row, in the type of the means.
+        columns: how many sums ``column_spread`` has for each activation, 1 or m.
+        tiles: of the offsets.
+    """
+    low, high = first.amin(0), first.amax(0)
+    # The differences of close numbers are exact. Columns that are not close have no centre.
+    centres = torch.where(high - low <= CLOSE * first[0].abs(), first[0], 0)
+    squares = torch.zeros(columns, first.shape[1], dtype=torch.float64, device=first.device)
+    offsets = (first - centres).view(len(first), tiles, -1).movedim(1, 0).contiguous()
+    return {"row_spread": squares[0].clone(), "column_spread": squares, "centres": centres, "offsets": offsets}
 
 
 def means_of(states: Mapping[str, Tensor]) -> Tensor:
-    """The means of the columns, ``(m, k)`` in the type of ``row_spread``."""
-    return states["offsets"].movedim(1, 0).flatten(1).to(states["row_spread"].dtype) + states["centres"]
+    """The means of the columns, ``(m, k)`` in float64."""
+    return _in_one_tile(states["offsets"]).double() + states["centres"]
 
 
 def widen(states: States) -> None:
     """Make the means float64."""
     for name in ("centres", "offsets"):
-        states[name] = states[name].to(states["row_spread"].dtype)
+        states[name] = states[name].double()
 
 
-def narrow(states: States, limits: Limits, n: int) -> None:
+def widen_in_one_tile(states: States) -> None:
+    """Make the means float64, and the offsets ``(1, m, k)``."""
+    states["offsets"] = _in_one_tile(states["offsets"])[None].contiguous()
+    widen(states)
+
+
+def _in_one_tile(offsets: Tensor) -> Tensor:
+    return offsets.movedim(1, 0).flatten(1)
+
+
+def narrow(states: States, n: int) -> None:
     """Make the means float32, where that is not too coarse for the squared deviations of n rows."""
-    if not far_apart(states, limits, n):
-        states.update({name: states[name].float() for name in ("centres", "offsets")})
-
-
-def far_apart(states: States, limits: Limits, n: int) -> bool:
-    """Whether float32 offsets are too coarse for the squared deviations of n rows."""
-    far = limits.far if n >= limits.rows_for_far else limits.far_of_few
+    far = LIMITS.far if n >= LIMITS.rows_for_far else LIMITS.far_of_few
     spread, squares = states["column_spread"].sum(0), states["offsets"].double().square().sum(1).flatten()
-    return bool(((spread > 0) & (spread < far * n * squares)).any())
+    if not bool(((spread > 0) & (spread < far * n * squares)).any()):
+        states.update({name: states[name].float() for name in ("centres", "offsets")})

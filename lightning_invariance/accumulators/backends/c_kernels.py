@@ -1,4 +1,4 @@
-"""The boundary to C: sums over a block of rows, where they were compiled and the tensors are what they take.
+"""Calls of the functions in C, where they were compiled and take the tensors.
 
 ``csrc/`` is compiled when the package is installed, if the machine has a compiler. Everything works without it: each
 function returns None where C cannot take the sum, and its caller then uses PyTorch's operations.
@@ -29,7 +29,7 @@ MOST_SORTED: int = getattr(_kernels, "MOST_SORTED", 64)
 
 
 class Limits(NamedTuple):
-    """When float32 is not good enough for sums of squares and means; see ``deviations.py`` for the values.
+    """When float32 is not good enough for sums of squares and means.
 
     Attributes:
         smallest: a sum of squares below this may have lost digits, if its terms are not 0.
@@ -47,28 +47,26 @@ class Limits(NamedTuple):
     far_of_few: float
 
 
-class Beside(NamedTuple):
-    """What :func:`add_deviations` finds beside its sums.
+#: A sum over rows of squares smaller than ``smallest`` may hold terms that float32 has rounded to 0, and one above
+#: ``largest`` may leave float32 (3e38) where it is multiplied. Rounding float32 offsets o of N rows costs about
+#: (6e-8 o)² N of a column's squared deviations: where these are below 1e-4 N o², that would be more than 4e-11 of
+#: them, a thousandth of what the values themselves lose, and the means become float64. Fewer than 8 rows may be alike
+#: by chance, but not below 1e-9 N o², where rounding costs up to 4e-6 of them.
+LIMITS = Limits(smallest=1e-24, largest=1e30, far=1e-4, rows_for_far=8, far_of_few=1e-9)
+
+
+class Changes(NamedTuple):
+    """Sums of changes that :func:`add_deviations` adds to.
 
     Attributes:
-        changes: ``(m, channels)`` in float64, to which what each transformation changes is added, summed over the
-            positions of each channel; see ``changes.py``.
+        sums: ``(m, channels)`` in float64: what each transformation changes in each channel; see ``pytorch.py``.
         reference: the column that changes are taken from; None for the mean of the row.
         inner: how many neighbouring activations belong to one channel, before the next one's follow.
-        spreads: ``(n, k)`` in float32, which then hold the squared deviations within each row.
     """
 
-    changes: Tensor | None = None
-    reference: int | None = 0
-    inner: int = 1
-    spreads: Tensor | None = None
-
-    def of(self, rows: slice) -> Beside:
-        """The same for some of the rows."""
-        return self if self.spreads is None else self._replace(spreads=self.spreads[rows])
-
-
-NOTHING = Beside()
+    sums: Tensor
+    reference: int | None
+    inner: int
 
 
 def is_compiled() -> bool:
@@ -88,8 +86,7 @@ def add_deviations(
     column_spread: Tensor,
     centres: Tensor,
     offsets: Tensor,
-    limits: Limits,
-    beside: Beside = NOTHING,
+    changes: Changes | None = None,
 ) -> bool | None:
     """Add rows to the squared deviations and column means of those before, in place.
 
@@ -100,61 +97,44 @@ def add_deviations(
         column_spread: ``(1, k)`` in float64.
         centres: ``(k,)`` in float32 or float64.
         offsets: ``(k / width, m, width)`` in the same type, where ``width`` is k or a multiple of :data:`WIDTH`.
-        limits: when float32 is not good enough.
-        beside: what else is wanted.
+        changes: to which changes are added, too.
 
     Returns:
-        Whether columns are so far apart that float32 offsets are too coarse; None where C cannot add to these sums, and
-        nothing was changed.
+        Whether columns are so far apart that float32 offsets are too coarse; None where C does not take these tensors,
+        and nothing was changed.
+
+    Raises:
+        ValueError: If the sums are not those of such rows.
     """
-    # Written out, since a generator for each check would cost as much as the sums of a small layer.
-    if not takes(x):
-        return None
     n, m = x.shape[:2]
-    changes, reference, inner, spreads = beside
-    k, dtype = centres.shape[0], centres.dtype
-    tiles, columns, width = offsets.shape
+    dtype = offsets.dtype
     if not (
-        m == columns <= MOST_COLUMNS
-        and tiles * width == k == row_spread.shape[0]
-        and (tiles == 1 or width % WIDTH == 0)
-        and column_spread.shape == (1, k)
-        and row_spread.dtype == column_spread.dtype == torch.float64
-        and offsets.dtype == dtype in (torch.float32, torch.float64)
-        and row_spread.is_contiguous()
-        and column_spread.is_contiguous()
-        and centres.is_contiguous()
-        and offsets.is_contiguous()
-        and row_spread.is_cpu
-        and column_spread.is_cpu
-        and centres.is_cpu
-        and offsets.is_cpu
-        and (changes is None or (changes.is_contiguous() and changes.shape[0] == m and changes.dtype == torch.float64))
+        takes(x)
+        and m <= MOST_COLUMNS
+        and dtype in (torch.float32, torch.float64)
+        and _is_plain(row_spread, torch.float64)
+        and _is_plain(column_spread, torch.float64)
+        and _is_plain(centres, dtype)
+        and _is_plain(offsets, dtype)
+        and (changes is None or _is_plain(changes.sums, torch.float64))
     ):
         return None
+    sums, reference, inner = (None, None, 1) if changes is None else changes
     x = x.contiguous()
     far: bool = _kernels.add_deviations(  # type: ignore[union-attr]
-        n,
-        m,
-        k,
-        torch.get_num_threads(),
-        before,
-        width,
-        dtype == torch.float64,
-        x.data_ptr(),
-        x.numel(),
-        row_spread.data_ptr(),
-        row_spread.numel(),
-        column_spread.data_ptr(),
-        column_spread.numel(),
-        centres.data_ptr(),
-        centres.numel(),
-        offsets.data_ptr(),
-        offsets.numel(),
-        *((0, 0, 0) if changes is None else (changes.data_ptr(), changes.shape[1], inner)),
-        -1 if reference is None else reference,
-        *((0, 0) if spreads is None else (spreads.data_ptr(), spreads.numel())),
-        *limits,
+        block=_block(x, n, m, centres.shape[0]),
+        before=before,
+        row_spread=_address(row_spread),
+        column_spread=_address(column_spread),
+        centres=_address(centres),
+        offsets=_address(offsets),
+        width=offsets.shape[2],
+        wide=dtype == torch.float64,
+        limits=LIMITS,
+        changes=_address(sums),
+        inner=inner,
+        reference=-1 if reference is None else reference,
+        threads=torch.get_num_threads(),
     )
     return far
 
@@ -175,16 +155,17 @@ def absolute_differences(x: Tensor, network: Tensor, of_rows: bool = False) -> T
     n, m, k = x.shape
     if not n:
         return torch.zeros((0, k) if of_rows else k, dtype=torch.float64)
-    row, column, step = x.stride()
-    if step != 1 or min(row, column) < 0:
+    if x.stride(2) != 1 or min(x.stride()) < 0:
         x = x.contiguous()
-        row, column, step = x.stride()
     network, total = network.contiguous(), torch.empty(n * k if of_rows else k, dtype=torch.float64)
     from_x_on = x.untyped_storage().nbytes() // x.itemsize - x.storage_offset()
     _kernels.absolute_differences(  # type: ignore[union-attr]
-        *(n, m, k, torch.get_num_threads(), len(network), row, column, x.data_ptr(), from_x_on),
-        *(number for tensor in (network, total) for number in (tensor.data_ptr(), tensor.numel())),
-        of_rows,
+        block=(x.data_ptr(), from_x_on, n, m, k),
+        strides=x.stride()[:2],
+        network=_address(network),
+        differences=_address(total),
+        of_rows=of_rows,
+        threads=torch.get_num_threads(),
     )
     return total.view(n, k) if of_rows else total
 
@@ -232,17 +213,39 @@ def add_influences(
         return None
     x, k = x.contiguous(), counts.shape[0]
     found = FoundInfluences(torch.zeros(n, dtype=torch.float64), torch.zeros(0), torch.zeros(0))
-    factors, reference = (torch.zeros(0), 0) if of_changes is None else of_changes
     if of_changes is not None:
         changes, spreads = torch.zeros(n, m, dtype=torch.float64), torch.empty(n, k)
         found = found._replace(changes=changes, spreads=spreads)
-    tensors = (x, means.contiguous(), weights.contiguous(), counts.contiguous(), squares, fourths, found.on_sum)
-    beside = (factors, found.changes, found.spreads)
-    if n:
-        _kernels.add_influences(  # type: ignore[union-attr]
-            *(n, m, k, torch.get_num_threads()),
-            *(number for tensor in tensors for number in (tensor.data_ptr(), tensor.numel())),
-            *(number for tensor in beside for number in (tensor.data_ptr(), tensor.numel())),
-            reference,
-        )
+    if not n:
+        return found
+    means, weights, counts = means.contiguous(), weights.contiguous(), counts.contiguous()
+    _kernels.add_influences(  # type: ignore[union-attr]
+        block=_block(x, n, m, k),
+        means=_address(means),
+        weights=_address(weights),
+        counts=_address(counts),
+        squares=_address(squares),
+        fourths=_address(fourths),
+        on_sum=_address(found.on_sum),
+        factors=_address(None if of_changes is None else of_changes.factors),
+        reference=0 if of_changes is None else of_changes.reference,
+        changes=_address(found.changes),
+        spreads=_address(found.spreads),
+        threads=torch.get_num_threads(),
+    )
     return found
+
+
+def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor lies in the CPU's memory without gaps."""
+    return tensor.dtype == dtype and tensor.is_cpu and tensor.is_contiguous()
+
+
+def _address(tensor: Tensor | None) -> tuple[int, int] | None:
+    """Where a tensor lies, and its number of values, which C checks."""
+    return None if tensor is None else (tensor.data_ptr(), tensor.numel())
+
+
+def _block(x: Tensor, n: int, m: int, k: int) -> tuple[int, int, int, int, int]:
+    """Where rows lie, their number of values, and the sizes that C checks these against."""
+    return x.data_ptr(), x.numel(), n, m, k

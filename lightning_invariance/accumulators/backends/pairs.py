@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators.backends import c_kernels
+from lightning_invariance.accumulators.backends.pytorch import LARGEST_SQUARE, SMALLEST_SQUARE
 from lightning_invariance.accumulators.backends.scratch import CHUNK, chunks, scratch
-from lightning_invariance.accumulators.changes import LARGEST_FLOAT32_SQUARE, SMALLEST_FLOAT32_SQUARE
 
 #: ‖x‖² + ‖y‖² − 2 x·y cancels where it is below this fraction of ‖x‖² + ‖y‖²: x − y is then taken itself.
 CANCELS = 1e-2
@@ -31,7 +31,7 @@ def absolute_differences(x: Tensor, of_rows: bool = False) -> Tensor:
 
 
 def _absolute_differences(x: Tensor) -> Tensor:
-    """Half of those of each row by PyTorch's operations: (n, k) in the type of the values."""
+    """Half the differences of each row by PyTorch's operations: (n, k) in the type of the values."""
     n, m, k = x.shape
     if m > c_kernels.MOST_SORTED:  # sorted by PyTorch, which needs the values of a row next to each other in memory
         ordered = (x - x[:, :1]).movedim(1, -1).contiguous().sort(-1).values
@@ -53,7 +53,7 @@ def _absolute_differences(x: Tensor) -> Tensor:
 
 
 def _sorted_differences(x: Tensor, of_rows: bool) -> Tensor:
-    """Those of :func:`absolute_differences` on other devices, which sort along any axis.
+    """:func:`absolute_differences` on other devices, which sort along any axis.
 
     A sorting network would launch a kernel for each of its operations.
     """
@@ -84,7 +84,7 @@ def euclidean_distances(maps: Tensor) -> Tensor:
         sample, channel, one, other = some.unbind(1)
         difference = maps[sample, one, channel] - maps[sample, other, channel]
         total.index_put_((sample, channel), difference.norm(dim=-1).double(), accumulate=True)
-    lost = ((squares < SMALLEST_FLOAT32_SQUARE) | ~(squares <= LARGEST_FLOAT32_SQUARE)).any(-1)
+    lost = ((squares < SMALLEST_SQUARE) | ~(squares <= LARGEST_SQUARE)).any(-1)
     if maps.dtype == torch.float32 and bool(lost.any()):  # their products may have lost digits, be 0 or infinite
         few = maps.transpose(1, 2)[lost]
         total[lost] = euclidean_distances(few.transpose(0, 1)[None].double())[0]  # as the channels of one row
@@ -92,7 +92,7 @@ def euclidean_distances(maps: Tensor) -> Tensor:
 
 
 def _all_euclidean_distances(maps: Tensor) -> Tensor:
-    """The same from the difference of each pair, in float64."""
+    """:func:`euclidean_distances` from the difference of each pair, in float64."""
     rows = maps.transpose(1, 2).to(torch.float64, memory_format=torch.contiguous_format)
     return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").sum((2, 3)) / 2
 

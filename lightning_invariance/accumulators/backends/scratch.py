@@ -12,8 +12,9 @@ from torch import Tensor
 #: Values that are processed at once.
 CHUNK = 2**21
 
-#: Values between the rows of a buffer: three lines of the cache.
+#: Values between the rows of a buffer, if these are long: three lines of the cache.
 PADDING = 48
+LONG = 512
 
 _buffers = threading.local()
 
@@ -31,14 +32,14 @@ def chunks(x: Tensor) -> tuple[Tensor, ...]:
 def scratch(like: Tensor) -> Tensor:
     """A buffer of the shape and type of ``like``: on the CPU the same memory at every call, one for each thread.
 
-    The system zeroes fresh memory page by page, which takes longer than the arithmetic on it. Rows lie a little further
-    apart than they are long: feature maps are often a power of two long, and a sum over rows that are a power of two
-    apart would read all of them through the same few lines of the cache.
+    The system zeroes fresh memory page by page, which takes longer than the arithmetic on it. Long rows lie a little
+    further apart than they are long: feature maps are often a power of two long, and a sum over rows that are a power
+    of two apart would read all of them through the same few lines of the cache.
     """
     if not like.is_cpu:  # other devices have allocators that keep their memory
         return torch.empty_like(like, memory_format=torch.contiguous_format)
     *rows, length = like.shape
-    apart = length + PADDING
+    apart = length + PADDING if length >= LONG else length
     needed = math.prod(rows) * apart
     buffers: dict[Any, Tensor] = _buffers.__dict__
     if like.dtype not in buffers or buffers[like.dtype].numel() < needed:

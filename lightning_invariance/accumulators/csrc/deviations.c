@@ -21,8 +21,6 @@
  * about the mean that is kept: rounding a mean costs next to nothing. Columns that never change keep o_j, and add
  * exactly 0.
  *
- * Spreads. What each row adds to R may be kept, for the influences of samples.
- *
  * Changes. With a_j taken from a reference column, sum a_j^2 / 2 over rows and over the positions of a channel is what
  * each transformation changes in it: the variance of the pair of columns. A row adds the same to R whichever column its
  * deviations are taken from. Without a reference it is m / (m - 1) sum (a_j - mean of a)^2, whose mean over j is the
@@ -64,12 +62,8 @@ INLINE int deviations_in_double(tile p, const job *j, int width, int wide)
                 sum[l] += a;
                 sum_of_squares[l] += a * a;
             }
-        for (int l = 0; l < width; l++) {
-            const double spread = sum_of_squares[l] - sum[l] * sum[l] / (double)j->m;
-            p.row_spread[l] += spread;
-            if (p.spreads)
-                p.spreads[i * j->k + l] = (float)spread;
-        }
+        for (int l = 0; l < width; l++)
+            p.row_spread[l] += sum_of_squares[l] - sum[l] * sum[l] / (double)j->m;
     }
     for (Py_ssize_t t = 0; t < j->m; t++) {
         float *const narrow_offsets = (float *)p.offsets + t * p.offset_stride;
@@ -146,7 +140,7 @@ INLINE void add_row(tile p, const job *j, Py_ssize_t i, const lanes *centre, lan
             PREFETCH(value, 2 * REGISTERS, 0);
             if (begins) {
                 const unaligned *const offset = (unaligned *)((float *)p.offsets + t * p.offset_stride + v * LANES);
-                PREFETCH(offset, j->m * REGISTERS, 1); /* those of the next tile */
+                PREFETCH(offset, j->m * REGISTERS, 1); /* of the next tile */
                 means[t][v] = centre[v] + *offset;
             }
             const lanes a = *value - first[v], d = *value - means[t][v], square = a * a;
@@ -181,8 +175,6 @@ INLINE void add_row(tile p, const job *j, Py_ssize_t i, const lanes *centre, lan
     keep_digits(row, p.column_stride, j->m, first, sum, sum_of_squares, spread);
     for (int v = 0; v < REGISTERS; v++) {
         row_spread[v] += spread[v];
-        if (p.spreads)
-            *(unaligned *)(p.spreads + i * j->k + v * LANES) = spread[v];
         rows_vary[v] |= (bits)sum[v];
     }
 }
@@ -248,7 +240,6 @@ void deviations(job *j, Py_ssize_t from, Py_ssize_t to)
     for (Py_ssize_t a = from; a < to; a += WIDTH) {
         const Py_ssize_t within = a % j->width, first = a - within;
         const tile p = {j->x + a, a, changes, j->m * j->k, j->k, j->row_spread + a, j->column_spread + a,
-                        j->spreads ? j->spreads + a : NULL,
                         (const char *)j->centres + size * a, (char *)j->offsets + size * (j->m * first + within),
                         j->width};
         const int width = to - a < WIDTH ? (int)(to - a) : WIDTH;

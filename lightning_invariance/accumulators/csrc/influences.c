@@ -1,19 +1,19 @@
 /* The influence of each sample on what is made of squared deviations, once all sums are known.
  *
  * psi_i = w sum_j (x_ij - mean of row i)^2 + v sum_j (x_ij - mu_j)^2 - b for every activation, with a w, a v and a b of
- * its own. What is kept: sum_i psi_i^2 and sum_i psi_i^4 of each activation, and the sum over activations of each
- * sample's psi_i. Rows deviate from one of their values, as in deviations.c.
+ * its own. add_influences sums psi_i^2 and psi_i^4 over samples for each activation (squares, fourths), and psi_i over
+ * activations for each sample (on_sum). Deviations within a row are taken from one of its values, as in deviations.c.
  *
  * With changes, also sum_u f_u (x_iju - x_iru)^2 over activations u for each sample and column j, r being a reference
- * column, with a factor f of each activation; and sum_j (x_ij - mu_j)^2 of each sample and activation. */
+ * column, with a factor f of each activation; and sum_j (x_ij - mu_j)^2 of each sample and activation (spreads). */
 
 #include "tiles.h"
 
 #include <string.h>
 
-/* Those of WIDTH activations. `changed` (n, m) holds lanes whose sum is that of the changes; `with_changes` is a
+/* The influences on WIDTH activations. Adding up the lanes of `changed` (n, m) gives the changes; `with_changes` is a
  * constant. */
-INLINE void influences_of(const job *j, Py_ssize_t a, double *on_mean, lanes *changed, int with_changes)
+INLINE void influences_of(const job *j, Py_ssize_t a, double *on_sum, lanes *changed, int with_changes)
 {
     const Py_ssize_t k = j->k, m = j->m;
     const float inverse = 1 / (float)m;
@@ -75,7 +75,7 @@ INLINE void influences_of(const job *j, Py_ssize_t a, double *on_mean, lanes *ch
         float parts[LANES];
         memcpy(parts, &total, sizeof parts);
         for (int l = 0; l < LANES; l++)
-            on_mean[i] += parts[l];
+            on_sum[i] += parts[l];
     }
     for (int l = 0; l < WIDTH; l++) {
         j->squares[a + l] += squares[l];
@@ -83,8 +83,8 @@ INLINE void influences_of(const job *j, Py_ssize_t a, double *on_mean, lanes *ch
     }
 }
 
-/* That of a single activation. */
-INLINE void influence_of_one(const job *j, Py_ssize_t a, double *on_mean, lanes *changed)
+/* The influences on a single activation. */
+INLINE void influence_of_one(const job *j, Py_ssize_t a, double *on_sum, lanes *changed)
 {
     const Py_ssize_t k = j->k, m = j->m;
     for (Py_ssize_t i = 0; i < j->n; i++) {
@@ -104,7 +104,7 @@ INLINE void influence_of_one(const job *j, Py_ssize_t a, double *on_mean, lanes 
             continue;
         const double psi = j->weights[a] * (of_row - sum * sum / (double)m) + j->weights[k + a] * of_columns
                            - j->weights[2 * k + a];
-        on_mean[i] += psi;
+        on_sum[i] += psi;
         j->squares[a] += psi * psi;
         j->fourths[a] += psi * psi * psi * psi;
     }
@@ -113,21 +113,21 @@ INLINE void influence_of_one(const job *j, Py_ssize_t a, double *on_mean, lanes 
 FOR_EACH_PROCESSOR
 void influences(job *j, Py_ssize_t from, Py_ssize_t to)
 {
-    double *const on_mean = j->on_mean + from / j->share * j->rows;
+    double *const on_sum = j->on_sum + from / j->share * j->rows;
     lanes changed[MOST_VALUES];
     Py_ssize_t a = from;
     if (!j->factors) {
         for (; to - a >= WIDTH; a += WIDTH)
-            influences_of(j, a, on_mean, NULL, 0);
+            influences_of(j, a, on_sum, NULL, 0);
         for (; a < to; a++)
-            influence_of_one(j, a, on_mean, NULL);
+            influence_of_one(j, a, on_sum, NULL);
         return;
     }
     memset(changed, 0, sizeof changed);
     for (; to - a >= WIDTH; a += WIDTH)
-        influences_of(j, a, on_mean, changed, 1);
+        influences_of(j, a, on_sum, changed, 1);
     for (; a < to; a++)
-        influence_of_one(j, a, on_mean, changed);
+        influence_of_one(j, a, on_sum, changed);
     double *const changes = j->changes + from / j->share * j->rows * j->m;
     for (Py_ssize_t at = 0; at < j->n * j->m; at++)
         for (int l = 0; l < LANES; l++)

@@ -1,10 +1,9 @@
 /* Sums over a block of rows of the ST matrix (Quiroga, section 2.2), with every value read once.
  *
- * A block x is (n, m, k) float32: n samples, m transformations and k activations, contiguous; that of differences.c may
- * be a part of a larger one, whose rows and columns lie further apart than they are long. deviations.c,
- * differences.c, influences.c and powers.c hold one of the sums each, with its derivation; tiles.h and changes.h what
- * they share. module.c is the boundary to Python: it checks again what kernels.py describes and passes, before a pointer
- * is used. */
+ * A block x is (n, m, k) float32: n samples, m transformations and k activations, contiguous. In differences.c it may be
+ * a part of a larger tensor, whose rows and columns lie further apart than they are long. deviations.c, differences.c and
+ * influences.c hold one kind of sum each, with its derivation; tiles.h and changes.h hold what they share. module.c is
+ * the boundary to Python: it checks all sizes before a pointer is used. backends/c_kernels.py calls it. */
 
 #ifndef LIGHTNING_INVARIANCE_KERNELS_H
 #define LIGHTNING_INVARIANCE_KERNELS_H
@@ -28,7 +27,7 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-/* When float32 sums are not good enough; the values come from deviations.py. */
+/* When float32 sums are not good enough; the values come from c_kernels.py. */
 typedef struct limits {
     float smallest; /* a sum of squares below this may have lost digits, if its terms are not 0 */
     float largest;  /* a sum of squares above this may overflow where it is multiplied */
@@ -41,20 +40,21 @@ typedef struct job {
     void (*task)(struct job *, Py_ssize_t from, Py_ssize_t to);
     const float *x;
     Py_ssize_t n, m, k;
-    Py_ssize_t next; /* the first activation that no thread has taken yet */
+    Py_ssize_t next;  /* the first activation that no thread has taken yet */
+    Py_ssize_t share; /* activations that a thread takes at a time, a multiple of WIDTH: a part of the sums `parts` */
     /* of add_deviations */
     double before, total; /* N0 and N */
     double *row_spread, *column_spread;
-    float *spreads; /* (n, k): of each row, or NULL */
     const void *centres;
     void *offsets;
     Py_ssize_t width;
     int wide; /* centres and offsets are double instead of float */
     limits limits;
     int far;
-    /* of add_deviations with changes */
-    double *changes; /* (parts, m, channels), or NULL */
-    Py_ssize_t reference, channels, inner, share; /* `inner`: neighbouring activations of one channel */
+    /* of changes: in add_deviations and add_influences */
+    double *changes;     /* (parts, m, channels) or (parts, rows, m); NULL without */
+    Py_ssize_t reference; /* the column that changes are taken from */
+    Py_ssize_t channels, inner; /* `inner`: neighbouring activations of one channel */
     int centred;   /* changes are deviations from the mean of the row, not from the reference */
     double factor; /* of their squares */
     /* of absolute_differences */
@@ -67,19 +67,15 @@ typedef struct job {
     const float *means, *weights; /* (m, k); (3, k): w, v and b */
     const int *counts;            /* (k,): all bits where an activation counts, else none */
     double *squares, *fourths;    /* (k,) */
-    double *on_mean;              /* (parts, rows); of add_powers, too */
+    double *on_sum;               /* (parts, rows) */
     Py_ssize_t rows;              /* of all steps */
-    const float *factors;         /* (k,), or NULL: then there are no changes (parts, rows, m) and spreads (rows, k) */
-    /* of add_powers */
-    const double *shares, *centre; /* (n, k) where x is NULL; (k,) */
-    double *powers;                /* (4, k) */
-    double weight;
+    const float *factors;         /* (k,), or NULL: then there are no changes and no spreads */
+    float *spreads;               /* (rows, k) */
 } job;
 
 /* Tasks of a job: the activations in [from, to). */
 void deviations(job *j, Py_ssize_t from, Py_ssize_t to);
 void differences(job *j, Py_ssize_t from, Py_ssize_t to);
 void influences(job *j, Py_ssize_t from, Py_ssize_t to);
-void powers(job *j, Py_ssize_t from, Py_ssize_t to);
 
 #endif

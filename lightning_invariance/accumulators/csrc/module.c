@@ -1,4 +1,5 @@
-/* The boundary to Python: the functions that check again what kernels.py passes, before a pointer is used. */
+/* The boundary to Python. Each function takes keyword arguments, as backends/c_kernels.py passes them, and checks that all
+ * sizes fit together before a pointer is used. */
 
 #include "kernels.h"
 
@@ -28,8 +29,8 @@ static void run(job *j, Py_ssize_t threads)
     Py_END_ALLOW_THREADS
 }
 
-/* Cuts the activations into a part for each thread, whose sums over activations then do not depend on which thread takes
- * which part. Returns the number of parts. Smaller parts would spread what neighbours share over more processors. */
+/* Cuts the activations into a part for each thread. Each part has its own sums over activations, so that these do not
+ * depend on which thread takes it. Returns the number of parts. */
 static Py_ssize_t cut(job *j, Py_ssize_t threads)
 {
     const Py_ssize_t most = (j->k - 1) / SHARE + 1, parts = threads < most ? (threads > 1 ? threads : 1) : most;
@@ -57,33 +58,63 @@ static void join(double *sums, double *own, Py_ssize_t parts, Py_ssize_t size)
     PyMem_Free(own);
 }
 
-/* Reads `count` integers from the arguments, and after them `doubles` numbers. */
-static int read_numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t count, Py_ssize_t *numbers, int doubles,
-                        double *values)
+/* A tensor: (address, number of values); no address for None. */
+typedef struct tensor {
+    void *values;
+    Py_ssize_t length;
+} tensor;
+
+/* A block of rows: (address, number of values, n, m, k). */
+typedef struct block {
+    const float *values;
+    Py_ssize_t length, n, m, k;
+} block;
+
+static int read_tensor(PyObject *given, void *into)
 {
-    if (given != count + doubles) {
-        PyErr_Format(PyExc_TypeError, "Expected %zd arguments, but got %zd.", count + doubles, given);
+    tensor *const found = into;
+    Py_ssize_t address;
+    *found = (tensor){NULL, 0};
+    if (given == Py_None)
+        return 1;
+    if (!PyArg_Parse(given, "(nn)", &address, &found->length))
         return 0;
-    }
-    for (Py_ssize_t i = 0; i < count; i++) {
-        numbers[i] = PyLong_AsSsize_t(args[i]);
-        if (numbers[i] == -1 && PyErr_Occurred())
-            return 0;
-    }
-    for (int i = 0; i < doubles; i++) {
-        values[i] = PyFloat_AsDouble(args[count + i]);
-        if (values[i] == -1 && PyErr_Occurred())
-            return 0;
-    }
+    found->values = (void *)address;
     return 1;
 }
 
-/* Whether n, m and k are sizes whose product is `values`. */
-static int is_block(Py_ssize_t n, Py_ssize_t m, Py_ssize_t k, Py_ssize_t values)
+static int read_block(PyObject *given, void *into)
+{
+    block *const found = into;
+    Py_ssize_t address;
+    if (!PyArg_Parse(given, "(nnnnn)", &address, &found->length, &found->n, &found->m, &found->k))
+        return 0;
+    found->values = (const float *)address;
+    return 1;
+}
+
+/* Whether a tensor is there and has so many values. */
+static int holds(tensor given, Py_ssize_t length)
+{
+    return given.values && given.length == length;
+}
+
+/* Whether a block is there and n, m and k are sizes whose product is the number of its values. */
+static int is_whole(block x)
 {
     Py_ssize_t row, all;
-    return n >= 0 && m > 0 && k > 0 && !__builtin_mul_overflow(m, k, &row) && !__builtin_mul_overflow(n, row, &all)
-           && all == values;
+    return x.values && x.n >= 0 && x.m > 0 && x.k > 0 && !__builtin_mul_overflow(x.m, x.k, &row)
+           && !__builtin_mul_overflow(x.n, row, &all) && all == x.length;
+}
+
+/* Whether a block is there and its last value, with rows and columns so far apart, is within the number of its values. */
+static int is_within(block x, Py_ssize_t row, Py_ssize_t column)
+{
+    Py_ssize_t rows, columns, all;
+    return x.values && x.n > 0 && x.m > 0 && x.k > 0 && row >= 0 && column >= 0
+           && !__builtin_mul_overflow(x.n - 1, row, &rows) && !__builtin_mul_overflow(x.m - 1, column, &columns)
+           && !__builtin_add_overflow(rows, columns, &all) && !__builtin_add_overflow(all, x.k, &all)
+           && all <= x.length;
 }
 
 static PyObject *refuse(const char *what)
@@ -91,176 +122,139 @@ static PyObject *refuse(const char *what)
     return PyErr_Format(PyExc_ValueError, "Expected a block and sums that fit together, but %s.", what);
 }
 
-/* Pointers come with the number of elements behind them:
- * n, m, k, threads, before, width, wide, x, its values, row_spread, its values, column_spread, its values, centres, their
- * values, offsets, their values, changes (or 0), channels, inner, reference (-1: changes are taken from the mean of the
- * row), spreads (or 0), their values; smallest, largest, far, rows_for_far, far_of_few. Returns whether columns are far
- * apart. */
-static PyObject *add_deviations(PyObject *self, PyObject *const *args, Py_ssize_t given)
+/* Returns whether columns are far apart. `reference` is -1 where changes are taken from the mean of the row. */
+static PyObject *add_deviations(PyObject *self, PyObject *args, PyObject *named)
 {
-    Py_ssize_t v[23];
-    double limit[5];
-    if (!read_numbers(args, given, 23, v, 5, limit))
+    static char *names[] = {"block", "before", "row_spread", "column_spread", "centres", "offsets", "width", "wide",
+                            "limits", "changes", "inner", "reference", "threads", NULL};
+    block x;
+    tensor row_spread, column_spread, centres, offsets, changes;
+    limits limits;
+    Py_ssize_t before, width, inner, reference, threads;
+    int wide;
+    if (!PyArg_ParseTupleAndKeywords(args, named, "O&nO&O&O&O&np(ffddd)O&nnn", names, read_block, &x, &before,
+                                     read_tensor, &row_spread, read_tensor, &column_spread, read_tensor, &centres,
+                                     read_tensor, &offsets, &width, &wide, &limits.smallest, &limits.largest,
+                                     &limits.far, &limits.rows_for_far, &limits.far_of_few, read_tensor, &changes,
+                                     &inner, &reference, &threads))
         return NULL;
-    const Py_ssize_t n = v[0], m = v[1], k = v[2], width = v[5];
-    if (!is_block(n, m, k, v[8]))
-        return refuse("the block has another number of values");
+    const Py_ssize_t n = x.n, m = x.m, k = x.k, channels = changes.length / (m > 0 ? m : 1);
+    if (!is_whole(x) || before < 0)
+        return refuse("the block is missing or has another number of values");
     if (m > MOST_VALUES)
         return refuse("the block has too many columns");
-    if (v[10] != k || v[12] != k || v[14] != k || v[16] != m * k)
-        return refuse("the sums are of other sizes");
+    if (!holds(row_spread, k) || !holds(column_spread, k) || !holds(centres, k) || !holds(offsets, m * k))
+        return refuse("the sums are missing or of other sizes");
     if (width <= 0 || k % width || (width % WIDTH && width != k))
         return refuse("the offsets lie in tiles of another width");
-    if (v[4] < 0 || !v[7] || !v[9] || !v[11] || !v[13] || !v[15])
-        return refuse("a pointer or the number of rows is missing");
-    const Py_ssize_t channels = v[18], inner = v[19], reference = v[20];
-    if (v[17] && (channels <= 0 || inner <= 0 || k % channels || k / channels % inner || reference < -1
-                  || reference >= m))
+    if (changes.values
+        && (changes.length % m || channels <= 0 || inner <= 0 || k % channels || k / channels % inner || reference < -1
+            || reference >= m))
         return refuse("the changes are of other sizes");
-    if (v[21] && v[22] != n * k)
-        return refuse("the spreads are of another size");
-    job j = {.task = deviations, .x = (const float *)v[7], .m = m, .k = k, .total = (double)v[4], .width = width,
-             .wide = v[6] != 0, .row_spread = (double *)v[9], .column_spread = (double *)v[11],
-             .centres = (const void *)v[13], .offsets = (void *)v[15],
-             .limits = {(float)limit[0], (float)limit[1], limit[2], limit[3], limit[4]},
-             .spreads = (float *)v[21], .channels = channels, .inner = inner, .centred = reference < 0,
-             .reference = v[17] && reference > 0 ? reference : 0,
+    job j = {.task = deviations, .x = x.values, .m = m, .k = k, .total = (double)before, .width = width, .wide = wide,
+             .row_spread = row_spread.values, .column_spread = column_spread.values, .centres = centres.values,
+             .offsets = offsets.values, .limits = limits, .channels = channels, .inner = inner,
+             .centred = reference < 0, .reference = changes.values && reference > 0 ? reference : 0,
              .factor = reference < 0 ? (double)m / (double)(m > 1 ? m - 1 : 1) : .5};
-    double *const changes = (double *)v[17];
-    const Py_ssize_t parts = cut(&j, v[3]);
-    j.changes = apart(changes, parts, m * channels);
-    if (changes && !j.changes)
+    const Py_ssize_t parts = cut(&j, threads);
+    j.changes = apart(changes.values, parts, m * channels);
+    if (changes.values && !j.changes)
         return NULL;
     for (Py_ssize_t left = n; left > 0; left -= j.n, j.x += j.n * m * k) {
         j.n = left <= MOST_VALUES / m ? left : MOST_VALUES / m;
         j.before = j.total;
         j.total += (double)j.n;
-        run(&j, v[3]);
-        if (j.spreads)
-            j.spreads += j.n * k;
+        run(&j, threads);
     }
-    join(changes, j.changes, parts, m * channels);
+    join(changes.values, j.changes, parts, m * channels);
     return PyBool_FromLong(j.far);
 }
 
-/* Whether the last of n rows of m columns of k values ends within `values`. */
-static int is_within(Py_ssize_t n, Py_ssize_t m, Py_ssize_t k, Py_ssize_t row, Py_ssize_t column, Py_ssize_t values)
+static PyObject *absolute_differences(PyObject *self, PyObject *args, PyObject *named)
 {
-    Py_ssize_t rows, columns, all;
-    if (n < 0 || m <= 0 || k <= 0 || row < 0 || column < 0)
-        return 0;
-    return !n
-           || (!__builtin_mul_overflow(n - 1, row, &rows) && !__builtin_mul_overflow(m - 1, column, &columns)
-               && !__builtin_add_overflow(rows, columns, &all) && !__builtin_add_overflow(all, k, &all)
-               && all <= values);
-}
-
-/* n, m, k, threads, comparisons, row, column, x, values from x on, network, its values, differences, their values, which
- * are k, or n * k for those of each row; whether of each row. */
-static PyObject *absolute_differences(PyObject *self, PyObject *const *args, Py_ssize_t given)
-{
-    Py_ssize_t v[14];
-    if (!read_numbers(args, given, 14, v, 0, NULL))
+    static char *names[] = {"block", "strides", "network", "differences", "of_rows", "threads", NULL};
+    block x;
+    tensor network, sums;
+    Py_ssize_t row, column, threads;
+    int of_rows;
+    if (!PyArg_ParseTupleAndKeywords(args, named, "O&(nn)O&O&pn", names, read_block, &x, &row, &column, read_tensor,
+                                     &network, read_tensor, &sums, &of_rows, &threads))
         return NULL;
-    const Py_ssize_t n = v[0], m = v[1], k = v[2], comparisons = v[4];
-    if (!is_within(n, m, k, v[5], v[6], v[8]))
-        return refuse("the block has another number of values");
+    const Py_ssize_t n = x.n, m = x.m, k = x.k, comparisons = network.length / 2;
+    if (!is_within(x, row, column))
+        return refuse("the block is missing or has another number of values");
     if (m > MOST_SORTED)
         return refuse("the block has too many columns");
-    if (comparisons < 0 || comparisons > m * m || v[10] != 2 * comparisons || v[12] != (v[13] ? n * k : k))
-        return refuse("the sums or the sorting network are of other sizes");
-    if ((n && !v[7]) || (comparisons && !v[9]) || !v[11])
-        return refuse("a pointer is missing");
-    const int *const network = (const int *)v[9];
-    for (Py_ssize_t c = 0; c < 2 * comparisons; c++)
-        if (network[c] < 0 || network[c] >= m)
+    if (network.length < 0 || network.length % 2 || comparisons > m * m || (comparisons && !network.values)
+        || !holds(sums, of_rows ? n * k : k))
+        return refuse("the sums or the sorting network are missing or of other sizes");
+    const int *const columns = network.values;
+    for (Py_ssize_t c = 0; c < network.length; c++)
+        if (columns[c] < 0 || columns[c] >= m)
             return refuse("the sorting network compares columns that the block does not have");
-    job j = {.task = differences, .x = (const float *)v[7], .n = n, .m = m, .k = k, .row = v[5], .column = v[6],
-             .share = SHARE, .network = network, .comparisons = comparisons, .differences = (double *)v[11],
-             .of_rows = v[13] != 0};
-    run(&j, v[3]);
+    job j = {.task = differences, .x = x.values, .n = n, .m = m, .k = k, .row = row, .column = column, .share = SHARE,
+             .network = columns, .comparisons = comparisons, .differences = sums.values, .of_rows = of_rows};
+    run(&j, threads);
     Py_RETURN_NONE;
 }
 
-/* n, m, k, threads, x, its values, means, their values, weights, their values, counts, their values, squares, their
- * values, fourths, their values, on_mean, its values, factors (or 0), their values, changes, their values, spreads,
- * their values, reference. */
-static PyObject *add_influences(PyObject *self, PyObject *const *args, Py_ssize_t given)
+/* Without `factors` there are no changes and no spreads. */
+static PyObject *add_influences(PyObject *self, PyObject *args, PyObject *named)
 {
-    Py_ssize_t v[25];
-    if (!read_numbers(args, given, 25, v, 0, NULL))
+    static char *names[] = {"block", "means", "weights", "counts", "squares", "fourths", "on_sum", "factors", "reference",
+                            "changes", "spreads", "threads", NULL};
+    block x;
+    tensor means, weights, counts, squares, fourths, on_sum, factors, changes, spreads;
+    Py_ssize_t reference, threads;
+    if (!PyArg_ParseTupleAndKeywords(args, named, "O&O&O&O&O&O&O&O&nO&O&n", names, read_block, &x, read_tensor, &means,
+                                     read_tensor, &weights, read_tensor, &counts, read_tensor, &squares, read_tensor,
+                                     &fourths, read_tensor, &on_sum, read_tensor, &factors, &reference, read_tensor,
+                                     &changes, read_tensor, &spreads, &threads))
         return NULL;
-    const Py_ssize_t n = v[0], m = v[1], k = v[2];
-    if (!is_block(n, m, k, v[5]))
-        return refuse("the block has another number of values");
-    if (v[7] != m * k || v[9] / 3 != k || v[9] % 3 || v[11] != k || v[13] != k || v[15] != k || v[17] != n)
-        return refuse("the means, the weights or the sums are of other sizes");
-    for (int i = 4; i < 18; i += 2)
-        if (!v[i])
-            return refuse("a pointer is missing");
+    const Py_ssize_t n = x.n, m = x.m, k = x.k;
+    if (!is_whole(x))
+        return refuse("the block is missing or has another number of values");
     if (m > MOST_VALUES)
         return refuse("the block has too many columns");
-    if (v[18] && (v[19] != k || !v[20] || v[21] != n * m || !v[22] || v[23] != n * k || v[24] < 0 || v[24] >= m))
+    if (!holds(means, m * k) || weights.length % 3 || !holds(weights, weights.length) || weights.length / 3 != k
+        || !holds(counts, k) || !holds(squares, k) || !holds(fourths, k) || !holds(on_sum, n))
+        return refuse("the means, the weights or the sums are missing or of other sizes");
+    if (factors.values
+        && (factors.length != k || !holds(changes, n * m) || !holds(spreads, n * k) || reference < 0 || reference >= m))
         return refuse("the factors, the changes or the spreads are of other sizes");
-    job j = {.task = influences, .x = (const float *)v[4], .m = m, .k = k, .means = (const float *)v[6],
-             .weights = (const float *)v[8], .counts = (const int *)v[10], .squares = (double *)v[12],
-             .fourths = (double *)v[14], .rows = n, .factors = (const float *)v[18], .spreads = (float *)v[22],
-             .reference = v[24]};
-    double *const on_mean = (double *)v[16], *const changes = j.factors ? (double *)v[20] : NULL;
-    const Py_ssize_t parts = cut(&j, v[3]);
-    double *const own = apart(on_mean, parts, n), *const own_changes = own ? apart(changes, parts, n * m) : NULL;
-    if (!own || (changes && !own_changes)) {
-        join(on_mean, own, 0, 0);
+    job j = {.task = influences, .x = x.values, .m = m, .k = k, .means = means.values, .weights = weights.values,
+             .counts = counts.values, .squares = squares.values, .fourths = fourths.values, .rows = n,
+             .factors = factors.values, .spreads = spreads.values, .reference = reference};
+    double *const all_changes = factors.values ? changes.values : NULL;
+    const Py_ssize_t parts = cut(&j, threads);
+    double *const own = apart(on_sum.values, parts, n);
+    double *const own_changes = own ? apart(all_changes, parts, n * m) : NULL;
+    if (!own || (all_changes && !own_changes)) {
+        join(on_sum.values, own, 0, 0);
         return NULL;
     }
-    j.on_mean = own;
+    j.on_sum = own;
     j.changes = own_changes;
     const Py_ssize_t step = j.factors ? MOST_VALUES / m : n;
-    for (Py_ssize_t left = n; left > 0; left -= j.n, j.x += j.n * m * k, j.on_mean += j.n) {
+    for (Py_ssize_t left = n; left > 0; left -= j.n, j.x += j.n * m * k, j.on_sum += j.n) {
         j.n = left < step ? left : step;
-        run(&j, v[3]);
+        run(&j, threads);
         if (j.factors) {
             j.changes += j.n * m;
             j.spreads += j.n * k;
         }
     }
-    join(on_mean, own, parts, n);
-    join(changes, own_changes, parts, n * m);
+    join(on_sum.values, own, parts, n);
+    join(all_changes, own_changes, parts, n * m);
     Py_RETURN_NONE;
 }
 
-/* n, k, threads, wide, shares, their values, centre, its values, powers, their values, on_mean, its values; weight. */
-static PyObject *add_powers(PyObject *self, PyObject *const *args, Py_ssize_t given)
-{
-    Py_ssize_t v[12];
-    double weight;
-    if (!read_numbers(args, given, 12, v, 1, &weight))
-        return NULL;
-    const Py_ssize_t n = v[0], k = v[1];
-    if (!is_block(n, 1, k, v[5]))
-        return refuse("the block has another number of values");
-    if (v[7] != k || v[9] / 4 != k || v[9] % 4 || v[11] != n)
-        return refuse("the centre or the sums are of other sizes");
-    for (int i = 4; i < 12; i += 2)
-        if (!v[i])
-            return refuse("a pointer is missing");
-    job j = {.task = powers, .x = v[3] ? NULL : (const float *)v[4], .shares = v[3] ? (const double *)v[4] : NULL, .n = n,
-             .rows = n, .m = 1, .k = k, .centre = (const double *)v[6], .powers = (double *)v[8], .weight = weight};
-    double *const on_mean = (double *)v[10];
-    const Py_ssize_t parts = cut(&j, v[2]);
-    j.on_mean = apart(on_mean, parts, n);
-    if (!j.on_mean)
-        return NULL;
-    run(&j, v[2]);
-    join(on_mean, j.on_mean, parts, n);
-    Py_RETURN_NONE;
-}
+#define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_VARARGS | METH_KEYWORDS, NULL}
 
 static PyMethodDef methods[] = {
-    {"add_powers", (PyCFunction)(void (*)(void))add_powers, METH_FASTCALL, NULL},
-    {"add_deviations", (PyCFunction)(void (*)(void))add_deviations, METH_FASTCALL, NULL},
-    {"add_influences", (PyCFunction)(void (*)(void))add_influences, METH_FASTCALL, NULL},
-    {"absolute_differences", (PyCFunction)(void (*)(void))absolute_differences, METH_FASTCALL, NULL},
+    METHOD(add_deviations),
+    METHOD(add_influences),
+    METHOD(absolute_differences),
     {NULL, NULL, 0, NULL},
 };
 

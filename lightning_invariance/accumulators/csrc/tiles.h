@@ -13,7 +13,7 @@ typedef lanes unaligned __attribute__((aligned(sizeof(float)), may_alias)); /* l
 typedef bits unaligned_bits __attribute__((aligned(sizeof(int)), may_alias));
 
 /* Prefetches an address `distance` elements further into the second cache. A prefetch of an address past the end of an
- * array has no effect; the arithmetic on uintptr_t is defined there, that on pointers would not be. */
+ * array has no effect; arithmetic on uintptr_t is defined there, arithmetic on pointers would not be. */
 #define PREFETCH(pointer, distance, for_writing)                                                                        \
     __builtin_prefetch((const void *)((uintptr_t)(pointer) + (uintptr_t)(distance) * sizeof *(pointer)), for_writing, 2)
 
@@ -63,7 +63,6 @@ typedef struct tile {
     double *changes;  /* (m, channels) of this part, or NULL */
     Py_ssize_t row_stride, column_stride;
     double *row_spread, *column_spread;
-    float *spreads; /* of each row, k apart, or NULL */
     const void *centres;
     void *offsets;
     Py_ssize_t offset_stride; /* from one column's offsets to the next one's */
