@@ -24,7 +24,6 @@ from lightning_invariance.measures import (
     Anova,
     Goodfellow,
     Measure,
-    NormalizedVariance,
     SampleDistance,
     VarianceSameEquivariance,
 )
