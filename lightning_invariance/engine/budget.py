@@ -52,7 +52,7 @@ class OverBudgetError(Exception):
     """
 
     def __init__(self, needed: int, budget: int, activations: int, parts: str) -> None:
-        super().__init__(f"{needed} bytes are more than {budget}: {parts}")
+        super().__init__(needed, budget, activations, parts)
         self.needed, self.budget, self.activations, self.parts = needed, budget, activations, parts
 
 
