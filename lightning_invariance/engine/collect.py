@@ -1,4 +1,4 @@
-"""From the sums of every layer to a result."""
+"""Compute the values of every measure from the sums of every layer, and make a result of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lightning_invariance.transforms import TransformationSet
 
 @dataclass
 class LayerRecord:
-    """What was found of one layer.
+    """Values and intervals of one layer.
 
     Attributes:
         values: measure → value in float64. So are the others, where a measure has them.
@@ -129,7 +129,7 @@ def _value_of_metric(metric: Metric, shape: tuple[int, ...]) -> Tensor:
 def _add_intervals(
     record: LayerRecord, key: str, states: States, moments: tuple[Tensor, Tensor], confidence: float | None
 ) -> None:
-    """Add what the influences of samples on a measure come to.
+    """Add the standard errors and bounds that follow from the influences of samples on a measure.
 
     Args:
         record: of the layer.
@@ -188,7 +188,7 @@ def make_result(
     values: Mapping[str, Mapping[str, Tensor]],
     **found: Any,
 ) -> InvarianceResult:
-    """A result with what measures and transformations say of themselves.
+    """Make a result, with the properties of measures and transformations.
 
     Args:
         measures: name → metric.

@@ -63,7 +63,7 @@ class Walk:
         self._output_metrics: OutputMetrics | None = None  # of the last run
 
     def with_batch_size(self, batch_size: int) -> Walk:
-        """The same evaluation with another batch size."""
+        """A walk of this evaluation with another batch size."""
         return Walk(self.model, self.data, replace(self.options, batch_size=batch_size))
 
     def loader(self, transformations: TransformationSet, run: int = 1) -> STLoader:
@@ -106,7 +106,7 @@ class Walk:
         Args:
             measures: name → metric.
             loader: the rows.
-            about: text beside the progress bar.
+            about: text of the progress bar.
 
         Raises:
             OverBudgetError: If the sums of all layers take more than the budget.
@@ -126,7 +126,7 @@ class Walk:
     def _pass(self, loader: STLoader, about: str, blocks: Blocks, catcher: Catcher, registry: Registry) -> None:
         """Show every row once."""
         over: OverBudgetError | None = None
-        # Every pass sees the same random transformations.
+        # Random transformations are equal in every pass.
         with errors_shared(), isolated_random_state(self.options.seed):
             try:
                 for block in with_progress(loader, about, self.options.progress):
