@@ -61,8 +61,8 @@ class AccumulatingMetric(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.needs = as_tuple(self.needs if needs is None else needs)
-        self.needs_again = as_tuple(self.needs_again if needs_again is None else needs_again)
+        passes = (self.needs if needs is None else needs, self.needs_again if needs_again is None else needs_again)
+        self.needs, self.needs_again = ((p,) if isinstance(p, Accumulator) else tuple(p) for p in passes)
         if not self.needs:
             raise ValueError(f"Expected {type(self).__name__} to name accumulators in `needs`, but it names none.")
         none = torch.zeros(0, dtype=torch.long)
@@ -242,8 +242,3 @@ def checked_block(st_block: Any) -> Tensor:
         )
     values = st_block.detach().to(summed_on(st_block.device))
     return values if values.dtype in TYPES else values.float()
-
-
-def as_tuple(accumulators: Accumulator | Sequence[Accumulator]) -> tuple[Accumulator, ...]:
-    """A tuple of one or several accumulators."""
-    return (accumulators,) if isinstance(accumulators, Accumulator) else tuple(accumulators)

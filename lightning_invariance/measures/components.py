@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,22 +12,17 @@ from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.measures.base import Measure
 
 
-class MeanSquares(NamedTuple):
-    """The mean squares of the two-way layout without replication, each ``(activations,)``."""
+def mean_squares(sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean squares R of samples, C of transformations and E of their interaction, each ``(activations,)``.
 
-    samples: Tensor  # R, between rows
-    transformations: Tensor  # C, between columns
-    interaction: Tensor  # E
-
-
-def mean_squares(sums: Sums) -> MeanSquares:
-    """Compute the mean squares from ``Deviations(exact=True)``, since the interaction is a difference of its sums."""
+    They need ``Deviations(exact=True)``, since E is a difference of its sums.
+    """
     n, m = sums.n_samples, sums.n_transformations
     means = means_of(sums.states)
     between = n * (means - means.mean(0)).square().sum(0)
     interaction = (sums["row_spread"] - between).clamp_min(0)
     of_samples = (sums["column_spread"][0] - interaction).clamp_min(0)
-    return MeanSquares(of_samples / (n - 1), between / (m - 1), interaction / ((n - 1) * (m - 1)))
+    return of_samples / (n - 1), between / (m - 1), interaction / ((n - 1) * (m - 1))
 
 
 class IntraclassCorrelation(Measure):
@@ -76,12 +71,11 @@ class IntraclassCorrelation(Measure):
     def value(self, sums: Sums) -> Tensor:
         """ICC(C,1) or ICC(A,1) of every activation."""
         n, m = sums.n_samples, sums.n_transformations
-        squares = mean_squares(sums)
-        total = squares.samples + (m - 1) * squares.interaction
+        r, c, e = mean_squares(sums)
+        total = r + (m - 1) * e
         if self.agreement:
-            total = total + m / n * (squares.transformations - squares.interaction)
-        icc = (squares.samples - squares.interaction) / total
-        return torch.where(Deviations().dead(sums.states), torch.nan, icc)
+            total = total + m / n * (c - e)
+        return torch.where(Deviations().dead(sums.states), torch.nan, (r - e) / total)
 
 
 class MainEffect(Measure):
@@ -112,6 +106,6 @@ class MainEffect(Measure):
 
     def value(self, sums: Sums) -> Tensor:
         """(C / n) / TV of every activation."""
-        effect = mean_squares(sums).transformations / sums.n_samples
+        effect = mean_squares(sums)[1] / sums.n_samples
         variance = sums["row_spread"] / (sums.n_samples * (sums.n_transformations - 1))
         return torch.where(variance == 0, torch.nan, (effect / variance).clamp(0, 1))

@@ -20,15 +20,7 @@ from lightning_invariance.transforms import TransformationSet
 
 
 class SameEquivariance(Measure):
-    """Base of the same-equivariance measures: sums over feature maps after the inverse transformation.
-
-    Args:
-        needs: the accumulator.
-        mapping: the inverse transformations, and what is normalised and masked.
-        over: see :class:`VarianceSameEquivariance`.
-        normalized_by: see :class:`VarianceSameEquivariance`.
-        kwargs: additional arguments of ``torchmetrics.Metric``.
-    """
+    """Base of the same-equivariance measures: sums over feature maps after the inverse transformation."""
 
     has_floor = True
     has_intervals = True
@@ -226,11 +218,9 @@ class DistanceSameEquivariance(SameEquivariance):
         mapping = back_mapping(transformations, normalize, mask, normalized_by, input_size)
         chosen = distance if distance is not None else "abs" if over == "activation" else "euclidean"
         pairs = pair_distances(chosen, over, samples)
-        needs: Accumulator
+        needs: Accumulator = MappedBack(pairs.needs(rows=True, columns=normalized_by is not None), mapping)
         if formulation == "direct":
             needs = DirectDistances(mapping, chosen, over)
-        else:
-            needs = MappedBack(pairs.needs(rows=True, columns=normalized_by is not None), mapping)
         super().__init__(needs, mapping, over, normalized_by, **kwargs)
         self.pairs, self.distance, self.samples, self.formulation = pairs, chosen, samples, formulation
         self.relative_bias = 1.0 if self.is_ratio else 0.0  # of the sample distance in the denominator
