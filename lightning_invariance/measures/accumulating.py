@@ -34,10 +34,7 @@ class AccumulatingMetric(Metric):
     process without samples gets from the others, and ``configuration``, a fingerprint of the accumulators, so that
     states of measures with different arguments cannot be merged.
 
-    Args:
-        needs: see :class:`Measure`.
-        needs_again: see :class:`Measure`.
-        kwargs: additional arguments of ``torchmetrics.Metric``.
+    Args: see :class:`Measure`.
     """
 
     is_differentiable = False

@@ -87,6 +87,7 @@ class Anova(Measure):
             raise ValueError(f'Expected argument `family` to be "layer" or "network", but got {family!r}.')
         self.statistic, self.alpha, self.correction, self.paired = statistic, alpha, correction, paired
         self.family = family
+        self._rejects_in_network = statistic == "reject" and family == "network"
 
     @property
     def higher_is_better(self) -> bool | None:  # type: ignore[override]
@@ -121,10 +122,6 @@ class Anova(Measure):
 
     def _rejections(self, p: Tensor) -> Tensor:
         return torch.where(p.isnan(), torch.nan, rejected(p, self.alpha, self.correction).double())
-
-    @property
-    def _rejects_in_network(self) -> bool:
-        return self.statistic == "reject" and self.family == "network"
 
     def of_layer(self, sums: Sums) -> Tensor:
         """The value, or the p-values for rejections in the whole network."""

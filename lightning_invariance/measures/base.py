@@ -23,12 +23,7 @@ from lightning_invariance.precision import has_float64
 
 
 def quotient(transformation: Tensor, sample: Tensor) -> Tensor:
-    """Divide a measure of transformations by one of samples: 0/0 is 1 (a dead activation), x/0 is inf.
-
-    Args:
-        transformation: how much each activation varies over transformations (paper, section 2.4.3).
-        sample: how much it varies over samples, of the same shape.
-    """
+    """Divide variation over transformations by variation over samples: 0/0 is 1 (a dead activation), x/0 is inf."""
     dead = (transformation == 0) & (sample == 0)
     return torch.where(dead, 1.0, transformation / sample)
 
@@ -143,11 +138,9 @@ class Measure(AccumulatingMetric):
         return values
 
     def evaluated(self, sums: Sums, value_of: Callable[[Sums], Tensor] | None = None) -> Tensor:
-        """:meth:`value` in its shape; NaN, with a warning, for too few samples or transformations.
+        """Call :meth:`value`, or ``value_of`` instead, and check its shape.
 
-        Args:
-            sums: the states.
-            value_of: a function to call instead of :meth:`value`.
+        NaN, with a warning, for too few samples or transformations.
         """
         shape = self.value_shape(sums)
         n, m = sums.n_samples, sums.n_transformations

@@ -43,11 +43,7 @@ def f_survival(f: Tensor, d1: float, d2: float) -> Tensor:
 def regularized_beta(x: Tensor, complement: Tensor, a: float, b: float) -> Tensor:
     """The regularised incomplete beta function I_x(a, b), by its continued fraction (DLMF 8.17.22).
 
-    Args:
-        x: in [0, 1], float64.
-        complement: 1 − x, an argument because the difference would lose digits for x near 1.
-        a: above 0.
-        b: above 0.
+    ``complement`` is 1 − x, an argument because the difference would lose digits for x near 1.
     """
     mirrored = x > (a + 1) / (a + b + 2)  # the fraction of 1 − I_{1 − x}(b, a) converges faster there
     a_and_b = x.new_tensor([a, b])  # with Python's numbers `where` would return float32

@@ -20,10 +20,7 @@ DISTANCES = ("abs", "squared", "euclidean", "cosine")
 
 @dataclass(frozen=True)
 class PairDistances:
-    """Transformation distance from all pairs in rows, sample distance from some pairs in columns.
-
-    Attributes: see :class:`~lightning_invariance.measures.TransformationDistance`.
-    """
+    """Transformation distance from all pairs in rows, sample distance from some pairs in columns."""
 
     distance: Distance
     over: str

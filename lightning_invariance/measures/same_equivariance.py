@@ -43,18 +43,16 @@ class SameEquivariance(Measure):
         """The value, given sums over feature maps with channels first."""
 
     def value(self, sums: Sums) -> Tensor:
-        """SE of every channel, or of every activation."""
-        value = self.defined(self.of_maps(sums.channels_first()), sums.channels_first())
-        return value.movedim(0, sums.channel_axis) if self.over == "activation" else value
-
-    def defined(self, value: Tensor, sums: Sums) -> Tensor:
-        """Replace values of feature maps that are always zero (0/0 as a unit vector) and of masked pixels by NaN."""
-        value = value.view(self.value_shape(sums))
+        """SE of every channel, or of every activation; NaN for maps that are always zero, and for masked pixels."""
+        sums, channel_axis = sums.channels_first(), sums.channel_axis
+        value = self.of_maps(sums).view(self.value_shape(sums))
         lit = sums["lit"] > 0 if self.normalize else torch.ones_like(sums["lit"], dtype=torch.bool)
-        known = lit.view(-1, *[1] * (value.ndim - 1))
-        if self.over == "activation" and "inside" in sums and sums["inside"].numel():
-            known = known & sums["inside"]
-        return torch.where(known, value, torch.nan)
+        defined = lit.view(-1, *[1] * (value.ndim - 1))
+        if self.over == "channel":
+            return torch.where(defined, value, torch.nan)
+        if "inside" in sums and sums["inside"].numel():
+            defined = defined & sums["inside"]
+        return torch.where(defined, value, torch.nan).movedim(0, channel_axis)
 
 
 def back_mapping(
@@ -178,9 +176,6 @@ class DistanceSameEquivariance(SameEquivariance):
         formulation: ``"direct"``: the paper's first formulation, the mean of ‖A(t(x)) − t(A(x))‖ over samples and
             transformations, which must include the identity. ``"pairs"``: eq. 8, which also compares different
             transformations with each other.
-
-    Raises:
-        ValueError: If an argument is out of its range, or the transformations have no inverses.
 
     Example:
         >>> import torch

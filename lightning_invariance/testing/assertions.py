@@ -67,7 +67,8 @@ def assert_invariant(
         >>> _ = assert_invariant(pool, torch.rand(16, 3, 6, 6), quarter_turns(), within=0.01)
     """
     chosen = NormalizedVariance(response=True) if measure is None else measure
-    return _assert_below(model, data, transformations, within, layers, confidence, chosen, "invariant", options)
+    options |= {"model": model, "data": data, "layers": layers}
+    return _assert_below("invariant", chosen, within, confidence, transformations, options)
 
 
 def assert_equivariant(
@@ -83,9 +84,10 @@ def assert_equivariant(
 ) -> InvarianceResult:
     """Assert that the upper confidence bound of the same-equivariance of every layer is below ``within``.
 
-    As :func:`assert_invariant`, by default with ``VarianceSameEquivariance(mask=True)``, which excludes pixels that
-    leave the frame. Layers without feature maps are excluded. Where transformations interpolate, even the identity
-    network is above 0; its value is ``result.floor``. The transformations must have inverses.
+    Arguments, result and errors are as for :func:`assert_invariant`. The default measure is
+    ``VarianceSameEquivariance(mask=True)``, which excludes pixels that leave the frame; it needs transformations with
+    inverses, and excludes layers without feature maps. Where transformations interpolate, even the identity network is
+    above 0; its value is ``result.floor``.
 
     Example:
         >>> import torch
@@ -95,18 +97,16 @@ def assert_equivariant(
         >>> _ = assert_equivariant(relu, torch.randn(16, 3, 6, 6), quarter_turns(), within=1e-9)
     """
     chosen = VarianceSameEquivariance(mask=True) if measure is None else measure
-    return _assert_below(model, data, transformations, within, layers, confidence, chosen, "equivariant", options)
+    options |= {"model": model, "data": data, "layers": layers}
+    return _assert_below("equivariant", chosen, within, confidence, transformations, options)
 
 
 def _assert_below(
-    model: nn.Module,
-    data: Any,
-    transformations: TransformationSet,
-    within: float,
-    layers: Layers,
-    confidence: float,
-    measure: Measure,
     what: str,
+    measure: Measure,
+    within: float,
+    confidence: float,
+    transformations: TransformationSet,
     options: dict[str, Any],
 ) -> InvarianceResult:
     check_confidence(confidence)
@@ -118,7 +118,7 @@ def _assert_below(
             f" NormalizedVariance(), but got {measure!r}."
         )
     name = type(measure).__name__
-    result = evaluate(model, data, transformations, {name: measure}, layers=layers, confidence=confidence, **options)
+    result = evaluate(transformations=transformations, measures={name: measure}, confidence=confidence, **options)
     if not (values := result[name]):
         raise AssertionError(f"Expected a layer for which {name} is defined, but got none.")
     intervals = result.interval(name) if name in result.influences else {}

@@ -80,12 +80,12 @@ class MeasureTester(ABC):
             assert_close(result["it"]["Identity"], self.definition(self.cube()))
 
     def test_merged_parts_give_the_definition(self) -> None:
-        for shares in ((5, 3, 5), (1, 12, 0), (0, 6, 7), (0, 0, 13)):
-            assert_close(feed([self.make() for _ in shares], self.cube(), parts(shares)), self.definition(self.cube()))
+        for sizes in ((5, 3, 5), (1, 12, 0), (0, 6, 7), (0, 0, 13)):
+            assert_close(feed([self.make() for _ in sizes], self.cube(), parts(sizes)), self.definition(self.cube()))
 
     def test_processes_give_the_definition(self) -> None:
-        for shares in ((9, 4), (0, 6, 7), (6, 0, 7)):
-            value = feed([self.make() for _ in shares], self.cube(), parts(shares), join=exchange)
+        for sizes in ((9, 4), (0, 6, 7), (6, 0, 7)):
+            value = feed([self.make() for _ in sizes], self.cube(), parts(sizes), join=exchange)
             assert_close(value, self.definition(self.cube()))
 
     def test_a_dictionary_of_states_merges(self) -> None:

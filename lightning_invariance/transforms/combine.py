@@ -18,7 +18,7 @@ def combine(*sets: TransformationSet) -> TransformationSet:
 
     Affine sets (rotations, scales, translations, quarter turns, flips) become one affine map for each product, so that
     pixels are interpolated once; ``combine(rotations(16), scales(), translations())`` is the paper's combined set of
-    4,224 transformations (section 3.1.2). Other sets are applied in sequence. The inverse is that of the whole product.
+    4,224 transformations (section 3.1.2). Other sets are applied in sequence. Inverses undo the whole product.
 
     Args:
         sets: one or more transformation sets.
