@@ -124,7 +124,7 @@ def main() -> None:
     test = data[1]
     shifted = evaluate(model, test, translations(), NormalizedVariance(response=True), layers="net.*", max_samples=64)
     figures["response_translations"] = plots.response(shifted)
-    many = evaluate(model, test, TURNS, layers="net.*", convergence=True, max_samples=512)
+    many = [evaluate(model, test, TURNS, layers="net.*", max_samples=n) for n in (64, 128, 256, 512)]
     figures["convergence"] = plots.convergence(many)
     counts = [evaluate(model, test, rotations(m), layers="net.*", max_samples=64) for m in (2, 4, 8, 16, 32)]
     figures["convergence_transformations"] = plots.convergence(counts)

@@ -24,7 +24,6 @@ from lightning_invariance.measures import (
     Anova,
     Goodfellow,
     Measure,
-    NormalizedVariance,
     SampleDistance,
     VarianceSameEquivariance,
 )
@@ -175,14 +174,14 @@ def error_of_the_estimate() -> None:
 
 
 def convergence(images: Path, weights: Path) -> None:
-    """Values of a trained network after a part of the samples."""
+    """Values of a trained network for a part of the samples."""
     model, x = trained_resnet(images, weights)
     layers = ["conv1", "layer1", "layer2", "layer3", "linear"]
-    result = evaluate(model, x, rotations(16), NormalizedVariance(), layers=layers, convergence=True)
-    numbers = list(next(iter(result.convergence["NormalizedVariance"].values())))
+    numbers = [len(x) // part for part in (8, 4, 2, 1)]
+    found = [evaluate(model, x, rotations(16), layers=layers, max_samples=n).per_layer() for n in numbers]
     print("\n| layer |" + "".join(f" n = {n} |" for n in numbers) + "\n|---|" + "---|" * len(numbers))
-    for layer, found in result.convergence["NormalizedVariance"].items():
-        print(f"| {layer} |" + "".join(f" {value:.4f} |" for value in found.values()))
+    for layer in layers:
+        print(f"| {layer} |" + "".join(f" {values[layer]:.4f} |" for values in found))
 
 
 def main() -> None:

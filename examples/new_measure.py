@@ -26,11 +26,11 @@ class Ranges(Accumulator):
         """The states before the first row."""
         return {"row_ranges": torch.zeros(0), "low": torch.zeros(0, 0), "high": torch.zeros(0, 0)}
 
-    def add(self, states: States, rows: Rows) -> States:
-        """The states after more rows."""
+    def add(self, states: States, rows: Rows) -> None:
+        """Add rows to the states, in place."""
         x = rows.flat.double()  # (samples, transformations, activations)
         added = {"row_ranges": (x.amax(1) - x.amin(1)).sum(0), "low": x.amin(0), "high": x.amax(0)}
-        return self.merge(states, added) if rows.before else added
+        states.update(self.merge(states, added) if rows.before else added)
 
     def merge(self, a: States, b: States) -> States:
         """The states after the rows of both."""
@@ -60,10 +60,10 @@ class RowsAbove(Accumulator):
         """The states before the second pass."""
         return {"level": torch.zeros(0), "above": torch.zeros(0, dtype=torch.long)}
 
-    def add(self, states: States, rows: Rows) -> States:
-        """The states after more rows."""
+    def add(self, states: States, rows: Rows) -> None:
+        """Count rows above the level."""
         ranges = (rows.flat.amax(1) - rows.flat.amin(1)).double()
-        return {"level": states["level"], "above": states["above"] + (ranges > states["level"]).sum(0)}
+        states["above"] = states["above"] + (ranges > states["level"]).sum(0)
 
     def merge(self, a: States, b: States) -> States:
         """The states after the rows of both."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -82,21 +83,26 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def gather_or_raise(value: Any, error: BaseException | None) -> list[Any]:
-    """One small object from every process, unless one of them failed: then no process waits for it.
+@contextmanager
+def errors_shared() -> Iterator[None]:
+    """Raise an error of one process in all of them at the end of the context: the others would wait for it for ever.
 
     Raises:
         RuntimeError: If another process failed, with its error; ``torch.OutOfMemoryError``, which is one, if it ran out
             of memory. The one that failed raises its error itself.
     """
-    told = gather_objects((value, None if error is None else repr(error)))
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    messages = gather_objects(None if error is None else repr(error))
     if error is not None:
         raise error
-    for rank, (_, message) in enumerate(told):
+    for rank, message in enumerate(messages):
         if message is not None:
             kind = torch.OutOfMemoryError if message.startswith("OutOfMemoryError") else RuntimeError
             raise kind(f"Expected all processes to finish the walk, but rank {rank} failed: {message}")
-    return [value for value, _ in told]
 
 
 def merge_over_ranks(

@@ -9,23 +9,17 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from lightning_invariance.distributed import rank_and_world_size
-from lightning_invariance.engine.arguments import (
-    check_model,
-    check_number,
-    check_transformations,
-    named_measures,
-    named_metrics,
-)
 from lightning_invariance.engine.budget import OverBudgetError
 from lightning_invariance.engine.collect import collect
 from lightning_invariance.engine.column_chunks import in_column_chunks
 from lightning_invariance.engine.options import Options
 from lightning_invariance.engine.walk import Walk
+from lightning_invariance.measures import NormalizedVariance
 from lightning_invariance.measures.base import names_accumulators
-from lightning_invariance.messages import level_of_user
+from lightning_invariance.messages import given, level_of_user
 from lightning_invariance.model.preserved import ONE_AT_A_TIME
 from lightning_invariance.model.selection import Layers, select_layers, unwrapped
 from lightning_invariance.results.result import InvarianceResult
@@ -261,3 +255,78 @@ def layer_names(
     walk = Walk(unwrapped(model), example, Options(layers, forward=forward, operations=operations))
     with ONE_AT_A_TIME:
         return walk.names(example)
+
+
+def named_measures(measures: Sequence[Metric] | Mapping[str, Metric] | None) -> dict[str, Metric]:
+    """Name → measure, checked; by default the normalised variance."""
+    return named_metrics([NormalizedVariance()] if measures is None else measures, "measures")
+
+
+def named_metrics(
+    measures: Metric | Sequence[Metric] | Mapping[str, Metric] | None, argument: str = "outputs"
+) -> dict[str, Metric]:
+    """Name → metric, checked."""
+    if measures is None:
+        return {}
+    if isinstance(measures, Metric | type):
+        measures = [measures]
+    if isinstance(measures, MetricCollection):
+        measures = dict(measures.items())
+    if not isinstance(measures, Sequence | Mapping):
+        raise TypeError(
+            f"Expected argument `{argument}` to be a metric, or a list or dict of metrics, but got {given(measures)}."
+        )
+    pairs = list(measures.items()) if isinstance(measures, Mapping) else [(type(m).__name__, m) for m in measures]
+    named: dict[str, Metric] = {}
+    for name, measure in pairs:
+        if not isinstance(measure, Metric):
+            hint = f": call it, as in `{measure.__name__}()`" if isinstance(measure, type) else ""
+            raise TypeError(
+                f"Expected argument `{argument}` to hold torchmetrics.Metric objects, but got {given(measure)}{hint}."
+            )
+        if name in named:
+            raise ValueError(
+                f"Expected argument `{argument}` to hold measures of different names, but got two of {name!r}; give"
+                f' them names with a dict: {{"{name}": ..., "other": ...}}.'
+            )
+        named[name] = measure
+    if not named:
+        raise ValueError(f"Expected argument `{argument}` to hold at least one measure, but got none.")
+    return named
+
+
+def check_model(model: Any) -> None:
+    """Raise for what is no module with values."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"Expected argument `model` to be a torch.nn.Module, but got {type(model).__name__}: call"
+            " `evaluate(model, data, transformations)`, in this order."
+        )
+    if any(tensor.is_meta for tensors in (model.parameters(), model.buffers()) for tensor in tensors):
+        raise ValueError(
+            "Expected argument `model` to hold values, but some of its parameters are on the meta device: load them, or"
+            " materialise it with `model.to_empty(device=...)`."
+        )
+
+
+def check_transformations(transformations: TransformationSet) -> None:
+    """Raise for what is no set of at least two transformations."""
+    if not isinstance(transformations, TransformationSet):
+        hint = (
+            f"call it, as in `{transformations.__name__}(16)`"
+            if callable(transformations) and hasattr(transformations, "__name__")
+            else "write `rotations(16)`, or make one of functions with `TransformationSet.from_callables`"
+        )
+        raise TypeError(
+            f"Expected argument `transformations` to be a TransformationSet, but got {given(transformations)}: {hint}."
+        )
+    if len(transformations) < 2:
+        raise ValueError(
+            f"Expected argument `transformations` to hold at least two transformations, but got {transformations!r}."
+        )
+
+
+def check_number(n_samples: int) -> None:
+    """Raise for a number of samples of which nothing varies."""
+    if n_samples < 2:
+        raise ValueError(f"Expected at least two samples, but got {n_samples}: a variance needs two.")

@@ -1,4 +1,4 @@
-"""What messages say of names and of other things that were given, and whose code these are."""
+"""Helpers for error messages and warnings."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from typing import Any
 
 #: As many names as a message holds.
 FEW = 6
-
-#: How the names of the modules of this package begin.
-PACKAGE = __name__.partition(".")[0] + "."
 
 #: As many characters as a message holds of what a thing looks like.
 FEW_CHARACTERS = 80
@@ -41,11 +38,6 @@ def given(value: Any) -> str:
         return f"{type(value).__name__} of shape {tuple(shape)}"
     told = " ".join(repr(value).split())
     return told if len(told) <= FEW_CHARACTERS else told[:FEW_CHARACTERS] + "…"
-
-
-def is_of_package(thing: Any) -> bool:
-    """Whether the class of a thing is one of this package; a subclass of it by somebody else is not."""
-    return type(thing).__module__.startswith(PACKAGE)
 
 
 def level_of_user() -> int:

@@ -1,15 +1,20 @@
-"""What holds for every test."""
+"""Fixtures and settings of all tests."""
 
 import importlib
 import os
 
 import pytest
 import torch
+from ranks import Ranks
 
 from lightning_invariance.accumulators.backends import devices
 from lightning_invariance.measures.accumulating import AccumulatingMetric
 from lightning_invariance.measures.base import Measure
 from lightning_invariance.measures.stratified import Stratified
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # Workers that each start a thread for every core would wait for each other.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
 
 
 @pytest.fixture(autouse=True)
@@ -19,11 +24,19 @@ def _same_random_numbers_in_any_order():
 
 @pytest.fixture(autouse=True, scope="session")
 def _nothing_is_left_where_the_tests_run():
-    """Such as checkpoints of a trainer without a folder of its own."""
+    """Checkpoints of a trainer without a folder of its own would be, for instance."""
     before = set(os.listdir())
     yield
     left = [name for name in set(os.listdir()) - before if not name.startswith(".")]
     assert not left, f"tests left {left} in {os.getcwd()}"
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """Three processes that run a function each time they are called: ``ranks(function, *args)`` → what each returns."""
+    group = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield group
+    group.stop()
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":  # tests/test_devices.py runs others with Triton's interpreter

@@ -1,4 +1,4 @@
-"""What operations launch, move and allocate; for devices on "meta", whose tensors have a size and no values."""
+"""Count kernels and bytes of operations on "meta", a device whose tensors have a size and no values."""
 
 import math
 
@@ -22,8 +22,8 @@ class Counted(TorchDispatchMode):
 
     Attributes:
         kernels: operations of the device that are not views.
-        bytes: those of their inputs and outputs.
-        names: of these operations.
+        bytes: size of their inputs and outputs.
+        names: names of these operations.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Counted(TorchDispatchMode):
 
 
 def counted(measure, block: Tensor) -> Counted:
-    """What the third block of a layer costs a measure on a device, beside making the block.
+    """Count the kernels and bytes that a measure needs for the third block of a layer on a device.
 
     Args:
         measure: a measure.
@@ -58,18 +58,3 @@ def counted(measure, block: Tensor) -> Counted:
     with Counted() as found:
         measure.add(block, indices=torch.arange(2 * n, 3 * n))
     return found
-
-
-class Allocated(TorchDispatchMode):
-    """Counts tensors that are given memory of their own while the context lasts, on any device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tensors = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        made = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
-        self.tensors += sum(leaf.untyped_storage()._cdata not in given for leaf in made)
-        return found

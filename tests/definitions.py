@@ -1,11 +1,12 @@
 """The measures as the paper defines them, in numpy's longest floating point; nothing here uses the package.
 
-All take an ST array ``(n, m, *activation_shape)``. Sections and equations are those of Quiroga's paper.
+All take an ST array ``(n, m, *activation_shape)``. Section and equation numbers refer to Quiroga's paper.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -47,7 +48,7 @@ def aggregated(values, how):
 
 
 def distance(a, b, kind, over):
-    """Of activations, or of feature maps as vectors: of one activation shape, channels first."""
+    """Distance of activations, or of feature maps as vectors; channels first."""
     if kind == "squared":
         found = (a - b) ** 2
     elif kind == "abs":
@@ -67,7 +68,7 @@ def distance(a, b, kind, over):
 
 
 def average_distance(rows, kind, over):
-    """Eq. 6: the mean over all ordered pairs, those of a value with itself among them."""
+    """Eq. 6: the mean over all ordered pairs, including pairs of a value with itself."""
     pairs = [distance(rows[a], rows[b], kind, over) for a, b in itertools.combinations(range(len(rows)), 2)]
     return 2 * sum(pairs, 0 * distance(rows[0], rows[0], kind, over)) / len(rows) ** 2
 
@@ -75,6 +76,12 @@ def average_distance(rows, kind, over):
 def td(x, kind="abs", over="activation"):
     """Eq. 5, of rows."""
     return sum(average_distance(row, kind, over) for row in x) / len(x)
+
+
+def groups_of(n, samples):
+    """Groups of nearly equal size, one sample after the other."""
+    count = math.ceil(n / samples)
+    return [[i for i in range(n) if i * count // n == group] for group in range(count)]
 
 
 def sd(x, kind="abs", over="activation", groups=None):
@@ -154,3 +161,16 @@ def same_equivariance(x, inverses, normalize, over, normalized_by, kind=None):
     value = parts[0] if parts[1] is None else quotient(*parts)
     undefined = (dark if normalize else np.zeros_like(dark)).reshape(-1, *[1] * (value.ndim - 1))
     return np.where(undefined, np.nan, value)
+
+
+def degrees_of_freedom(values):
+    """Degrees of freedom of the variance of n values ``(n, ...)`` by their kurtosis: between 1 and n − 1."""
+    n, centred = len(values), values - values.mean(0)
+    kurtosis = n * (centred**4).sum(0) / (centred**2).sum(0) ** 2
+    return np.clip(2 * n / (kurtosis - 1) - 1, 1, n - 1)
+
+
+def half_width(values, confidence=0.95):
+    """Half the width of Student's interval of the mean of values ``(n, ...)``."""
+    t = stats.t.ppf((1 + confidence) / 2, degrees_of_freedom(values))
+    return t * values.std(0, ddof=1) / np.sqrt(len(values))

@@ -5,9 +5,9 @@ And what its tests need of an NVIDIA GPU where there is one.
 
 import warnings
 from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
 
 import torch
+from ranks import CONTEXT
 from torch import Tensor
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 #: The type of the device.
 NAME = "emulated"
 
-#: Operations that take tensors of the CPU beside those of a device: indices, and values to copy.
+#: Operations that take tensors of the CPU together with tensors of a device: indices, and values to copy.
 MIXING = {"copy_", "_to_copy", "index", "index_put", "index_put_", "_index_put_impl_"}
 
 #: Operations after which the CPU has waited for the device.
@@ -56,7 +56,7 @@ class Emulation(TorchDispatchMode):
     Attributes:
         float64: whether the device has that type.
         operations: how many there were.
-        read: names of those that made the CPU wait.
+        read: names of the operations that made the CPU wait.
     """
 
     float64 = True
@@ -111,6 +111,7 @@ def _install(float64: bool) -> None:
         def set_rng_state(self, state):
             self.seed = int(state)
 
+    torch.set_num_threads(1)
     Emulation.float64 = float64
     backend_registration._setup_privateuseone_for_python_backend(NAME, Module())
     library = torch.library.Library("aten", "IMPL")
@@ -122,7 +123,7 @@ def _install(float64: bool) -> None:
         target.inner.copy_(source.inner if isinstance(source, OnDevice) else source)
         return target
 
-    # What PyTorch makes of a list of indices goes below all modes.
+    # PyTorch makes tensors of lists of indices below all modes.
     library.impl("empty_strided", empty_strided, "PrivateUse1")
     library.impl("_copy_from", copy_from, "PrivateUse1")
     _installed.append(library)
@@ -133,11 +134,11 @@ _installed: list[torch.library.Library] = []
 
 def process_with_device(float64: bool) -> ProcessPoolExecutor:
     """A process of its own that has the device, since a device type cannot be taken away again."""
-    return ProcessPoolExecutor(1, get_context("spawn"), _install, (float64,))
+    return ProcessPoolExecutor(1, CONTEXT, _install, (float64,))
 
 
 class Watched(TorchDispatchMode):
-    """Operations on an NVIDIA GPU, with float32 products as exact as those of the CPU.
+    """Operations on an NVIDIA GPU, with float32 products as exact as on the CPU.
 
     Attributes:
         operations: how many there were.

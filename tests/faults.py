@@ -1,4 +1,4 @@
-"""What happens when something breaks: kills with resume, ranks that raise, die or hang, disks, broken files.
+"""Behaviour when something breaks: kills with resume, ranks that raise, die or hang, full disks, broken files.
 
     python tests/faults.py [--kills 50]
 

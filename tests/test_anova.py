@@ -31,7 +31,7 @@ def measured(st, **arguments):
     return metric.compute()
 
 
-def test_one_way_is_that_of_scipy():
+def test_one_way_anova_equals_scipy():
     expected = scipy.stats.f_oneway(*cube().transpose(0, 1).numpy())
     np.testing.assert_allclose(measured(cube(), statistic="f").numpy(), expected.statistic, rtol=1e-9)
     np.testing.assert_allclose(measured(cube(), statistic="p").numpy(), expected.pvalue, rtol=1e-9)
@@ -45,7 +45,7 @@ def epsilon_of(st):
     return np.trace(pooled) ** 2 / ((m - 1) * np.trace(pooled @ pooled))
 
 
-def test_paired_is_that_of_statsmodels():
+def test_paired_anova_equals_statsmodels():
     st = cube(k=3)
     epsilon = measured(st, statistic="epsilon", paired=True)
     assert epsilon.tolist() == pytest.approx([epsilon_of(st)] * 3, rel=1e-9)
@@ -64,7 +64,7 @@ def test_paired_is_that_of_statsmodels():
 
 @pytest.mark.parametrize("d1", [1, 2, 3.7, 15, 4223])
 @pytest.mark.parametrize("d2", [1, 7, 240, 55.3, 159984])
-def test_the_f_distribution_is_that_of_scipy(d1, d2):
+def test_the_f_distribution_equals_scipy(d1, d2):
     f = torch.cat([torch.zeros(1), torch.logspace(-6, 4, 300, dtype=torch.float64)])
     expected = scipy.stats.f.sf(f.numpy(), d1, d2)
     np.testing.assert_allclose(f_survival(f, d1, d2).numpy(), expected, rtol=1e-8, atol=1e-290)
@@ -72,7 +72,7 @@ def test_the_f_distribution_is_that_of_scipy(d1, d2):
 
 @pytest.mark.parametrize("correction", ["bonferroni", "holm", "fdr_bh"])
 @pytest.mark.parametrize("effect", [0.0, 0.6, 1.0])
-def test_corrections_are_those_of_statsmodels(correction, effect):
+def test_corrections_equal_statsmodels(correction, effect):
     p = functional.anova(cube(effect=effect), paired=True)[1]
     expected = multipletests(p.numpy(), 0.05, correction)[0]
     value = measured(cube(effect=effect), correction=correction, paired=True)
@@ -82,7 +82,7 @@ def test_corrections_are_those_of_statsmodels(correction, effect):
 
 def test_corrections_find_different_numbers_and_leave_out_nan():
     p = torch.tensor([0.001, 0.014, 0.018, 0.03, float("nan"), 0.6])
-    # Of 5 known: Bonferroni 0.01; Holm 0.01, 0.0125, ...; Benjamini-Hochberg 0.01, 0.02, 0.03, 0.04.
+    # Of 5 known p-values: Bonferroni 0.01; Holm 0.01, 0.0125, ...; Benjamini-Hochberg 0.01, 0.02, 0.03, 0.04.
     assert rejected(p, 0.05, "bonferroni").tolist() == [True, False, False, False, False, False]
     assert rejected(p, 0.05, "holm").tolist() == [True, False, False, False, False, False]
     assert rejected(p, 0.05, "fdr_bh").tolist() == [True, True, True, True, False, False]
@@ -149,9 +149,15 @@ def exact_f(st):
     return between / (m - 1) / (error / ((m - 1) * (n - 1)))
 
 
-@pytest.mark.parametrize("scale", [1e-2, 1e-4, 1e-6])
-@pytest.mark.parametrize("outlier", [False, True])
-@pytest.mark.parametrize(("n", "dtype"), [(100, torch.float32), (10_000, torch.float64), (10_000, torch.float32)])
+@pytest.mark.parametrize(
+    ("scale", "outlier", "n", "dtype"),
+    [
+        *((scale, outlier, 100, torch.float32) for scale in (1e-2, 1e-4, 1e-6) for outlier in (False, True)),
+        (1e-2, False, 10_000, torch.float32),
+        (1e-6, True, 10_000, torch.float32),
+        (1e-4, True, 10_000, torch.float64),
+    ],
+)
 def test_paired_f_of_nearly_invariant_units(scale, outlier, n, dtype):
     generator = torch.Generator().manual_seed(3)
     samples = torch.randn(n, 1, 40, generator=generator, dtype=torch.float64)
@@ -228,10 +234,10 @@ def test_epsilon_with_rows_that_are_not_finite_does_not_depend_on_order_splits_a
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("m", [3, 5, 24, 33])
+@pytest.mark.parametrize("m", [5, 24, 33])
 @pytest.mark.parametrize("k", [1, 100])  # columns of single activations, and of long blocks, are summed in other orders
 @pytest.mark.parametrize("paired", [False, True])
-def test_what_does_not_vary_is_exactly_invariant(dtype, m, k, paired):
+def test_constant_rows_are_exactly_invariant(dtype, m, k, paired):
     generator = torch.Generator().manual_seed(4)
     rows = torch.randn(200, 1, k, generator=generator, dtype=dtype).expand(200, m, k).contiguous()
     constants = (torch.rand(k, generator=generator, dtype=dtype) - 0.5).expand(200, m, k).contiguous()
@@ -265,10 +271,11 @@ def nulls(kind, n=100, m=16, k=4000):
 
 @pytest.mark.parametrize("kind", ["smooth", "one noisy column", "random slope"])
 def test_the_paired_test_keeps_its_level_where_columns_do_not_vary_alike(kind):
-    p = measured(nulls(kind), statistic="p", paired=True)
+    st = nulls(kind)
+    p = measured(st, statistic="p", paired=True)
     assert 0.03 <= (p < 0.05).double().mean() <= 0.07
     assert (p < 0.001).double().mean() <= 0.003
-    uncorrected = scipy.stats.f.sf(measured(nulls(kind), statistic="f", paired=True).numpy(), 15, 15 * 99)
+    uncorrected = scipy.stats.f.sf(measured(st, statistic="f", paired=True).numpy(), 15, 15 * 99)
     assert (uncorrected < 0.05).mean() > 0.09  # what the correction is for
 
 
@@ -289,20 +296,8 @@ def test_a_family_of_all_activations_of_the_network(correction):
         Anova(family="all")
 
 
-def test_epsilon_does_not_depend_on_splits_and_merges():
-    st = nulls("smooth", n=30, k=20)
-    whole, left, right = (Anova("epsilon", paired=True) for _ in range(3))
-    whole.update(st)
-    for rows in st[:11].split(4):
-        left.update(rows)
-    right.update(st[11:])
-    left.merge_state(right)
-    torch.testing.assert_close(left.compute(), whole.compute(), rtol=1e-9, atol=0)
-    assert whole.compute()[0].item() == pytest.approx(epsilon_of(st), rel=1e-9)
-
-
 @pytest.mark.parametrize("d1", [1, 1.3, 2.7, 15])
-def test_the_p_value_of_the_definition_is_that_of_scipy(d1):
+def test_the_p_value_of_the_definition_equals_scipy(d1):
     for f in (0, 1e-6, 0.02, 0.9, 1.4, 30):
         for d2 in (3.1, 40, 1584.5):
             expected = scipy.stats.f.sf(f, d1, d2)

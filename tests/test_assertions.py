@@ -47,7 +47,7 @@ def test_only_some_layers_count():
         assert_invariant(model, images(), quarter_turns(), within=1e-6)
 
 
-def test_what_is_below_but_not_surely_fails():
+def test_a_value_below_the_limit_with_an_upper_bound_above_it_fails():
     value = float(NormalizedVariance()(quarter_turns()(images())).mean())
     few, model = images()[:6], nn.Sequential(nn.Identity())
     assert_invariant(model, images(), quarter_turns(), within=2 * value)

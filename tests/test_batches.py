@@ -9,6 +9,7 @@ import torch
 from lightnings import pl
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from trainings import trainer_of
 
 from lightning_invariance import InvarianceMonitor, TransformationSet, evaluate, functional
 
@@ -117,7 +118,7 @@ def test_batches_that_end_within_a_block_are_joined(size):
     torch.testing.assert_close(found["NormalizedVariance"]["seen"], expected(), rtol=1e-9, atol=1e-12)
 
 
-def test_what_belongs_to_no_sample_stays():
+def test_entries_of_a_batch_that_belong_to_no_sample_stay():
     shift = torch.ones(4, dtype=torch.float64)
 
     def collated(items):
@@ -175,11 +176,7 @@ def test_the_monitor_passes_it_on_in_the_precision_of_the_trainer(tmp_path):
             return torch.optim.SGD(self.parameters(), 0.01)
 
     monitor = InvarianceMonitor(SETS, forward=FORWARDS["tuple"])
-    trainer = pl.Trainer(
-        max_epochs=1, callbacks=[monitor], default_root_dir=tmp_path, accelerator="cpu", logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, precision="32-true",
-    )  # fmt: skip
-    model = Module().float()
+    trainer, model = trainer_of(tmp_path, monitor, precision="32-true"), Module().float()
     data = [(X[i].float(), SCALE[i].float(), NAMES[i]) for i in range(N)]
     trainer.fit(model, DataLoader(data, batch_size=4), DataLoader(data, batch_size=4))
     assert len(monitor.history) == 2

@@ -3,67 +3,18 @@
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightnings import CSVLogger, EarlyStopping, ModelCheckpoint, TensorBoardLogger, pl
+from lightnings import CSVLogger, EarlyStopping, ModelCheckpoint, pl
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
+from trainings import DATA, IMAGES, LAYERS, Net, Recorder, events, fit, fit_with_tensorboard, trainer_of
 
 from lightning_invariance import InvarianceMonitor, evaluate, rotations, scales
 from lightning_invariance.measures import NormalizedVariance, TransformationVariance
 
-IMAGES = torch.rand(40, 1, 6, 6, generator=torch.Generator().manual_seed(0))
-DATA = TensorDataset(IMAGES, (IMAGES.mean((1, 2, 3)) > 0.5).long())
-LAYERS = ["conv", "bn", "relu", "drop", "fc"]
-
-
-class Net(pl.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn, self.relu = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(inplace=True)
-        self.drop, self.fc = nn.Dropout(0.3), nn.Linear(48, 2)
-
-    def forward(self, x):
-        return self.fc(self.drop(self.relu(self.bn(self.conv(x))).flatten(1)))
-
-    def training_step(self, batch, _):
-        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
-        self.log("train_loss", loss)
-        return loss
-
-    def validation_step(self, batch, _):
-        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def fit(tmp_path, *callbacks, epochs=3, model=None, logger=None, data=DATA, ckpt_path=None, **options):
-    pl.seed_everything(1, verbose=False)
-    model = Net() if model is None else model
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        callbacks=list(callbacks),
-        logger=TensorBoardLogger(tmp_path, name="", version="run") if logger is None else logger,
-        accelerator="cpu",
-        default_root_dir=tmp_path,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{"enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks), **options},
-    )
-    trainer.fit(model, DataLoader(data, 8, shuffle=True), DataLoader(data, 8), ckpt_path=ckpt_path)
-    return trainer
-
-
-def events(tmp_path):
-    accumulator = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0, "scalars": 0})
-    accumulator.Reload()
-    return accumulator
-
 
 def test_curves_and_pictures_in_tensorboard(tmp_path):
     monitor = InvarianceMonitor(rotations(4), [NormalizedVariance(), TransformationVariance()])
-    trainer = fit(tmp_path, monitor)
+    trainer = fit_with_tensorboard(tmp_path, monitor)
     logged = events(tmp_path)
     validated = [event.step for event in logged.Scalars("val_loss")]
     assert validated == [4, 9, 14]
@@ -85,7 +36,7 @@ def test_curves_and_pictures_in_tensorboard(tmp_path):
     )
 
 
-def test_values_are_those_of_evaluate(tmp_path):
+def test_values_equal_evaluate(tmp_path):
     monitor = InvarianceMonitor(rotations(4))
     model = Net()
     pl.seed_everything(5, verbose=False)
@@ -97,40 +48,9 @@ def test_values_are_those_of_evaluate(tmp_path):
             assert torch.equal(result["NormalizedVariance"][layer], expected["NormalizedVariance"][layer])
 
 
-class Recorder(pl.Callback):
-    """What training sees: its batches, its losses and the random state."""
-
-    def __init__(self):
-        self.seen = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.seen.append((batch[0].sum().item(), outputs["loss"].item(), torch.get_rng_state().sum().item()))
-
-
-@pytest.mark.parametrize("options", [{}, {"val_check_interval": 0.5}, {"check_val_every_n_epoch": 2}])
-def test_training_is_the_same_bit_for_bit(tmp_path, options):
-    models, recorders = [], []
-    for callbacks in ([], [InvarianceMonitor(rotations(4))]):
-        recorder = Recorder()
-        trainer = fit(tmp_path / str(len(models)), *callbacks, recorder, **options)
-        models.append(trainer.lightning_module)
-        recorders.append(recorder)
-    assert recorders[0].seen == recorders[1].seen
-    for (name, one), other in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
-        assert torch.equal(one, other), name
-    assert [m.training for m in models[0].modules()] == [m.training for m in models[1].modules()]
-    assert not any(m._forward_hooks for m in models[1].modules())
-
-
-def test_every_n_epochs_and_the_first_validation(tmp_path):
-    monitor = InvarianceMonitor(rotations(4), every_n_epochs=3)
-    fit(tmp_path, monitor, epochs=6)
-    assert [result.epoch for result in monitor.history] == [-1, 0, 2, 5]
-
-
 def test_without_validation_the_training_epoch_counts(tmp_path):
     monitor = InvarianceMonitor(rotations(4), data=IMAGES, every_n_epochs=2)
-    fit(tmp_path, monitor, epochs=4, limit_val_batches=0)
+    fit_with_tensorboard(tmp_path, monitor, epochs=4, limit_val_batches=0)
     assert [result.epoch for result in monitor.history] == [-1, 1, 3]
     points = events(tmp_path).Scalars("NormalizedVariance/fc")
     assert [event.step for event in points] == [0, 9, 19]
@@ -139,12 +59,6 @@ def test_without_validation_the_training_epoch_counts(tmp_path):
 def test_the_trainer_without_data(tmp_path):
     with pytest.raises(MisconfigurationException, match="give it `data`"):
         fit(tmp_path, InvarianceMonitor(rotations(4)), limit_val_batches=0)
-
-
-def test_validation_that_comes_late_is_loaded_for_the_untrained_network(tmp_path):
-    monitor = InvarianceMonitor(rotations(4))
-    fit(tmp_path, monitor, epochs=4, check_val_every_n_epoch=2, num_sanity_val_steps=0)
-    assert [result.epoch for result in monitor.history] == [-1, 1, 3]
 
 
 def test_early_stopping_and_checkpoints_can_watch_it(tmp_path):
@@ -187,8 +101,8 @@ def test_old_results_keep_channels_only_when_memory_is_short(tmp_path, monkeypat
 
 def test_two_monitors_need_two_names(tmp_path):
     with pytest.raises(MisconfigurationException, match="set `name`"):
-        fit(tmp_path, OtherMonitor(rotations(4)), InvarianceMonitor(scales()))
-    fit(tmp_path, InvarianceMonitor(rotations(4)), InvarianceMonitor(scales(), name="scale"), epochs=1)
+        fit_with_tensorboard(tmp_path, OtherMonitor(rotations(4)), InvarianceMonitor(scales()))
+    fit_with_tensorboard(tmp_path, InvarianceMonitor(rotations(4)), InvarianceMonitor(scales(), name="scale"), epochs=1)
     tags = events(tmp_path).Tags()["scalars"]
     assert {"NormalizedVariance/fc", "NormalizedVariance_scale/fc", "NormalizedVariance_scale_mean"} <= set(tags)
 
@@ -211,17 +125,14 @@ def test_the_csv_logger_gets_files(tmp_path):
 
 def test_no_logger_and_fast_dev_run(tmp_path):
     monitor = InvarianceMonitor(rotations(4))
-    fit(tmp_path, monitor, epochs=1, logger=False)
+    fit(tmp_path, monitor, epochs=1)
     assert len(monitor.history) == 2
     fit(tmp_path, InvarianceMonitor(rotations(4)), fast_dev_run=True)
 
 
 def test_validate_measures_once(tmp_path):
     monitor = InvarianceMonitor(rotations(4))
-    trainer = pl.Trainer(
-        callbacks=[monitor], logger=False, accelerator="cpu", enable_progress_bar=False, default_root_dir=tmp_path
-    )
-    metrics = trainer.validate(Net(), DataLoader(DATA, 8), verbose=False)[0]
+    metrics = trainer_of(tmp_path, monitor).validate(Net(), DataLoader(DATA, 8), verbose=False)[0]
     assert len(monitor.history) == 1
     assert metrics["NormalizedVariance/fc"] == pytest.approx(monitor.history[0].per_layer()["fc"], rel=1e-6)
 

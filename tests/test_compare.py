@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from definitions import degrees_of_freedom
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 from torch import nn
@@ -71,9 +72,7 @@ def test_paired_comparison_of_means_is_the_paired_t_test():
         error = difference.std(ddof=1) / math.sqrt(60)
         assert row.difference == pytest.approx(difference.mean(), rel=1e-9)
         # Student's t, with the degrees of freedom that the kurtosis of the differences leaves.
-        centred = difference - difference.mean()
-        kurtosis = 60 * (centred**4).sum() / (centred**2).sum() ** 2
-        freedom = min(2 * 60 / (kurtosis - 1) - 1, 59)
+        freedom = degrees_of_freedom(difference)
         low, high = scipy.stats.t.interval(0.95, freedom, difference.mean(), error)
         assert (row.low, row.high) == pytest.approx((low, high), rel=1e-9)
         raw.append(2 * scipy.stats.t.sf(abs(difference.mean()) / error, freedom))
@@ -82,16 +81,10 @@ def test_paired_comparison_of_means_is_the_paired_t_test():
     network = (other - one).mean(1)
     assert found.network.difference == pytest.approx(network.mean(), rel=1e-9)
     assert (found.network.high - found.network.low) / 2 == pytest.approx(
-        network.std(ddof=1) / math.sqrt(60) * scipy.stats.t.ppf(0.975, freedom_of(network)), rel=1e-9
+        network.std(ddof=1) / math.sqrt(60) * scipy.stats.t.ppf(0.975, degrees_of_freedom(network)), rel=1e-9
     )
     assert found.differing == ["layers.0", "layers.1"]
     assert found["layers.1"] is found.rows[1]
-
-
-def freedom_of(values):
-    centred = values - values.mean()
-    n = len(values)
-    return min(2 * n / (n * (centred**4).sum() / (centred**2).sum() ** 2 - 1) - 1, n - 1)
 
 
 def test_other_samples_are_compared_unpaired():
@@ -101,7 +94,7 @@ def test_other_samples_are_compared_unpaired():
     assert "unpaired" in str(found)
     one, other = spreads(1.0, x)[:, 0], spreads(1.3, y)[:, 0]
     squares = [v.var(ddof=1) / len(v) for v in (one, other)]
-    freedom = sum(squares) ** 2 / sum(s**2 / freedom_of(v) for s, v in zip(squares, (one, other), strict=True))
+    freedom = sum(squares) ** 2 / sum(s**2 / degrees_of_freedom(v) for s, v in zip(squares, (one, other), strict=True))
     half = scipy.stats.t.ppf(0.975, freedom) * math.sqrt(sum(squares))
     row = found["layers.0"]
     assert (row.high - row.low) / 2 == pytest.approx(half, rel=1e-9)
@@ -180,7 +173,7 @@ def test_a_layer_that_other_samples_reach_of_each_network():
         spread - spread[in_a].mean()
     )
     error = math.sqrt((psi**2).sum() / (n * (n - 1)))
-    t = scipy.stats.t.ppf(0.975, freedom_of(psi))
+    t = scipy.stats.t.ppf(0.975, degrees_of_freedom(psi))
     row = compare(a, b)["expert"]
     assert row.difference == pytest.approx(spread[in_b].mean() - spread[in_a].mean(), rel=1e-9)
     assert row.high - row.difference == pytest.approx(t * error, rel=1e-9)
@@ -223,7 +216,7 @@ def test_equivalence_is_two_one_sided_tests(margin):
     a, b = result_of(1.0, x, depth=1), result_of(1.01, x, depth=1)
     row = compare(a, b, margin=margin)["layers.0"]
     one, other = spreads(1.0, x)[:, 0], spreads(1.01, x)[:, 0]
-    freedom = freedom_of(other - one)
+    freedom = degrees_of_freedom(other - one)
     error = (other - one).std(ddof=1) / math.sqrt(200)
     difference = (other - one).mean()
     below = scipy.stats.t.sf((margin - difference) / error, freedom)
@@ -233,7 +226,7 @@ def test_equivalence_is_two_one_sided_tests(margin):
 
 
 def by_hand(values):
-    """A result of one layer whose mean is that of values, one for each sample."""
+    """A result of one layer with one given value for each sample."""
     psi = torch.from_numpy(values - values.mean())
     return InvarianceResult(
         {"M": {"layer": torch.tensor([values.mean()])}},
@@ -246,8 +239,8 @@ def by_hand(values):
 
 
 @pytest.mark.parametrize("margin", [0.01, 0.1, 0.3])
-def test_equivalence_is_that_of_statsmodels(margin):
-    """Of uniform differences, whose kurtosis is below 3: the textbook's n − 1 degrees of freedom."""
+def test_equivalence_equals_statsmodels(margin):
+    """Uniform differences have a kurtosis below 3, and so the textbook's n − 1 degrees of freedom."""
     one = np.random.default_rng(0).uniform(size=200)
     other = one + np.random.default_rng(1).uniform(-0.5, 0.6, 200)
     row = compare(by_hand(one), by_hand(other), margin=margin)["layer"]
@@ -255,7 +248,7 @@ def test_equivalence_is_that_of_statsmodels(margin):
     assert row.p == pytest.approx(scipy.stats.ttest_rel(other, one).pvalue, rel=1e-9)
 
 
-def test_doubts_of_either_result_are_told():
+def test_doubts_of_either_result_are_reported():
     x = images(30)
     few = compare(result_of(1.0, x[:6]), result_of(1.0, x[:6]))["layers.0"]
     assert "6 samples" in few.doubt
@@ -307,7 +300,7 @@ def test_layers_meet_by_depth():
     assert deep["layers.2"].b == pytest.approx(means[1])
     one, other = spreads(0.5, x)[:, 1], spreads(1.0, x).mean(1)
     error = (other - one).std(ddof=1) / math.sqrt(40)
-    t = scipy.stats.t.ppf(0.975, freedom_of(other - one))
+    t = scipy.stats.t.ppf(0.975, degrees_of_freedom(other - one))
     assert (deep["layers.1"].high - deep["layers.1"].low) / 2 == pytest.approx(t * error, rel=1e-9)
 
 
@@ -358,7 +351,7 @@ def test_values_in_other_units_do_not_compare(one, other, units):
         compare(a, b)
 
 
-def test_what_does_not_compare_is_refused():
+def test_results_that_do_not_compare_are_refused():
     x = images(20)
     a = result_of(1.0, x)
     without = result_of(1.0, x, confidence=None)
@@ -387,7 +380,7 @@ def test_what_does_not_compare_is_refused():
         compare(a, a)["x"]
 
 
-def test_holm_is_that_of_statsmodels():
+def test_holm_equals_statsmodels():
     from lightning_invariance.results.comparison import holm
 
     p = np.random.default_rng(0).uniform(size=40) ** 4
@@ -396,7 +389,7 @@ def test_holm_is_that_of_statsmodels():
     assert holm([0.5, math.nan, 0.01])[2] == pytest.approx(0.02)
 
 
-def test_earlier_results_compare_by_seeds_only():
+def test_results_without_influences_compare_by_seeds_only():
     old = InvarianceResult({"M": {"a": torch.tensor([1.0])}})
     new = InvarianceResult({"M": {"a": torch.tensor([2.0])}})
     with pytest.raises(ValueError, match="influences"):

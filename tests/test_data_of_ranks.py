@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
@@ -13,7 +12,7 @@ IMAGES = torch.rand(12, 2, 6, 6, generator=torch.Generator().manual_seed(0), dty
 
 
 class Stream(IterableDataset):
-    """Some images: all of them, or every second."""
+    """All images, or the share of one of several ranks."""
 
     def __init__(self, first=0, step=1):
         self.first, self.step = first, step
@@ -47,39 +46,34 @@ def network():
     return nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten()).double()
 
 
-#: What each process is given, and what must come of it: the number of samples, or an error.
+#: Data of each process, arguments of evaluate, and the expected number of samples or error.
 CASES = {
     "stream": (lambda rank: Stream(), {"max_samples": 12}, 12),
-    "stream split by rank": (lambda rank: Stream(rank, 2), {"max_samples": 12}, 12),
-    "some of a stream split by rank": (lambda rank: DataLoader(Stream(rank, 2), 4), {"max_samples": 7}, 7),
-    "other numbers": (lambda rank: IMAGES[: 8 - 2 * rank], {}, "on every process, but they have [8, 6] samples"),
-    "other samples": (lambda rank: IMAGES[6 * rank : 6 * rank + 6], {}, "but their first samples differ"),
+    "stream split by rank": (lambda rank: Stream(rank, 3), {"max_samples": 12}, 12),
+    "some of a stream split by rank": (lambda rank: DataLoader(Stream(rank, 3), 4), {"max_samples": 7}, 7),
+    "other numbers": (lambda rank: IMAGES[: 8 - 2 * rank], {}, "on every process, but they have [8, 6, 4] samples"),
+    "other samples": (lambda rank: IMAGES[4 * rank : 4 * rank + 4], {}, "but their first samples differ"),
     "none on one": (lambda rank: IMAGES[: 6 * rank], {}, "it is empty"),
     "bfloat16": (lambda rank: Half(), {}, 12),
     "random": (lambda rank: Noisy(), {}, 12),
 }
 
 
-def in_process(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+def on_a_rank():
     found = {}
     for name, (data, options, _) in CASES.items():
         try:
             model = network().bfloat16() if name == "bfloat16" else network()
-            result = evaluate(model, data(rank), rotations(4), batch_size=8, progress=False, **options)
+            result = evaluate(model, data(dist.get_rank()), rotations(4), batch_size=8, progress=False, **options)
             found[name] = (result.n_samples, result["NormalizedVariance"]["0"])
         except (ValueError, RuntimeError) as error:
             found[name] = (str(error), None)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(in_process, (2, str(folder)), 2, start_method="spawn")
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+def found(ranks):
+    return ranks(on_a_rank)
 
 
 @pytest.mark.parametrize("case", CASES)

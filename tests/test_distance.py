@@ -51,7 +51,7 @@ def test_values_worked_out_by_hand(measure, distance, value):
 
 
 @pytest.mark.parametrize(("distance", "metric"), [("abs", "cityblock"), ("euclidean",) * 2, ("cosine",) * 2])
-def test_distances_of_feature_maps_are_those_of_scipy(distance, metric):
+def test_distances_of_feature_maps_equal_scipy(distance, metric):
     st = torch.randn(7, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     n = len(st)
     of_samples = [[2 * pdist(st[:, j, c].flatten(1).numpy(), metric).sum() / n**2 for j in range(4)] for c in range(2)]
@@ -199,20 +199,6 @@ def test_fewer_samples_than_announced_are_no_zeros():
         metric.update(st[rows], rows)
     # E|x − y| of two standard normal values is 2 / √π.
     assert metric.compute().mean().item() == pytest.approx(0.99 * 2 / math.sqrt(math.pi), rel=0.05)
-
-
-@pytest.mark.parametrize("angle", [1e-1, 1e-2, 1e-3])
-def test_cosines_of_small_angles_keep_their_digits(angle):
-    generator = torch.Generator().manual_seed(3)
-    maps = torch.randn(5, 1, 2, 8, 8, generator=generator)
-    st = maps + angle * torch.randn(5, 4, 2, 8, 8, generator=generator)
-    value = measured(TransformationDistance("cosine", "channel"), st)
-    expected = torch.zeros(2, dtype=torch.float64)
-    for row in st.double():
-        for channel in range(2):
-            unit = torch.nn.functional.normalize(row[:, channel].flatten(1), dim=1)
-            expected[channel] += (1 - unit @ unit.T).mean() / 5
-    torch.testing.assert_close(value, expected, rtol=2e-4, atol=0)
 
 
 @pytest.mark.parametrize("difference", [1e-2, 1e-4, 1e-6])

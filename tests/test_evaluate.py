@@ -1,4 +1,4 @@
-"""evaluate() against the stored ST cube, and everything it must leave alone."""
+"""evaluate() against the stored ST cube, and what it must leave unchanged."""
 
 import pickle
 import random
@@ -17,7 +17,6 @@ from lightning_invariance import (
     combine,
     evaluate,
     functional,
-    layer_names,
     quarter_turns,
     rotations,
     scales,
@@ -26,7 +25,6 @@ from lightning_invariance.measures import (
     Goodfellow,
     NormalizedDistance,
     NormalizedVariance,
-    SampleDistance,
     SampleVariance,
     TransformationVariance,
     VarianceSameEquivariance,
@@ -102,22 +100,6 @@ def test_a_layer_of_one_activation_keeps_its_shape():
     assert [tuple(mask.shape) for mask in result.dead.values()] == [(1, 1, 1), (1,), ()]
 
 
-def test_in_place_activations_do_not_change_what_came_before():
-    class Net(nn.Module):
-        def __init__(self, inplace):
-            super().__init__()
-            torch.manual_seed(0)
-            self.conv, self.relu = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=inplace)
-
-        def forward(self, x):
-            return self.relu(self.conv(x))
-
-    one, other = (evaluate(Net(inplace), IMAGES, rotations(4)) for inplace in (True, False))
-    for layer in ("conv", "relu"):
-        assert torch.equal(one["NormalizedVariance"][layer], other["NormalizedVariance"][layer])
-    assert not torch.equal(one["NormalizedVariance"]["conv"], one["NormalizedVariance"]["relu"])
-
-
 def test_nothing_is_changed_afterwards():
     model = network().train()
     model[1].eval()  # a frozen BatchNorm stays frozen
@@ -157,139 +139,17 @@ class Broken(nn.Module):
         raise ArithmeticError("broken")
 
 
-def test_hooks_go_and_modes_return_when_forward_raises():
+@pytest.mark.parametrize("operations", [False, True])
+def test_hooks_go_and_modes_return_when_forward_raises(operations):
     model = Broken().train()
     state = torch.get_rng_state()
     with pytest.raises(ArithmeticError):
-        evaluate(model, IMAGES, rotations(4))
+        evaluate(model, IMAGES, rotations(4), operations=operations)
+    assert torch.overrides._get_current_function_mode_stack() == []
     assert model.training
     assert model.conv.training
     assert not model.conv._forward_hooks
     assert torch.equal(state, torch.get_rng_state())
-
-
-class Many(nn.Module):
-    """A module that runs three times, one that never runs, and outputs in containers."""
-
-    def __init__(self):
-        super().__init__()
-        self.relu = nn.ReLU()
-        self.unused = nn.Linear(2, 2)
-        self.pair = Pair()
-        self.lstm = nn.LSTM(8, 5, batch_first=True)
-
-    def forward(self, x):
-        x = self.relu(self.relu(self.relu(x) - 0.2) - 0.2)
-        self.pair(x)
-        return self.lstm(x[:, 0])
-
-
-class Pair(nn.Module):
-    def forward(self, x):
-        return {"mean": x.mean(1), "rest": [x[:, 0], (x > 0).long(), None, x[:, :0]]}
-
-
-def test_repeated_calls_and_outputs_in_containers():
-    result = evaluate(Many(), IMAGES, rotations(4))
-    shapes = {layer: tuple(v.shape) for layer, v in result["NormalizedVariance"].items()}
-    assert shapes == {
-        "relu": (3, 8, 8),
-        "relu#1": (3, 8, 8),
-        "relu#2": (3, 8, 8),
-        "pair[mean]": (8, 8),
-        "pair[rest][0]": (8, 8),
-        "lstm[0]": (8, 5),
-        "lstm[1][0]": (1, 5),
-        "lstm[1][1]": (1, 5),
-    }
-    x = rotations(4)(IMAGES.double()).flatten(0, 1)
-    cube = (((x.relu() - 0.2).relu() - 0.2).relu()).unflatten(0, (13, 4))
-    expected = functional.normalized_variance(cube)
-    clear = functional.sample_variance(cube) > 1e-6
-    torch.testing.assert_close(result["NormalizedVariance"]["relu#2"][clear], expected[clear], rtol=1e-4, atol=0)
-
-
-def nested():
-    return nn.ModuleDict(
-        {
-            "conv1": nn.Conv2d(3, 4, 3),
-            "layer1": nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()),
-            "layer2": nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()),
-        }
-    )
-
-
-@pytest.mark.parametrize(
-    ("layers", "names"),
-    [
-        (None, ["conv1", "layer1.0", "layer1.1", "layer2.0", "layer2.1"]),
-        ("layer1", ["layer1"]),
-        ("layer1.*", ["layer1.0", "layer1.1"]),
-        (["*.0", "conv1"], ["conv1", "layer1.0", "layer2.0"]),
-        (nn.ReLU, ["layer1.1", "layer2.1"]),
-        ([nn.Sequential, "conv?"], ["conv1", "layer1", "layer2"]),
-        (lambda name, module: name.startswith("layer2"), ["layer2", "layer2.0", "layer2.1"]),
-        ({"layer2.0": "second", "conv1": "first"}, ["second", "first"]),
-    ],
-)
-def test_selecting_layers(layers, names):
-    assert layer_names(nested(), layers) == names
-
-
-@pytest.mark.parametrize(
-    ("layers", "error", "message"),
-    [
-        (["conv2"], ValueError, r"no layer 'conv2'\. Did you mean 'conv1'"),
-        ("zzz*", ValueError, "The model has conv1"),
-        (nn.Linear, ValueError, "no Linear; it has Conv2d, ReLU, Sequential"),
-        ([], ValueError, "selects none"),
-        (lambda name, module: False, ValueError, "selects none"),
-        ({"conv1": "a", "layer1": "a"}, ValueError, "different names"),
-        (3, TypeError, "but got 3"),
-        ([3], TypeError, "but got 3"),
-    ],
-)
-def test_selections_that_fail(layers, error, message):
-    with pytest.raises(error, match=message):
-        layer_names(nested(), layers)
-
-
-def test_a_layer_that_never_runs():
-    with pytest.raises(RuntimeError, match=r"'unused' to run .*'relu', 'relu#1', 'relu#2', 'pair"):
-        evaluate(Many(), IMAGES, rotations(4), layers=["unused", "relu", "pair"])
-    assert evaluate(Many(), IMAGES, rotations(4), layers="*u*").layers == ["relu", "relu#1", "relu#2"]
-
-
-def test_renamed_layers_and_the_output_of_a_block():
-    model = nn.Sequential(nested()["layer1"], nn.Flatten())
-    model[0][0] = nn.Conv2d(3, 4, 3)
-    result = evaluate(model, IMAGES, rotations(4), layers={"0": "block", "0.0": "conv"})
-    assert result.layers == ["conv", "block"]
-
-
-def test_a_model_of_one_module():
-    assert evaluate(nn.Conv2d(3, 2, 3), IMAGES, rotations(4)).layers == ["Conv2d"]
-
-
-def test_forward_and_input_fn():
-    class Conditional(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 2, 3)
-
-        def forward(self, x, factor):
-            return self.conv(x) * factor
-
-    data = [{"a": x, "b": torch.zeros(2)} for x in IMAGES]
-    grad_enabled = []
-
-    def forward(model, x):
-        grad_enabled.append(torch.is_grad_enabled())
-        return model(x, 2)
-
-    result = evaluate(Conditional(), data, rotations(4), forward=forward, input_fn=lambda batch: batch["a"])
-    assert result.layers == ["conv"]
-    assert not any(grad_enabled)
 
 
 def test_class_sorted_and_shuffled_data_agree():
@@ -303,15 +163,6 @@ class Endless(IterableDataset):
     def __iter__(self):
         while True:
             yield from IMAGES
-
-
-def test_an_endless_dataset_with_max_samples():
-    result = evaluate(network(), Endless(), rotations(4), max_samples=13)
-    assert result.n_samples == 13
-    expected = evaluate(network(), IMAGES, rotations(4))
-    torch.testing.assert_close(
-        result["NormalizedVariance"]["5"], expected["NormalizedVariance"]["5"], rtol=1e-5, atol=0
-    )
 
 
 def test_nan_activations_are_counted_and_reported():
@@ -424,7 +275,7 @@ class Branches(nn.Module):
 
 def large_at(column, marks):
     """Scales, and makes values of some columns large in samples with a mark."""
-    columns = {1: range(2), 2: range(6, 8)}  # by mark: those of the first batch, and of the last one
+    columns = {1: range(2), 2: range(6, 8)}  # by mark: columns of the first batch, and of the last one
 
     def transform(x):
         large = sum((x[:, 0] == mark) & (column in columns[mark]) for mark in marks)
@@ -490,44 +341,15 @@ def test_an_unknown_place_of_transformation_lists_near_names():
         evaluate(deep(), torch.rand(10, 3, 8, 8), rotations(4), transform_at="22")
 
 
-@pytest.mark.filterwarnings("ignore:NaN")  # of units that never fire
-def test_convergence_gives_the_values_of_the_first_samples():
-    model, images = deep(), torch.rand(48, 3, 8, 8, dtype=torch.float64)
-    measures = [NormalizedVariance(), SampleDistance(samples=4), Goodfellow(0.1)]
-    result = evaluate(model, images, rotations(4), measures, convergence=True, batch_size=8)
-    assert set(result.convergence) == {"NormalizedVariance", "SampleDistance"}  # Goodfellow may take two passes
-    order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
-    for n in (6, 12, 24, 48):
-        cube = functional.normalized_variance(cube_of(model, images[order[:n]], rotations(4)))
-        assert result.convergence["NormalizedVariance"]["4"][n] == pytest.approx(cube.mean().item(), rel=1e-9)
-        few = evaluate(model, images[order[:n]], rotations(4), SampleDistance(samples=n), layers="4")
-        assert result.convergence["SampleDistance"]["4"][n] == pytest.approx(few.per_layer()["4"], rel=0.35)
-    unchanged = evaluate(model, images, rotations(4), measures, batch_size=8)
-    assert torch.equal(unchanged["NormalizedVariance"]["0"], result["NormalizedVariance"]["0"])
-
-
 def cube_of(model, images, transformations):
     with torch.no_grad():
         return model(transformations(images).flatten(0, 1)).unflatten(0, (len(images), len(transformations)))
 
 
-def test_convergence_needs_to_know_the_number_of_samples():
-    class Stream(IterableDataset):
-        def __iter__(self):
-            yield from IMAGES
-
-    with pytest.raises(ValueError, match="`convergence` .* unknown samples"):
-        evaluate(network(), Stream(), rotations(4), max_samples=9, convergence=True)
-
-
 @pytest.mark.parametrize("aggregate", ["mean", "max", "sum"])
 def test_feature_maps_are_aggregated_before_or_after_the_quotient(aggregate):
     model, images = deep(), torch.rand(10, 3, 8, 8, dtype=torch.float64)
-    measures = {
-        "after": NormalizedVariance(),
-        "before": NormalizedVariance(aggregate=aggregate),
-        "distance": NormalizedDistance(aggregate=aggregate),
-    }
+    measures = {"after": NormalizedVariance(), "before": NormalizedVariance(aggregate=aggregate)}
     result = evaluate(model, images, rotations(4), measures)
     cube = cube_of(model[:1], images, rotations(4))
 
@@ -539,8 +361,6 @@ def test_feature_maps_are_aggregated_before_or_after_the_quotient(aggregate):
     torch.testing.assert_close(
         result.per_channel("after", "0", aggregate), aggregated(functional.normalized_variance(cube))
     )
-    distances = functional.transformation_distance(cube), functional.sample_distance(cube)
-    torch.testing.assert_close(result["distance"]["0"], aggregated(distances[0]) / aggregated(distances[1]))
     assert result["before"]["4"].shape == (3,)
     with pytest.raises(ValueError, match="`aggregate` to be one of"):
         NormalizedVariance(aggregate="median")
@@ -555,7 +375,7 @@ def test_the_mean_over_layers_can_be_weighted_by_size():
     assert result.mean(weighted=True) == pytest.approx(weighted)
 
 
-@pytest.mark.parametrize("budget", [172_536, 200_000, 300_000])  # 1, 1 and 3 transformations at a time
+@pytest.mark.parametrize("budget", [172_536, 300_000])  # 1 and 3 transformations at a time
 @pytest.mark.parametrize("batch_size", [4, 64])
 def test_large_sets_in_two_walks_give_the_same_values(budget, batch_size):
     model, images = deep(), torch.rand(9, 3, 8, 8, dtype=torch.float64)
@@ -582,22 +402,18 @@ def test_a_measure_that_does_not_fit_the_budget_is_refused():
         evaluate(deep(), torch.rand(9, 3, 8, 8).double(), rotations(4), NormalizedDistance(), state_budget=1)
 
 
-def test_convergence_is_refused_where_two_walks_are_needed():
-    with pytest.raises(ValueError, match="`convergence` with states within `state_budget`"):
-        evaluate(deep(), torch.rand(9, 3, 8, 8).double(), rotations(4), convergence=True, state_budget=1)
-
-
 def test_automatic_batch_size_halves_until_it_fits_and_changes_no_value():
     model, images, sizes = deep(), torch.rand(40, 3, 8, 8, dtype=torch.float64), []
 
     def forward(model, x):
+        assert not torch.is_grad_enabled()
         sizes.append(len(x))
         if len(x) > 20:
             raise torch.OutOfMemoryError("not that many")
         return model(x)
 
     found = evaluate(model, images, rotations(4), forward=forward, batch_size="auto")
-    walked = [size for size in sizes if size not in (4, 5)]  # those of the probe
+    walked = [size for size in sizes if size not in (4, 5)]  # sizes of the probe
     assert walked[:4] == [128, 64, 32, 16]
     assert set(walked[3:]) == {16}
     expected = evaluate(model, images, rotations(4), batch_size=64)
@@ -612,77 +428,6 @@ def test_automatic_batch_size_halves_until_it_fits_and_changes_no_value():
         evaluate(model, images, rotations(4), forward=lambda *_: forward(model, images), batch_size="auto")
 
 
-@pytest.mark.parametrize(
-    ("activation", "n", "expected"),
-    [
-        (1, 810, [128] + [512] * 6 + [40]),  # blocks of 32 samples, then of 128, and 10 are left
-        (10 * 2**20 // 4 // 200, 150, [128, 200, 200, 72]),
-        (10 * 2**20 // 4 // 100, 50, [128, 72]),  # larger ones stay as they are
-    ],
-)
-def test_automatic_batches_grow_where_activations_are_small(activation, n, expected):
-    model, sizes = nn.Sequential(nn.Flatten(), nn.Linear(12, activation)), []
-
-    def forward(model, x):
-        sizes.append(len(x))
-        return model(x)
-
-    images = torch.randn(n, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    measures = [TransformationVariance(), NormalizedVariance()]
-    grown, fixed = (
-        evaluate(model, images, rotations(4), measures, layers=["1"], confidence=0.9, batch_size=size, **options)
-        for size, options in (("auto", {"forward": forward}), (64, {}))
-    )
-    walked = [size for size in sizes if size not in (4, 5)]  # those of the probe
-    assert walked[: len(expected)] == expected
-    assert max(walked[len(expected) :]) == max(expected)  # those of the second pass
-    for key in grown:
-        torch.testing.assert_close(grown[key]["1"], fixed[key]["1"], rtol=1e-5, atol=0)
-        assert grown.interval(key)["1"].standard_error == pytest.approx(fixed.interval(key)["1"].standard_error, 1e-4)
-
-
-def test_one_large_activation_among_small_ones_bounds_automatic_batches():
-    """32 MiB hold it 200 times, and all of them would be small enough on average for 512."""
-    model, sizes = nn.Sequential(nn.Flatten(), nn.Linear(12, 2**25 // 4 // 200), nn.AdaptiveAvgPool1d(1)), []
-    model.extend([nn.Linear(1, 1) for _ in range(10)])
-
-    def forward(model, x):
-        sizes.append(len(x))
-        return model(x)
-
-    evaluate(model, torch.rand(100, 3, 2, 2), rotations(4), forward=forward)
-    assert [size for size in sizes if size not in (4, 5)] == [128, 196, 76]
-
-
-def test_automatic_batches_that_grew_too_large_shrink_again():
-    sizes = []
-
-    def forward(model, x):
-        sizes.append(len(x))
-        if len(x) > 128:
-            raise torch.OutOfMemoryError("not that many")
-        return model(x)
-
-    evaluate(nn.Sequential(nn.Flatten()), torch.rand(120, 3, 2, 2), rotations(4), forward=forward)
-    assert [size for size in sizes if size not in (4, 5)] == [128, 352, 256, 128, 128, 128, 96]
-
-
-def test_automatic_batches_of_streams_and_long_rows_stay_as_they_are():
-    class Stream(IterableDataset):
-        def __iter__(self):
-            return iter(torch.rand(99, 3, 2, 2, generator=torch.Generator().manual_seed(0)))
-
-    model, sizes = nn.Sequential(nn.Flatten()), []
-
-    def forward(model, x):
-        sizes.append(len(x))
-        return model(x)
-
-    evaluate(model, Stream(), rotations(4), forward=forward, max_samples=99)
-    evaluate(model, torch.rand(2, 3, 2, 2), rotations(200), forward=forward)
-    assert [size for size in sizes if size not in (4, 5)] == [128, 128, 128, 12, 128, 72, 128, 72]
-
-
 class Tracked(nn.Module):
     """Returns memory that is seen to be freed: torch keeps the array as long as any tensor uses it."""
 
@@ -691,7 +436,7 @@ class Tracked(nn.Module):
         self.arrays, self.counts = arrays, counts
 
     def forward(self, x):
-        self.counts.append(len(self.arrays))  # that of the input among them
+        self.counts.append(len(self.arrays))  # including the input's array
         array = np.empty(tuple(x.shape), np.float32)
         self.arrays.add(array.ctypes.data)
         weakref.finalize(array, self.arrays.discard, array.ctypes.data)

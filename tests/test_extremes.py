@@ -128,7 +128,7 @@ def value_of(measure, st, rows):
 
 
 @pytest.mark.parametrize("squared", [True, False])
-@pytest.mark.parametrize("m", [16, 33, 100, 256])
+@pytest.mark.parametrize("m", [16, 33, 256])
 @pytest.mark.parametrize("k", [64, 2048])
 def test_variances_where_the_first_transformation_alone_changes_the_activation(m, k, squared, anywhere):
     st = torch.zeros(8, m, k)

@@ -1,4 +1,4 @@
-"""What goes wrong around an evaluation: threads, models that change themselves, broken files, wrappers of others."""
+"""Trouble around an evaluation: threads, models that change themselves, broken files, wrappers."""
 
 import json
 import threading
@@ -71,7 +71,7 @@ class Counting(nn.Module):
         return self.conv(x)
 
 
-def test_buffers_and_parameters_are_what_they_were():
+def test_buffers_and_parameters_are_restored():
     model = Counting()
     calls, last = model.calls, model.last
     evaluate(model, IMAGES, TURNS, progress=False)
@@ -150,7 +150,7 @@ def test_a_broken_file_is_one_clear_error_that_names_it(damage, tmp_path):
         InvarianceResult.load(tmp_path / "none.result")
 
 
-def test_what_a_later_version_adds_to_a_result_is_ignored(tmp_path):
+def test_unknown_entries_of_a_result_are_ignored(tmp_path):
     result = evaluate(network(), IMAGES, TURNS, progress=False)
     state = result.state_dict()
     state["new"] = 1

@@ -8,7 +8,6 @@ runs the same for longer, with other cases each time, and prints how many of eac
 from __future__ import annotations
 
 import argparse
-import math
 import time
 import warnings
 from collections import Counter
@@ -17,7 +16,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from definitions import LONG, aggregated, anova, goodfellow, quotient, same_equivariance, sd, sv, td, tv
+from definitions import LONG, aggregated, anova, goodfellow, groups_of, quotient, same_equivariance, sd, sv, td, tv
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -230,22 +229,13 @@ def by_hand(make, x, data):
     return metric.compute()
 
 
-def in_order(n):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(0))
-
-
-def groups_of(n, samples):
-    """Groups of nearly equal size, one sample after the other."""
-    count = math.ceil(n / samples)
-    return [[i for i in range(n) if i * count // n == group] for group in range(count)]
-
-
 def by_evaluation(make, x, data):
     """A network that returns its input, of which transformation j picks column j."""
     picks = {str(j): partial(torch.select, dim=1, index=j) for j in range(x.shape[1])}
     columns = TransformationSet.from_callables(picks)
     stored = torch.empty_like(x)
-    stored[in_order(len(x))] = x  # the walk takes them in the order of x
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    stored[order] = x  # the walk takes them in the order of x
     batch_size = data.draw(st.integers(1, 2 * x.shape[1] * len(x)), label="batch_size")
     network = nn.Sequential(nn.Identity())
     result = evaluate(

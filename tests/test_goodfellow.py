@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_invariance import TransformationSet, evaluate, functional, rotations
+from lightning_invariance import evaluate, functional, rotations
 from lightning_invariance.measures import Goodfellow, NormalizedVariance
 
 # Two of eight values lie above 4, both in the first row: L = 1, G = 1/4.
@@ -108,21 +108,6 @@ def test_a_walk_shows_rows_twice_only_where_they_do_not_fit(monkeypatch):
     for result in values[1:]:
         for measure in ("NormalizedVariance", "Goodfellow"):
             assert torch.equal(result[measure]["Conv2d"], values[0][measure]["Conv2d"])
-
-
-def test_evaluate_makes_both_passes():
-    st = invariant_and_noise(n=300, m=4)
-    # A network whose units are the columns of a table: the "transformation" picks the column.
-    picks = {f"{j}": (lambda x, j=j: x[:, j]) for j in range(4)}
-    result = evaluate(
-        nn.Identity(),
-        st,
-        TransformationSet.from_callables(picks),
-        Goodfellow(alpha=0.05),
-        batch_size=40,
-        progress=False,
-    )
-    torch.testing.assert_close(result["Goodfellow"]["Identity"], measured(st, alpha=0.05))
 
 
 def test_units_that_never_fire_are_nan():

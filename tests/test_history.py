@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from lightnings import CSVLogger, ModelCheckpoint, TensorBoardLogger
-from test_callback import Net, fit
+from lightnings import ModelCheckpoint, TensorBoardLogger
+from trainings import Net, fit
 
 from lightning_invariance import InvarianceMonitor, InvarianceResult, rotations, scales
 from lightning_invariance.measures import (
@@ -91,15 +91,20 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("change", OTHERS)
-def test_a_resume_with_other_arguments_begins_a_history_and_keeps_the_old_one(tmp_path, change):
+def test_results_of_other_arguments_are_kept_apart(change):
+    first, second = InvarianceMonitor(TURNS), InvarianceMonitor(**{"transformations": TURNS, **OTHERS[change]})
+    first.history[:] = results(2)
+    with pytest.warns(UserWarning, match="measured with other measures, layers, transformations"):
+        second.load_state_dict(first.state_dict())
+    assert [len(history) for history in (second.history, *second.earlier_histories)] == [0, 2]
+
+
+def test_a_resume_with_other_arguments_begins_a_history_and_keeps_the_old_one(tmp_path):
     fit(tmp_path, InvarianceMonitor(TURNS), ModelCheckpoint(tmp_path, save_last=True), epochs=1)
-    options = {"transformations": TURNS, **OTHERS[change]}
+    options = {"transformations": TURNS, "max_samples": 9}
     second = InvarianceMonitor(**options)
     with pytest.warns(UserWarning, match="measured with other measures, layers, transformations") as caught:
-        fit(
-            tmp_path, second, ModelCheckpoint(tmp_path, save_last=True), epochs=3, ckpt_path=tmp_path / "last.ckpt",
-            logger=CSVLogger(tmp_path),
-        )  # fmt: skip
+        fit(tmp_path, second, ModelCheckpoint(tmp_path), epochs=3, ckpt_path=tmp_path / "last.ckpt")
     assert sum("a new one begins" in str(w.message) for w in caught) == 1
     assert [result.epoch for result in second.history] == [0, 1, 2]
     assert [[result.epoch for result in history] for history in second.earlier_histories] == [[-1, 0]]
@@ -123,7 +128,7 @@ def test_layers_as_functions_and_types_are_the_same_after_a_resume():
         assert len(second.history) == 2
 
 
-def test_scores_are_those_of_the_same_validation(tmp_path):
+def test_scores_come_from_the_same_validation(tmp_path):
     class Counting(Net):
         def training_step(self, batch, i):
             self.log("loss_epoch", 100.0 * self.current_epoch, on_epoch=True)

@@ -3,7 +3,7 @@
 import pytest
 from lightnings import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
-from test_callback import events, fit
+from trainings import events, fit
 
 from lightning_invariance import InvarianceMonitor, rotations
 

@@ -1,4 +1,6 @@
-"""Every measure under every check of MeasureTester, and what they are together."""
+"""Every measure under every check of MeasureTester, and measures together."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -26,153 +28,8 @@ from lightning_invariance.testing import LABELS, MeasureTester, assert_close, fe
 TURNS = rotations(4)
 
 
-class TestTransformationVariance(MeasureTester):
-    def make(self):
-        return TransformationVariance()
-
-    def definition(self, st):
-        return functional.transformation_variance(st)
-
-
-class TestSampleVariance(MeasureTester):
-    def make(self):
-        return SampleVariance()
-
-    def definition(self, st):
-        return functional.sample_variance(st)
-
-
-class TestNormalizedVariance(MeasureTester):
-    def make(self):
-        return NormalizedVariance()
-
-    def definition(self, st):
-        return functional.normalized_variance(st)
-
-
-class TestNormalizedVarianceWithResponse(TestNormalizedVariance):
-    def make(self):
-        return NormalizedVariance(response=True)
-
-
-class TestTransformationDistance(MeasureTester):
-    def make(self):
-        return TransformationDistance()
-
-    def definition(self, st):
-        return functional.transformation_distance(st)
-
-
-class TestSampleDistance(MeasureTester):
-    def make(self):
-        return SampleDistance()
-
-    def definition(self, st):
-        return functional.sample_distance(st)
-
-
-class TestNormalizedDistance(MeasureTester):
-    def make(self):
-        return NormalizedDistance()
-
-    def definition(self, st):
-        return functional.normalized_distance(st)
-
-
-class TestEuclideanDistanceOfFeatureMaps(MeasureTester):
-    def make(self):
-        return NormalizedDistance("euclidean", over="channel")
-
-    def definition(self, st):
-        return functional.normalized_distance(st, "euclidean", "channel")
-
-
-class TestSquaredDistance(MeasureTester):
-    def make(self):
-        return NormalizedDistance("squared")
-
-    def definition(self, st):
-        return functional.normalized_distance(st, "squared")
-
-
-class TestAnovaF(MeasureTester):
-    def make(self):
-        return Anova("f")
-
-    def definition(self, st):
-        return functional.anova(st)[0]
-
-
-class TestPairedAnovaP(MeasureTester):
-    def make(self):
-        return Anova("p", paired=True)
-
-    def definition(self, st):
-        return functional.anova(st, paired=True)[1]
-
-
-class TestAnovaEffect(MeasureTester):
-    def make(self):
-        return Anova("effect")
-
-    def definition(self, st):
-        return functional.anova(st)[2]
-
-
-class TestGoodfellow(MeasureTester):
-    def make(self):
-        return Goodfellow(0.1)
-
-    def definition(self, st):
-        return functional.goodfellow(st, 0.1)
-
-
-class TestGoodfellowInTwoPasses(MeasureTester):
-    def make(self):
-        return Goodfellow(0.1, capacity=2)
-
-    def definition(self, st):
-        return functional.goodfellow(st, 0.1)
-
-
-class TestGoodfellowByQuantile(MeasureTester):
-    def make(self):
-        return Goodfellow(0.1, threshold="quantile", sign=-1)
-
-    def definition(self, st):
-        return functional.goodfellow(st, 0.1, "quantile", -1)
-
-
-class TestVarianceSameEquivariance(MeasureTester):
-    fixed_transformations = True
-
-    def make(self):
-        return VarianceSameEquivariance(TURNS)
-
-    def definition(self, st):
-        return functional.variance_same_equivariance(st, TURNS)
-
-
-class TestDistanceSameEquivariance(MeasureTester):
-    fixed_transformations = True
-
-    def make(self):
-        return DistanceSameEquivariance(TURNS, normalized_by="samples")
-
-    def definition(self, st):
-        return functional.distance_same_equivariance(st, TURNS, normalized_by="samples")
-
-
-class TestStratified(MeasureTester):
-    def make(self):
-        return Stratified(NormalizedVariance(), 3)
-
-    def definition(self, st):
-        return torch.stack([functional.normalized_variance(st[label == LABELS]) for label in range(3)]).mean(0)
-
-
 def mean_squares(st):
-    """Those of the two-way layout, each as the sum of squares of its effect."""
+    """Mean squares of samples, transformations and residuals in the two-way layout."""
     n, m = st.shape[:2]
     grand, rows, columns = st.mean((0, 1)), st.mean(1), st.mean(0)
     rest = st - rows[:, None] - columns[None] + grand
@@ -183,61 +40,104 @@ def mean_squares(st):
     )
 
 
-class TestIntraclassCorrelation(MeasureTester):
+def correlation(st, agreement=False):
+    samples, transformations, rest = mean_squares(st)
+    n, m = st.shape[:2]
+    return (samples - rest) / (samples + (m - 1) * rest + agreement * m / n * (transformations - rest))
+
+
+def main_effect(st):
+    columns = st.mean(0)
+    return (columns - columns.mean(0)).square().sum(0) / (st.shape[1] - 1) / functional.transformation_variance(st)
+
+
+def consistency(st):
+    m = st.shape[1]
+    counts = torch.nn.functional.one_hot(st.argmax(2), st.shape[2]).double().sum(1)
+    return (counts * (counts - 1)).sum(-1).mean() / (m * (m - 1))
+
+
+def of_classes(st):
+    return torch.stack([functional.normalized_variance(st[label == LABELS]) for label in range(3)]).mean(0)
+
+
+#: How each measure is made, and its definition.
+MEASURES = {
+    "TV": (TransformationVariance, functional.transformation_variance),
+    "SV": (SampleVariance, functional.sample_variance),
+    "NV": (NormalizedVariance, functional.normalized_variance),
+    "NV of deviations": (
+        partial(NormalizedVariance, squared=False),
+        partial(functional.normalized_variance, squared=False),
+    ),
+    "NV with response": (partial(NormalizedVariance, response=True), functional.normalized_variance),
+    "TD": (TransformationDistance, functional.transformation_distance),
+    "SD": (SampleDistance, functional.sample_distance),
+    "ND": (NormalizedDistance, functional.normalized_distance),
+    "euclidean ND of feature maps": (
+        partial(NormalizedDistance, "euclidean", over="channel"),
+        partial(functional.normalized_distance, distance="euclidean", over="channel"),
+    ),
+    "squared ND": (
+        partial(NormalizedDistance, "squared"),
+        partial(functional.normalized_distance, distance="squared"),
+    ),
+    "F": (partial(Anova, "f"), lambda st: functional.anova(st)[0]),
+    "paired p": (partial(Anova, "p", paired=True), lambda st: functional.anova(st, paired=True)[1]),
+    "effect": (partial(Anova, "effect"), lambda st: functional.anova(st)[2]),
+    "Goodfellow": (partial(Goodfellow, 0.1), partial(functional.goodfellow, alpha=0.1)),
+    "Goodfellow in two passes": (partial(Goodfellow, 0.1, capacity=2), partial(functional.goodfellow, alpha=0.1)),
+    "Goodfellow by quantile": (
+        partial(Goodfellow, 0.1, threshold="quantile", sign=-1),
+        partial(functional.goodfellow, alpha=0.1, threshold="quantile", sign=-1),
+    ),
+    "VSE": (
+        partial(VarianceSameEquivariance, TURNS),
+        partial(functional.variance_same_equivariance, transformations=TURNS),
+    ),
+    "DSE": (
+        partial(DistanceSameEquivariance, TURNS, normalized_by="samples"),
+        partial(functional.distance_same_equivariance, transformations=TURNS, normalized_by="samples"),
+    ),
+    "Stratified": (partial(Stratified, NormalizedVariance(), 3), of_classes),
+    "ICC": (IntraclassCorrelation, correlation),
+    "ICC of agreement": (partial(IntraclassCorrelation, agreement=True), partial(correlation, agreement=True)),
+    "main effect": (MainEffect, main_effect),
+    "consistency": (Consistency, consistency),
+}
+
+
+class TestEveryMeasure(MeasureTester):
+    """All checks of each measure; pytest makes the measure known before each check."""
+
+    name = "TV"
+
+    @pytest.fixture(autouse=True, params=MEASURES)
+    def _one_of_the_measures(self, request):
+        self.name = request.param
+        self.fixed_transformations = self.name in ("VSE", "DSE")
+
     def make(self):
-        return IntraclassCorrelation()
+        return MEASURES[self.name][0]()
 
     def definition(self, st):
-        samples, _, rest = mean_squares(st)
-        return (samples - rest) / (samples + (st.shape[1] - 1) * rest)
+        return MEASURES[self.name][1](st)
 
 
-class TestIntraclassCorrelationOfAgreement(MeasureTester):
-    def make(self):
-        return IntraclassCorrelation(agreement=True)
-
-    def definition(self, st):
-        samples, transformations, rest = mean_squares(st)
-        n, m = st.shape[:2]
-        return (samples - rest) / (samples + (m - 1) * rest + m / n * (transformations - rest))
+CUBE = TestEveryMeasure().cube()
+EVERY = pytest.mark.parametrize(("make", "definition"), MEASURES.values(), ids=MEASURES)
 
 
-class TestMainEffect(MeasureTester):
-    def make(self):
-        return MainEffect()
-
-    def definition(self, st):
-        columns = st.mean(0)
-        return (columns - columns.mean(0)).square().sum(0) / (st.shape[1] - 1) / functional.transformation_variance(st)
-
-
-class TestConsistency(MeasureTester):
-    def make(self):
-        return Consistency()
-
-    def definition(self, st):
-        m = st.shape[1]
-        winners = torch.nn.functional.one_hot(st.argmax(2), st.shape[2]).double()
-        counts = winners.sum(1)
-        return (counts * (counts - 1)).sum(-1).mean() / (m * (m - 1))
-
-
-CLASSES = [*MeasureTester.__subclasses__(), *TestNormalizedVariance.__subclasses__()]
-TESTERS = [cls() for cls in CLASSES if cls.__module__ == __name__]  # and not those of other files
-ONE_PASS = [tester for tester in TESTERS if not tester.two_passes]
-CUBE = TESTERS[0].cube()
-
-
-@pytest.mark.parametrize("tester", TESTERS, ids=lambda tester: type(tester).__name__)
-def test_what_is_done_on_another_device_gives_the_definition(tester, monkeypatch):
+@EVERY
+def test_operations_of_other_devices_give_the_definition(make, definition, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False), raising=False)  # which is the CPU
-    value = feed([tester.make()], CUBE.float(), [[slice(0, 7), slice(7, 13)]])
-    assert_close(value, tester.definition(CUBE.float().double()), rtol=1e-5, atol=1e-7)
+    value = feed([make()], CUBE.float(), [[slice(0, 7), slice(7, 13)]])
+    assert_close(value, definition(CUBE.float().double()), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("tester", TESTERS, ids=lambda tester: type(tester).__name__)
-def test_plots_go_into_axes_of_their_own_or_given_ones(tester):
-    metric = tester.make()
+@EVERY
+def test_plots_go_into_axes_of_their_own_or_given_ones(make, definition):
+    metric = make()
     feed([metric], CUBE, [[slice(0, 13)]])
     figure, axes = metric.plot()
     assert axes.figure is figure
@@ -246,13 +146,14 @@ def test_plots_go_into_axes_of_their_own_or_given_ones(tester):
 
 
 def test_a_collection_of_all_measures_of_one_pass():
-    metrics = MetricCollection({type(tester).__name__: tester.make() for tester in ONE_PASS})
+    one_pass = {name.replace(" ", "_"): both for name, both in MEASURES.items() if name != "Goodfellow in two passes"}
+    metrics = MetricCollection({name: make() for name, (make, _) in one_pass.items()})
     for rows in (slice(0, 6), slice(6, 13)):
         metrics.update(CUBE[rows], labels=LABELS[rows])
     values = metrics.compute()
-    assert len(values) == 21
-    for tester in ONE_PASS:
-        assert_close(values[type(tester).__name__], tester.definition(CUBE))
+    assert values.keys() == one_pass.keys()
+    for name, (_, definition) in one_pass.items():
+        assert_close(values[name], definition(CUBE))
 
 
 def test_measures_of_one_family_share_their_update():
@@ -271,7 +172,7 @@ def test_the_example_of_shrout_and_fleiss():
     assert float(IntraclassCorrelation(agreement=True)(st)) == pytest.approx(0.2898, abs=5e-5)
 
 
-def test_the_normalised_variance_is_told_by_the_components():
+def test_the_normalised_variance_follows_from_the_components():
     samples, transformations, rest = mean_squares(CUBE)
     n, m = CUBE.shape[:2]
     of_samples, of_transformations = (samples - rest) / m, (transformations - rest) / n
@@ -279,7 +180,7 @@ def test_the_normalised_variance_is_told_by_the_components():
     assert_close(nv, functional.normalized_variance(CUBE), rtol=1e-9)
 
 
-def test_what_never_changes_has_no_correlation_and_no_effect():
+def test_constant_units_have_no_correlation_and_no_effect():
     constant = torch.ones(5, 4, 2)
     assert IntraclassCorrelation()(constant).isnan().all()
     assert MainEffect()(constant).isnan().all()
@@ -303,7 +204,7 @@ def test_where_one_unit_competes_consistency_is_undefined(shape):
 
 
 @pytest.mark.filterwarnings("ignore:NaN, and left out of all means")
-def test_layers_without_consistency_have_no_interval_and_leave_that_of_the_others():
+def test_layers_without_consistency_have_no_interval_and_other_layers_keep_theirs():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3), torch.nn.Linear(3, 1))
     x = torch.rand(50, 1, 4, 4)

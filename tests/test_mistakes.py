@@ -209,9 +209,12 @@ def test_angles_that_are_no_numbers():
 
 
 def test_intervals_of_a_measure_without():
-    result = evaluate(network(), IMAGES, rotations(4), Goodfellow(0.2), confidence=0.95, progress=False)
-    with pytest.raises(ValueError, match="Consistency have them; other measures do not"):
-        result.interval()
+    measures = [NormalizedVariance(), Goodfellow(0.2)]
+    result = evaluate(network(), IMAGES, rotations(4), measures, confidence=0.95, progress=False)
+    assert [*result.influences] == ["NormalizedVariance"]
+    with pytest.raises(ValueError, match="influences of samples on Goodfellow.*Consistency have them; other"):
+        result.interval("Goodfellow")
+    assert "low" not in str(result.table("Goodfellow"))
 
 
 def test_layers_and_results_that_are_not_there():

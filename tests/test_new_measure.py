@@ -1,4 +1,4 @@
-"""A measure made outside of the package: that of examples/new_measure.py."""
+"""A measure made outside of the package: examples/new_measure.py."""
 
 import sys
 from dataclasses import dataclass
@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from test_callback import fit
 from torch import nn
 from torch.utils.data import TensorDataset
 from torchmetrics import MetricCollection
+from trainings import fit
 
 from lightning_invariance import InvarianceMonitor, evaluate, plots, rotations
 from lightning_invariance.accumulators import Accumulator, Deviations
@@ -86,23 +85,17 @@ def test_in_the_callback(tmp_path):
     assert all(np.isfinite(result.mean("NormalizedRange")) for result in monitor.history)
 
 
-def in_process(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+def on_a_rank():
     metric = NormalizedRange()
-    if rank:
+    if dist.get_rank() == 1:
         metric.update(cube(IMAGES))
     result = measured()
-    found = {"by hand": metric.compute(), "range": result["range"]["3"], "classes": result["classes"]["3"]}
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return {"by hand": metric.compute(), "range": result["range"]["3"], "classes": result["classes"]["3"]}
 
 
-def test_in_two_processes(tmp_path):
-    mp.start_processes(in_process, (2, str(tmp_path)), 2, start_method="spawn")
+def test_in_three_processes_two_of_which_have_no_rows(ranks):
     alone = measured()
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for found in ranks(on_a_rank):
         torch.testing.assert_close(found["by hand"], definition(cube(IMAGES)), rtol=1e-9, atol=0)
         for name in ("range", "classes"):
             torch.testing.assert_close(found[name], alone[name]["3"], rtol=1e-9, atol=0)
@@ -120,7 +113,7 @@ class Scaled(Accumulator):
     def add(self, states, rows):
         factor = self.factor if isinstance(self.factor, float) else 2.0
         added = factor * rows.flat.double().sum((0, 1))
-        return {"total": states["total"] + added if rows.before else added}
+        states["total"] = states["total"] + added if rows.before else added
 
     def merge(self, a, b):
         return {"total": a["total"] + b["total"]}
@@ -154,7 +147,7 @@ def test_measures_with_other_arguments_do_not_merge():
         one.merge_state(other)
 
 
-def test_functions_are_told_apart_even_if_their_names_are_equal():
+def test_functions_are_different_even_if_their_names_are_equal():
     metrics = MetricCollection({"a": Total(lambda: 1), "b": Total(lambda: 2)})
     metrics.update(torch.zeros(3, 4, 5))
     assert len(metrics.compute_groups) == 2
@@ -172,6 +165,10 @@ def broken(empty=VECTOR, added=None, merged=None, name="state"):
             return {name: empty}
 
         def add(self, states, rows):
+            if isinstance(added, dict):
+                states.clear()
+                states.update(added)
+                return None
             return added
 
         def merge(self, a, b):
@@ -209,7 +206,7 @@ class NotFrozen(Ranges):
         ([Scaled(torch.ones(2))], TypeError, "field 'factor' of accumulator Scaled to be immutable"),
     ],
 )
-def test_what_is_wrong_with_an_accumulator_is_said_when_the_measure_is_made(accumulators, error, message):
+def test_errors_of_an_accumulator_are_raised_when_the_measure_is_made(accumulators, error, message):
     with pytest.raises(error, match=message):
         ValueOf(accumulators)
 
@@ -217,8 +214,8 @@ def test_what_is_wrong_with_an_accumulator_is_said_when_the_measure_is_made(accu
 @pytest.mark.parametrize(
     ("added", "error", "message"),
     [
-        (None, TypeError, "Broken.add to return a dict of states, but got None"),
-        ({}, ValueError, r"Broken.add to return the states \['state'\], but \['state'\] are missing"),
+        (1.0, TypeError, "Broken.add to change `states` in place and to return None, but got 1.0"),
+        ({}, ValueError, r"Broken.add to keep the states \['state'\], but \['state'\] are missing"),
         ({"state": torch.zeros(5, 2)}, ValueError, r"keep its 1 dimensions, but got a tensor of shape \(5, 2\)"),
         ({"state": torch.zeros(5, dtype=torch.complex64)}, TypeError, "got torch.complex64"),
         ({"state": 1.0}, TypeError, "'state' of Broken to be a tensor .* but got float"),
@@ -326,7 +323,8 @@ class Squares(Accumulator):
     def add(self, states, rows):
         squares = self.of_rows(rows).sum(0)
         before = states["squares"]
-        return {"squares": before + squares if before.numel() else squares, "rows": states["rows"] + len(rows.values)}
+        states["squares"] = before + squares if before.numel() else squares
+        states["rows"] = states["rows"] + len(rows.values)
 
     def merge(self, a, b):
         return {name: a[name] + b[name] for name in ("squares", "rows")}

@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-from lightnings import TensorBoardLogger
-from test_callback import Net, events, fit
 from torch import nn
+from trainings import Net, events, fit_with_tensorboard
 
 from lightning_invariance import (
     InvarianceMonitor,
@@ -119,7 +118,7 @@ def test_random_functions_are_warned_of_once():
     evaluate(nn.Linear(4, 3), torch.randn(20, 4), shifted(0.1), progress=False)  # where no warning is an error
 
 
-def test_a_response_that_does_not_fit_is_told():
+def test_a_response_that_does_not_fit_is_warned_of():
     with pytest.warns(UserWarning, match="Responses are left out within `state_budget`"):
         result = evaluate(
             nn.Linear(4, 3), torch.randn(20, 4), shifted(0.1), NormalizedVariance(response=True), state_budget=240,
@@ -156,7 +155,7 @@ def test_dead_units_are_known_to_every_measure(measure):
     assert result.dead["seen"].nonzero().flatten().tolist() == [*range(75, 100)]
 
 
-def test_many_infinite_units_are_told():
+def test_many_infinite_units_are_warned_of():
     with pytest.warns(UserWarning, match=r"NormalizedVariance is infinite.*for many units of seen \(50 of 100\)"):
         result = evaluate(Mixed(), DATA, shifted(1.0), NormalizedVariance(), progress=False)
     (row,) = result.table()
@@ -190,7 +189,7 @@ def test_curves_tell_the_shares_of_infinite_and_dead_units(tmp_path):
             return super().forward(x)
 
     monitor = InvarianceMonitor(rotations(4), NormalizedVariance())
-    fit(tmp_path, monitor, model=Half(), epochs=1, logger=TensorBoardLogger(tmp_path, name="", version="run"))
+    fit_with_tensorboard(tmp_path, monitor, model=Half(), epochs=1)
     share = monitor.history[-1].table()[-1].share_dead
     logged = events(tmp_path)
     assert "NormalizedVariance_dead/mixed.seen" in logged.Tags()["scalars"]

@@ -6,15 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from definitions import half_width
 from lightning.pytorch.callbacks import EarlyStopping
 from scipy import stats
-from test_callback import Net, events, fit
 from torch import nn
 from torch.utils.data import TensorDataset
 from torchmetrics import MeanSquaredError, R2Score
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+from trainings import Net, events, fit_with_tensorboard
 
 from lightning_invariance import (
     InvarianceMonitor,
@@ -133,12 +132,8 @@ def test_the_file_keeps_them_and_the_picture_draws_them(tmp_path):
 
 
 def bounds(values, confidence):
-    """Those of Student's t, whose degrees of freedom follow from the kurtosis."""
-    psi = values - values.mean()
-    n, squares = len(psi), (psi**2).sum()
-    freedom = 2 * n / (n * (psi**4).sum() / squares**2 - 1) - 1
-    half = stats.t.ppf((1 + confidence) / 2, min(freedom, n - 1)) * math.sqrt(squares / (n * (n - 1)))
-    return [values.mean() - half, values.mean() + half]
+    """Bounds by Student's t, with degrees of freedom from the kurtosis."""
+    return [values.mean() - half_width(values, confidence), values.mean() + half_width(values, confidence)]
 
 
 @pytest.mark.parametrize("batch_size", [3, 64])
@@ -230,22 +225,17 @@ def test_targets_that_are_maps_do_not_move_which_is_said():
         evaluate(model, TensorDataset(X, maps), brightness, outputs=metric)
 
 
-def in_process(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+def on_a_rank():
     result = evaluate(classifier(), TensorDataset(X, Y), rotations(4), outputs=accuracy(), confidence=0.9)
     few = evaluate(classifier(), TensorDataset(X[:2], Y[:2]), rotations(4), outputs=accuracy())
     found = [each.outputs["MulticlassAccuracy"] for each in (result, few)]
-    torch.save([found[0].values, found[1].values, found[0].low], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found[0].values, found[1].values, found[0].low
 
 
-def test_processes_have_the_values_of_one(tmp_path):
-    mp.start_processes(in_process, (3, str(tmp_path)), 3, start_method="spawn")
+def test_processes_have_the_values_of_one(ranks):
     few = evaluate(classifier(), TensorDataset(X[:2], Y[:2]), rotations(4), outputs=accuracy())
     one = evaluate(classifier(), TensorDataset(X, Y), rotations(4), outputs=accuracy(), confidence=0.9)
-    for rank in range(3):
-        values = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for values in ranks(on_a_rank):
         assert values[0] == pytest.approx(expected_accuracies(rotations(4)), rel=1e-6)
         assert values[1] == pytest.approx(few.outputs["MulticlassAccuracy"].values)
         assert values[2] == pytest.approx(one.outputs["MulticlassAccuracy"].low)
@@ -256,7 +246,7 @@ def test_the_callback_logs_mean_and_worst(tmp_path):
     metric = MulticlassAccuracy(2, average="micro")
     monitor = InvarianceMonitor(rotations(4), data=data, outputs=metric, name="turns")
     stopping = EarlyStopping("MulticlassAccuracy_turns_worst", mode="max", patience=100)
-    fit(tmp_path, monitor, stopping, epochs=1, model=Net())
+    fit_with_tensorboard(tmp_path, monitor, stopping, epochs=1, model=Net())
     found = monitor.history[-1].outputs["MulticlassAccuracy"]
     logged = events(tmp_path)
     assert logged.Scalars("MulticlassAccuracy_turns_mean")[-1].value == pytest.approx(found.mean, rel=1e-6)
@@ -264,7 +254,7 @@ def test_the_callback_logs_mean_and_worst(tmp_path):
     assert float(stopping.best_score) == pytest.approx(found.worst, rel=1e-6)
 
 
-def test_what_does_not_fit_is_refused():
+def test_metrics_that_do_not_fit_are_refused():
     data, turns = TensorDataset(X, Y), quarter_turns()
     with pytest.raises(ValueError, match="targets for the metrics.*but a batch is a list of"):
         evaluate(classifier(), X, turns, outputs=accuracy())

@@ -113,7 +113,7 @@ def test_compare_draws_differences_of_layers_of_one_name_or_of_one_depth():
     axes = plots.compare(result((1, 0.5, 0.2)), result((0.4, 0.9), names=("a", "c")), names=("old", "new")).axes[0]
     bars = sorted((bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in axes.patches)
     assert [pytest.approx(bar) for bar in bars] == [(0, -0.6), (1, 0.7)]
-    assert texts(axes.texts) == ["a", "c"]
+    assert texts(axes.get_xticklabels()) == ["a", "c"]
     assert "new − old" in axes.get_ylabel()
     assert axes.get_title() == "below 0: new is more invariant"
     by_depth = plots.compare(result((1, 0.5, 0.2)), result((0.4, 0.8), names=("x", "y")), depth=True).axes[0]
@@ -124,9 +124,9 @@ def test_compare_draws_differences_of_layers_of_one_name_or_of_one_depth():
 
 
 def test_convergence_draws_values_and_their_errors():
-    found = {"NormalizedVariance": {"a": {2: 1.5, 4: 1.1, 8: 1.0}, "b": {2: 3.0, 4: 2.0, 8: 2.0}}}
-    left, right = plots.convergence(result((1, 1, 1), convergence=found)).axes[:2]
-    assert lines_of(left) == [([2, 4, 8], [1.5, 1.1, 1.0]), ([2, 4, 8], [3.0, 2.0, 2.0])]
+    counts = [result(means, "ab", n_samples=n) for n, means in ((8, (1, 2)), (2, (1.5, 3)), (4, (1.1, 2)))]
+    left, right = plots.convergence(counts).axes[:2]
+    assert [(x, pytest.approx(y)) for x, y in lines_of(left)] == [([2, 4, 8], [1.5, 1.1, 1]), ([2, 4, 8], [3, 2, 2])]
     errors = [pytest.approx(y) for _, y in lines_of(right)]
     assert errors == [[0.5, 0.1], [0.5, 0.0], [0.5, 0.05]]  # the last is their mean
     assert left.get_xlabel() == "number of samples"
@@ -134,8 +134,11 @@ def test_convergence_draws_values_and_their_errors():
     by_sets = plots.convergence(sets).axes[0]
     assert by_sets.get_xlabel() == "number of transformations"
     assert lines_of(by_sets)[2] == ([2, 4], [pytest.approx(1), pytest.approx(1.1)])
-    with pytest.raises(ValueError, match="convergence=True"):
-        plots.convergence(result((1, 1, 1)))
+    for same in ([], counts[:1], 2 * counts[:1]):
+        with pytest.raises(ValueError, match="different numbers of samples or transformations"):
+            plots.convergence(same)
+    with pytest.raises(TypeError, match="a sequence of results"):
+        plots.convergence(counts[0])
 
 
 def test_feature_maps_draws_the_most_and_the_least_invariant_below_the_input(measured):

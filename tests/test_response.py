@@ -1,4 +1,4 @@
-"""What each transformation does to a layer."""
+"""Responses: how much each transformation changes a layer."""
 
 import pytest
 import torch
@@ -115,16 +115,14 @@ ACTIVATIONS += [((8, 9, 32), 2), ((5, 5, 24), 2), ((16, 8, 3), 2), ((8, 8, 40), 
 ACTIVATIONS += [((40, 3, 4), 1), ((70, 3), 1), ((24, 3, 5), 1), ((32, 2, 2), 0), ((16, 2, 4), 0), ((12, 4, 8), 0)]
 
 
-@pytest.mark.parametrize(
-    ("compiled", "scale", "threads"),
-    [
-        (True, 1.0, 2),
-        (True, 1.0, 3),
-        *((compiled, scale, 1) for compiled in (True, False) for scale in (1, 1e-25, 1e25)),
-    ],
-)
-@pytest.mark.parametrize("reference", [0, 2, None])
-@pytest.mark.parametrize(("shape", "axis"), ACTIVATIONS)
+#: The compiled kernels with threads, PyTorch's operations, values whose squares float32 does not hold, and references.
+WAYS = [(True, 1.0, 2, 0), (True, 1.0, 3, None), (True, 1.0, 1, 2), (True, 1e-25, 1, None), (True, 1e25, 1, 0)]
+WAYS += [(False, 1.0, 1, 0), (False, 1e-25, 1, 2), (False, 1e25, 1, None)]
+#: Every activation in two ways, at least one of them compiled, and every way with four activations or more.
+CHANGES = [(*ACTIVATIONS[i], *WAYS[(i + k) % 8]) for i in range(len(ACTIVATIONS)) for k in (0, 5)]
+
+
+@pytest.mark.parametrize(("shape", "axis", "compiled", "scale", "threads", "reference"), CHANGES)
 def test_changes_of_any_activation_are_the_definition(shape, axis, reference, threads, scale, compiled, monkeypatch):
     monkeypatch.setattr(deviations, "FEWEST_FLOAT32_VALUES", 0)
     if not compiled:

@@ -1,13 +1,11 @@
 """InvarianceResult: numbers, tables, files."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
-from lightning_invariance import InvarianceMonitor, InvarianceResult, plots, rotations
-from lightning_invariance.measures import NormalizedVariance, VarianceSameEquivariance
+from lightning_invariance import InvarianceResult
 
 
 @pytest.fixture
@@ -126,24 +124,3 @@ def test_reduced_keeps_channels_and_statistics(result):
         )
         assert torch.equal(reduced.dead_channels(layer), result.dead_channels(layer))
     assert_same(reduced, reduced.reduced())
-
-
-@pytest.mark.parametrize("kind", ["file", "history"])
-def test_what_an_earlier_version_wrote_still_loads(kind):
-    # Written before results told which measures are ratios.
-    folder = Path(__file__).parent
-    if kind == "file":
-        found = InvarianceResult.load(folder / "result_of_0.1.npz")
-        assert found["NormalizedVariance"]["0"].shape == (2, 4, 4)
-    else:
-        measures = {"NormalizedVariance": NormalizedVariance(response=True), "SE": VarianceSameEquivariance()}
-        monitor = InvarianceMonitor(rotations(4), measures)
-        monitor.load_state_dict(torch.load(folder / "history_of_0.1.pt", weights_only=True))
-        (found,) = monitor.history
-    means = {"0": 0.952316, "1": 1.001951, "2": 1.001951, "3": 1.009003}  # as that version printed them
-    assert found.per_layer("NormalizedVariance") == pytest.approx(means, abs=1e-6)
-    assert (found.epoch, found.step, found.n_samples) == (1, 20, 16)
-    assert found.ratios == {"NormalizedVariance": True, "SE": False}
-    assert set(found.response["NormalizedVariance"]) == {"0", "1", "2", "3"}
-    assert found.floor["SE"].shape == (1,)
-    assert plots.heatmap(found).axes

@@ -5,6 +5,7 @@ from functools import reduce
 
 import pytest
 import torch
+from definitions import groups_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import pdist
@@ -42,12 +43,6 @@ def activations_of(model, images):
         return model(TURNS(in_order(images)).flatten(0, 1)).unflatten(0, (len(images), len(TURNS)))
 
 
-def groups_of(n, samples):
-    """Groups of nearly equal size, one sample after the other."""
-    count = math.ceil(n / samples)
-    return [[i for i in range(n) if i * count // n == group] for group in range(count)]
-
-
 def defined(cube, groups, metric="cityblock"):
     """The mean distance of pairs that share a group, times (n − 1) / n: ``(vectors,)`` of ``(n, m, vectors, size)``."""
     n, m, vectors, _ = cube.shape
@@ -63,7 +58,7 @@ def defined(cube, groups, metric="cityblock"):
 
 @pytest.mark.parametrize("samples", [2, 3, 16, 49])
 @pytest.mark.parametrize("batch_size", [3, 4, 30, 64, 200])
-def test_the_sample_distance_is_that_of_pairs_in_groups(samples, batch_size):
+def test_the_sample_distance_is_over_pairs_in_groups(samples, batch_size):
     model = network()
     found = evaluate(model, IMAGES, TURNS, SampleDistance(samples=samples), batch_size=batch_size, progress=False)
     expected = defined(activations_of(model, IMAGES)[..., None], groups_of(50, samples))
@@ -243,7 +238,7 @@ def test_any_split_and_order_of_merging_gives_the_pairs_in_groups(n, samples, mo
         torch.testing.assert_close(mean, defined(cube[..., None], seen) * n / (n - 1), rtol=1e-9, atol=0)
 
 
-def test_the_standard_error_is_that_of_groups(tmp_path):
+def test_the_standard_error_is_over_groups(tmp_path):
     model = network()
     measures = [SampleDistance(samples=10), NormalizedDistance(samples=10), TransformationDistance()]
     result = evaluate(model, IMAGES, TURNS, measures, progress=False)
@@ -260,7 +255,7 @@ def test_the_standard_error_is_that_of_groups(tmp_path):
     assert result.reduced().standard_errors == {}
 
 
-def test_the_standard_error_tells_how_far_values_of_other_samples_are():
+def test_the_standard_error_is_the_spread_over_other_samples():
     generator = torch.Generator().manual_seed(1)
     values, errors = [], []
     for _ in range(60):

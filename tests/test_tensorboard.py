@@ -1,4 +1,4 @@
-"""What TensorBoard shows besides curves: the text page, the chart of all layers, histograms, responses."""
+"""TensorBoard: the text page, the chart of all layers, histograms, responses and bands."""
 
 import re
 
@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightnings import TensorBoardLogger
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
-from test_callback import LAYERS, events, fit
 from torchmetrics.classification import MulticlassAccuracy
+from trainings import LAYERS, events, fit_with_tensorboard
 
 from lightning_invariance import InvarianceMonitor, rotations
 from lightning_invariance.measures import TransformationVariance
@@ -20,7 +20,7 @@ def layout(logged):
 
 
 def test_a_chart_of_all_layers_in_the_order_of_the_network(tmp_path):
-    fit(tmp_path, InvarianceMonitor(rotations(4)), epochs=1)
+    fit_with_tensorboard(tmp_path, InvarianceMonitor(rotations(4)), epochs=1)
     charts = layout(events(tmp_path))["NormalizedVariance"]
     tags = [f"NormalizedVariance/{layer}" for layer in LAYERS]
     assert len(charts["all layers"]) == len(tags)
@@ -33,16 +33,20 @@ def test_a_chart_of_all_layers_in_the_order_of_the_network(tmp_path):
 
 def test_a_layout_of_the_user_is_kept(tmp_path):
     logger = TensorBoardLogger(tmp_path, name="", version="run")
-    logger.experiment.add_custom_scalars({"mine": {"losses": ["Multiline", ["train_loss", "val_loss"]]}})
-    fit(tmp_path, InvarianceMonitor(rotations(4)), epochs=1, logger=logger)
+    losses, band = ["Multiline", ["train_loss", "val_loss"]], ["Margin", ["value", "low", "high"]]
+    logger.experiment.add_custom_scalars({"mine": {"losses": losses, "band": band}})
+    fit_with_tensorboard(tmp_path, InvarianceMonitor(rotations(4), confidence=0.9), epochs=1, logger=logger)
     found = layout(events(tmp_path))
-    assert found["mine"] == {"losses": ["train_loss", "val_loss"]}
+    assert found["mine"]["losses"] == ["train_loss", "val_loss"]
     assert "NormalizedVariance" in found
+    charts = Layout.FromString(events(tmp_path).Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
+    mine = next(part for part in charts.category if part.title == "mine")
+    assert [(s.value, s.lower, s.upper) for s in mine.chart[1].margin.series] == [("value", "low", "high")]
 
 
 def test_a_page_says_what_the_tags_mean(tmp_path):
     measures = {"spread": TransformationVariance()}
-    fit(tmp_path, InvarianceMonitor(rotations(4), measures, name="turns"), epochs=2)
+    fit_with_tensorboard(tmp_path, InvarianceMonitor(rotations(4), measures, name="turns"), epochs=2)
     pages = events(tmp_path).Tensors("invariance_turns/text_summary")
     assert len(pages) == 1
     text = pages[0].tensor_proto.string_val[0].decode()
@@ -54,7 +58,7 @@ def test_a_page_says_what_the_tags_mean(tmp_path):
 
 def test_metrics_of_predictions_have_a_chart_and_are_explained(tmp_path):
     metric = {"score.1": MulticlassAccuracy(2)}
-    fit(tmp_path, InvarianceMonitor(rotations(4), outputs=metric, name="turns"), epochs=1)
+    fit_with_tensorboard(tmp_path, InvarianceMonitor(rotations(4), outputs=metric, name="turns"), epochs=1)
     logged = events(tmp_path)
     tags = ["score.1_turns_mean", "score.1_turns_worst"]
     assert set(tags) <= set(logged.Tags()["scalars"])
@@ -69,8 +73,8 @@ def test_metrics_of_predictions_have_a_chart_and_are_explained(tmp_path):
 
 def test_histograms_over_channels_only_where_they_are_asked_for(tmp_path):
     monitor = InvarianceMonitor(rotations(4), histograms=True)
-    fit(tmp_path / "with", monitor, epochs=1)
-    fit(tmp_path / "without", InvarianceMonitor(rotations(4)), epochs=1)
+    fit_with_tensorboard(tmp_path / "with", monitor, epochs=1)
+    fit_with_tensorboard(tmp_path / "without", InvarianceMonitor(rotations(4)), epochs=1)
     logged = events(tmp_path / "with")
     assert set(logged.Tags()["histograms"]) == {f"NormalizedVariance/channels/{layer}" for layer in LAYERS}
     last = logged.Histograms("NormalizedVariance/channels/conv")[-1].histogram_value
@@ -82,7 +86,7 @@ def test_histograms_over_channels_only_where_they_are_asked_for(tmp_path):
 
 def test_the_default_measure_tells_the_response_and_the_history_the_scores(tmp_path):
     monitor = InvarianceMonitor(rotations(4))
-    fit(tmp_path, monitor, epochs=2)
+    fit_with_tensorboard(tmp_path, monitor, epochs=2)
     logged = events(tmp_path)
     assert len(logged.Images("NormalizedVariance/response")) == 3
     assert [set(result.scores) & {"val_loss"} for result in monitor.history] == [set(), {"val_loss"}, {"val_loss"}]
@@ -93,7 +97,7 @@ def test_the_default_measure_tells_the_response_and_the_history_the_scores(tmp_p
 
 def test_bands_where_there_are_intervals(tmp_path):
     monitor = InvarianceMonitor(rotations(4), confidence=0.9)
-    fit(tmp_path, monitor, epochs=1)
+    fit_with_tensorboard(tmp_path, monitor, epochs=1)
     logged = events(tmp_path)
     found = Layout.FromString(logged.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
     (bands,) = [chart for part in found.category for chart in part.chart if chart.HasField("margin")]
@@ -109,17 +113,8 @@ def test_bands_where_there_are_intervals(tmp_path):
     assert "90% confidence interval" in text
 
 
-def test_a_layout_with_bands_of_the_user_is_kept(tmp_path):
-    logger = TensorBoardLogger(tmp_path, name="", version="run")
-    logger.experiment.add_custom_scalars({"mine": {"band": ["Margin", ["value", "low", "high"]]}})
-    fit(tmp_path, InvarianceMonitor(rotations(4), confidence=0.9), epochs=1, logger=logger)
-    found = Layout.FromString(events(tmp_path).Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
-    mine = next(part for part in found.category if part.title == "mine")
-    assert [(s.value, s.lower, s.upper) for s in mine.chart[0].margin.series] == [("value", "low", "high")]
-
-
 def test_early_stopping_can_watch_a_bound(tmp_path):
     monitor = InvarianceMonitor(rotations(4), confidence=0.9)
     stopping = EarlyStopping("NormalizedVariance_high/conv", patience=100)
-    fit(tmp_path, monitor, stopping, epochs=1)
+    fit_with_tensorboard(tmp_path, monitor, stopping, epochs=1)
     assert float(stopping.best_score) == pytest.approx(monitor.history[-1].interval()["conv"].high, rel=1e-6)

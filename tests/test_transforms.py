@@ -54,7 +54,7 @@ def test_flips_are_exact_on_any_shape():
 
 
 @pytest.mark.parametrize("shape", [(9, 9), (8, 8), (7, 12)])
-def test_rotations_are_those_of_torchvision(shape):
+def test_rotations_equal_torchvision(shape):
     x, angles = images(*shape, dtype=torch.float64), [0, 13.5, 90, 200, -45]
     turned = rotations(angles=angles)(x)
     for j, angle in enumerate(angles):
@@ -62,7 +62,7 @@ def test_rotations_are_those_of_torchvision(shape):
         torch.testing.assert_close(turned[:, j], expected, rtol=0, atol=1e-6)
 
 
-def test_scales_are_those_of_torchvision():
+def test_scales_equal_torchvision():
     x, factors = images(10, 13, dtype=torch.float64), [0.5, 1.0, 1.25]
     scaled = scales(factors=factors)(x)
     for j, factor in enumerate(factors):
@@ -81,8 +81,8 @@ def test_translations_move_whole_pixels_and_fill_with_black():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-3), (torch.uint8, 0.501)])
 @pytest.mark.parametrize("fill", [50, (25.0, 0, 240)])
-def test_what_comes_from_outside_of_an_image_is_the_fill(fill, dtype, tolerance):
-    """As torchvision moves images, with the fill as far as it moves what is not the image into the frame."""
+def test_pixels_from_outside_of_an_image_have_the_fill(fill, dtype, tolerance):
+    """Against torchvision, with the fill in proportion to the outside that interpolation moves into the frame."""
     x = (255 * images()).to(dtype)
     t = combine(rotations(8, fill=fill), scales(factors=[0.7, 1], fill=fill), flips())
     moved = t(x)
@@ -320,7 +320,7 @@ def test_functions_that_change_their_argument_do_not_meet(order):
     assert torch.equal(st, moved)
 
 
-def test_transformations_that_are_all_the_same_are_told():
+def test_transformations_that_are_all_the_same_are_warned_of():
     late = TransformationSet.from_callables([lambda x: x.roll(k, -1) for k in range(3)])  # noqa: B023
     images, model = torch.rand(8, 1, 6, 6), torch.nn.Flatten()
     with pytest.warns(UserWarning, match="All transformations of .* `lambda x, k=k: ...`"):

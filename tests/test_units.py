@@ -51,7 +51,7 @@ SAME = [
 
 
 @pytest.mark.parametrize("turns", [TURNS, quarter_turns()], ids=["rotations", "quarter turns"])
-def test_maps_with_channels_last_have_the_values_of_those_with_channels_first(turns):
+def test_maps_with_channels_last_have_the_values_of_maps_with_channels_first(turns):
     measures = {str(i): measure for i, measure in enumerate(SAME)}
     first, last = (
         evaluate(Pointwise(last).double(), IMAGES, turns, measures, progress=False) for last in (False, True)
@@ -134,7 +134,7 @@ def test_the_result_keeps_it_in_files_and_for_channels(tmp_path):
             assert torch.equal(other.per_channel("NormalizedVariance", layer), expected)
 
 
-def test_the_response_of_tokens_is_that_of_their_features():
+def test_the_response_of_tokens_is_over_their_features():
     torch.manual_seed(0)
     model = Block().double()
     result = evaluate(model, IMAGES, TURNS, NormalizedVariance(response=True), layers="norm", progress=False)

@@ -2,15 +2,11 @@
 
 import itertools
 import math
-import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric
 
 from lightning_invariance import functional
 from lightning_invariance.measures import Anova, NormalizedVariance, SampleVariance, TransformationVariance
@@ -52,33 +48,7 @@ def test_values_worked_out_by_hand(measure, squared, value):
 
 @pytest.mark.parametrize(("measure", "definition"), CASES)
 @pytest.mark.parametrize("squared", [True, False])
-@pytest.mark.parametrize("size", [1, 2, 4, 7, 36, 37])
-def test_any_block_size_gives_the_definition(measure, definition, squared, size):
-    tensor = cube()
-    value = measured(measure(squared=squared), tensor.split(size))
-    assert value.dtype == torch.float64
-    torch.testing.assert_close(value, definition(tensor, squared), rtol=1e-9, atol=0)
-
-
-@pytest.mark.parametrize(("measure", "definition"), CASES)
-@pytest.mark.parametrize("squared", [True, False])
-@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_any_merge_order_gives_the_definition(measure, definition, squared, order):
-    tensor = cube()
-    parts = []
-    for rows in tensor.split((5, 1, 31)):
-        parts.append(measure(squared=squared))
-        measured(parts[-1], rows.split(4))
-    merged = measure(squared=squared)
-    for position in order:
-        merged.merge_state(parts[position])
-    merged.merge_state(measure(squared=squared))  # an empty one changes nothing
-    torch.testing.assert_close(merged.compute(), definition(tensor, squared), rtol=1e-9, atol=0)
-
-
-@pytest.mark.parametrize(("measure", "definition"), CASES)
-@pytest.mark.parametrize("squared", [True, False])
-@pytest.mark.parametrize("size", [1, 4, 64, 400])
+@pytest.mark.parametrize("size", [1, 64])
 def test_float32_far_from_zero(measure, definition, squared, size):
     # Sample spreads from a hundredth to a hundred times the spread of rows; the mean is 10⁴ times the spread of rows.
     generator = torch.Generator().manual_seed(1)
@@ -100,7 +70,7 @@ def wide(mean=0.0, sparse=False, n=160, m=16, k=2048):
 
 
 @pytest.mark.parametrize(("measure", "definition"), CASES)
-@pytest.mark.parametrize("size", [2, 4, 7, 160])
+@pytest.mark.parametrize("size", [1, 7, 160])
 @pytest.mark.parametrize(("mean", "sparse"), [(0.0, False), (1e4, False), (0.0, True)])
 def test_wide_float32_layers_in_few_numbers(measure, definition, size, mean, sparse):
     tensor = wide(mean, sparse)
@@ -244,59 +214,6 @@ def test_float32_samples_out_of_range_of_squares(scale):
     torch.testing.assert_close(measured(spread, samples.expand(9, 4, 5).split(3)), expected, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_activations(dtype):
-    tensor = cube(dtype=dtype)
-    expected = functional.normalized_variance(tensor.double())
-    torch.testing.assert_close(measured(NormalizedVariance(), tensor.split(4)), expected, rtol=1e-5, atol=0)
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(measured(NormalizedVariance(), tensor.split(4)), expected, rtol=1e-5, atol=0)
-
-
-@settings(deadline=None, max_examples=150)
-@given(
-    tensor=hnp.arrays(
-        dtype="float64",
-        shape=hnp.array_shapes(min_dims=3, max_dims=3, min_side=2, max_side=6),
-        elements=st.floats(-1e6, 1e6).map(lambda x: round(x, 3)),
-    ),
-    data=st.data(),
-)
-def test_any_values_and_split(tensor, data):
-    tensor = torch.from_numpy(tensor)
-    cut = data.draw(st.integers(0, len(tensor)))
-    for measure, definition in CASES:
-        parts = [measure(), measure()]
-        parts[0].update(tensor[:cut])
-        parts[1].update(tensor[cut:])
-        parts[0].merge_state(parts[1])
-        # Both sides round: variances are compared on the scale of the numbers they come from.
-        expected = definition(tensor)
-        if definition is not functional.normalized_variance:
-            torch.testing.assert_close(parts[0].compute(), expected, rtol=1e-9, atol=1e-16 * tensor.abs().max() ** 2)
-        else:
-            tv, sv = functional.transformation_variance(tensor), functional.sample_variance(tensor)
-            clear = (tv > 1e-9 * tensor.abs().max() ** 2) & (sv > 1e-9 * tensor.abs().max() ** 2)
-            torch.testing.assert_close(parts[0].compute()[clear], expected[clear], rtol=1e-6, atol=0)
-
-
-def test_nan_and_infinity_stay_where_they_are():
-    tensor = cube(shape=(4,))
-    tensor[3, 2, 1], tensor[20, 0, 2] = torch.nan, torch.inf
-    value = measured(NormalizedVariance(), tensor.float().split(4))
-    assert value.isnan().tolist() == [False, True, True, False]
-
-
-@pytest.mark.parametrize(
-    ("measure", "shape"), [(TransformationVariance, (5, 1)), (SampleVariance, (1, 5)), (NormalizedVariance, (1, 5))]
-)
-def test_too_little_data_is_nan_with_a_warning(measure, shape):
-    metric = measure()
-    metric.update(torch.rand(*shape, 3))
-    with pytest.warns(UserWarning, match="is NaN"):
-        assert metric.compute().isnan().all()
-
-
 @pytest.mark.parametrize(
     ("block", "error", "message"),
     [
@@ -333,35 +250,6 @@ def test_update_does_not_change_its_input():
         assert torch.equal(tensor, before)
 
 
-def test_metric_habits():
-    tensor = cube()
-    expected = functional.normalized_variance(tensor)
-    metric = NormalizedVariance()
-    for rows in tensor.split(10):
-        value = metric(rows)  # forward returns the value of the batch
-        torch.testing.assert_close(value, functional.normalized_variance(rows))
-    torch.testing.assert_close(metric.compute(), expected)
-
-    copy = pickle.loads(pickle.dumps(metric))
-    torch.testing.assert_close(copy.compute(), expected)
-    torch.testing.assert_close(metric.clone().compute(), expected)
-    assert isinstance(hash(metric), int)
-    assert metric.state_dict() == {}
-    metric.persistent(True)
-    loaded = NormalizedVariance()
-    loaded.persistent(True)
-    loaded.load_state_dict(metric.state_dict())
-    loaded._update_count = 1
-    torch.testing.assert_close(loaded.compute(), expected)
-
-    doubled = 2 * metric + 1
-    torch.testing.assert_close(doubled.compute(), 2 * expected + 1)
-    metric.reset()
-    assert metric.n_samples == 0
-    assert all(state.numel() <= 1 for state in metric.metric_state.values())
-    torch.testing.assert_close(measured(metric, [tensor]), expected)
-
-
 def test_a_value_computed_before_a_merge_is_not_kept():
     one, other = NormalizedVariance(), NormalizedVariance()
     one.update(cube()[:20])
@@ -385,26 +273,6 @@ def test_states_made_in_inference_mode_go_on_outside():
     torch.testing.assert_close(metric.compute(), expected, rtol=1e-5, atol=0)
 
 
-def test_the_family_shares_one_update_in_a_collection(monkeypatch):
-    tensor = cube()
-    metrics = MetricCollection(
-        {
-            "nv": NormalizedVariance(),
-            "tv": TransformationVariance(),
-            "sv": SampleVariance(),
-            "sd": SampleVariance(False),
-        }
-    )
-    for rows in tensor.split(8):
-        metrics.update(rows)
-    assert sorted(map(sorted, metrics.compute_groups.values())) == [["nv", "sv", "tv"], ["sd"]]
-    values = metrics.compute()
-    torch.testing.assert_close(values["nv"], functional.normalized_variance(tensor))
-    torch.testing.assert_close(values["tv"], functional.transformation_variance(tensor))
-    torch.testing.assert_close(values["sv"], functional.sample_variance(tensor))
-    torch.testing.assert_close(values["sd"], functional.sample_variance(tensor, squared=False))
-
-
 def test_plot_returns_figure_and_axes():
     metric: Metric = NormalizedVariance()
     metric.update(cube())
@@ -413,18 +281,6 @@ def test_plot_returns_figure_and_axes():
     # The mean over the spatial axes of each of the 3 channels.
     expected = functional.normalized_variance(cube()).mean(1)
     torch.testing.assert_close(torch.tensor([bar.get_height() for bar in axes.patches]), expected, check_dtype=False)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 4, 13])
-def test_few_rows_at_a_time_keep_no_more_numbers_than_many(rows):
-    generator = torch.Generator().manual_seed(0)
-    samples = torch.randn(60, 1, 4096, generator=generator)
-    st = 3 + samples + 0.7 * torch.randn(60, 8, 4096, generator=generator)
-    metric = NormalizedVariance()
-    for block in st.split(rows):
-        metric.update(block)
-    assert sum(getattr(metric, name).numel() for name in metric._defaults) <= (8 + 4) * 4096 + 10
-    torch.testing.assert_close(metric.compute(), functional.normalized_variance(st.double()), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("rows", [1, 4])

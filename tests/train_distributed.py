@@ -42,7 +42,7 @@ class Net(pl.LightningModule):
 
 
 class Report(pl.Callback):
-    """What a process has at the end."""
+    """Saves the state of each process at the end."""
 
     def __init__(self, folder):
         self.folder = folder

@@ -6,7 +6,7 @@ By hand, after `pip install -e ".[dev,zoo]"`:
     python tests/zoo.py "timm/*" torchvision/resnet18
     python tests/zoo.py --markdown table.md   # also writes the table of examples/models.md
 
-For each network: the layers that are measured, those that are left out and why, the largest relative difference of a
+For each network: the measured layers, the layers that are left out and why, the largest relative difference of a
 layer mean between two batch sizes (in float64, where the network runs in it), and which share of the tensors that its
 functions compute from the input is measured with `operations=True`. Views and copies are not counted, since they hold
 no new values, and what a function such as `F.normalize` or multi-head attention computes within is told apart. Networks
@@ -158,7 +158,7 @@ def difference(network: Network) -> str:
 
 @dataclass
 class Row:
-    """What a network gave; the fields are the columns of the table."""
+    """Findings for one network; the fields are the columns of the table."""
 
     network: str
     measured: str = ""

@@ -149,7 +149,7 @@ resmlp_12_224 resnest14d resnet10t resnetv2_50 rexnet_100 samvit_base_patch16_22
 skresnet18 starnet_s1 swiftformer_xs swin_tiny_patch4_window7_224 swinv2_cr_tiny_ns_224 swinv2_tiny_window8_256
 tiny_vit_5m_224 tnt_s_patch16_224 tresnet_m twins_pcpvt_small vgg11 visformer_tiny vit_tiny_patch16_224
 vit_relpos_small_patch16_224 volo_d1_224 vovnet39a xception41 xcit_nano_12_p16_224""".split()  # noqa: SIM905 - a list would take a line for each
-#: Those without a fixed input size run at 64×64; a few need a little more.
+#: Networks without a fixed input size run at 64×64; a few need more.
 SIZES = {
     "convmixer_768_32": 64,
     "inception_v4": 96,

@@ -363,7 +363,10 @@ def check_states(accumulator: Accumulator, states: States, method: str) -> None:
     """
     name, empty = type(accumulator).__name__, accumulator.empty()
     if missing := empty.keys() - states.keys():
-        raise ValueError(f"Expected {name}.{method} to give the states {[*empty]}, but {sorted(missing)} are missing.")
+        verb = "return" if method == "merge" else "keep"
+        raise ValueError(
+            f"Expected {name}.{method} to {verb} the states {[*empty]}, but {sorted(missing)} are missing."
+        )
     for state, value in empty.items():
         check_state(name, state, states[state])
         if states[state].ndim != value.ndim:

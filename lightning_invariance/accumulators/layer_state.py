@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -18,6 +17,7 @@ from lightning_invariance.accumulators.base import (
     started,
 )
 from lightning_invariance.accumulators.sums import Sums, dead_of
+from lightning_invariance.messages import given
 
 
 class LayerState:
@@ -74,10 +74,19 @@ class LayerState:
             if not accumulator.takes_half:
                 rows.widen()
             states = self._states[accumulator]
-            accumulator.add(states, rows)
+            if (returned := accumulator.add(states, rows)) is not None:
+                raise TypeError(
+                    f"Expected {type(accumulator).__name__}.add to change `states` in place and to return None, but got"
+                    f" {given(returned)}: write `states.update(...)`."
+                )
             if not rows.before:
-                check_states(accumulator, states, "add")
+                check_states(accumulator, states, "add")  # later rows are added in the same way
         self._count(self._rows + rows.values.shape[0])
+
+    def check(self) -> None:
+        """Raise where a state is not what :class:`Accumulator` asks for."""
+        for accumulator in self._active:
+            check_states(accumulator, self._states[accumulator], "add")
 
     def begin_second_pass(self, begun: Iterable[tuple[Accumulator, States]], device: torch.device) -> None:
         """Let other accumulators take the rows of a second pass.
@@ -119,7 +128,7 @@ class LayerState:
         """Which activations never changed, bool of :attr:`shape`, on the CPU; None where no accumulator tells."""
         for accumulator in self._states:
             if (found := dead_of([accumulator], self.sums([accumulator]))) is not None:
-                return self.in_shape(found).cpu()
+                return self.in_shape(found, by_activation=True).cpu()
         return None
 
     def states(self, numbered: bool = True) -> States:
@@ -139,13 +148,13 @@ class LayerState:
 
     def merged(self, a: States, b: States, numbered: bool = True) -> States:
         """The :meth:`states` after the rows of two of them, either of which may have none."""
-        found = {N_SAMPLES: a[N_SAMPLES] + b[N_SAMPLES]}
+        found: States = {}
         for i, accumulator in enumerate(self._active):
             keys = {name: f"{i}.{name}" if numbered else name for name in accumulator.empty()}
             parts = ({name: each[key] for name, key in keys.items()} | {N_SAMPLES: each[N_SAMPLES]} for each in (a, b))
             both = merged(accumulator, *parts)
             found.update({key: both[name] for name, key in keys.items()})
-        return found
+        return {**found, N_SAMPLES: a[N_SAMPLES] + b[N_SAMPLES]}
 
     def _keys(self, numbered: bool) -> list[tuple[str, Accumulator, str]]:
         """The names of the states of the pass at hand, with the accumulator and its own name of each."""
@@ -176,19 +185,17 @@ class LayerState:
         """``(rows, columns, *shape)`` → ``(rows, columns, *ordered_shape)``."""
         return st.permute(0, 1, *(2 + axis for axis in self.order)) if self.order else st
 
-    def in_shape(self, values: Tensor) -> Tensor:
-        """Values ``(..., *ordered_shape)``, or flat ones, that were computed from the sums, in :attr:`shape`.
+    def in_shape(self, values: Tensor, by_activation: bool) -> Tensor:
+        """Values that were computed from the sums, in :attr:`shape`.
 
-        Others have no axes of positions, such as values of channels, and are returned as they are. They are never as
-        many as the activations: where a channel has one position, :attr:`order` is empty.
+        Args:
+            values: ``(..., *ordered_shape)``, or any others.
+            by_activation: whether their last axes are the axes of the activation.
         """
-        own = self.ordered_shape
-        if self.order and values.shape == (math.prod(own),):
-            return self.in_shape(values.view(own)).flatten()
-        if not self.order or values.shape[-len(own) :] != own:
+        if not self.order or not by_activation:
             return values
-        leading = values.ndim - len(own)
-        axes = [*range(leading), *(leading + self.order.index(axis) for axis in range(len(own)))]
+        leading = values.ndim - len(self.shape)
+        axes = [*range(leading), *(leading + self.order.index(axis) for axis in range(len(self.shape)))]
         return values.permute(axes).contiguous()
 
 

@@ -150,9 +150,8 @@ class STLoader:
         return [slice(start, min(start + self.batch_size, m)) for start in range(0, m, self.batch_size)]
 
     def __iter__(self) -> Iterator[STBlock]:
-        parts = [(columns, self.transformations[columns]) for columns in self._parts()]
-        if len(parts) == 1:
-            parts = [(parts[0][0], self.transformations)]
+        whole = slice(0, len(self.transformations))
+        parts = [(c, self.transformations if c == whole else self.transformations[c]) for c in self._parts()]
         first = 0
         for samples in self._rows():
             if not self._checked and self.transform:

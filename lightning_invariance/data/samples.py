@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,6 @@ from lightning_invariance.data.batches import Samples, input_of, label_of
 from lightning_invariance.data.fingerprints import Fingerprint, fingerprint_of, keys_of
 from lightning_invariance.data.samplers import indices_of
 from lightning_invariance.distributed import share_of
-from lightning_invariance.engine.arguments import check_data
 from lightning_invariance.messages import given
 from lightning_invariance.random_state import isolated_random_state
 
@@ -58,7 +57,7 @@ class Source:
         together: int,
         pinned: bool,
     ) -> None:
-        check_data(data)
+        _check_data(data)
         self.input_fn, self.with_batch = input_fn, with_batch
         self.is_split = self.with_keys = False
         self._seed, self._rank, self._world_size = seed, rank, world_size
@@ -183,3 +182,15 @@ class Source:
                     f" torchvision.transforms.v2.ToImage. ({str(error).splitlines()[-1]})"
                 ) from error
             raise
+
+
+def _check_data(data: Any) -> None:
+    """Raise for tensors of inputs and targets that are no dataset."""
+    if isinstance(data, tuple | list) and data and all(isinstance(each, DataLoader) for each in data):
+        raise TypeError(f"Expected argument `data` to be one DataLoader, but got {len(data)} of them: give one.")
+    tensors = isinstance(data, tuple | list) and len(data) > 1 and all(isinstance(each, Tensor) for each in data)
+    if isinstance(data, Mapping) or (tensors and len({each.ndim for each in data}) > 1):
+        raise TypeError(
+            f"Expected argument `data` to be a dataset, a DataLoader or a tensor of inputs, but got a"
+            f" {type(data).__name__}: give `torch.utils.data.TensorDataset(x, y)`."
+        )

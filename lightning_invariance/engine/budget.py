@@ -18,10 +18,7 @@ from lightning_invariance.measures.base import names_accumulators
 from lightning_invariance.messages import number_of
 from lightning_invariance.model.channels import channel_axis_in, usual_channel_axis
 from lightning_invariance.model.layout import Finding, Layout
-
-#: What a layer returned in a probe, without values; the axis of its channels, counted from the end, where the module
-#: says it; and for how many inputs.
-Output: TypeAlias = tuple[Tensor, int | None, int]
+from lightning_invariance.model.probe import Output
 
 #: What a layer returns for one input: shape, type, axis of the channels.
 Activation: TypeAlias = tuple[tuple[int, ...], torch.dtype, int]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_invariance.accumulators.base import States
 from lightning_invariance.accumulators.layer_state import LayerState
 from lightning_invariance.engine.influence import Influence
 from lightning_invariance.engine.registry import INPUT, Registry
@@ -99,15 +100,19 @@ def _record_of(registry: Registry, name: str, layer: LayerState, samples: Sample
             record.values[key] = _value_of_metric(registry.metrics[name][key], layer.shape)
             continue
         sums = layer.sums((*measure.needs, *measure.needs_again))
-        value = layer.in_shape(measure.evaluated(sums, measure.of_layer).detach().to("cpu", torch.float64))
+        by_activation, value = measure.is_by_activation(sums), measure.evaluated(sums, measure.of_layer).detach()
+        value = layer.in_shape(value.to("cpu", torch.float64), by_activation)
         record.values[key] = value
         if (response := measure.response_of(sums)) is not None:
             record.responses[key] = response.tolist()
         if sums.n_samples and (error := measure.standard_error(sums)) is not None:
-            error = layer.in_shape(error.flatten()).reshape(value.shape)
-            record.standard_errors[key] = error.to("cpu", torch.float64)
+            error = error.reshape(measure.value_shape(sums)).to("cpu", torch.float64)
+            record.standard_errors[key] = layer.in_shape(error, by_activation)
         if (influence := registry.influences.get(name, {}).get(key)) is not None:
-            _add_intervals(record, key, influence, layer, registry.confidence)
+            shape = measure.value_shape(sums)
+            squares, fourths = (influence.states[s].cpu().reshape(shape) for s in ("squares", "fourths"))
+            moments = layer.in_shape(squares, by_activation), layer.in_shape(fourths, by_activation)
+            _add_intervals(record, key, influence.states, moments, registry.confidence)
             record.influences[key] = samples.in_order(key, influence)
     registry.metrics.pop(name, None)
     registry.influences.pop(name, None)
@@ -122,19 +127,26 @@ def _value_of_metric(metric: Metric, shape: tuple[int, ...]) -> Tensor:
 
 
 def _add_intervals(
-    record: LayerRecord, key: str, influence: Influence, layer: LayerState, confidence: float | None
+    record: LayerRecord, key: str, states: States, moments: tuple[Tensor, Tensor], confidence: float | None
 ) -> None:
-    """Add what the influences of samples on a measure come to."""
-    value, n = record.values[key], len(influence.states["numbers"])
-    squares, fourths = (layer.in_shape(influence.states[state].cpu()) for state in ("squares", "fourths"))
-    error = torch.where(value.flatten().isfinite(), (squares.double() / (n * (n - 1))).sqrt(), torch.nan)
-    freedom = degrees_of_freedom(n, squares, fourths).float().view(value.shape)
-    never = (squares == 0).view(value.shape) & (value != 0)  # such as 1 for units that never fired
+    """Add what the influences of samples on a measure come to.
+
+    Args:
+        record: of the layer.
+        key: of the measure.
+        states: of its influences.
+        moments: Σ ψ² and Σ ψ⁴ in the shape of the value.
+        confidence: of the intervals.
+    """
+    value, n, (squares, fourths) = record.values[key], len(states["numbers"]), moments
+    error = torch.where(value.isfinite(), (squares.double() / (n * (n - 1))).sqrt(), torch.nan)
+    freedom = degrees_of_freedom(n, squares, fourths).float()
+    never = (squares == 0) & (value != 0)  # such as 1 for units that never fired
     few = ((freedom < FEWEST_DEGREES) | never)[value.isfinite()]
-    record.standard_errors[key] = error.view(value.shape)
+    record.standard_errors[key] = error
     record.freedom[key] = freedom
     record.sparse[key] = float(few.double().mean()) if few.numel() else 0.0
-    squares, fourths = (influence.states[f"response_{state}"].cpu().double() for state in ("squares", "fourths"))
+    squares, fourths = (states[f"response_{state}"].cpu().double() for state in ("squares", "fourths"))
     if key in record.responses and len(squares) and confidence is not None:
         quantiles = t_quantiles(confidence, degrees_of_freedom(n, squares, fourths))
         half = quantiles * (squares / (n * (n - 1))).sqrt()

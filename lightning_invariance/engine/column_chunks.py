@@ -18,7 +18,7 @@ from torchmetrics import Metric
 
 from lightning_invariance.data.batches import taken, takes_batch
 from lightning_invariance.data.loader import STBlock, STLoader
-from lightning_invariance.distributed import gather_or_raise, rank_and_world_size
+from lightning_invariance.distributed import errors_shared, rank_and_world_size
 from lightning_invariance.engine.budget import OverBudgetError
 from lightning_invariance.engine.collect import collect, make_result
 from lightning_invariance.engine.walk import Walk
@@ -27,7 +27,6 @@ from lightning_invariance.measures.base import names_accumulators
 from lightning_invariance.measures.variance import MeasureOfVariances
 from lightning_invariance.messages import level_of_user
 from lightning_invariance.model.hooks import transformed_input
-from lightning_invariance.model.layout import RAGGED
 from lightning_invariance.random_state import isolated_random_state
 from lightning_invariance.results.result import InvarianceResult
 from lightning_invariance.transforms import TransformationSet
@@ -35,6 +34,8 @@ from lightning_invariance.transforms import TransformationSet
 #: Bytes of an activation beside its column means, and of a column: a mean in float64 and the new one that takes its
 #: place; for standard deviations also the squared deviations of a column.
 VECTORS, MEAN, SPREAD = 64, 16, 8
+
+NOT_ALL = "ragged: not every sample reaches it"
 
 
 def in_column_chunks(
@@ -81,7 +82,6 @@ def in_column_chunks(
         dead={layer: (tv[some][layer] == 0) & (sv[some][layer] == 0) for layer in layers},
         n_samples=about.n_samples,
         left_out={**about_rows.left_out, **about.left_out},
-        reached=about.reached,
         channel_axis=axes,
     )
 
@@ -107,7 +107,7 @@ def _checked(
                 " TransformationVariance, SampleVariance and NormalizedVariance can do with less."
             )
         found[name] = measure
-    if any(measure.response for measure in found.values()):
+    if any(measure.with_response for measure in found.values()):
         warnings.warn("Responses are left out within `state_budget`.", UserWarning, stacklevel=level_of_user())
     return found
 
@@ -162,13 +162,8 @@ def _iterated(loader: STLoader, seed: int) -> Iterator[STBlock]:
     with isolated_random_state(seed):
         blocks = iter(loader)
         while True:
-            error: Exception | None = None
-            block: STBlock | None = None
-            try:
+            with errors_shared():
                 block = next(blocks, None)
-            except Exception as raised:  # the other processes must be told, or they would wait for ever
-                error = raised
-            gather_or_raise(None, error)
             if block is None:
                 return
             yield block
@@ -177,21 +172,22 @@ def _iterated(loader: STLoader, seed: int) -> Iterator[STBlock]:
 def _mean(found: Iterator[tuple[int, InvarianceResult]]) -> tuple[dict[str, dict[str, Tensor]], InvarianceResult]:
     """The mean of the values of results, each with its weight; and the last result, with all layers left out.
 
-    A layer that is missing in one of them is left out.
+    A layer that is missing in one of them, or that some rows do not reach, is left out.
     """
-    total, left_out = 0, {}  # type: ignore[var-annotated]
+    total = 0
+    left_out: dict[str, str] = {}
     sums: dict[str, dict[str, Tensor]] = {}
     weights: dict[str, int] = {}
     for weight, result in found:
         total += weight
-        left_out |= result.left_out
+        left_out |= {**dict.fromkeys(result.reached, NOT_ALL), **result.left_out}
         for layer in result.layers:
             weights[layer] = weights.get(layer, 0) + weight
         for key, layers in result.items():
             of_key = sums.setdefault(key, {})
             for layer, value in layers.items():
                 of_key[layer] = of_key[layer] + weight * value if layer in of_key else weight * value
-    left_out |= {layer: RAGGED for layer, weight in weights.items() if weight < total and layer not in left_out}
+    left_out |= {layer: NOT_ALL for layer, weight in weights.items() if weight < total and layer not in left_out}
     result.left_out = left_out
     whole = {key: {n: v / total for n, v in layers.items() if n not in left_out} for key, layers in sums.items()}
     return whole, result

@@ -14,7 +14,7 @@ from lightning_invariance.accumulators.base import TYPES, Context, Rows
 from lightning_invariance.accumulators.constant import with_dead
 from lightning_invariance.accumulators.layer_state import LayerState, memory_order
 from lightning_invariance.data.loader import STBlock
-from lightning_invariance.distributed import gather_or_raise, merge_over_ranks, rank_and_world_size
+from lightning_invariance.distributed import gather_objects, merge_over_ranks, rank_and_world_size
 from lightning_invariance.engine.influence import Influence
 from lightning_invariance.measures import Measure
 from lightning_invariance.measures.base import names_accumulators
@@ -156,14 +156,10 @@ class Registry:
         """Whether anything is done with rows of a layer in the pass at hand."""
         return self.in_first_pass or self.layers[name].active or bool(self.influences.get(name))
 
-    def end_pass(self, device: torch.device, error: BaseException | None = None) -> None:
-        """Join what the processes have seen in one pass, and begin a second one if a measure needs it.
-
-        Raises:
-            RuntimeError: If another process failed, with its error. The one that failed raises that itself.
-        """
+    def end_pass(self, device: torch.device) -> None:
+        """Join what the processes have seen in one pass, and begin a second one if a measure needs it."""
         shapes = {name: (layer.shape, layer.channel_axis) for name, layer in self.layers.items()}
-        told = gather_or_raise((shapes, self.n_samples, self.input_shape, self.left_out, self.sample_keys), error)
+        told = gather_objects((shapes, self.n_samples, self.input_shape, self.left_out, self.sample_keys))
         for *_, left_out, keys in reversed(told):  # the reason that the first process found
             for layer, reason in left_out.items():
                 self.leave_out(layer, reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,17 +16,17 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 from lightning_invariance.data.batches import taken, takes_batch
 from lightning_invariance.data.fingerprints import Fingerprint, is_split
 from lightning_invariance.data.loader import STBlock, STLoader
-from lightning_invariance.distributed import gather_or_raise, rank_and_world_size
+from lightning_invariance.distributed import errors_shared, gather_objects, rank_and_world_size
 from lightning_invariance.engine.batch_size import batch_size_for, first_batch_size
 from lightning_invariance.engine.blocks import Blocks
-from lightning_invariance.engine.budget import Output, activations_of, check_memory
+from lightning_invariance.engine.budget import activations_of, check_memory
 from lightning_invariance.engine.options import Options
 from lightning_invariance.engine.output_metrics import OutputMetrics
 from lightning_invariance.engine.registry import Registry
 from lightning_invariance.model.hooks import Catcher, catch_activations, transformed_input
 from lightning_invariance.model.layout import CONSTANT, Finding, Layout
 from lightning_invariance.model.preserved import device_of, evaluation_mode, on_device, unchanged_tensors
-from lightning_invariance.model.probe import probe_block
+from lightning_invariance.model.probe import Output, probe_batch
 from lightning_invariance.model.selection import module_of, select_layers
 from lightning_invariance.precision import summed_on
 from lightning_invariance.random_state import isolated_random_state
@@ -76,9 +77,7 @@ class Walk:
             ValueError: If the processes hold different data.
         """
         rank, world_size = rank_and_world_size()
-        error: BaseException | None = None
-        fingerprint = Fingerprint(None, None)
-        try:
+        with errors_shared():
             loader = STLoader(
                 self.data,
                 transformations,
@@ -96,10 +95,8 @@ class Walk:
             if self.options.batch_size == "auto":
                 self.batch_size = batch_size_for(loader, self.device)
                 loader.resize(self.batch_size)
-            fingerprint = loader.source.fingerprint() if world_size > 1 else fingerprint
-        except Exception as raised:  # the other processes must be told, or they would wait for ever
-            error = raised
-        if is_split(gather_or_raise(fingerprint, error)):
+            fingerprint = loader.source.fingerprint() if world_size > 1 else Fingerprint(None, None)
+        if is_split(gather_objects(fingerprint)):
             loader.source.take_own_stream()
         return loader
 
@@ -121,15 +118,12 @@ class Walk:
             self._output_metrics = OutputMetrics(self.options.outputs, loader.transformations, self.device, confidence)
         with self._prepared(blocks), catch_activations(self.model, self.selection, blocks.consume) as catcher:
             while not registry.finished:
-                error: BaseException | None = None
                 loader.source.with_keys = confidence is not None and registry.in_first_pass
-                try:
-                    with isolated_random_state(self.options.seed):  # every pass sees the same random transformations
-                        for block in with_progress(loader, about, self.options.progress):
-                            self._measure(block, blocks, catcher, registry)
-                except Exception as raised:  # the other processes must be told, or they would wait for ever
-                    error = raised
-                registry.end_pass(self.device, error)
+                # Every pass sees the same random transformations.
+                with errors_shared(), isolated_random_state(self.options.seed):
+                    for block in with_progress(loader, about, self.options.progress):
+                        self._measure(block, blocks, catcher, registry)
+                registry.end_pass(self.device)
         return registry
 
     def outputs(self) -> dict[str, OutputValues]:
@@ -156,7 +150,8 @@ class Walk:
 
     def _probed(self, block: STBlock, catcher: Catcher) -> dict[str, Finding]:
         """Where the inputs of a batch stand in the output of each layer."""
-        found = probe_block(block, catcher, self._call, self.options.seed, takes_batch(self.options.forward))
+        call, x = partial(self._call, block), block.inputs.flatten(0, 1)
+        found = probe_batch(x, catcher, call, self.options.seed, takes_batch(self.options.forward))
         self._outputs.update(found.outputs)
         return found.findings
 

@@ -155,6 +155,7 @@ class AccumulatingMetric(Metric):
         layer = self._layer_state({name: state.clone() for name, state in self.states().items()})
         with torch.no_grad():
             layer.add(Rows(values, None if indices is None else indices.cpu(), labels))
+        layer.check()
         self.set_states({**self.states(), **layer.states(numbered=False)})
 
     def _layer_state(self, states: States) -> LayerState:

@@ -110,6 +110,11 @@ class Measure(AccumulatingMetric):
         """The shape of the value: by default that of the activation."""
         return sums.activation_shape
 
+    def is_by_activation(self, sums: Sums) -> bool:
+        """Whether the last axes of the value are the axes of the activation; otherwise it has others, or none."""
+        shape, own = sums.activation_shape, self.value_shape(sums)
+        return own[len(own) - len(shape) :] == shape
+
     def needs_second_pass(self, sums: Sums) -> bool:
         """Whether :meth:`value` needs more than the sums of the first pass; by default where there is a second."""
         return bool(self.needs_again)

@@ -48,7 +48,7 @@ class MeasureOfVariances(Measure):
                 f" with `squared=True`, but got {response!r}."
             )
         super().__init__([Deviations(squared, response)], **kwargs)
-        self.squared, self.aggregate = squared, aggregate
+        self.squared, self.aggregate, self.with_response = squared, aggregate, response
         if not squared:
             self.unit = self.unit.removesuffix("²")
 

@@ -27,12 +27,13 @@ NOTHING = nullcontext()
 class Catcher:
     """Hands the outputs of selected modules to a consumer, inside the forward hook, before anything can change them.
 
-    Attributes:
-        consumer: may be replaced between two forward passes.
+    Args:
+        selection: the modules and operations.
+        consumer: gets every output.
     """
 
     def __init__(self, selection: Selection, consumer: Consumer) -> None:
-        self.consumer = consumer
+        self._consumer = consumer
         self.operations = Operations(self._operation) if selection.operations else None
         self._patterns = selection.operations
         self._origins = selection.origins
@@ -52,6 +53,16 @@ class Catcher:
         self.operations.start_forward()
         with self.operations:
             yield
+
+    @contextmanager
+    def recording(self, consumer: Consumer) -> Iterator[None]:
+        """What runs in this context is one forward pass, whose outputs another consumer gets."""
+        usual, self._consumer = self._consumer, consumer
+        try:
+            with self.forward_pass():
+                yield
+        finally:
+            self._consumer = usual
 
     def hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         """The forward hook of one module."""
@@ -98,7 +109,7 @@ class Catcher:
                 if layer + place not in self._origins:
                     self._origins[layer + place] = origin
                 axis = self._channel_axis(module, args, tensor)
-                self.consumer(layer + place, tensor.detach() if tensor.requires_grad else tensor, axis)
+                self._consumer(layer + place, tensor.detach() if tensor.requires_grad else tensor, axis)
 
     def _channel_axis(self, module: nn.Module | None, args: Any, output: Tensor) -> int | None:
         """The axis of the channels; of a module that keeps the shape of its input it is that of the input."""

@@ -63,7 +63,7 @@ Finding: TypeAlias = Layout | str
 
 CONSTANT = "constant: does not depend on the input"
 MIXED = "mixed: depends on other samples of the batch"
-RAGGED = "ragged: not as much for every sample"
+RAGGED = "ragged: output size varies between samples"
 RANDOM = "random: equal inputs give different values"
 
 Outputs: TypeAlias = dict[str, Tensor]

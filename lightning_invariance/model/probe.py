@@ -1,4 +1,4 @@
-"""A probe of some inputs of a block: runs the network on them as often as :func:`probe` asks."""
+"""Run a network on a few inputs to find where samples stand in the output of each layer."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_invariance.data.loader import STBlock
-from lightning_invariance.engine.budget import Output
 from lightning_invariance.model.dependence import Dependence
 from lightning_invariance.model.hooks import Catcher
 from lightning_invariance.model.layout import CONSTANT, Finding, Outputs, few_of, probe
 from lightning_invariance.random_state import isolated_random_state
 
-#: Runs the network on some inputs of a block, given their positions among these.
-Call: TypeAlias = Callable[[STBlock, Tensor, Tensor], Any]
+#: Runs the network on some inputs of a batch, given their positions in it.
+Call: TypeAlias = Callable[[Tensor, Tensor], Any]
+
+#: What a layer returned, without values; the axis of its channels, counted from the end, where the module says it; and
+#: for how many inputs.
+Output: TypeAlias = tuple[Tensor, int | None, int]
 
 #: Errors of a model that is called otherwise than it is made for, whose message can be added to.
 FAILURES = (TypeError, NotImplementedError, RuntimeError, IndexError, AttributeError, ValueError)
@@ -35,12 +37,12 @@ class Probed(NamedTuple):
     outputs: dict[str, Output]
 
 
-def probe_block(block: STBlock, catcher: Catcher, call: Call, seed: int, takes_batch: bool) -> Probed:
-    """Probe a few inputs of a block.
+def probe_batch(batch: Tensor, catcher: Catcher, call: Call, seed: int, takes_batch: bool) -> Probed:
+    """Run a network on copies of a few inputs of a batch.
 
     Args:
-        block: the inputs.
-        catcher: hooks of the layers; its consumer is put back afterwards.
+        batch: the inputs, ``(batch, *input_shape)``.
+        catcher: hooks of the layers.
         call: runs the network.
         seed: of all randomness.
         takes_batch: whether the network also sees what else there is of the samples.
@@ -48,7 +50,7 @@ def probe_block(block: STBlock, catcher: Catcher, call: Call, seed: int, takes_b
     Raises:
         TypeError: As all errors of :data:`FAILURES`, if the network fails, with what it was called with.
     """
-    inputs, positions = few_of(block.inputs.flatten(0, 1))
+    inputs, positions = few_of(batch)
     last: dict[str, Output] = {}
 
     def outputs_of(numbers: Sequence[int], number: int, shift: int = 0) -> Outputs:
@@ -60,13 +62,12 @@ def probe_block(block: STBlock, catcher: Catcher, call: Call, seed: int, takes_b
             outputs[layer] = output.clone()  # later modules may change it in place
             last[layer] = torch.empty_like(output, device="meta"), axis, len(chosen)
 
-        catcher.consumer = consumer
-        with isolated_random_state(seed + number), catcher.forward_pass():
+        with isolated_random_state(seed + number), catcher.recording(consumer):
             try:
-                call(block, shown, positions[chosen])
+                call(shown, positions[chosen])
             except FAILURES as error:
                 if type(error) in FAILURES:
-                    raise type(error)(f"{error}\n{_how_called((len(chosen), *block.inputs.shape[2:]))}") from error
+                    raise type(error)(f"{error}\n{_how_called(tuple(shown.shape))}") from error
                 raise
         return outputs
 
@@ -78,16 +79,11 @@ def probe_block(block: STBlock, catcher: Catcher, call: Call, seed: int, takes_b
             if not dependence.holds(output):
                 constant.add(layer)
 
-        catcher.consumer = consumer
-        with isolated_random_state(seed), catcher.forward_pass(), dependence:
-            call(block, inputs, positions)
+        with isolated_random_state(seed), catcher.recording(consumer), dependence:
+            call(inputs, positions)
         return constant
 
-    consumer = catcher.consumer
-    try:
-        found = probe(outputs_of, independent, partial(outputs_of, shift=1) if takes_batch else None)
-    finally:
-        catcher.consumer = consumer
+    found = probe(outputs_of, independent, partial(outputs_of, shift=1) if takes_batch else None)
     if catcher.operations is not None:
         # What does not depend on the input, such as masks and positions, is nobody's layer.
         constant = {name for name, finding in found.items() if finding == CONSTANT and "/" in name}

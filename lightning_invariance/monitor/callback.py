@@ -13,9 +13,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_invariance.engine.arguments import check_transformations, named_measures, named_metrics
 from lightning_invariance.engine.options import Options
-from lightning_invariance.evaluate import evaluate_with
+from lightning_invariance.evaluate import check_transformations, evaluate_with, named_measures, named_metrics
 from lightning_invariance.measures import NormalizedVariance
 from lightning_invariance.model.selection import Layers, select_layers
 from lightning_invariance.monitor.history import History

@@ -1,134 +1,104 @@
-"""What the figures share: places, colours, scales, and rendering."""
+"""Shared by the figures: checked arguments, axes, colours, colour bars, legends and rendering."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib import colormaps, rcParams
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import LineCollection
-from matplotlib.colors import Colormap, LogNorm, Normalize
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from lightning_invariance.messages import given
-from lightning_invariance.plots.labels import INFINITE, REACHED, shorten
+from lightning_invariance.plots.labels import INFINITE, REACHED, in_legend, shorten, without_prefix, wrap
 from lightning_invariance.plots.style import NAN
-from lightning_invariance.plots.text import TITLE, QuickRenderer, fitting
 from lightning_invariance.results.intervals import NOTABLE
 from lightning_invariance.results.result import InvarianceResult
 
-#: One result, or several: by the text of the legend, or just one after the other.
+#: One result, or several: by the text of the legend, or in a sequence, numbered from 1.
 Results = InvarianceResult | Mapping[str, InvarianceResult] | Sequence[InvarianceResult]
 
-#: Colours that colour-blind readers tell apart (Okabe and Ito 2008), each with a marker.
-LINES = (
-    ("#0072b2", "o"),
-    ("#d55e00", "s"),
-    ("#009e73", "^"),
-    ("#cc79a7", "D"),
-    ("#e69f00", "v"),
-    ("#56b4e9", "P"),
-    ("#000000", "X"),
-)
+#: Colours that colour-blind readers tell apart (Okabe and Ito 2008), and a marker for each.
+LINE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+MARKERS = "os^DvPX"
 
 #: The fixed scale of measures that are ratios: around 1, transformations matter as much as samples do.
 RANGE_OF_RATIOS = (0.01, 10.0)
 
-#: The height of axes above others, in inches.
-ABOVE = 1.2
+#: The height of axes above others, the largest size of a figure and the longest colour bar, in inches.
+ABOVE, LARGEST, LONGEST_BAR = 1.5, 15.0, 4.0
 
-#: The room for numbers beside an axis, and its label, in inches.
-NUMBERS = 0.8
-
-#: The largest width and height of a figure, in inches of 100 pixels.
-LARGEST = 15.0
+#: More layers than this are not listed in a legend.
+MOST_IN_LEGEND = 12
 
 
-def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
-    """A figure that belongs to nobody: no pyplot state.
-
-    Args:
-        width: in inches.
-        height: in inches.
-        layout: None for axes that are placed by hand, with :func:`axes_at`: the constrained layout takes longer than
-            all else in a picture.
-    """
-    figure = Figure(figsize=(min(width, LARGEST), min(height, LARGEST)), dpi=100, layout=layout)
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of a size in inches that pyplot does not know; its layout makes room for all labels."""
+    figure = Figure(figsize=(min(width, LARGEST), min(height, LARGEST)), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def axes_at(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
-    """New axes at a place in inches from the lower left corner of the figure."""
-    across, up = figure.get_size_inches()
-    return figure.add_axes((left / across, bottom / up, width / across, height / up))
+def new_axes(width: float, height: float, above: str | None) -> tuple[Figure, Axes | None, Axes]:
+    """A new figure of a size in inches, low axes with the title ``above`` unless it is None, and axes below them."""
+    if above is None:
+        figure = new_figure(width, height)
+        return figure, None, figure.add_subplot()
+    figure = new_figure(width, height + ABOVE)
+    first, second = figure.subplots(2, 1, sharex=True, height_ratios=(ABOVE, height))
+    first.set_title(shorten(above, 50), loc="left", fontsize="small")
+    first.grid(alpha=0.3)
+    return figure, first, second
 
 
-def axes_below(
-    figure: Figure, left: float, bottom: float, width: float, height: float, apart: float | None
-) -> tuple[Axes | None, Axes]:
-    """New axes, and before them low ones above, unless ``apart``, the inches between them, is None."""
-    above = None if apart is None else axes_at(figure, left, bottom + height + apart, width, ABOVE)
-    return above, axes_at(figure, left, bottom, width, height)
+def show_cells(axes: Axes, values: npt.NDArray[np.float64], scale: Normalize) -> None:
+    """Draw a cell for each value, the first row on top."""
+    axes.imshow(within(scale, values), norm=scale, cmap=colours(), aspect="auto", interpolation="nearest")
 
 
-def align_above(above: Axes, axes: Axes, label: str) -> None:
-    """Let axes above others show what belongs to the same places along x.
-
-    They do not share the axis: its ticks would be made and drawn twice.
-
-    Args:
-        above: of :func:`axes_below`.
-        axes: the others, with their limits and ticks.
-        label: of what is drawn above.
-    """
-    above.set_xlim(axes.get_xlim())
-    draw_grid(above, axes.get_xticks())
-    above.set_xticks([])
-    above.grid(alpha=0.3)
-    label = shorten(label)
-    above.set_ylabel(label, fontsize=fitting(label, ABOVE + 0.2))
+def add_colourbar(figure: Figure, axes: Sequence[Axes], scale: Normalize, label: str, height: float) -> None:
+    """Add the colour bar of a measure to axes of a height in inches; values beyond it have the colours of its ends."""
+    length, span = min(height, LONGEST_BAR), float(scale.vmax or 1) / float(scale.vmin or 1)
+    ticks: Any = MaxNLocator(6)
+    if isinstance(scale, LogNorm) and span > 20:
+        ticks = LogLocator(subs=(1, 2, 5) if span < 1000 else (1,))
+    looks: dict[str, Any] = {"aspect": 6 * length, "shrink": length / height, "anchor": (0, 1), "pad": 0.02}
+    values = ScalarMappable(scale, colours())
+    bar = figure.colorbar(values, ax=list(axes), extend="both", ticks=ticks, format="%.3g", **looks)
+    bar.minorticks_off()
+    bar.set_label(wrap(label, length))
 
 
-def draw_grid(axes: Axes, places: Iterable[float]) -> None:
-    """Upright lines of a grid where there are no ticks."""
-    lines = [[(x, 0), (x, 1)] for x in places]
-    looks = {"color": rcParams["grid.color"], "linewidth": rcParams["grid.linewidth"], "alpha": 0.3, "zorder": 0.5}
-    axes.add_collection(LineCollection(lines, transform=axes.get_xaxis_transform(), **looks), autolim=False)
-
-
-def box_of(axes: Sequence[Axes]) -> tuple[Figure, Bbox]:
-    """The figure of some axes, and the box around them in inches."""
-    figure = axes[0].figure
-    assert isinstance(figure, Figure)  # noqa: S101 - not one within another
-    width, height = figure.get_size_inches()
-    box = Bbox.union([one.get_position() for one in axes])
-    return figure, Bbox.from_extents(box.x0 * width, box.y0 * height, box.x1 * width, box.y1 * height)
-
-
-def write_title(figure: Figure, text: str) -> None:
-    """A title at the upper end of a figure, as large as its width allows."""
-    width, height = figure.get_size_inches()
-    figure.suptitle(text, y=1 - 0.08 / height, fontsize=fitting(text, width - 0.2, TITLE))
+def key_of_layers(figure: Figure, axes: Sequence[Axes], names: Sequence[str]) -> None:
+    """Add a legend for the lines of layers in the first axes, or for many layers a colour bar over the depth."""
+    texts = [shorten(name) for name in without_prefix(names)[1]]
+    if len(texts) <= MOST_IN_LEGEND:
+        handles, _ = axes[0].get_legend_handles_labels()
+        figure.legend(handles, map(in_legend, texts), loc="outside right upper", fontsize="small", frameon=False)
+        return
+    chosen = sorted({round(x) for x in np.linspace(0, len(texts) - 1, 6)})
+    shades = ScalarMappable(Normalize(0, len(texts) - 1), ListedColormap(depth_colours(256)))
+    bar = figure.colorbar(shades, ax=list(axes), label="layer", aspect=25)
+    bar.set_ticks(chosen, labels=[texts[i] for i in chosen], fontsize="small", parse_math=False)
 
 
 def render(figure: Figure) -> npt.NDArray[np.uint8]:
-    """The picture of a figure: ``(height, width, 3)``."""
-    width, height = np.round(figure.bbox.size).tolist()
-    renderer = QuickRenderer(width, height, figure.dpi)
-    figure.draw(renderer)
-    return np.ascontiguousarray(np.asarray(renderer.buffer_rgba())[..., :3])  # type: ignore[no-untyped-call]
+    """The pixels of a figure, of shape ``(height, width, 3)``."""
+    canvas: Any = FigureCanvasAgg(figure)  # matplotlib has no types for it
+    canvas.draw()
+    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
 
 
 def named(results: Results) -> dict[str, InvarianceResult]:
-    """Text of the legend → result."""
+    """Results by the text of the legend."""
     if isinstance(results, InvarianceResult | str | PathLike):
         return {"": only_one(results)}
     pairs: Any = results.items() if isinstance(results, Mapping) else ((str(i + 1), r) for i, r in enumerate(results))
@@ -139,10 +109,10 @@ def named(results: Results) -> dict[str, InvarianceResult]:
 
 
 def only_one(result: Any) -> InvarianceResult:
-    """The result.
+    """Check that an argument is one result.
 
     Raises:
-        TypeError: If it is several of them, a file, or something else.
+        TypeError: If it is several results, a file, or something else.
     """
     if not isinstance(result, InvarianceResult):
         hint = "; `InvarianceResult.load` reads a file" if isinstance(result, str | PathLike) else ""
@@ -151,7 +121,7 @@ def only_one(result: Any) -> InvarianceResult:
 
 
 def first_measure(results: Iterable[InvarianceResult]) -> str:
-    """The measure that is drawn where none is named."""
+    """The measure to draw by default: the first of the first result."""
     return next(map(only_one, results)).measures[0]
 
 
@@ -176,38 +146,33 @@ def scale_of(
 
 
 def colours() -> Colormap:
-    """The perceptual colour map, with the special colours set; it holds no green, black or grey."""
+    """The perceptual colour map of values, with grey for NaN; it holds no green, black or grey itself."""
     return colormaps["plasma"].with_extremes(bad=NAN)
 
 
 def depth_colours(count: int) -> list[Any]:
-    """A colour for each layer, from the first (dark) to the last (light, but dark enough for a line)."""
+    """A colour for the line of each layer, from the first (dark) to the last (light)."""
     return [colormaps["plasma"](0.88 * i / max(count - 1, 1)) for i in range(count)]
 
 
 def within(scale: Normalize, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Values with those outside the scale put at its ends (a logarithm has no place for 0), and infinite ones NaN."""
+    """Clip values to a scale, because a logarithm has no place for 0; infinite values become NaN."""
     finite = np.where(np.isinf(values), np.nan, values)
     return np.clip(finite, scale.vmin, scale.vmax)
 
 
 def width_of(count: int) -> float:
-    """A width that has room for so many layers, as far as figures go; an inch and a half is for what stands beside."""
+    """The width in inches of a figure with so many layers along x, with 1.5 inches for numbers and colour bar."""
     return min(LARGEST, max(6, 2.5 + 0.4 * min(count, 15) + 0.18 * max(count - 15, 0)))
 
 
-def layers_of(results: Iterable[InvarianceResult], measure: str) -> list[str]:
-    """The layers of all results, in the order of the networks."""
-    return list(dict.fromkeys(layer for result in results for layer in result[measure]))
-
-
 def depths(count: int) -> npt.NDArray[np.float64]:
-    """Where layers lie between the first, at 0 %, and the last, at 100 %."""
+    """The depth of each layer, from 0 % for the first to 100 % for the last."""
     return np.linspace(0, 100, count) if count > 1 else np.array([100.0])
 
 
 def marks_of(results: Iterable[InvarianceResult], measure: str) -> dict[str, str]:
-    """Layer → what is to be said of it beside its name."""
+    """Layer → the marks beside its name: reached by some samples only, and infinite units."""
     reached: set[str] = set()
     infinite: set[str] = set()
     for result in results:
@@ -220,9 +185,3 @@ def marks_of(results: Iterable[InvarianceResult], measure: str) -> dict[str, str
 def is_ratio(results: Iterable[InvarianceResult], measure: str) -> bool:
     """Whether a measure is a ratio; results of one measure agree on that."""
     return any(result.ratios.get(measure, False) for result in results)
-
-
-def direction(results: Iterable[InvarianceResult], measure: str) -> str:
-    """What a measure says, for a title."""
-    higher = next(iter(results)).higher_is_better.get(measure)
-    return "" if higher is None else f"{'higher' if higher else 'lower'} is more invariant"

@@ -1,4 +1,4 @@
-"""Where two networks, or two moments, differ."""
+"""Bars of the differences between two results."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from lightning_invariance.plots.common import depths, marks_of, new_figure, width_of
-from lightning_invariance.plots.labels import LayerLabels, shorten
+from lightning_invariance.plots.labels import label_layers, shorten, wrap
 from lightning_invariance.results.compare import compare as compared
 from lightning_invariance.results.comparison import Comparison
 from lightning_invariance.results.result import InvarianceResult
 
-#: Bars above and below 0, and those that may be chance.
-ABOVE, BELOW, CHANCE = ("#d55e00", "//"), ("#0072b2", ""), 0.35
+#: The colour and hatch of bars above and below 0, and the opacity of bars that may be chance.
+ABOVE, BELOW, PALE = ("#d55e00", "//"), ("#0072b2", ""), 0.35
 
 
 def compare(
@@ -33,9 +34,9 @@ def compare(
 
     Args:
         one: an evaluation.
-        other: another.
+        other: an evaluation to compare it with.
         measure: its name; by default the first.
-        names: how the two are called; the bars are the second minus the first.
+        names: of the two; the bars are the second minus the first.
         depth: whether layers meet by their depth in per cent instead of their names: for each layer of ``one`` the
             value of ``other`` is interpolated between its two nearest layers.
 
@@ -45,9 +46,8 @@ def compare(
     measure = measure or one.measures[0]
     marks, higher = marks_of([one, other], measure), one.higher_is_better.get(measure)
     if measure in one.influences and measure in other.influences:
-        comparison = compared(
-            one, other, measure, confidence=one.confidence or 0.95, align="depth" if depth else "name"
-        )
+        align, confidence = "depth" if depth else "name", one.confidence or 0.95
+        comparison = compared(one, other, measure, confidence=confidence, align=align)
         return draw_comparison(comparison, names=names, marks=marks)
     first, second = one.per_layer(measure), other.per_layer(measure)
     common = list(first) if depth else [layer for layer in first if layer in second]
@@ -63,33 +63,25 @@ def compare(
 def draw_comparison(
     comparison: Comparison, *, names: tuple[str, str] = ("a", "b"), marks: Mapping[str, str] | None = None
 ) -> Figure:
-    """The differences of a comparison with their intervals; pale where they may be chance, a band for the margin.
+    """Draw the differences of a comparison with intervals; pale where they may be chance, with a band for the margin.
 
     Args:
-        comparison: what :func:`lightning_invariance.compare` found.
-        names: how the two are called.
-        marks: layer → what is to be said of it beside its name.
+        comparison: made by :func:`lightning_invariance.compare`.
+        names: of the two results.
+        marks: layer → marks beside its name.
     """
     rows = comparison.rows
     difference = np.array([row.difference for row in rows])
-    figure = _drawn(
-        comparison.measure,
-        [row.layer for row in rows],
-        difference,
-        names,
-        marks or {},
-        comparison.higher_is_better,
-        chance={i for i, row in enumerate(rows) if row.layer not in comparison.differing},
-    )
+    layers, higher = [row.layer for row in rows], comparison.higher_is_better
+    chance = {i for i, layer in enumerate(layers) if layer not in comparison.differing}
+    figure = _drawn(comparison.measure, layers, difference, names, marks or {}, higher, chance)
     axes = figure.axes[0]
     half = np.array([row.high - row.difference for row in rows])
     axes.errorbar(np.arange(len(rows)), difference, half, fmt="none", ecolor="black", capsize=3, linewidth=1)
     if comparison.margin is not None:
         axes.axhspan(-comparison.margin, comparison.margin, color="#009e73", alpha=0.15, linewidth=0, zorder=0)
-    unit = "seeds" if comparison.unit == "seeds" else comparison.unit
-    title = f"{comparison.confidence:.0%} intervals over {unit}; pale: may be chance"
-    above = axes.get_title()
-    axes.set_title(f"{above}\n{title}" if above else title, fontsize="medium")
+    title = f"{comparison.confidence:.0%} intervals over {comparison.unit}; pale: may be chance"
+    axes.set_title(f"{axes.get_title()}\n{title}".strip(), fontsize="medium")
     return figure
 
 
@@ -102,20 +94,18 @@ def _drawn(
     higher_is_better: bool | None,
     chance: Collection[int] = (),
 ) -> Figure:
-    """A bar for each layer; those at the positions in ``chance`` are pale."""
+    """A bar for each layer; the bars at the positions in ``chance`` are pale."""
     figure = new_figure(width_of(len(layers)), 4.5)
     axes = figure.add_subplot()
-    pale = np.array([i in chance for i in range(len(layers))], dtype=bool)
-    for sign, (colour, hatch) in ((1, ABOVE), (-1, BELOW)):
-        for faint in (False, True):
-            chosen = (difference * sign > 0) & (pale == faint)
-            at, alpha = np.flatnonzero(chosen), CHANCE if faint else 1
-            axes.bar(at, difference[chosen], color=colour, hatch=hatch, edgecolor="white", linewidth=0, alpha=alpha)
+    looks = [ABOVE if value > 0 else BELOW for value in difference]
+    shades = [to_rgba(colour, PALE if i in chance else 1) for i, (colour, _) in enumerate(looks)]
+    hatches = [hatch for _, hatch in looks]
+    axes.bar(range(len(layers)), difference, color=shades, hatch=hatches, edgecolor="white", linewidth=0)
     axes.axhline(0, color="black", linewidth=0.8)
-    LayerLabels(layers, width_of(len(layers)) - 1.0, marks).write(axes, "x")
+    label_layers(axes, "x", layers, width_of(len(layers)) - 1.5, marks)
     axes.set_xlim(-0.6, len(layers) - 0.4)
     one, other = (shorten(name) for name in names)
-    axes.set_ylabel(f"{measure}:\n{other} − {one}")
+    axes.set_ylabel(wrap(f"{measure}:\n{other} − {one}", 3))
     axes.grid(alpha=0.3, axis="y")
     if higher_is_better is not None:
         place = "above" if higher_is_better else "below"

@@ -1,4 +1,4 @@
-"""The maps of a layer as images."""
+"""Feature maps of one layer as images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_invariance.plots.common import new_figure, only_one
 from lightning_invariance.plots.labels import shorten
 from lightning_invariance.results.result import InvarianceResult
 
-#: Columns that fit into one figure.
+#: The largest number of transformations in a figure.
 MOST_COLUMNS = 16
 
 
@@ -32,16 +32,16 @@ def feature_maps(
 
     Args:
         result: an evaluation of the network.
-        layer: one that computes feature maps.
+        layer: the name of a layer with feature maps.
         inputs: one sample under every transformation, ``(m, channels, height, width)``, such as ``rotations(8)(x)[0]``.
-        maps: what the layer makes of it, ``(m, maps, height, width)``; :class:`~lightning_invariance.measures.STTensor`
-            finds it: ``evaluate(model, x, rotations(8), STTensor())["STTensor"][layer][0]``.
+        maps: the layer's maps of it, ``(m, maps, height, width)``, as :class:`~lightning_invariance.measures.STTensor`
+            collects them: ``evaluate(model, x, rotations(8), STTensor())["STTensor"][layer][0]``.
         measure: its name; by default the first.
         k: how many maps of each kind; fewer where the layer has few.
 
     Raises:
-        ValueError: If the shapes are others, or no map has a finite value.
-        TypeError: If arguments stand in another order.
+        ValueError: If a tensor has another shape, or no map has a finite value.
+        TypeError: If ``result`` is no result, or ``layer`` no name.
     """
     result = only_one(result)
     if not isinstance(layer, str):
@@ -82,14 +82,14 @@ def feature_maps(
 
 
 def _as_pictures(inputs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """(m, channels, height, width) → grey or RGB pictures with values in [0, 1]."""
-    low, high = inputs.min(), inputs.max()
-    inputs = (inputs - low) / (high - low if high > low else 1)
+    """Turn inputs ``(m, channels, height, width)`` into grey or RGB pictures with values in [0, 1]."""
+    inputs = (inputs - inputs.min()) / (np.ptp(inputs) or 1)
     found: npt.NDArray[np.float64] = inputs.transpose(0, 2, 3, 1) if inputs.shape[1] == 3 else inputs.mean(1)
     return found
 
 
 def _show(axes: Axes, picture: npt.NDArray[np.float64], limits: tuple[float, float] | None) -> None:
+    """Show a grey or RGB picture without ticks."""
     low, high = limits or (0.0, 1.0)
     axes.imshow(picture, cmap="gray", vmin=low, vmax=high if high > low else low + 1, interpolation="nearest")
     axes.set_xticks([])

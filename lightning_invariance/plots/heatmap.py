@@ -1,4 +1,4 @@
-"""The paper's figure 8: layers × channels."""
+"""Heatmap of layers × channels, as in the paper's figure 8."""
 
 from __future__ import annotations
 
@@ -11,32 +11,25 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
-from lightning_invariance.plots.bars import ROOM, add_colourbar
-from lightning_invariance.plots.cells import show_cells
 from lightning_invariance.plots.common import (
-    axes_at,
-    colours,
+    add_colourbar,
     is_ratio,
     marks_of,
     new_figure,
     only_one,
     scale_of,
+    show_cells,
     width_of,
-    within,
 )
-from lightning_invariance.plots.labels import LayerLabels
+from lightning_invariance.plots.labels import label_layers, wrap
 from lightning_invariance.plots.style import DEAD, INFINITE, special_patches
-from lightning_invariance.plots.text import TITLE, fitting
 from lightning_invariance.results.result import InvarianceResult
 
-#: The height of the image of all cells.
-PIXELS = 1000
+#: The largest number of rows of the image of all cells.
+MOST_ROWS = 1000
 
-#: The height of the figure, and what is beside the cells: the name of the channels, the title, the legend; in inches.
-HEIGHT, LEFT, TOP, LEGEND = 5.5, 0.35, 0.35, 0.3
-
-#: Layers between which a line can be seen.
-MOST_APART = 60
+#: The height of the figure, in inches.
+HEIGHT = 5.5
 
 
 def heatmap(
@@ -56,7 +49,7 @@ def heatmap(
     Args:
         result: an evaluation.
         measure: its name; by default the first.
-        log: whether the colours are those of a logarithmic scale.
+        log: whether the scale of the colours is logarithmic.
         limits: the ends of the scale; values beyond take the colour of the end. By default 0.01 to 10 for normalised
             measures, so that pictures compare, and for others the range of the values.
         sort: whether the channels of each layer are sorted by value instead of in their order.
@@ -74,28 +67,24 @@ def heatmap(
     never = np.concatenate([*dead.values(), np.zeros(0, dtype=bool)])
     patches = special_patches(int(np.isinf(values).sum()), int(never.sum()), int(np.isnan(values).sum()))
     width = width_of(len(layers))
-    across = width - LEFT - ROOM
-    labels = LayerLabels(layers, across, marks_of([result], measure))
-    bottom = labels.room + (LEGEND if patches else 0)
-    height = HEIGHT - TOP - bottom
-    figure = new_figure(width, HEIGHT, layout=None)
-    axes = axes_at(figure, LEFT, bottom, across, height)
+    figure = new_figure(width, HEIGHT)
+    axes = figure.add_subplot()
     _draw_cells(axes, columns, dead, scale)
-    labels.write(axes, "x")
-    labels.draw_borders(axes, "x", 1 if len(layers) <= MOST_APART else 0.5)
+    found = label_layers(axes, "x", layers, width - 1.5, marks_of([result], measure))
+    borders = [block.start - 0.5 for block in found[1:]]
+    axes.vlines(borders, *axes.get_ylim(), "white", linewidth=min(1, 60 / max(len(layers), 1)))
     axes.set_yticks([])
-    what = "channels, lowest value on top" if sort else "channels, first on top"
-    axes.set_ylabel(what, fontsize=fitting(what, height))
-    title = _title(result, measure)
-    axes.set_title(title, fontsize=fitting(title, across, TITLE))
-    add_colourbar([axes], scale, measure)
+    axes.set_ylabel("channels, lowest value on top" if sort else "channels, first on top")
+    when = {None: "", -1: ", untrained"}.get(result.epoch, f", epoch {result.epoch}")
+    figure.suptitle(wrap(f"{measure}{when}", width), fontsize="medium")
+    add_colourbar(figure, [axes], scale, measure, HEIGHT - 1.5)
     if patches:
-        figure.legend(handles=patches, loc="lower right", ncols=len(patches), frameon=False, borderaxespad=0.2)
+        figure.legend(handles=patches, loc="outside lower right", ncols=len(patches), frameon=False)
     return figure
 
 
 def _of_channels(result: InvarianceResult, measure: str, layer: str) -> npt.NDArray[np.float64]:
-    """The mean of each channel over its values that are not NaN, as that of the layer."""
+    """The mean of each channel over its values that are not NaN."""
     values = result.per_channel(measure, layer)
     if bool(values.isnan().any()) and result[measure][layer].ndim > 1:
         axis = result.channel_axis.get(layer, 0)
@@ -106,19 +95,13 @@ def _of_channels(result: InvarianceResult, measure: str, layer: str) -> npt.NDAr
 def _draw_cells(
     axes: Axes, columns: Mapping[str, np.ndarray], dead: Mapping[str, np.ndarray], scale: Normalize
 ) -> None:
-    """Draw the channels of all layers as one image, in which a cell is as many pixels high as its layer needs."""
-    height = min(PIXELS, math.lcm(*map(len, columns.values()))) if columns else 1
-    pixels = {layer: (np.arange(height) + 0.5) * len(values) // height for layer, values in columns.items()}
-    shown = np.stack([columns[layer][at.astype(int)] for layer, at in pixels.items()], 1)
-    never = np.stack([dead[layer][at.astype(int)] for layer, at in pixels.items()], 1)
-    place = (-0.5, len(columns) - 0.5, 1, 0)
-    show_cells(axes, within(scale, shown), scale, colours(), place)
+    """Draw the channels of all layers as one image, whose rows are many enough to divide each layer evenly."""
+    height = min(MOST_ROWS, math.lcm(*map(len, columns.values()))) if columns else 1
+    rows = {layer: np.arange(height) * len(values) // height for layer, values in columns.items()}
+    shown = np.stack([columns[layer][at] for layer, at in rows.items()], 1)
+    never = np.stack([dead[layer][at] for layer, at in rows.items()], 1)
+    show_cells(axes, shown, scale)
     for mask, colour in ((np.isinf(shown), INFINITE), (never, DEAD)):
         if mask.any():
             over = np.ma.masked_where(~mask, np.ones(mask.shape))
-            show_cells(axes, over, Normalize(0, 1), ListedColormap([colour]), place)
-
-
-def _title(result: InvarianceResult, measure: str) -> str:
-    when = {None: "", -1: ", untrained"}.get(result.epoch, f", epoch {result.epoch}")
-    return f"{measure}{when}"
+            axes.imshow(over, cmap=ListedColormap([colour]), aspect="auto", interpolation="nearest")

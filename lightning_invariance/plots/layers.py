@@ -1,4 +1,4 @@
-"""Curves over the layers of one or more results: one network beside another, or many of a kind."""
+"""Lines over the layers of one or more results."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lightning_invariance.plots.common import (
-    LINES,
+    LINE_COLOURS,
+    MARKERS,
     Results,
     depths,
-    direction,
-    draw_grid,
     first_measure,
     is_ratio,
-    layers_of,
     marks_of,
     named,
     new_figure,
     width_of,
 )
-from lightning_invariance.plots.labels import LayerLabels, in_legend, shorten
+from lightning_invariance.plots.labels import in_legend, label_layers, shorten, wrap
 from lightning_invariance.results.result import InvarianceResult
 
 #: Layers whose markers do not overlap.
@@ -48,30 +46,28 @@ def layers(
     found = named(results)
     measure = measure or first_measure(found.values())
     dashed = [dashed] if isinstance(dashed, str) else dashed
-    axes, places = _axes_of_layers(list(found.values()), measure, depth)
-    few = len(found) <= len(LINES)
+    figure, axes, places = _axes_of_layers(list(found.values()), measure, depth)
+    few = len(found) <= len(LINE_COLOURS)
     longest = 40 if few else 24  # texts of a legend
-    for i, (label, result) in enumerate(found.items()):
-        around, position = divmod(i, len(LINES))
-        colour, marker = LINES[position][0], LINES[(position + around) % len(LINES)][1]  # another pair for each
-        rows, x = result.table(measure), places(result)
+    for i, ((label, result), x) in enumerate(zip(found.items(), places, strict=True)):
+        around, position = divmod(i, len(LINE_COLOURS))
+        colour, marker = LINE_COLOURS[position], MARKERS[(position + around) % len(MARKERS)]  # another pair for each
+        rows = result.table(measure)
         mean, std = np.array([row.mean for row in rows]), np.array([row.std for row in rows])
         style = "--" if label in dashed else "-"
         size = 4 if len(x) <= MOST_MARKERS else 0
-        axes.plot(
-            x, mean, style, color=colour, marker=marker, ms=size, label=in_legend(shorten(label, longest)) or None
-        )
-        known = [row for row in rows if np.isfinite(row.low)]
-        if known:
-            at = [float(place) for place, row in zip(x, rows, strict=True) if np.isfinite(row.low)]
-            bounds = [[row.mean - row.low for row in known], [row.high - row.mean for row in known]]
-            axes.errorbar(at, [row.mean for row in known], bounds, fmt="none", ecolor=colour, capsize=3)
+        text = in_legend(shorten(label, longest)) or None
+        axes.plot(x, mean, style, color=colour, marker=marker, ms=size, label=text)
+        bounds = np.array([(row.mean - row.low, row.high - row.mean) for row in rows])
+        if np.isfinite(bounds).any():
+            axes.errorbar(x, mean, bounds.T, fmt="none", ecolor=colour, capsize=3)
         low = np.maximum(mean - std, 0) if (mean[np.isfinite(mean)] >= 0).all() else mean - std
         axes.fill_between(x, low, mean + std, color=colour, alpha=0.12, linewidth=0)
-    axes.set_ylabel(f"{measure}\nmean of the layer")
     if len(found) > 1:
         axes.legend(fontsize=None if few else "x-small", ncols=1 if few else 2 + len(found) // 24)
-    return _finished(axes, list(found.values()), measure)
+    if is_ratio(found.values(), measure):
+        axes.set_ylim(bottom=0)
+    return figure
 
 
 def stability(results: Results, measure: str | None = None, *, depth: bool = False) -> Figure:
@@ -87,10 +83,10 @@ def stability(results: Results, measure: str | None = None, *, depth: bool = Fal
     """
     found = named(results)
     measure = measure or first_measure(found.values())
-    axes, places = _axes_of_layers(list(found.values()), measure, depth)
+    figure, axes, places = _axes_of_layers(list(found.values()), measure, depth)
     lines: dict[float, list[float]] = {}
-    for result in found.values():
-        means, x = list(result.per_layer(measure).values()), places(result)
+    for result, x in zip(found.values(), places, strict=True):
+        means = list(result.per_layer(measure).values())
         axes.plot(x, means, "-", color="#0072b2", alpha=0.45, linewidth=1, label="_each")
         rows = result.table(measure)
         low, high = [row.low for row in rows], [row.high for row in rows]
@@ -103,45 +99,30 @@ def stability(results: Results, measure: str | None = None, *, depth: bool = Fal
     std = [float(np.std(lines[place], ddof=1)) if len(lines[place]) > 1 else 0.0 for place in at]
     label = f"mean and standard deviation of {len(found)}"
     axes.errorbar(at, mean, std, fmt="--", color="#d55e00", capsize=3, linewidth=2, label=label)
-    axes.set_ylabel(f"{measure}\nmean of the layer")
     axes.legend()
-    return _finished(axes, list(found.values()), measure)
+    if is_ratio(found.values(), measure):
+        axes.set_ylim(bottom=0)
+    return figure
 
 
-class _Places:
-    """Where the layers of a result lie on the axis."""
-
-    def __init__(self, names: Sequence[str], measure: str, depth: bool) -> None:
-        self.index = {name: i for i, name in enumerate(names)}
-        self.measure, self.depth = measure, depth
-
-    def __call__(self, result: InvarianceResult) -> npt.NDArray[np.float64]:
-        """One place a layer."""
-        if self.depth:
-            return depths(len(result[self.measure]))
-        return np.array([self.index[name] for name in result[self.measure]], dtype=np.float64)
-
-
-def _axes_of_layers(results: Sequence[InvarianceResult], measure: str, depth: bool) -> tuple[Axes, _Places]:
-    """New axes with the layers below."""
-    names = layers_of(results, measure)
-    figure = new_figure(7 if depth else width_of(len(names)), 4.5)
+def _axes_of_layers(
+    results: Sequence[InvarianceResult], measure: str, depth: bool
+) -> tuple[Figure, Axes, list[npt.NDArray[np.float64]]]:
+    """A figure, its axes with the layers below, and the places of the layers of each result."""
+    names = list(dict.fromkeys(layer for result in results for layer in result[measure]))
+    width = 7 if depth else width_of(len(names))
+    figure = new_figure(width, 4.5)
     axes = figure.add_subplot()
     if depth:
         axes.set_xlabel("depth of the layer in %")
+        places = [depths(len(result[measure])) for result in results]
     else:
-        labels = LayerLabels(names, width_of(len(names)) - 1.0, marks_of(results, measure))
-        labels.write(axes, "x")
-        draw_grid(axes, [block.centre for block in labels.blocks])
+        label_layers(axes, "x", names, width - 1.5, marks_of(results, measure))
         axes.set_xlim(-0.6, len(names) - 0.4)
-    return axes, _Places(names, measure, depth)
-
-
-def _finished(axes: Axes, results: Sequence[InvarianceResult], measure: str) -> Figure:
-    if is_ratio(results, measure):
-        axes.set_ylim(bottom=0)
-    axes.set_title(direction(results, measure), fontsize="medium")
+        index = {name: i for i, name in enumerate(names)}
+        places = [np.array([index[name] for name in result[measure]], dtype=np.float64) for result in results]
+    axes.set_ylabel(wrap(f"{measure}\nmean of the layer", 3))
+    better = {True: "higher is more invariant", False: "lower is more invariant", None: ""}
+    axes.set_title(better[results[0].higher_is_better.get(measure)], fontsize="medium")
     axes.grid(alpha=0.3)
-    figure = axes.figure
-    assert isinstance(figure, Figure)  # noqa: S101 - not one within another
-    return figure
+    return figure, axes, places

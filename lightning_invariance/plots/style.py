@@ -1,4 +1,4 @@
-"""Colours of values that no scale holds, and bars for the values of one layer."""
+"""Colours of infinite, dead and undefined values, and a bar chart of the channels of one layer."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-#: Infinite values, dead units and NaN; told apart by their lightness too.
+#: The colours of infinite values, dead units and NaN, which differ in lightness, too.
 INFINITE, DEAD, NAN = "#2ca02c", "#000000", "#bbbbbb"
 
 
 def special_patches(infinite: int, dead: int, nan: int) -> list[Patch]:
-    """Entries of a legend that counts special values; none for those that do not occur."""
+    """Entries of a legend that counts the special values that occur."""
     counted = ((INFINITE, "infinite", infinite), (DEAD, "dead", dead), (NAN, "NaN", nan))
     return [Patch(facecolor=colour, label=f"{count} {name}") for colour, name, count in counted if count]
 
 
 def draw_bars(axes: Axes, values: Sequence[float], label: str) -> None:
-    """A bar for each channel; infinite ones reach the top in green, NaN in grey, and a legend counts them.
+    """Draw a bar for each channel; infinite and undefined values fill the height in green and grey, and are counted.
 
     Args:
         axes: where to draw.

@@ -61,12 +61,12 @@ def smooth(n: int, generator: torch.Generator) -> Tensor:
 
 
 def relu(n: int, generator: torch.Generator) -> Tensor:
-    """The same through a ReLU that fires for some 30 % of the values."""
+    """Smooth values through a ReLU that fires for about 30 % of them."""
     return (smooth(n, generator) - 1).clamp_min(0)
 
 
 def sparse(n: int, generator: torch.Generator) -> Tensor:
-    """The same through a ReLU that fires for 3 % of the values."""
+    """Smooth values through a ReLU that fires for 3 % of them."""
     return (smooth(n, generator) - 3.5).clamp_min(0)
 
 

@@ -1,12 +1,11 @@
-"""What measuring costs: the time of evaluate() against the bare forward passes over the same inputs.
+"""Time of evaluate() against the bare forward passes over the same inputs.
 
     python tests/benchmarks/speed.py [--rounds 5] [--samples N] [--only WORDS] [--device cuda]
 
 Each round runs the bare forward passes over the transformed inputs, without hooks, in batches of the size that
 evaluate() takes, and then evaluate() over the same inputs, which it transforms itself; the ratio is taken in each
-round, and each case runs in a process of its own. Also the time of 16 rotations against a ResNet-20, and that of
-tmeasures (``pip install ".[bench]"``) against ours. Ends with a profile of the first case. Exits with 1 where a target
-is missed.
+round, and each case runs in a process of its own. Also the time of 16 rotations against a ResNet-20, and of
+tmeasures (``pip install ".[bench]"``) against ours. Exits with 1 where a target is missed.
 
 With a device other than the CPU: networks that people train there, at the monitor's default and with automatic batches,
 and what the profiler says of synchronisations during the walk.
@@ -17,10 +16,8 @@ What it costs in memory, and how the cost grows, is in size.py.
 from __future__ import annotations
 
 import argparse
-import cProfile
 import multiprocessing
 import platform
-import pstats
 import statistics
 import sys
 import time
@@ -51,7 +48,6 @@ from lightning_invariance.measures import (
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from counting import Allocated
 from models import CifarResNet, simple_conv
 
 TRANSFORMATIONS = rotations(16)
@@ -77,7 +73,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def default() -> list[Metric]:
-    """What the monitor measures if it is not told otherwise."""
+    """The monitor's default measures."""
     return [NormalizedVariance(response=True)]
 
 
@@ -87,7 +83,7 @@ def variances() -> list[Metric]:
 
 
 def distances() -> list[Metric]:
-    """With those of the second family."""
+    """The variances and the distances."""
     return [*variances(), TransformationDistance(), SampleDistance(), NormalizedDistance()]
 
 
@@ -162,7 +158,7 @@ DEVICE_CASES = [
     DeviceCase("SimpleConv-32", MODELS["SimpleConv-32"], 32, 10_000),  # images of CIFAR-10's test set
 ]
 
-#: What a synchronisation is called in a profile.
+#: Names of synchronisations in a profile.
 SYNCHRONISING = ("Synchronize", "_local_scalar_dense", "Memcpy DtoH", "aten::nonzero")
 
 
@@ -183,33 +179,21 @@ def time_of_passes(model: nn.Module, batches: list[torch.Tensor]) -> float:
 
 
 def transformed(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
-    """The images as evaluate() gives them to a model, channels first, in batches of the size that it comes to."""
-    return [block.inputs.flatten(0, 1) for block in STLoader(images, TRANSFORMATIONS, automatic(model, images).size)]
+    """The images as evaluate() gives them to a model, in batches of the size that it chooses."""
+    return [block.inputs.flatten(0, 1) for block in STLoader(images, TRANSFORMATIONS, automatic_size(model, images))]
 
 
-class Automatic(NamedTuple):
-    """What evaluate() chooses.
-
-    Attributes:
-        size: of batches.
-        channels_last: whether that is the memory format in which the model runs.
-    """
-
-    size: int
-    channels_last: bool
-
-
-def automatic(model: nn.Module, images: torch.Tensor, measures: list[Metric] | None = None) -> Automatic:
-    """What an evaluation chooses, which finds the largest batch that fits."""
-    found: list[Automatic] = []
+def automatic_size(model: nn.Module, images: torch.Tensor) -> int:
+    """The size of the batches of an evaluation."""
+    sizes: list[int] = []
 
     def note(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        found.append(Automatic(len(inputs[0]), inputs[0].stride(1) == 1))
+        sizes.append(len(inputs[0]))
 
     noting = model.register_forward_pre_hook(note)
-    evaluate(model, images, TRANSFORMATIONS, measures or default(), progress=False)
+    evaluate(model, images, TRANSFORMATIONS, default(), progress=False)
     noting.remove()
-    return max(found)
+    return max(sizes)
 
 
 def time_of_ours(
@@ -233,8 +217,7 @@ def ratios(case: int, samples: int, rounds: int) -> tuple[list[float], str]:
     times = [
         (time_of_passes(model, batches), time_of_ours(model, images, measures(), confidence)) for _ in range(rounds + 1)
     ][1:]  # the first warms up
-    chosen = ", ours with channels last" if automatic(model, images, measures()).channels_last else ""
-    divisor = f"{statistics.median(bare for bare, _ in times):.2f} s in batches of {len(batches[0])}{chosen}"
+    divisor = f"{statistics.median(bare for bare, _ in times):.2f} s in batches of {len(batches[0])}"
     return [own / bare for bare, own in times], divisor
 
 
@@ -250,7 +233,7 @@ def transform_ratios(size: int, images: int, rounds: int) -> tuple[list[float], 
 
 
 def device_ratios(case: DeviceCase, device: str, samples: int | None, rounds: int) -> tuple[list[float], str, str]:
-    """Time of evaluate() over that of the forward passes on a device, the median of those, and synchronisations."""
+    """Ratios of evaluate() to the forward passes on a device, the median time of the passes, and synchronisations."""
     torch.manual_seed(0)
     samples = case.samples if samples is None else samples
     model = case.model().eval().to(device, case.dtype)
@@ -262,7 +245,7 @@ def device_ratios(case: DeviceCase, device: str, samples: int | None, rounds: in
         return evaluate(model, images[:some], TRANSFORMATIONS, default(), progress=False)
 
     ours()  # warms up, compiles, and finds the largest batch that fits
-    size = automatic(model, images).size
+    size = automatic_size(model, images)
     loader = STLoader(images, TRANSFORMATIONS, size, device=torch.device(device))
     times = []
     for _ in range(rounds + 1):
@@ -323,13 +306,13 @@ def time_of_tmeasures(model: str, samples: int) -> float:
 
 
 def times_of_ours(model: str, samples: int) -> tuple[float, float]:
-    """Seconds that evaluate() takes for the same, and those of the bare forward passes."""
+    """Seconds of evaluate() for the same model, and of the bare forward passes."""
     network, images = model_and_images(model, samples)
     return time_of_ours(network, images), time_of_passes(network, transformed(network, images))
 
 
 def theirs_over_ours(model: str, samples: int, rounds: int) -> tuple[list[float], str]:
-    """Time of tmeasures over that of evaluate(), by turns, and over that of the bare forward passes.
+    """Ratios of tmeasures to evaluate(), by turns, and to the bare forward passes.
 
     Each library in a process of its own, as users run them: what evaluate() does about the memory allocator would
     otherwise speed up the other as well.
@@ -346,48 +329,6 @@ def theirs_over_ours(model: str, samples: int, rounds: int) -> tuple[list[float]
     return [their / own for their, own, _ in times], f"{own:.2f} s; it takes {over_bare:.2f} × the bare passes"
 
 
-def profile(samples: int) -> str:
-    """Where the time of the first case goes, function by function."""
-    _, name, measures, *_ = CASES[1]
-    model, images, profiler = MODELS[name]().eval(), torch.rand(samples, 3, 32, 32), cProfile.Profile()
-    evaluate(model, images, TRANSFORMATIONS, measures(), progress=False)
-    profiler.enable()
-    evaluate(model, images, TRANSFORMATIONS, measures(), progress=False)
-    profiler.disable()
-    found: dict[tuple[str, int, str], tuple[int, int, float, float, Any]] = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
-    total = sum(own for _, _, own, _, _ in found.values())
-    rows = sorted(found.items(), key=lambda item: -item[1][2])[:14]
-    lines = [f"{name[2] if name[0] == '~' else Path(name[0]).stem + '.' + name[2]:58.58s}" for name, _ in rows]
-    return "\n".join(
-        f"{line}{calls:8d}{own / total:8.1%}" for line, (_, (_, calls, own, _, _)) in zip(lines, rows, strict=True)
-    )
-
-
-def python_cost(samples: int) -> str:
-    """What a layer and block cost in Python: calls of the package's functions, their time if profiled, and tensors."""
-    name = "MobileNetV3-small, 64×64"
-    model, images = model_and_images(name, samples)
-    evaluate(model, images, TRANSFORMATIONS, default(), progress=False)
-    profiler = cProfile.Profile()
-    profiler.enable()
-    evaluate(model, images, TRANSFORMATIONS, default(), progress=False)
-    profiler.disable()
-    stats: dict[tuple[str, int, str], tuple[int, int, float, float, Any]] = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
-    own = [found for (file, *_), found in stats.items() if "lightning_invariance" in file]
-    blocks = next(found[1] for (file, _, function), found in stats.items() if "registry" in file and function == "add")
-    calls, seconds = sum(found[1] for found in own), sum(found[2] for found in own)
-    batches = transformed(model, images)
-    with Allocated() as ours:
-        evaluate(model, images, TRANSFORMATIONS, default(), progress=False)
-    with torch.no_grad(), Allocated() as bare:
-        for batch in batches:
-            model(batch)
-    return (
-        f"{name}, each layer and block: {calls / blocks:.1f} calls in Python, {seconds / blocks * 1e6:.0f} µs,"
-        f" {(ours.tensors - bare.tensors) / blocks:.1f} tensors with memory of their own"
-    )
-
-
 def own_process() -> ProcessPoolExecutor:
     """A process that starts anew."""
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
@@ -400,7 +341,7 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def machine() -> str:
-    """What this runs on."""
+    """The machine, and the versions of Python and torch."""
     return (
         f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()},"
         f" Python {platform.python_version()}, torch {torch.__version__}; m = {len(TRANSFORMATIONS)}"
@@ -449,9 +390,6 @@ def main() -> int:
             f"   {divisor}{'  MISSED' if late else ''}",
             flush=True,
         )
-    print(f"\nprofile of {CASES[1].name}: {CASES[1].model}\n{'':58s}{'calls':>8s}{'time':>8s}")
-    print(alone(profile, n // 2))
-    print(f"\n{alone(python_cost, n)}")
     return int(missed)
 
 

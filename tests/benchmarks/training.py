@@ -1,4 +1,4 @@
-"""What the callback costs a whole training at its default settings: two epochs of a ResNet-20, with and without it.
+"""Cost of the callback at its default settings in a whole training: two epochs of a ResNet-20, with and without it.
 
     python tests/benchmarks/training.py [--images 10000] [--epochs 2] [--rounds 3] [--confidence 0.95]
 
@@ -28,7 +28,8 @@ from speed import machine, time_of_passes, transformed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_invariance import InvarianceMonitor, callback, rotations
+from lightning_invariance import InvarianceMonitor, rotations
+from lightning_invariance.monitor import callback
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from models import CifarResNet
