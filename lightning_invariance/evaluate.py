@@ -304,8 +304,8 @@ def check_model(model: Any) -> None:
         )
     if any(tensor.is_meta for tensors in (model.parameters(), model.buffers()) for tensor in tensors):
         raise ValueError(
-            "Expected argument `model` to hold values, but some of its parameters are on the meta device: load them, or"
-            " materialise it with `model.to_empty(device=...)`."
+            "Expected argument `model` to hold values, but some of its parameters are on the meta device: load weights"
+            " first, such as with `model.load_state_dict(weights, assign=True)`."
         )
 
 

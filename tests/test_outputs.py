@@ -166,7 +166,7 @@ def test_metrics_that_are_means_over_samples_have_intervals(batch_size, tmp_path
         assert found.mean_low is None
     of_classes.save(tmp_path / "result.npz")
     assert InvarianceResult.load(tmp_path / "result.npz").outputs == of_classes.outputs
-    assert len(plots.response(of_classes).axes[0].collections) == 2  # the grid, and one band
+    assert len(plots.response(of_classes).axes[0].collections) == 1  # one band
 
 
 def test_evolution_draws_them_above_the_layers():

@@ -19,7 +19,7 @@ from lightning_invariance.data.loader import STBlock, STLoader
 from lightning_invariance.distributed import errors_shared, gather_objects, rank_and_world_size
 from lightning_invariance.engine.batch_size import batch_size_for, first_batch_size
 from lightning_invariance.engine.blocks import Blocks
-from lightning_invariance.engine.budget import activations_of, check_memory
+from lightning_invariance.engine.budget import OverBudgetError, activations_of, check_memory
 from lightning_invariance.engine.options import Options
 from lightning_invariance.engine.output_metrics import OutputMetrics
 from lightning_invariance.engine.registry import Registry
@@ -119,12 +119,22 @@ class Walk:
         with self._prepared(blocks), catch_activations(self.model, self.selection, blocks.consume) as catcher:
             while not registry.finished:
                 loader.source.with_keys = confidence is not None and registry.in_first_pass
-                # Every pass sees the same random transformations.
-                with errors_shared(), isolated_random_state(self.options.seed):
-                    for block in with_progress(loader, about, self.options.progress):
-                        self._measure(block, blocks, catcher, registry)
+                self._pass(loader, about, blocks, catcher, registry)
                 registry.end_pass(self.device)
         return registry
+
+    def _pass(self, loader: STLoader, about: str, blocks: Blocks, catcher: Catcher, registry: Registry) -> None:
+        """Show every row once."""
+        over: OverBudgetError | None = None
+        # Every pass sees the same random transformations.
+        with errors_shared(), isolated_random_state(self.options.seed):
+            try:
+                for block in with_progress(loader, about, self.options.progress):
+                    self._measure(block, blocks, catcher, registry)
+            except OverBudgetError as error:  # a process without samples does not know of it
+                over = error
+        if found := [each.args for each in gather_objects(over) if each is not None]:
+            raise OverBudgetError(*max(found))
 
     def outputs(self) -> dict[str, OutputValues]:
         """The values of the metrics of predictions and targets in the last run; every process must ask."""
