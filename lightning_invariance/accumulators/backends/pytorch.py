@@ -43,9 +43,9 @@ def add_deviations(states: States, rows: Rows, wanted: Wanted) -> bool:
         row_spread += _spreads(values, squared).sum(0)
         deviations = _from_means(values, centres, offsets[0])
         sums = deviations.sum(0, dtype=torch.float64)
-        squares = _squares(deviations, 0).sub_(sums.square() / total)
+        squares = _squares(deviations, 0).addcmul_(sums, sums, value=-1 / total)
         column_spread += squares.sum(0, keepdim=True) if squared else squares
-        offsets += sums / total
+        offsets.add_(sums, alpha=1 / total)
     if wanted.response:
         add_to(states, changes=scaled_changes(rows, wanted.reference))
     return True
