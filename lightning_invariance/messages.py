@@ -33,7 +33,7 @@ def instead_of(name: str, known: Iterable[str], there: str = "There are") -> str
 
 
 def given(value: Any) -> str:
-    """Describe a value that was given where another was expected: ``'a'``, ``Tensor of shape (8, 3)``, ``[1, 2, 3, …``."""
+    """Describe a value that was given: ``'a'``, ``Tensor of shape (8, 3)``, ``[1, 2, 3, …``."""
     if isinstance(shape := getattr(value, "shape", None), tuple):
         return f"{type(value).__name__} of shape {tuple(shape)}"
     text = " ".join(repr(value).split())

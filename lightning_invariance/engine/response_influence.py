@@ -1,7 +1,7 @@
 r"""Influence of each sample on the response, the change that each transformation makes to a layer.
 
 A response :math:`r_j = \sum_c W_c H_{jc}` is linear in the changes H of channels c under transformation j, with weights
-W that are constant, or, as for a normalised variance, inverse to the squared deviations :math:`C_c` of the channel. With
+W that are constant, or, for a normalised variance, inverse to the squared deviations :math:`C_c` of the channel. With
 the contributions :math:`h_{ijc}` and :math:`c_{ic}` of sample i to both, its influence is
 
 .. math:: \psi_{ij} = n \sum_c W_c h_{ijc} - r_j \quad\text{or}\quad
