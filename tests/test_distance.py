@@ -139,10 +139,10 @@ def test_the_error_falls_as_the_docstring_says(samples):
 def test_the_family_shares_its_sums_in_evaluate(monkeypatch):
     calls = []
     for accumulator in (RowDistances, GroupedPairs):
-        original = accumulator.add_
+        original = accumulator.add
         monkeypatch.setattr(
             accumulator,
-            "add_",
+            "add",
             lambda self, states, rows, original=original: (
                 calls.append(type(self).__name__) if len(rows.values) == 8 else None,  # not one row, for its memory
                 original(self, states, rows),
