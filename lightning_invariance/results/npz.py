@@ -1,4 +1,4 @@
-"""The file of a result: numpy's npz format without pickle, arrays beside one text in JSON."""
+"""Write and read the file of a result: numpy's npz format without pickle, one JSON text and numbered arrays."""
 
 from __future__ import annotations
 
@@ -9,55 +9,37 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-#: Tensors for each layer of a measure.
-BY_LAYER = ("standard_errors", "freedom", "influences")
-
-#: Tensors by layer or by measure, and where the file keeps the names.
-SINGLE = {"dead": "layers_of_dead", "floor": "measures_with_floor", "sample_keys": "measures_with_sample_keys"}
+#: The only key of the JSON object that stands for a tensor; its value is the name of an array.
+ARRAY = "array of this file"
 
 
 def write(state: dict[str, Any], path: Path) -> None:
-    """Write the state dict of a result; the file of before stays until the new one is complete.
+    """Write the state dict of a result; an existing file stays until the new one is complete."""
+    arrays: dict[str, Any] = {}
 
-    Args:
-        state: see :meth:`InvarianceResult.state_dict`.
-        path: of the file.
-    """
-    state, arrays = dict(state), {}
-    for i, layers in enumerate(state.pop("values").values()):
-        arrays.update({f"values/{i}/{j}": values.numpy() for j, values in enumerate(layers.values())})
-    for kind in BY_LAYER:
-        tensors = state.pop(kind)
-        for i, layers in enumerate(tensors.values()):
-            arrays.update({f"{kind}/{i}/{j}": tensor.numpy() for j, tensor in enumerate(layers.values())})
-        state[f"measures_with_{kind}"] = {measure: list(layers) for measure, layers in tensors.items()}
-    for kind, names in SINGLE.items():
-        tensors = state.pop(kind)
-        arrays.update({f"{kind}/{j}": values.numpy() for j, values in enumerate(tensors.values())})
-        state[names] = list(tensors)
+    def named(tensor: Tensor) -> dict[str, str]:
+        name = f"array{len(arrays)}"
+        arrays[name] = tensor.numpy()
+        return {ARRAY: name}
+
+    about = np.array(json.dumps(state, default=named))
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with unfinished.open("wb") as file:
-            np.savez_compressed(file, about=np.array(json.dumps(state)), **arrays)
+            np.savez_compressed(file, about=about, **arrays)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The state dict that :func:`write` wrote."""
+    """Read the state dict that :func:`write` wrote."""
     with np.load(path, allow_pickle=False) as arrays:
-        state: dict[str, Any] = json.loads(str(arrays["about"]))
-        for kind, names in SINGLE.items():
-            state[kind] = {name: torch.from_numpy(arrays[f"{kind}/{j}"]) for j, name in enumerate(state.pop(names))}
-        for kind in BY_LAYER:
-            state[kind] = {
-                measure: {name: torch.from_numpy(arrays[f"{kind}/{i}/{j}"]) for j, name in enumerate(layers)}
-                for i, (measure, layers) in enumerate(state.pop(f"measures_with_{kind}").items())
-            }
-        state["values"] = {
-            measure: {row["layer"]: torch.from_numpy(arrays[f"values/{i}/{j}"]) for j, row in enumerate(rows)}
-            for i, (measure, rows) in enumerate(state["statistics"].items())
-        }
+
+        def tensors(found: dict[str, Any]) -> Any:
+            return torch.from_numpy(arrays[found[ARRAY]]) if found.keys() == {ARRAY} else found
+
+        state: dict[str, Any] = json.loads(str(arrays["about"]), object_hook=tensors)
     return state
