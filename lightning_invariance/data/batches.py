@@ -116,8 +116,9 @@ def taken(batch: Any, n: int, positions: Tensor | slice) -> Any:
 
     def selected(value: Any) -> Any:
         if isinstance(value, Tensor):
-            which = positions if isinstance(positions, slice) else positions.to(value.device)
-            return value[which] if value.shape[:1] == (n,) else value
+            if value.shape[:1] != (n,):
+                return value
+            return value[positions if isinstance(positions, slice) else positions.to(value.device)]
         if isinstance(value, list | tuple) and _is_by_sample(value, n):
             indices = range(n)[positions] if isinstance(positions, slice) else positions.tolist()
             return type(value)(value[i] for i in indices)

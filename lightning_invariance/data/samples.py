@@ -55,10 +55,12 @@ class Source:
         self._seed, self._rank, self._world_size = seed, rank, world_size
         # The global generator stays untouched.
         self._options: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed), "pin_memory": pinned}
-        self._limit: int | None = None  # of a stream
         self._first_item: Callable[[], Any] = lambda: next(iter(self._loader))
         self._loader, self.n_samples = self._loader_of(data, max_samples, run, together)
-        self.run = 0 if self.n_samples is None else run
+        is_stream = self.n_samples is None
+        if is_stream and max_samples is None and not isinstance(self._loader.dataset, Sized):
+            raise ValueError("Expected argument `max_samples` with an iterable dataset that has no length.")
+        self.run, self._limit = (0, max_samples) if is_stream else (run, None)
 
     def _loader_of(
         self, data: Any, max_samples: int | None, run: int, together: int
@@ -71,17 +73,16 @@ class Source:
             options.update(num_workers=data.num_workers, collate_fn=data.collate_fn, timeout=data.timeout)
             options.update(worker_init_fn=data.worker_init_fn, multiprocessing_context=data.multiprocessing_context)
             if isinstance(data.dataset, IterableDataset):
-                return self._limited(data, data.dataset, max_samples), None
+                return data, None
             indices = indices_of(data, self._seed)
             if data.batch_sampler is None:  # items are not collated
-                found = DataLoader(data.dataset, batch_size=None, sampler=indices, **options)
-                return self._limited(found, data.dataset, max_samples), None
+                return DataLoader(data.dataset, batch_size=None, sampler=indices, **options), None
             data = data.dataset
         if isinstance(data, Tensor):
             data = TensorDataset(data)
         options["batch_size"] = together
         if isinstance(data, IterableDataset):
-            return self._limited(DataLoader(data, **options), data, max_samples), None
+            return DataLoader(data, **options), None
         if not (hasattr(data, "__getitem__") and isinstance(data, Sized)):
             raise TypeError(
                 f"Expected argument `data` to be a Dataset, a DataLoader or a tensor, but got {given(data)}."
@@ -95,13 +96,6 @@ class Source:
         self._own = share_of(len(order), run, self._rank, self._world_size)
         own: Subset[Any] = Subset(indexable, [indices[order[i]] for i in self._own.tolist()])
         return DataLoader(own, **options), len(order)
-
-    def _limited(self, loader: DataLoader[Any], data: Any, max_samples: int | None) -> DataLoader[Any]:
-        """Limit the samples to the first ``max_samples``; return the loader."""
-        if max_samples is None and not isinstance(data, Sized):
-            raise ValueError("Expected argument `max_samples` with an iterable dataset that has no length.")
-        self._limit = max_samples
-        return loader
 
     @property
     def n_own(self) -> int | None:

@@ -29,11 +29,6 @@ class History:
 
     Evaluations with other arguments, or of an earlier training in this process, are kept in separate histories.
 
-    Args:
-        options: how evaluations run.
-        measures: name → metric.
-        transformations: the set.
-
     Attributes:
         results: the evaluations, the first one first.
     """

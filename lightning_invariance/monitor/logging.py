@@ -1,4 +1,7 @@
-"""Log scalars, pictures, histograms and explanations to the loggers of a trainer."""
+"""Log scalars, pictures, histograms and explanations to the loggers of a trainer.
+
+Everywhere ``tags`` maps each measure to the prefix of its tags, and ``suffix`` ends the tags of metrics of predictions.
+"""
 
 from __future__ import annotations
 
@@ -52,11 +55,7 @@ def check_tags(names: Sequence[str]) -> None:
 
 @contextmanager
 def errors_as_warnings(warned: set[type]) -> Iterator[None]:
-    """Turn errors, such as of a full disk, into one warning for each class: a failure to log must not end a training.
-
-    Args:
-        warned: the classes of errors that had a warning; updated.
-    """
+    """Turn errors into one warning for each class: a failure to log, such as a full disk, must not end a training."""
     try:
         yield
     except Exception as error:
@@ -83,16 +82,7 @@ def _experiments(trainer: pl.Trainer) -> list[Any]:
 
 
 def scalars(result: InvarianceResult, tags: Mapping[str, str], suffix: str = "") -> dict[str, float]:
-    """Return tag → value for a result.
-
-    There are the mean of each layer and the mean over layers, fractions of infinite and of dead units above 1 %, with
-    ``confidence`` the bounds of the interval of each layer, and metrics of predictions.
-
-    Args:
-        result: an evaluation.
-        tags: measure → prefix of its tags.
-        suffix: of metrics of predictions.
-    """
+    """Return tag → value: means, bounds of intervals, fractions of infinite and dead units above 1 %, and outputs."""
     found: dict[str, float] = {}
     for measure, tag in tags.items():
         names = curves(result[measure])
@@ -116,13 +106,7 @@ def scalars(result: InvarianceResult, tags: Mapping[str, str], suffix: str = "")
 
 
 def log_pictures(trainer: pl.Trainer, history: Sequence[InvarianceResult], tags: Mapping[str, str]) -> None:
-    """Draw and log the pictures of the last result of a history.
-
-    Args:
-        trainer: whose loggers.
-        history: all results so far.
-        tags: measure → prefix of its tags.
-    """
+    """Draw and log the pictures of the last result of a history."""
     latest, step = history[-1], logger_step(trainer)
     for measure, tag in tags.items():
         if not latest[measure]:  # it is not defined for any layer
@@ -162,15 +146,7 @@ def explain(
     measures: Mapping[str, Metric],
     suffix: str = "",
 ) -> None:
-    """Write a page that explains the tags, and charts of all layers of a measure, to TensorBoard.
-
-    Args:
-        trainer: whose loggers.
-        result: the first evaluation, for the names of the layers.
-        tags: measure → prefix of its tags.
-        measures: the measures.
-        suffix: of the tag of the page, and of metrics of predictions.
-    """
+    """Write a page that explains the tags, and charts of all layers of each measure, to TensorBoard."""
     for experiment in _experiments(trainer):
         if hasattr(experiment, "add_text"):
             text = _text(result, tags, measures, suffix)
@@ -224,7 +200,7 @@ def _known_layout(writer: Any) -> dict[str, Category]:
 
 
 def _text(result: InvarianceResult, tags: Mapping[str, str], measures: Mapping[str, Metric], suffix: str) -> str:
-    """Explain the samples, the transformations, the tags and the layers in Markdown."""
+    """Return the samples, the transformations, the meaning of the tags, and the layers in Markdown."""
     labels = result.transformations
     shown = labels if len(labels) <= 32 else [*labels[:16], "…", labels[-1]]
     meanings: dict[str, str] = {}

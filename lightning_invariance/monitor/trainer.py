@@ -32,7 +32,7 @@ SAMPLES_OF_DEV_RUN = 8
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
-    """Return the callbacks of a trainer, with a type."""
+    """Return the callbacks of a trainer, whose class does not declare them."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
 
@@ -64,14 +64,7 @@ def validation_data(trainer: pl.Trainer) -> Any:
 
 
 def options_in(trainer: pl.Trainer, model: pl.LightningModule, options: Options, own_data: bool) -> Options:
-    """Adapt options to a training: its device, its precision, its hooks for batches, its progress bar.
-
-    Args:
-        trainer: the trainer of the monitor.
-        model: the model in training.
-        options: of the monitor.
-        own_data: whether the monitor has its own data, which no hooks change.
-    """
+    """Adapt options to a training: its device, precision, progress bar, and hooks for batches, except of own data."""
     most = options.max_samples
     if getattr(trainer, "fast_dev_run", False):
         most = min(SAMPLES_OF_DEV_RUN, most or SAMPLES_OF_DEV_RUN)
@@ -126,12 +119,7 @@ def _with_precision(trainer: pl.Trainer, forward: Callable[..., Any] | None) -> 
 
 
 def scores(trainer: pl.Trainer, own: Sequence[str]) -> dict[str, float]:
-    """Return the metrics of the validation that has just ended on rank 0, on every process.
-
-    Args:
-        trainer: in ``on_validation_end``.
-        own: prefixes of the tags of monitors, which are left out.
-    """
+    """Return the metrics that rank 0 logged in the validation that has just ended, without the tags of monitors."""
     # `callback_metrics` also holds the metrics of the last training epoch, which are older.
     results = getattr(trainer, "_results", None)
     known = trainer.callback_metrics if results is None else results.metrics(on_step=False)["callback"]
@@ -146,10 +134,6 @@ def spare_patience(trainer: pl.Trainer, tags: Mapping[str, str]) -> None:
 
     It counts every validation at which its metric is known, and a metric stays known once it was logged. Only its
     count can be changed from outside: decremented before the check, it is unchanged after the check.
-
-    Args:
-        trainer: whose callbacks.
-        tags: measure → prefix of its tags.
     """
     for callback in callbacks_of(trainer):
         monitored = getattr(callback, "monitor", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -139,19 +139,15 @@ def _over_samples(
         for found, names in zip(intervals, ([layer], parts), strict=True):
             doubts += [found[name].doubt if name in found else "undefined" for name in names]
         value = sum(w * other_means[name] for name, w in parts.items())
-        rows.append(test.row(layer, means[layer], value, error, freedom, _first([*doubts, doubt])))
+        rows.append(test.row(layer, means[layer], value, error, freedom, next(filter(None, [*doubts, doubt]), "")))
     known = [row for row in rows if math.isfinite(row.low)]
     psi_a, psi_b = (network_influences(of[row.layer] for row in known) for of in (of_a, of_b))
     error, freedom, doubt = _error(psi_a, psi_b, order is not None)
     missing = f"without {number_of(len(rows) - len(known), 'layer')}" if len(known) < len(rows) else ""
-    doubt = _first([missing, doubt, *(found.network.doubt for found in intervals)])
+    doubt = missing or doubt or intervals[0].network.doubt or intervals[1].network.doubt
     mean_a, mean_b = (sum(v) / len(v) if v else math.nan for v in ([r.a for r in known], [r.b for r in known]))
     network = test.row("network", mean_a, mean_b, error, freedom, doubt)
     return rows, network, _unpaired(a, b, measure) if order is None else "the same samples"
-
-
-def _first(doubts: Iterable[str]) -> str:
-    return next(filter(None, doubts), "")
 
 
 def _other_shape(a: InvarianceResult, b: InvarianceResult, measure: str, layer: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from lightning_invariance.messages import number_of, some
-from lightning_invariance.results.table import format_cell
+from lightning_invariance.results.table import aligned, format_cell
 
 if TYPE_CHECKING:
     import pandas
@@ -133,8 +133,6 @@ class Comparison(Mapping[str, Difference]):
         table = [names, *([format_cell(getattr(row, name)) for name in names] for row in (*self.rows, self.network))]
         for cells, row in zip(table[1:], (*self.rows, self.network), strict=True):
             cells[names.index("p")] += " *" if row.p < 1 - self.confidence else "  "
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(f"{cell:{w}s}" for cell, w in zip(cells, widths, strict=True)).rstrip() for cells in table]
         margin = "" if self.margin is None else f" Margin {self.margin:g}."
         about = [
             f"{self.measure}, b − a. {self.question}",
@@ -142,7 +140,7 @@ class Comparison(Mapping[str, Difference]):
             f" {number_of(len(self.rows), 'layer')}, * below {1 - self.confidence:.2g}.{margin}",
         ]
         about += [f"Only one of them has {some(self.unmatched)}."] if self.unmatched else []
-        return "\n".join([*about, *lines])
+        return "\n".join([*about, aligned(table, left=len(names))])
 
     __repr__ = __str__
 

@@ -175,7 +175,7 @@ def one_sided(above: float, error: float, freedom: float) -> float:
 
 
 def check_confidence(confidence: float) -> float:
-    """Return the confidence as a float.
+    """Check a confidence, and return it as a float.
 
     Raises:
         ValueError: If it is not a number in (0, 1).

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import html
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from lightning_invariance.messages import number_of
-from lightning_invariance.results.npz import read, write
 from lightning_invariance.results.record import OutputValues, Record
 from lightning_invariance.results.table import LayerStatistics, Table
 from lightning_invariance.results.values import LayerValues
@@ -20,6 +24,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["InvarianceResult", "OutputValues"]
+
+#: In the JSON text of a file, an object with this key alone stands for a tensor: its value is the name of an array.
+ARRAY = "array of this file"
 
 
 class InvarianceResult(LayerValues):
@@ -126,8 +133,25 @@ class InvarianceResult(LayerValues):
         return result
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the result to one file (numpy's npz format, no pickle); a half-written file is never left behind."""
-        write(self.state_dict(), Path(path))
+        """Write the result to one file; an existing file stays until the new one is complete.
+
+        The file is in numpy's npz format without pickle: the state dict as a JSON text, ``about``, and its tensors.
+        """
+        path, arrays = Path(path), dict[str, Any]()
+
+        def named(tensor: Tensor) -> dict[str, str]:
+            name = f"array{len(arrays)}"
+            arrays[name] = tensor.numpy()
+            return {ARRAY: name}
+
+        about = np.array(json.dumps(self.state_dict(), default=named))
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with unfinished.open("wb") as file:
+                np.savez_compressed(file, about=about, **arrays)
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> InvarianceResult:
@@ -137,7 +161,12 @@ class InvarianceResult(LayerValues):
             ValueError: If the file is broken, or something else.
         """
         try:
-            return cls.from_state_dict(read(Path(path)))
+            with np.load(path, allow_pickle=False) as arrays:
+
+                def tensors(found: dict[str, Any]) -> Any:
+                    return torch.from_numpy(arrays[found[ARRAY]]) if found.keys() == {ARRAY} else found
+
+                return cls.from_state_dict(json.loads(str(arrays["about"]), object_hook=tensors))
         except OSError:
             raise
         except Exception as error:  # whatever numpy, zlib, zipfile and json raise of broken files

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
@@ -106,13 +106,7 @@ class Table(list[LayerStatistics]):
         return [names, *rows]
 
     def __str__(self) -> str:
-        cells = self.cells()
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zipped))
-            for zipped in (list(zip(row, widths, strict=True)) for row in cells)
-        ]
-        return "\n".join(line.rstrip() for line in lines)
+        return aligned(self.cells(), left=2)
 
     __repr__ = __str__
 
@@ -121,6 +115,15 @@ class Table(list[LayerStatistics]):
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in heading)
         body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int) -> str:
+    """Print cells in columns: the first ``left`` ones left-aligned, the others right-aligned."""
+    columns = [(max(map(len, column)), "<" if i < left else ">") for i, column in enumerate(zip(*rows, strict=True))]
+    lines = (
+        "  ".join(f"{cell:{side}{width}}" for cell, (width, side) in zip(row, columns, strict=True)) for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def format_cell(value: object) -> str:

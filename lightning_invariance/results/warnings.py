@@ -14,11 +14,9 @@ from lightning_invariance.results.result import InvarianceResult
 
 
 def warn_of(result: InvarianceResult, channel_axes: Iterable[str] = ()) -> None:
-    """Warn of layers that were left out or that only some samples passed through, and of NaN and infinite values.
+    """Warn of layers that were left out or that some samples bypass, and of NaN and infinite values.
 
-    Args:
-        result: of an evaluation.
-        channel_axes: the names and patterns of layers in argument ``channel_axis`` of the evaluation.
+    Unused names and patterns of the argument ``channel_axis`` of the evaluation are warned of, too.
     """
     for message in (*_about_layers(result, channel_axes), *_about_nan(result), *_about_infinite(result)):
         warnings.warn(message, UserWarning, stacklevel=level_of_user())
