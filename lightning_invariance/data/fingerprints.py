@@ -63,8 +63,8 @@ def warn_of_equal(transformations: TransformationSet, inputs: Tensor) -> None:
     varies = bool((inputs != inputs.flatten()[0]).any())  # transformations do not change a constant image
     if inputs.shape[1] > 1 and varies and bool((inputs == inputs[:, :1]).all()):
         warnings.warn(
-            f"All transformations of {transformations!r} make the same of a sample, so that every layer looks"
-            " invariant. Functions made in a loop all see its last value: write `lambda x, k=k: ...`.",
+            f"All transformations of {transformations!r} give equal outputs, so that every layer looks invariant."
+            " Functions made in a loop all see its last value: write `lambda x, k=k: ...`.",
             UserWarning,
             stacklevel=level_of_user(),
         )

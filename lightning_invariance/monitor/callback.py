@@ -56,7 +56,7 @@ class InvarianceMonitor(Callback):
 
     It evaluates the untrained network before the first epoch, and then at the end of validation every
     ``every_n_epochs`` epochs (``(epoch + 1) % every_n_epochs == 0``), and always at the first validation of a run.
-    Without validation it does so at the end of the training epoch. Training is bit for bit what it would be.
+    Without validation it does so at the end of the training epoch. The training is bit for bit the one without it.
 
     **Logged metrics**, to every logger of the trainer, at the step of Lightning's validation metrics: the mean over the
     finite values of each layer, ``{Measure}/{layer}``, and their mean over the layers, ``{Measure}_mean``.
@@ -64,7 +64,7 @@ class InvarianceMonitor(Callback):
     without a new value does not count against the patience of ``EarlyStopping``; give ``ModelCheckpoint`` an equal
     ``every_n_epochs``, since it would rank later models by the last value.
 
-    **Logged images**, where the logger takes images: ``{Measure}/heatmap``, layers × channels (the paper's figure 8);
+    **Logged images**, to loggers that accept images: ``{Measure}/heatmap``, layers × channels (the paper's figure 8);
     ``{Measure}/evolution``, layers × evaluations so far, under the accuracy or loss that the model logs; and
     ``{Measure}/response``, the effect of each transformation on each layer, for measures with ``response=True``. A
     failure to write is one warning, never an error. **In TensorBoard** also, once, a chart of all layers of each

@@ -209,9 +209,9 @@ def _text(result: InvarianceResult, tags: Mapping[str, str], measures: Mapping[s
         if (higher := result.higher_is_better.get(measure)) is not None:
             about += f" {'Higher' if higher else 'Lower'} is more invariant."
         meanings[f"`{tag}/LAYER`"] = f"{about} The mean over the finite values of the layer's activations."
-        meanings[f"`{tag}_mean`"] = "The mean of these over the layers."
+        meanings[f"`{tag}_mean`"] = f"The mean of `{tag}/LAYER` over the layers."
         meanings[f"`{tag}_infinite/LAYER`, `{tag}_dead/LAYER`"] = (
-            "The fraction of its units that are infinite, and so not in the mean; that are constant. Only above 1 %."
+            "The fraction of its units that are infinite, and so not in the mean; or never change. Only above 1 %."
         )
         if _has_intervals(result, measure):
             meanings[f"`{tag}_low/LAYER`, `{tag}_high/LAYER`"] = (

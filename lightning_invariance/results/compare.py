@@ -64,8 +64,8 @@ def compare(
         Intervals and p-values for each layer and for the network.
 
     Raises:
-        ValueError: If the results have no influences (and are not several), no common layers, other transformations or
-            measures, or an argument is out of its range.
+        ValueError: If the results have no influences (and are not several), no common layers, or different
+            transformations or measures, or if an argument is out of its range.
 
     Example:
         >>> import torch

@@ -37,7 +37,7 @@ class InvarianceResult(LayerValues):
 
     Args:
         values: measure → {layer: tensor}.
-        dead: layer → bool tensor, true for activations that are constant (where the measures know).
+        dead: layer → bool tensor, true for activations that never change (where the measures know).
         about: any of the following attributes by name.
 
     Attributes:
@@ -125,11 +125,13 @@ class InvarianceResult(LayerValues):
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> InvarianceResult:
-        """Make a result from the value of :meth:`state_dict`."""
+        """Make a result from the value of :meth:`state_dict`; unknown entries are ignored."""
         about = {each.name: state[each.name] for each in fields(Record)}
         result = cls(state["values"], dead=state["dead"], **about)
+        columns = [each.name for each in fields(LayerStatistics)]
         for measure, rows in state["statistics"].items():
-            result._tables[measure] = Table(LayerStatistics(**{**row, "shape": tuple(row["shape"])}) for row in rows)
+            known = [{name: row[name] for name in columns} for row in rows]
+            result._tables[measure] = Table(LayerStatistics(**{**row, "shape": tuple(row["shape"])}) for row in known)
         return result
 
     def save(self, path: str | os.PathLike[str]) -> None:

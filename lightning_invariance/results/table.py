@@ -20,7 +20,7 @@ class LayerStatistics:
         layer: its name.
         shape: of the activation; ``(channels, height, width)`` for feature maps.
         mean, std, min, max: of the finite values, ``std`` with n − 1; NaN if there are none.
-        dead: how many activations are constant (0/0).
+        dead: how many activations never change (0/0).
         infinite: how many values are infinite (x/0).
         nan: how many values are NaN: the activation was NaN or infinite itself, or the measure is undefined.
         samples: how many samples passed through the layer; 0 if unknown. Shown where layers differ.
@@ -54,7 +54,7 @@ class LayerStatistics:
 
     @property
     def share_dead(self) -> float:
-        """Fraction of the activations that are constant."""
+        """Fraction of the activations that never change."""
         return self.dead / max(1, math.prod(self.shape))
 
     @classmethod
@@ -100,9 +100,9 @@ class Table(list[LayerStatistics]):
             names.remove("doubt")
         rows = [[format_cell(getattr(row, name)) for name in names] for row in self]
         for row, cells in zip(self, rows, strict=True):
-            for name, share in (("infinite", row.share_infinite), ("dead", row.share_dead)):
-                if share > NOTABLE:
-                    cells[names.index(name)] += f" ({share:.0%})"
+            for name, fraction in (("infinite", row.share_infinite), ("dead", row.share_dead)):
+                if fraction > NOTABLE:
+                    cells[names.index(name)] += f" ({fraction:.0%})"
         return [names, *rows]
 
     def __str__(self) -> str:
