@@ -77,7 +77,7 @@ class InvarianceMonitor(Callback):
             :class:`~lightning_invariance.measures.NormalizedVariance` with ``response=True``.
         data: dataset, loader or tensor; by default the trainer's (first) validation loader.
         layers: which layers, by default every leaf; see :func:`layer_names`.
-        every_n_epochs: epochs from one evaluation to the next.
+        every_n_epochs: how often to evaluate, in epochs.
         max_samples: how many samples: a random choice, equal at every evaluation. None uses all.
         batch_size: largest number of transformed inputs in one forward pass, or ``"auto"``; see :func:`evaluate`.
         forward: ``forward(model, x)``, or ``forward(model, x, batch)``, see :func:`evaluate`.
