@@ -36,7 +36,7 @@ class Samples:
         return len(self.inputs)
 
     def __getitem__(self, which: slice) -> Samples:
-        found: Samples = taken(self, len(self), which)
+        found: Samples = select_samples(self, len(self), which)
         return found
 
     def __add__(self, other: Samples) -> Samples:
@@ -107,7 +107,7 @@ def takes_batch(forward: Callable[..., Any] | None) -> bool:
     return sum(each.kind in positional and each.default is each.empty for each in parameters) == 3
 
 
-def taken(batch: Any, n: int, positions: Tensor | slice) -> Any:
+def select_samples(batch: Any, n: int, positions: Tensor | slice) -> Any:
     """Select samples from a batch of ``n``, in the order of ``positions``, which may repeat some.
 
     Tensors whose first axis is ``n`` long and lists with one entry for each sample are indexed, in any nesting of

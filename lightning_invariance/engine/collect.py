@@ -16,7 +16,7 @@ from lightning_invariance.engine.influence import Influence
 from lightning_invariance.engine.registry import INPUT, Registry
 from lightning_invariance.measures import Measure
 from lightning_invariance.measures.base import names_accumulators
-from lightning_invariance.results.intervals import FEWEST_DEGREES, degrees_of_freedom
+from lightning_invariance.results.intervals import MIN_DEGREES_OF_FREEDOM, degrees_of_freedom
 from lightning_invariance.results.result import InvarianceResult
 from lightning_invariance.results.students_t import t_quantiles
 from lightning_invariance.transforms import TransformationSet
@@ -142,7 +142,7 @@ def _add_intervals(
     error = torch.where(value.isfinite(), (squares.double() / (n * (n - 1))).sqrt(), torch.nan)
     freedom = degrees_of_freedom(n, squares, fourths).float()
     never = (squares == 0) & (value != 0)  # such as 1 for units that never fired
-    few = ((freedom < FEWEST_DEGREES) | never)[value.isfinite()]
+    few = ((freedom < MIN_DEGREES_OF_FREEDOM) | never)[value.isfinite()]
     record.standard_errors[key] = error
     record.freedom[key] = freedom
     record.sparse[key] = float(few.double().mean()) if few.numel() else 0.0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-from lightning_invariance.data.batches import taken, takes_batch
+from lightning_invariance.data.batches import select_samples, takes_batch
 from lightning_invariance.data.fingerprints import Fingerprint, is_split
 from lightning_invariance.data.loader import STBlock, STLoader
 from lightning_invariance.distributed import errors_shared, gather_objects, rank_and_world_size
@@ -185,7 +185,9 @@ class Walk:
             return forward(self.model, x)
         rows, columns = block.inputs.shape[:2]
         of_row = torch.arange(rows).repeat_interleave(columns)
-        return forward(self.model, x, taken(block.batch, rows, of_row if positions is None else of_row[positions]))
+        return forward(
+            self.model, x, select_samples(block.batch, rows, of_row if positions is None else of_row[positions])
+        )
 
     def _prepared(self, blocks: Blocks | None) -> ExitStack:
         """The model in eval mode on its device, without gradients; everything is put back afterwards."""

@@ -31,7 +31,7 @@ from lightning_invariance.monitor.images import is_dummy, log_image
 from lightning_invariance.monitor.trainer import logger_step
 from lightning_invariance.plots import evolution, heatmap, response
 from lightning_invariance.plots.common import limits_of, render
-from lightning_invariance.results.intervals import NOTABLE
+from lightning_invariance.results.intervals import MAX_LEFT_OUT
 from lightning_invariance.results.result import InvarianceResult
 
 #: Characters that some loggers drop from the name of a curve, such as MLflow's the # of ``relu#1``.
@@ -88,7 +88,7 @@ def scalars(result: InvarianceResult, tags: Mapping[str, str], suffix: str = "")
         names = curves(result[measure])
         for row in result.table(measure):
             for kind, fraction in (("infinite", row.share_infinite), ("dead", row.share_dead)):
-                if fraction > NOTABLE:
+                if fraction > MAX_LEFT_OUT:
                     found[f"{tag}_{kind}/{names[row.layer]}"] = fraction
             found[f"{tag}/{names[row.layer]}"] = row.mean
             if math.isfinite(row.low):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from lightning_invariance.messages import number_of, some
@@ -122,9 +123,9 @@ class Comparison(Mapping[str, Difference]):
 
     def plot(self) -> Figure:
         """Draw the differences and their intervals: :func:`lightning_invariance.plots.compare`."""
-        from lightning_invariance.plots.comparison import draw_comparison
-
-        return draw_comparison(self)
+        plots = import_module("lightning_invariance.plots.comparison")  # by name: pictures know results
+        figure: Figure = plots.draw_comparison(self)
+        return figure
 
     def __str__(self) -> str:
         names = ["layer", "a", "b", "difference", "low", "high", "p"]

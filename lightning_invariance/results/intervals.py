@@ -22,13 +22,13 @@ from lightning_invariance.results.students_t import t_quantile, two_sided
 MIN_SAMPLES = 10
 
 #: Below this many degrees of freedom few samples dominate the standard error, and the interval tends to be too narrow.
-FEWEST_DEGREES = 10.0
+MIN_DEGREES_OF_FREEDOM = 10.0
 
 #: Largest fraction of the units of a layer that may have fewer degrees of freedom: values of these are biased, too.
 MAX_SPARSE = 0.2
 
 #: Largest fraction of the units that a mean may leave out without a remark.
-NOTABLE = 0.01
+MAX_LEFT_OUT = 0.01
 
 #: Largest bias, in standard errors, of a value whose definition depends on the number of samples. With a larger bias,
 #: 95 % intervals cover the value of very many samples in less than 93 %.
@@ -104,10 +104,10 @@ def interval_of(
     half = t_quantile(confidence, freedom) * error
     doubts = [f"{n} {unit}"] if n < MIN_SAMPLES else []
     doubts += ["no sample differs from another"] if error == 0 and value != 0 else []
-    doubts += [f"{repeated:.0%} of the {unit} repeat others"] if repeated > NOTABLE else []
-    doubts += ["few samples decide the value"] if freedom < FEWEST_DEGREES and n >= MIN_SAMPLES else []
+    doubts += [f"{repeated:.0%} of the {unit} repeat others"] if repeated > MAX_LEFT_OUT else []
+    doubts += ["few samples decide the value"] if freedom < MIN_DEGREES_OF_FREEDOM and n >= MIN_SAMPLES else []
     doubts += [f"few samples decide {sparse:.0%} of the units"] if sparse > MAX_SPARSE and error > 0 else []
-    doubts += [f"{left_out:.0%} left out"] if left_out > NOTABLE else []
+    doubts += [f"{left_out:.0%} left out"] if left_out > MAX_LEFT_OUT else []
     doubts += [f"differs by {bias:.1%} from that of many samples"] if abs(bias * value) > MAX_BIAS * error else []
     return Interval(value, value - half, value + half, error, freedom, ", ".join(doubts))
 

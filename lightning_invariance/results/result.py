@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,9 +80,9 @@ class InvarianceResult(LayerValues):
         Args:
             measure: its name; by default the first.
         """
-        from lightning_invariance.plots import heatmap
-
-        return heatmap(self, measure)
+        plots = import_module("lightning_invariance.plots")  # by name: pictures know results, not the reverse
+        figure: Figure = plots.heatmap(self, measure)
+        return figure
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return the tables of all measures as one ``DataFrame`` (pandas must be installed).

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
-from lightning_invariance.results.intervals import NOTABLE, Interval
+from lightning_invariance.results.intervals import MAX_LEFT_OUT, Interval
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Table(list[LayerStatistics]):
         rows = [[format_cell(getattr(row, name)) for name in names] for row in self]
         for row, cells in zip(self, rows, strict=True):
             for name, fraction in (("infinite", row.share_infinite), ("dead", row.share_dead)):
-                if fraction > NOTABLE:
+                if fraction > MAX_LEFT_OUT:
                     cells[names.index(name)] += f" ({fraction:.0%})"
         return [names, *rows]
 

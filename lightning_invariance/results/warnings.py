@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from lightning_invariance.messages import FEW, instead_of, level_of_user, number_of, some
 from lightning_invariance.model.selection import summary_of
-from lightning_invariance.results.intervals import NOTABLE
+from lightning_invariance.results.intervals import MAX_LEFT_OUT
 from lightning_invariance.results.result import InvarianceResult
 
 
@@ -58,7 +58,7 @@ def _about_nan(result: InvarianceResult) -> Iterator[str]:
 def _about_infinite(result: InvarianceResult) -> Iterator[str]:
     """Name the layers that may look more invariant than they are, since their means leave out many units."""
     for measure in result:
-        rows = [row for row in result.table(measure) if row.share_infinite > NOTABLE]
+        rows = [row for row in result.table(measure) if row.share_infinite > MAX_LEFT_OUT]
         if rows:
             counts = some(f"{row.layer} ({row.infinite} of {math.prod(row.shape)})" for row in rows)
             yield (

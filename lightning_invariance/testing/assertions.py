@@ -13,7 +13,7 @@ from lightning_invariance.evaluate import evaluate
 from lightning_invariance.measures import Measure, NormalizedVariance, VarianceSameEquivariance
 from lightning_invariance.messages import level_of_user, number_of, some
 from lightning_invariance.model.selection import Layers
-from lightning_invariance.results.intervals import NOTABLE, Interval, check_confidence
+from lightning_invariance.results.intervals import MAX_LEFT_OUT, Interval, check_confidence
 from lightning_invariance.results.result import InvarianceResult
 from lightning_invariance.transforms import TransformationSet
 
@@ -135,7 +135,7 @@ def _assert_below(
     failed = {
         layer: intervals.get(layer)
         for layer in values
-        if left_out[layer] > NOTABLE or not _is_below(intervals.get(layer), within)
+        if left_out[layer] > MAX_LEFT_OUT or not _is_below(intervals.get(layer), within)
     }
     if failed:
         responses, identity = result.response.get(name, {}), transformations.identity
