@@ -42,8 +42,7 @@ class Context:
         input_shape: shape of a network input without the batch axis; ``()`` if it is not known yet.
         n_samples: number of samples of all processes together, whose ``indices`` are 0 to n − 1; None if unknown.
         run: largest number of consecutive ``indices``, in rising order, that a process adds before another process
-            continues, see :func:`~lightning_invariance.distributed.places_of`. The order of samples is then random and
-            ``n_samples`` is known. 0 if samples come in any other order.
+            continues, see ``data/rank_shares.py``. The order of samples is then random and ``n_samples`` is known. 0 if samples come in any other order.
     """
 
     transformations: TransformationSet

@@ -15,10 +15,10 @@ from lightning_invariance.accumulators.constant import with_dead
 from lightning_invariance.accumulators.layer_state import LayerState, memory_order
 from lightning_invariance.data.loader import STBlock
 from lightning_invariance.distributed import gather_objects, merge_over_ranks, rank_and_world_size
-from lightning_invariance.engine.influence import Influence
+from lightning_invariance.engine.sample_influences import Influence
 from lightning_invariance.measures import Measure
 from lightning_invariance.measures.base import names_accumulators
-from lightning_invariance.model.layout import RAGGED
+from lightning_invariance.model.sample_axis import RAGGED
 from lightning_invariance.precision import summed_on
 from lightning_invariance.transforms import TransformationSet
 

@@ -17,7 +17,7 @@ from torchmetrics.utilities.prints import rank_zero_warn
 from lightning_invariance.accumulators.base import States, check_states, declares
 from lightning_invariance.accumulators.sums import Sums, dead_of
 from lightning_invariance.aggregation import aggregate_maps
-from lightning_invariance.measures.accumulating import AccumulatingMetric
+from lightning_invariance.measures.adapter import AccumulatingMetric
 from lightning_invariance.plots.style import draw_bars
 from lightning_invariance.precision import has_float64
 

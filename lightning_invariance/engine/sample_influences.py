@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_invariance.accumulators import Rows, States
 from lightning_invariance.accumulators.base import GroupShare, Influenced, InfluenceKernel, started
 from lightning_invariance.accumulators.sums import Sums
-from lightning_invariance.engine.response_influence import ResponseInfluence, has_intervals
+from lightning_invariance.engine.response_influences import ResponseInfluence, has_intervals
 from lightning_invariance.measures import Measure
 
 
