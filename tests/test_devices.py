@@ -14,9 +14,9 @@ from definitions import anova, goodfellow, quotient, same_equivariance, sd, sv, 
 
 from lightning_invariance import quarter_turns, rotations
 from lightning_invariance.accumulators.backends import devices
-from lightning_invariance.accumulators.base import Rows
 from lightning_invariance.accumulators.deviations import Deviations
 from lightning_invariance.accumulators.layer_state import LayerState
+from lightning_invariance.accumulators.rows import Rows
 from lightning_invariance.measures import (
     Anova,
     Consistency,

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators.backends import c_kernels
-from lightning_invariance.accumulators.base import FoundInfluences, Influenced, Rows, States
 from lightning_invariance.accumulators.column_means import means_of
+from lightning_invariance.accumulators.influences import FoundInfluences, Influenced
+from lightning_invariance.accumulators.rows import Rows, States
 
 #: The range of mean squares that float32 holds with their digits, and of weights.
 SMALLEST, LARGEST = 1e-24, 1e30

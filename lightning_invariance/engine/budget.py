@@ -10,8 +10,9 @@ from typing import TypeAlias
 
 import torch
 
-from lightning_invariance.accumulators.base import Accumulator, Rows
+from lightning_invariance.accumulators.base import Accumulator
 from lightning_invariance.accumulators.layer_state import LayerState
+from lightning_invariance.accumulators.rows import Rows
 from lightning_invariance.engine.registry import INPUT, Registry
 from lightning_invariance.measures.base import names_accumulators
 from lightning_invariance.messages import number_of

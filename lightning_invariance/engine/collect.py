@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_invariance.accumulators.base import States
 from lightning_invariance.accumulators.layer_state import LayerState
+from lightning_invariance.accumulators.rows import States
 from lightning_invariance.engine.registry import INPUT, Registry
 from lightning_invariance.engine.sample_influences import Influence
 from lightning_invariance.measures import Measure

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_invariance.accumulators.base import TYPES, Context, Rows
 from lightning_invariance.accumulators.constant import with_dead
 from lightning_invariance.accumulators.layer_state import LayerState, memory_order
+from lightning_invariance.accumulators.rows import TYPES, Context, Rows
 from lightning_invariance.data.loader import STBlock
 from lightning_invariance.distributed import gather_objects, merge_over_ranks, rank_and_world_size
 from lightning_invariance.engine.sample_influences import Influence

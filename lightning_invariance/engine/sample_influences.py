@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators import Rows, States
-from lightning_invariance.accumulators.base import GroupShare, Influenced, InfluenceKernel, started
+from lightning_invariance.accumulators.base import started
+from lightning_invariance.accumulators.influences import GroupShare, Influenced, InfluenceKernel
 from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.engine.response_influences import ResponseInfluence, has_intervals
 from lightning_invariance.measures import Measure

@@ -14,7 +14,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.prints import rank_zero_warn
 
-from lightning_invariance.accumulators.base import States, check_states, declares
+from lightning_invariance.accumulators.base import check_states, declares
+from lightning_invariance.accumulators.rows import States
 from lightning_invariance.accumulators.sums import Sums, dead_of
 from lightning_invariance.aggregation import aggregate_maps
 from lightning_invariance.measures.adapter import AccumulatingMetric

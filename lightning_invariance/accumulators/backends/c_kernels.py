@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators.base import FoundInfluences
+from lightning_invariance.accumulators.influences import FoundInfluences
 
 _kernels: ModuleType | None
 try:

@@ -21,7 +21,7 @@ from lightning_invariance.accumulators.backends.triton_float64 import (
     columns_in_float64,
     rows_in_float64,
 )
-from lightning_invariance.accumulators.base import TYPES
+from lightning_invariance.accumulators.rows import TYPES
 
 #: The most values of a tile that a thread holds: they fit into its registers with four numbers for each. Fewer where
 #: some columns or activations of a tile are masked, or rows are longest, which takes registers too.
