@@ -168,6 +168,14 @@ class Influence:
         return {**{name: torch.cat([a[name], b[name]]) for name in ("numbers", "on_mean")}, **added}
 
 
+def has_influences(measure: Measure, sums: Sums, n_samples: int) -> bool:
+    """Whether a layer has enough samples and transformations, and complete groups if the measure looks at groups."""
+    in_groups = any(accumulator.in_groups for accumulator in measure.needs)
+    enough = sums.n_samples >= max(2, measure.least_samples)
+    complete = not in_groups or sums.n_samples == n_samples
+    return complete and enough and sums.n_transformations >= measure.least_transformations
+
+
 def derivatives(measure: Measure, sums: Sums, names: Sequence[str]) -> States:
     """How the value of a unit changes with each of its sums; 0 for what is constant, such as 1 for a dead unit.
 
