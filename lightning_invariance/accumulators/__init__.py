@@ -1,6 +1,6 @@
-"""Families of sums over the ST matrix: what measures need, and what processes merge.
+"""Families of sums over the ST matrix, from which measures compute values, and which processes merge.
 
-A measure of your own names one of these, or an :class:`Accumulator` of its own.
+A custom measure names one of these, or its own subclass of :class:`Accumulator`.
 """
 
 from lightning_invariance.accumulators.base import Accumulator, Context, Rows, States
@@ -15,7 +15,7 @@ from lightning_invariance.accumulators.mapped_back import DirectDistances, Mappe
 from lightning_invariance.accumulators.matrix import Matrix
 from lightning_invariance.accumulators.paired import PairedDeviations
 from lightning_invariance.accumulators.peaks import Extremes, Firing, Peaks
-from lightning_invariance.accumulators.subsample import ColumnPairs, Subsample
+from lightning_invariance.accumulators.subsample import ColumnPairs
 from lightning_invariance.accumulators.winners import Winners
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
     "RowDistances",
     "Rows",
     "States",
-    "Subsample",
     "Winners",
     "means_of",
 ]

@@ -1,16 +1,21 @@
-"""What an accumulator is: one family of sums over the rows of the ST matrix of a layer."""
+"""The accumulator: a family of sums over the rows of the ST matrix of one layer."""
 
 from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+from lightning_invariance.accumulators.influences import FoundInfluences as FoundInfluences
+from lightning_invariance.accumulators.influences import Group
+from lightning_invariance.accumulators.influences import GroupShare as GroupShare
+from lightning_invariance.accumulators.influences import Influenced as Influenced
+from lightning_invariance.accumulators.influences import InfluenceKernel as InfluenceKernel
 from lightning_invariance.distributed import DTYPES
 from lightning_invariance.messages import given
 from lightning_invariance.transforms import TransformationSet
@@ -18,11 +23,11 @@ from lightning_invariance.transforms import TransformationSet
 #: The sums of one accumulator by name.
 States: TypeAlias = dict[str, Tensor]
 
-#: Types of networks in half precision, which float32 holds exactly; and all types of rows.
+#: Types of networks in half precision, whose values float32 represents exactly; and all types of rows.
 HALF = {torch.float16, torch.bfloat16}
 TYPES = {torch.float32, torch.float64, *HALF}
 
-#: The state that counts rows, which the package keeps beside those of an accumulator.
+#: The state that counts rows; the package adds it to the states of every accumulator.
 N_SAMPLES = "n_samples"
 
 Value = TypeVar("Value")
@@ -30,15 +35,14 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Context:
-    """What is known before the first row.
+    """Properties of an evaluation that are known before the first row.
 
     Attributes:
-        transformations: the columns.
-        input_shape: of a network input; ``()`` where it is not known yet.
-        n_samples: how many samples all processes together will show, named by the ``indices`` 0 to n − 1, if known.
-        run: how many samples each process shows in a row, in rising order of ``indices``, before another shows those
-            that follow: see :func:`~lightning_invariance.distributed.places_of`. Their order is random, and
-            ``n_samples`` is known. 0 where samples come in any other order.
+        transformations: the columns of the ST matrix.
+        input_shape: shape of a network input without the batch axis; ``()`` if it is not known yet.
+        n_samples: number of samples of all processes together, whose ``indices`` are 0 to n − 1; None if unknown.
+        run: largest number of consecutive ``indices``, in rising order, that a process adds before another process
+            continues, see ``data/rank_shares.py``. The order of samples is then random and ``n_samples`` is known. 0 if samples come in any other order.
     """
 
     transformations: TransformationSet
@@ -52,14 +56,14 @@ class Rows:
     """Rows of the ST matrix of every activation of one layer.
 
     Attributes:
-        values: complete rows ``(samples, transformations, *activation_shape)`` in float32 or float64; or in float16 or
-            bfloat16, if the accumulator :attr:`~Accumulator.takes_half`.
-        indices: ``(samples,)`` in int64, on the CPU: numbers that name the samples; None in an update by hand without.
-        labels: ``(samples,)``, the class of each sample; None where the data have none.
-        before: how many rows were added before these.
-        memo: what the accumulators of this layer have computed of these rows; see :meth:`once`.
-        block_memo: what the accumulators of all layers have computed of these samples.
-        channel_axis: which axis of the activation holds the channels.
+        values: complete rows ``(samples, transformations, *activation_shape)`` in float32 or float64; also in float16
+            or bfloat16 for an accumulator with :attr:`~Accumulator.takes_half`.
+        indices: ``(samples,)`` in int64, on the CPU: the number of each sample; None for rows without numbers.
+        labels: ``(samples,)``, the class of each sample; None for data without labels.
+        before: number of rows added earlier.
+        memo: results for these rows that the accumulators of this layer reuse; see :meth:`once`.
+        block_memo: results for these samples that the accumulators of all layers reuse.
+        channel_axis: axis of the activation that holds the channels.
     """
 
     values: Tensor
@@ -87,137 +91,62 @@ class Rows:
         return values.flatten(3) if values.ndim > 3 else values.reshape(*values.shape[:2], -1, 1)
 
     def widen(self) -> None:
-        """Make float16 and bfloat16 values float32, once for all who do not take them as they are."""
+        """Convert float16 and bfloat16 values to float32, for all later readers of these rows."""
         if self.values.dtype in HALF:
             self.values = self.values.float()
 
     def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """What several accumulators of a layer need of these rows, computed by the first of them."""
+        """Compute a result that several accumulators of a layer need, at the first request only."""
         if key not in self.memo:
             self.memo[key] = make()
         found: Value = self.memo[key]
         return found
 
-    def of(self, values: Tensor) -> Rows:
-        """The same samples with other values, whose channels come first."""
-        return dataclasses.replace(self, values=values, memo={}, channel_axis=0)
-
     def some(self, samples: Tensor, before: int) -> Rows:
-        """The rows of some samples, given by their positions ``(count,)`` on the CPU, after ``before`` others."""
+        """Select rows by their positions ``(count,)``, on the CPU; ``before`` counts the rows added earlier."""
         there = samples.to(self.values.device, non_blocking=True)
         indices = None if self.indices is None else self.indices[samples]
         labels = None if self.labels is None else self.labels[samples.to(self.labels.device)]
         return Rows(self.values[there], indices, labels, before, channel_axis=self.channel_axis)
 
 
-class Group(NamedTuple):
-    """Rows of one group of samples in a block.
-
-    Attributes:
-        number: of the group.
-        size: how many samples it holds.
-        rows: how many of them the block holds.
-    """
-
-    number: int
-    size: int
-    rows: int
-
-
-class GroupShare(NamedTuple):
-    """What a group of samples adds to the sums.
-
-    Attributes:
-        shares: state → ``(1, *state shape)``.
-        expected: which part of the sums a group of this size adds on average.
-        groups: how many groups there are.
-    """
-
-    shares: States
-    expected: float
-    groups: int
-
-
-class Influenced(NamedTuple):
-    """A value that is made of sums, and how it changes with them.
-
-    Attributes:
-        n_samples: number of rows of the sums.
-        n_transformations: number of columns.
-        derivative: gives the derivatives of the value of each unit with respect to some states, in their shapes.
-        finite: which units have a finite value, ``(units,)``.
-        factors: ``(activations,)`` in float32, by which changes are multiplied in the response of the measure; None
-            where they are not constant, or not wanted.
-        with_response: whether the influences on the response are wanted, too.
-    """
-
-    n_samples: int
-    n_transformations: int
-    derivative: Callable[[Sequence[str]], States]
-    finite: Tensor
-    factors: Tensor | None
-    with_response: bool
-
-
-class FoundInfluences(NamedTuple):
-    r"""What an :class:`InfluenceKernel` has found of some rows.
-
-    Attributes:
-        on_sum: :math:`\sum_u \psi_{iu}` over activations, ``(n,)`` in float64.
-        changes: :math:`\sum_u f_u (x_{iju} - x_{iru})^2` with the factors f, ``(n, m)`` in float64; empty without.
-        spreads: squared deviations of each row from the means of the columns, ``(n, k)`` in float32; empty without
-            factors.
-    """
-
-    on_sum: Tensor
-    changes: Tensor
-    spreads: Tensor
-
-
-class InfluenceKernel(Protocol):
-    """Sums the influences of samples on the value of each unit."""
-
-    def add(self, rows: Rows, squares: Tensor, fourths: Tensor) -> FoundInfluences | None:
-        r"""Add :math:`\sum_i \psi_i^2` and :math:`\sum_i \psi_i^4` in place; None, and no change, if it cannot."""
-
-
 class Accumulator(ABC):
     """One family of sums over the rows of the ST matrix of a layer.
 
-    A subclass is a frozen dataclass, whose fields are its arguments, immutable and hashable: equal accumulators exist
-    once for a layer, and serve every measure that needs them. It overrides :meth:`empty`, :meth:`add` and
-    :meth:`merge`, which work on plain dicts of tensors:
+    A subclass overrides :meth:`empty`, :meth:`add` and :meth:`merge`; everything else has a default. It is a frozen
+    dataclass whose fields, immutable and hashable, are its arguments: a layer keeps one of several equal accumulators,
+    for all measures that need it. States are plain dicts of tensors:
 
-    - The states before the first row are those of :meth:`empty`. A state keeps its number of dimensions from then on,
-      and is float64, float32, int64, int32 or bool, so that processes know what they send to each other.
-    - :meth:`add` changes the dict in place. The number of rows before is ``rows.before``.
-    - :meth:`merge` is called with states that have rows, returns every state, and must give the same for any split and
-      order of the rows. The dicts that it gets also hold ``n_samples``, the number of their rows; whatever else it
-      needs, such as the number of transformations, must be a state.
+    - :meth:`empty` returns the states before the first row. Each state keeps its number of dimensions, and is float64,
+      float32, int64, int32 or bool, so that processes can receive it without announcement.
+    - :meth:`add` changes the dict in place. ``rows.before`` is the number of rows added earlier.
+    - :meth:`merge` gets two dicts that both have rows, and returns every state. Any split and order of the rows must
+      give one result. Both dicts also hold ``n_samples``, their number of rows; everything else that the method needs,
+      such as the number of transformations, must be a state.
     """
 
-    #: States that stay on the CPU, since the accumulator reads them: reading from a GPU would synchronise.
+    #: States that stay on the CPU because the accumulator reads their values, for which a GPU would synchronise.
     cpu_states: ClassVar[tuple[str, ...]] = ()
 
-    #: Whether it adds float16 and bfloat16 values as they are; otherwise they are float32.
+    #: Whether :meth:`add` accepts float16 and bfloat16 values; otherwise they are converted to float32.
     takes_half: ClassVar[bool] = False
 
-    #: Whether states grow with the number of rows; otherwise the first row tells how much memory they take.
+    #: Whether states grow with the number of rows; otherwise they have their final size after the first row.
     grows: ClassVar[bool] = False
 
-    #: Whether it looks at samples in groups, which then take the place of samples in standard errors.
+    #: Whether samples are divided into groups, which then replace samples as the units of standard errors.
     in_groups: ClassVar[bool] = False
 
     #: Whether sums have the channels first, whichever axis of the activation holds them.
     channels_first: ClassVar[bool] = False
 
-    #: Whether it gives the same sums where another axis of the activation holds the channels (``rows.channel_axis``).
-    #: Declared by each class for itself: subclasses do not inherit it.
+    #: Whether sums are right for any ``rows.channel_axis``. Each class declares it for itself: subclasses do not
+    #: inherit it.
     any_channel_axis: ClassVar[bool] = False
 
     @property
     def least_run(self) -> int:
-        """How many samples, one after the other, it needs from one process; see :attr:`Context.run`."""
+        """Number of consecutive samples that it needs from one process; see :attr:`Context.run`."""
         return 1
 
     @abstractmethod
@@ -230,18 +159,18 @@ class Accumulator(ABC):
 
     @abstractmethod
     def merge(self, a: States, b: States) -> States:
-        """The states after the rows of both, neither of which is changed."""
+        """Merge two states into the states of all their rows; neither is changed."""
 
     def prepared(self, context: Context) -> Accumulator:
-        """The accumulator for what is known before the first row.
+        """Return the accumulator for an evaluation.
 
         Raises:
-            ValueError: If it cannot work with these transformations.
+            ValueError: If it cannot work with the transformations.
         """
         return self
 
     def includes(self, other: Accumulator) -> bool:
-        """Whether its states hold those of the other, so that the other need not exist beside it."""
+        """Whether its states contain the states of another accumulator, which is then not needed."""
         return self == other
 
     def applies_to(self, activation_shape: tuple[int, ...]) -> bool:
@@ -250,87 +179,73 @@ class Accumulator(ABC):
 
     @property
     def has_shares(self) -> bool:
-        """Whether :meth:`shares` is there, so that values have standard errors over samples."""
+        """Whether :meth:`shares` is implemented, which standard errors need."""
         return type(self).shares is not Accumulator.shares
 
     def shares(self, rows: Rows, totals: States) -> States:
-        """What each sample adds to the sums, given what they came to: what they change if it weighs a little more.
+        """Compute the contribution of each sample to the sums: their derivative by the weight of the sample.
 
         Args:
-            rows: of a second pass over the same samples.
-            totals: the states after all rows.
+            rows: rows of a second pass over all samples.
+            totals: the states after the first pass.
 
         Returns:
-            ``(samples, *state shape)`` in float64 for each state that a value is made of, whose last axis is that of
-            activations or channels.
+            ``(samples, *state shape)`` in float64 for each state that enters a value. The last axis of the state
+            counts activations or channels.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not tell the shares of samples.")
+        raise NotImplementedError(f"{type(self).__name__} does not implement `shares`.")
 
     def group_of(self, indices: Tensor) -> Tensor:
-        """The number of the group of each sample, ``(samples,)``, if it looks at samples :attr:`in_groups`."""
-        raise NotImplementedError(f"{type(self).__name__} does not look at samples in groups.")
+        """The group number of each sample, ``(samples,)``; required with :attr:`in_groups`."""
+        raise NotImplementedError
 
     def groups(self, rows: Rows) -> list[Group]:
-        """The groups that rows belong to, one after the other, if it looks at samples :attr:`in_groups`."""
-        raise NotImplementedError(f"{type(self).__name__} does not look at samples in groups.")
+        """The groups of consecutive rows; required with :attr:`in_groups`."""
+        raise NotImplementedError
 
     def share_of_group(self, states: States, totals: States) -> GroupShare | None:
-        """What the group that was just added to ``states`` adds to the sums, which begin anew; None while it waits."""
-        raise NotImplementedError(f"{type(self).__name__} does not look at samples in groups.")
+        """Return the contribution of the group last added to ``states``, and reset its sums in ``states`` to 0.
+
+        None until the group is complete. Required with :attr:`in_groups`.
+        """
+        raise NotImplementedError
 
     def influence_kernel(self, totals: States, about: Influenced) -> InfluenceKernel | None:
-        """A fast way to sum the influences of samples on a value that is made of these sums alone, if there is one.
+        """A fast way to sum the influences of samples on a value of these sums alone; None if there is none.
 
         Args:
-            totals: the states after all rows.
+            totals: the states after the first pass.
             about: the value.
         """
         return None
 
     def dead(self, states: States) -> Tensor | None:
-        """Which activations never changed: bool ``(activations,)``; None where the states do not tell."""
+        """Which activations or channels never changed, bool ``(activations,)`` or ``(channels,)``; None if unknown."""
         return None
 
 
-def merged(accumulator: Accumulator, a: States, b: States) -> States:
-    """The states after the rows of both, either of which may have none."""
-    if not int(a[N_SAMPLES]) or not int(b[N_SAMPLES]):
-        full = a if int(a[N_SAMPLES]) else b
-        return {name: state.clone() for name, state in full.items()}
-    states = accumulator.merge(a, b)
-    if not isinstance(states, dict):
-        raise TypeError(f"Expected {type(accumulator).__name__}.merge to return a dict, but got {given(states)}.")
-    check_states(accumulator, states, "merge")
-    return {**states, N_SAMPLES: a[N_SAMPLES] + b[N_SAMPLES]}
-
-
 def add_to(states: States, **added: Tensor) -> None:
-    """Add tensors to states of these names, which are empty before the first row."""
+    """Add tensors to the states of these names, which are empty before the first row."""
     for name, value in added.items():
         states[name] = states[name] + value if states[name].numel() else value
 
 
 def declares(thing: Any, attribute: str) -> bool:
-    """Whether the class of an accumulator or a measure says itself that something holds: subclasses do not inherit it.
-
-    A subclass may compute other sums, or another value.
-    """
+    """Whether the class of an accumulator or measure sets an attribute to true itself, instead of inheriting it."""
     return bool(vars(type(thing)).get(attribute, False))
 
 
 def started(accumulator: Accumulator, device: torch.device) -> States:
     """The states before the first row, on a device."""
     states, on_cpu = accumulator.empty(), accumulator.cpu_states
-    for name in states.keys() - {*on_cpu}:
-        states[name] = states[name].to(device)
-    return states
+    return {name: state if name in on_cpu else state.to(device) for name, state in states.items()}
 
 
 def check_declaration(accumulator: Accumulator) -> States:
-    """The empty states of an accumulator.
+    """Return the empty states of an accumulator.
 
     Raises:
-        TypeError: If it is no frozen dataclass with immutable fields, or a state is not a tensor of an allowed type.
+        TypeError: If it is not a frozen dataclass with immutable fields, or a state is not a tensor of an allowed type.
     """
     if not isinstance(accumulator, Accumulator):
         hint = f": write {accumulator.__name__}()" if isinstance(accumulator, type) else ""
@@ -349,8 +264,7 @@ def check_declaration(accumulator: Accumulator) -> States:
                 f" but got {given(value)}."
             )
     states = accumulator.empty()
-    for state, value in states.items():
-        check_state(name, state, value)
+    check_states(accumulator, states, "empty")
     return states
 
 
@@ -359,7 +273,7 @@ def check_states(accumulator: Accumulator, states: States, method: str) -> None:
 
     Raises:
         TypeError: If a state is not a tensor of an allowed type.
-        ValueError: If names or numbers of dimensions are not those of the empty states.
+        ValueError: If names or numbers of dimensions differ from the empty states.
     """
     name, empty = type(accumulator).__name__, accumulator.empty()
     if missing := empty.keys() - states.keys():
@@ -367,17 +281,13 @@ def check_states(accumulator: Accumulator, states: States, method: str) -> None:
         raise ValueError(
             f"Expected {name}.{method} to {verb} the states {[*empty]}, but {sorted(missing)} are missing."
         )
-    for state, value in empty.items():
-        check_state(name, state, states[state])
-        if states[state].ndim != value.ndim:
+    for state, before in empty.items():
+        value: Any = states[state]
+        if not isinstance(value, Tensor) or value.dtype not in DTYPES:
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"Expected state {state!r} of {name} to be a tensor of one of {DTYPES}, but got {got}.")
+        if value.ndim != before.ndim:
             raise ValueError(
-                f"Expected state {state!r} of {name} to keep its {value.ndim} dimensions, but got a tensor of shape"
-                f" {tuple(states[state].shape)}: give `empty` a state with as many."
+                f"Expected state {state!r} of {name} to keep its {before.ndim} dimensions, but got a tensor of shape"
+                f" {tuple(value.shape)}: give `empty` a state with as many."
             )
-
-
-def check_state(accumulator: str, name: str, value: Any) -> None:
-    """Raise where a state could not be sent between processes."""
-    if not isinstance(value, Tensor) or value.dtype not in DTYPES:
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"Expected state {name!r} of {accumulator} to be a tensor of one of {DTYPES}, but got {got}.")

@@ -1,14 +1,15 @@
-"""The sums of each class by itself."""
+"""Separate sums for each class."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators.base import N_SAMPLES, Accumulator, Context, Rows, States, merged
+from lightning_invariance.accumulators.base import N_SAMPLES, Accumulator, Context, Rows, States
+from lightning_invariance.accumulators.layer_state import merged
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class ByClass(Accumulator):
 
     Attributes:
         inner: the other accumulators, whose states have different names.
-        num_classes: how many classes there are.
+        num_classes: number of classes.
     """
 
     inner: tuple[Accumulator, ...]
@@ -29,7 +30,7 @@ class ByClass(Accumulator):
 
     @property
     def cpu_states(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Those of all classes, and the numbers of samples."""
+        """The CPU states of all classes, and the numbers of samples."""
         inner = [state for accumulator in self.inner for state in accumulator.cpu_states]
         return ("class_samples", *(_name(c, state) for c in range(self.num_classes) for state in inner))
 
@@ -40,29 +41,33 @@ class ByClass(Accumulator):
         return {"class_samples": torch.zeros(self.num_classes, dtype=torch.long), **empty}
 
     def add(self, states: States, rows: Rows) -> None:
-        """Add rows to the states of their classes."""
-        for label, accumulator, some in self._parts(states, rows):
-            own = _own(states, label, accumulator)
-            accumulator.add(own, some)
-            _set(states, label, accumulator, own)
-        states["class_samples"] = states["class_samples"] + self._counts(rows)
+        """Add each row to the states of its class."""
+        labels, counts = self._labels_of(rows), states["class_samples"]
+        for label in sorted(set(labels.tolist())):
+            some = rows.some((labels == label).nonzero().flatten(), int(counts[label]))
+            own = self.of_class(states, label)
+            for accumulator in self.inner:
+                accumulator.add(own, some)
+                states.update({_name(label, name): own[name] for name in accumulator.empty()})
+        states["class_samples"] = counts + labels.bincount(minlength=self.num_classes)
 
     def merge(self, a: States, b: States) -> States:
         """The states after the rows of both."""
         states: States = {"class_samples": a["class_samples"] + b["class_samples"]}
         for label in range(self.num_classes):
+            own, other = self.of_class(a, label), self.of_class(b, label)
             for accumulator in self.inner:
-                parts = (_own(each, label, accumulator) for each in (a, b))
-                _set(states, label, accumulator, merged(accumulator, *parts))
+                found = merged(accumulator, own, other)
+                states.update({_name(label, name): found[name] for name in accumulator.empty()})
         return states
 
     def prepared(self, context: Context) -> Accumulator:
-        """With the inner ones prepared; how many samples a class will have, and in which order, is not known."""
+        """Prepare the inner accumulators, without the number and order of samples, unknown for a single class."""
         context = replace(context, n_samples=None, run=0)
         return replace(self, inner=tuple(accumulator.prepared(context) for accumulator in self.inner))
 
     def includes(self, other: Accumulator) -> bool:
-        """Whether its inner ones include all of the other's."""
+        """Whether its inner accumulators include all inner accumulators of the other."""
         return (
             isinstance(other, ByClass)
             and self.num_classes == other.num_classes
@@ -70,29 +75,19 @@ class ByClass(Accumulator):
         )
 
     def applies_to(self, activation_shape: tuple[int, ...]) -> bool:
-        """Whether all inner ones do."""
+        """Whether all inner accumulators apply."""
         return all(accumulator.applies_to(activation_shape) for accumulator in self.inner)
 
     def of_class(self, states: Mapping[str, Tensor], label: int) -> States:
-        """The states of the inner accumulators for one class."""
+        """The states of the inner accumulators for one class, with its number of samples."""
         inner = [state for accumulator in self.inner for state in accumulator.empty()]
         return {N_SAMPLES: states["class_samples"][label], **{name: states[_name(label, name)] for name in inner}}
 
-    def _parts(self, states: States, rows: Rows) -> Iterator[tuple[int, Accumulator, Rows]]:
-        """Each class that occurs, with each accumulator and the rows of the class."""
-        labels = self._checked(rows)
-        for label in sorted(set(labels.tolist())):
-            some = rows.some((labels == label).nonzero().flatten(), int(states["class_samples"][label]))
-            yield from ((label, accumulator, some) for accumulator in self.inner)
-
-    def _counts(self, rows: Rows) -> Tensor:
-        return self._checked(rows).bincount(minlength=self.num_classes)
-
-    def _checked(self, rows: Rows) -> Tensor:
+    def _labels_of(self, rows: Rows) -> Tensor:
         """The labels, on the CPU.
 
         Raises:
-            ValueError: If labels are missing, of another number than the rows, or out of range.
+            ValueError: If labels are missing, out of range, or not one for each row.
             TypeError: If labels are not integers.
         """
         labels = rows.labels
@@ -117,16 +112,5 @@ class ByClass(Accumulator):
         return classes
 
 
-def _own(states: States, label: int, accumulator: Accumulator) -> States:
-    """The states of an accumulator for one class."""
-    own = {name: states[_name(label, name)] for name in accumulator.empty()}
-    return {**own, N_SAMPLES: states["class_samples"][label]}
-
-
-def _set(states: States, label: int, accumulator: Accumulator, own: States) -> None:
-    states.update({_name(label, name): own[name] for name in accumulator.empty()})
-
-
 def _name(label: int, state: str) -> str:
-    """The name of a state of one class."""
     return f"class_{label}_{state}"

@@ -1,4 +1,4 @@
-"""What tells apart accumulators of other arguments, whose states must not be merged."""
+"""A digest of the arguments of accumulators: states with different digests must not be merged."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lightning_invariance.transforms import TransformationSet
 
 
 def configuration_of(accumulators: Iterable[Accumulator]) -> Tensor:
-    """Numbers ``(8,)`` that tell apart accumulators that differ in any argument, in every process alike.
+    """Eight numbers ``(8,)`` that depend on every argument of the accumulators, and are equal in every process.
 
-    Lambdas, functions within functions and objects of other classes are told apart by their identity.
+    Lambdas, nested functions and objects of unknown classes are distinguished by their identity.
     """
     digest = hashlib.sha256(_described(tuple(accumulators)).encode()).digest()
     return torch.tensor([int.from_bytes(digest[i : i + 4], "big") for i in range(0, 32, 4)])

@@ -1,4 +1,4 @@
-"""Which activations never change."""
+"""Detection of activations that never change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_invariance.accumulators.base import Accumulator, Rows, States
 
 @dataclass(frozen=True)
 class Constant(Accumulator):
-    """The first value of each activation, ``first_value`` ``(k,)``, and whether others came, ``varies`` ``(k,)``."""
+    """The first value of each activation, ``first_value`` ``(k,)``, and whether another came, ``varies`` ``(k,)``."""
 
     any_channel_axis = True
 
@@ -27,9 +27,9 @@ class Constant(Accumulator):
         if not rows.before:
             states["first_value"] = x[0, 0].clone()
             states["varies"] = _differ(x, states["first_value"])
-        elif not x.is_cpu:  # reading which activations have not varied yet would synchronise
+        elif not x.is_cpu:  # to select the constant activations, as below, would synchronise
             states["varies"] = states["varies"] | _differ(x, states["first_value"])
-        elif (constant := (~states["varies"]).nonzero()[:, 0]).numel():  # after some rows few activations, or none
+        elif (constant := (~states["varies"]).nonzero()[:, 0]).numel():
             states["varies"][constant] = _differ(x.index_select(2, constant), states["first_value"][constant])
 
     def merge(self, a: States, b: States) -> States:
@@ -43,11 +43,10 @@ class Constant(Accumulator):
 
 
 def _differ(x: Tensor, value: Tensor) -> Tensor:
-    """Which activations of rows (n, m, k) have another value than this one, (k,), anywhere."""
     return (x != value).flatten(0, 1).any(0)
 
 
 def with_dead(accumulators: Sequence[Accumulator]) -> list[Accumulator]:
-    """Accumulators that tell which activations are dead: one more where none of them does."""
-    tell = any(type(accumulator).dead is not Accumulator.dead for accumulator in accumulators)
-    return [*accumulators] if tell or not accumulators else [*accumulators, Constant()]
+    """Add :class:`Constant` to accumulators of which none detects dead activations."""
+    detected = any(type(accumulator).dead is not Accumulator.dead for accumulator in accumulators)
+    return [*accumulators] if detected or not accumulators else [*accumulators, Constant()]

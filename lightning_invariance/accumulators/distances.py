@@ -17,19 +17,19 @@ from lightning_invariance.accumulators.deviations import MOST_VALUES
 #: A distance by name, or a function of two broadcast tensors; see :func:`distance_between`.
 Distance: TypeAlias = str | Callable[[Tensor, Tensor], Tensor]
 
-#: Norms of float32 maps between this and its inverse have squares that have not lost digits.
-LARGEST_NORM = 1e15
+#: The squares of float32 values neither overflow nor lose digits if their norm is between this and its inverse.
+MAX_SAFE_NORM = 1e15
 
 
 @dataclass(frozen=True)
 class RowDistances(Accumulator):
-    r"""The distances of all ordered pairs within rows, summed over rows: :math:`\sum_i \sum_{j,l} d(x_{ij}, x_{il})`.
+    r"""``row_distances``: the distances of all ordered pairs within rows, :math:`\sum_i \sum_{j,l} d(x_{ij}, x_{il})`.
 
-    One number for each activation, or for each channel: ``row_distances`` in float64.
+    ``(activations,)``, or ``(channels,)`` for ``over="channel"``, in float64.
 
     Attributes:
         distance: ``"abs"``, ``"euclidean"``, ``"cosine"`` or a function; see :func:`distance_between`.
-        over: ``"activation"``, or ``"channel"`` where a feature map is one vector.
+        over: ``"activation"``, or ``"channel"`` to compare feature maps as vectors.
     """
 
     distance: Distance
@@ -51,7 +51,7 @@ class RowDistances(Accumulator):
         return {"row_distances": a["row_distances"] + b["row_distances"]}
 
     def shares(self, rows: Rows, totals: States) -> States:
-        """The distances within the row of each sample."""
+        """The summed distances of each row."""
         if self.distance == "abs" and self.over == "activation":
             return {"row_distances": absolute_differences(rows.flat, of_rows=True)}
         if self.distance == "cosine":
@@ -64,15 +64,14 @@ class RowDistances(Accumulator):
 
 
 def row_distances(values: Tensor, distance: Distance, over: str) -> Tensor:
-    """The distances of all ordered pairs within rows ``(n, m, *activation_shape)``, summed over rows, in float64.
+    """Sum the distances of all ordered pairs within rows ``(n, m, *activation_shape)`` over rows.
 
     Returns:
-        ``(activations,)``, or ``(channels,)`` for ``over="channel"``.
+        ``(activations,)``, or ``(channels,)`` for ``over="channel"``, in float64.
     """
     if distance == "abs" and over == "activation":
-        flat = values.flatten(2) if values.ndim > 2 else values[..., None]
-        return absolute_differences(flat)
-    maps = as_maps(values)
+        return absolute_differences(values.flatten(2) if values.ndim > 2 else values[..., None])
+    maps = values.reshape(*values.shape[:2], math.prod(values.shape[2:3]), -1)
     if distance == "euclidean" and maps.shape[3] == 1:
         return absolute_differences(maps[..., 0])
     if distance == "euclidean":
@@ -91,59 +90,56 @@ def row_distances(values: Tensor, distance: Distance, over: str) -> Tensor:
 def _cosine_distances(maps: Tensor) -> Tensor:
     r"""1 − cos of all ordered pairs within rows ``(n, m, channels, positions)``: ``(n, channels)`` in float64.
 
-    Of unit vectors u it is \|u − u'\|² / 2, so that all pairs of a row come to m Σ \|u_j − u_1\|² − \|Σ (u_j − u_1)\|².
-    Zero maps have u = 0, and where one of two is zero 1/2 is missing.
+    For unit vectors u it is \|u − u'\|² / 2; all pairs have the sum m Σ \|u_j − u_1\|² − \|Σ (u_j − u_1)\|². Zero maps
+    have u = 0, which gives 1/2 instead of 1 for a pair with one zero map: the last term adds the difference.
     """
-    if maps.is_cpu and len(maps) > 1:  # a row at a time fits into the caches
+    if maps.is_cpu and len(maps) > 1:  # one row at a time fits into the caches
         return torch.cat([_cosine_distances(row) for row in torch.split(maps, 1)])
     m = maps.shape[1]
     unit, zero = _unit_vectors(maps, torch.float64)  # float32 would round maps that are nearly parallel
-    apart = torch.sub(unit, unit[:, :1])
-    dark = zero.sum(1)
-    squares, of_sum = (torch.linalg.vector_norm(each, dim=axes) for each, axes in ((apart, (1, 3)), (apart.sum(1), 2)))
-    found: Tensor = m * squares.square() - of_sum.square() + dark * (m - dark)
+    difference = torch.sub(unit, unit[:, :1])
+    norm = torch.linalg.vector_norm(difference, dim=(1, 3))
+    norm_of_sum = torch.linalg.vector_norm(difference.sum(1), dim=2)
+    zeros = zero.sum(1)
+    found: Tensor = m * norm.square() - norm_of_sum.square() + zeros * (m - zeros)
     return found
 
 
-def as_maps(values: Tensor) -> Tensor:
-    """``(n, m, *activation_shape)`` → ``(n, m, channels, positions)``."""
-    return values.reshape(*values.shape[:2], math.prod(values.shape[2:3]), -1)
-
-
 def distance_between(x: Tensor, y: Tensor, distance: Distance, over: str) -> Tensor:
-    """The distance of activations, or of feature maps, for broadcast tensors ``(..., channels, positions)``.
+    """Compute distances of activations, or of feature maps, of broadcast tensors ``(..., channels, positions)``.
 
     Args:
-        x: one side.
-        y: the other.
+        x: first tensor.
+        y: second tensor.
         distance: ``"abs"``, ``"euclidean"``, ``"cosine"`` (1 − cosine of the angle between unit vectors, see
             :func:`unit_maps`; 0 for two zero maps, 1 for one), or a function ``d(x, y)``.
-        over: ``"activation"``: every scalar is compared with its like. ``"channel"``: the last axis is one vector,
-            which a function must reduce.
+        over: ``"activation"`` to compare scalars, ``"channel"`` to compare vectors along the last axis, which a
+            function must reduce.
     """
     if callable(distance):
         found: Tensor = distance(x, y)
         return found
-    if distance == "cosine":
-        return _cosine_distance(x, y)
     difference = torch.sub(x, y)
+    if distance == "cosine":  # of unit vectors; 1 − x·y would lose the digits of small angles
+        x_is_zero, y_is_zero = ~(x != 0).any(-1), ~(y != 0).any(-1)  # NaN is not 0
+        return torch.where(x_is_zero ^ y_is_zero, 1.0, difference.square_().sum(-1) / 2)
     if distance == "euclidean":
-        norm: Tensor = torch.linalg.vector_norm(difference, dim=-1, dtype=torch.float64)  # which holds all squares
+        norm: Tensor = torch.linalg.vector_norm(difference, dim=-1, dtype=torch.float64)  # squares cannot overflow
         return norm
     return difference.abs_() if over == "activation" else difference.abs_().sum(-1)
 
 
 def unit_maps(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Feature maps divided by their norms, and which are zero everywhere, (samples, transformations, channels).
+    """Divide feature maps by their norms; also tell which are zero, (samples, transformations, channels).
 
-    A map of zeros stays one. Maps with infinite or NaN values are NaN.
+    Maps of zeros are returned as they are. Maps with infinite or NaN values are NaN.
     """
     flat = maps.flatten(3)
-    if not maps.is_cpu:  # reading whether there are doubtful ones would synchronise
+    if not maps.is_cpu:  # to look for doubtful norms, as below, would synchronise
         unit, zero = _unit_vectors(flat)
         return unit.view(maps.shape), zero
     norm = flat.norm(dim=3)
-    doubtful = ~((norm > 1 / LARGEST_NORM) & (norm < LARGEST_NORM))
+    doubtful = ~((norm > 1 / MAX_SAFE_NORM) & (norm < MAX_SAFE_NORM))
     unit = flat / torch.where(doubtful, 1, norm)[..., None]
     if bool(doubtful.any()):
         unit[doubtful], zero = _unit_vectors(flat[doubtful])
@@ -152,21 +148,21 @@ def unit_maps(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def zero_maps(maps: Tensor) -> Tensor:
-    """Which feature maps are zero everywhere, (samples, transformations, channels)."""
+    """Which feature maps are zero at all positions, (samples, transformations, channels)."""
     flat = maps.flatten(3)
     if not maps.is_cpu:
         largest: Tensor = torch.linalg.vector_norm(flat, torch.inf, dim=3)
         return largest == 0
     zero: Tensor = flat.norm(dim=3) == 0
-    if bool(zero.any()):  # or their squares have vanished
+    if bool(zero.any()):  # squares of small values may have underflowed
         zero[zero.clone()] = (flat[zero] == 0).all(-1)
     return zero
 
 
 def _unit_vectors(flat: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Vectors divided by their norms, in their type or another one, and which are zero.
+    """Divide vectors by their norms, in their type or another one; also tell which are zero.
 
-    Norms are float64, which holds all squares of float32; those of float64 are taken of parts of the largest value.
+    Float64 holds all squares of float32 values; float64 values are first divided by their largest magnitude.
     """
     if flat.dtype == torch.float32:
         norm = torch.linalg.vector_norm(flat, dim=-1, keepdim=True, dtype=torch.float64)
@@ -177,9 +173,3 @@ def _unit_vectors(flat: Tensor, dtype: torch.dtype | None = None) -> tuple[Tenso
     zero = largest == 0
     parts = flat / largest.masked_fill_(zero, 1)
     return parts.div_(parts.norm(dim=-1, keepdim=True).masked_fill_(zero, 1)), zero[..., 0]
-
-
-def _cosine_distance(x: Tensor, y: Tensor) -> Tensor:
-    """1 − cos of unit vectors as ‖x − y‖² / 2, which keeps its digits for small angles, where 1 − x·y loses them."""
-    dark_x, dark_y = ~(x != 0).any(-1), ~(y != 0).any(-1)  # NaN is not 0
-    return torch.where(dark_x ^ dark_y, 1.0, torch.sub(x, y).square_().sum(-1) / 2)

@@ -1,4 +1,4 @@
-"""Distances within the columns of the ST matrix, of the pairs in groups of samples."""
+"""Distances within the columns of the ST matrix, between samples of one group."""
 
 from __future__ import annotations
 
@@ -8,34 +8,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators.base import Accumulator, Group, GroupShare, Rows, States
+from lightning_invariance.accumulators.base import Accumulator, Rows, States
 from lightning_invariance.accumulators.distances import Distance, row_distances
-from lightning_invariance.distributed import groups_of
+from lightning_invariance.accumulators.influences import Group, GroupShare
+from lightning_invariance.data.rank_shares import groups_of
 
-#: What ``groups`` counts, in this order: the waiting group's number and its rows, Σ P, Σ P² and groups added.
+#: Positions in the state ``groups``: number and rows of the incomplete group, Σ P, Σ P², and number of added groups.
 NUMBER, WAITING, PAIRS, SQUARED_PAIRS, ADDED = range(5)
+
+#: The states that are sums over groups.
+SUMS = ("column_distances", "column_squares", "column_products")
 
 
 @dataclass(frozen=True)
 class GroupedPairs(Accumulator):
-    r"""The distances of all ordered pairs of samples that share a group, summed over columns: :math:`D_g` of group g.
+    r"""The distances :math:`D_g` of all ordered pairs of samples of group g, summed over columns.
 
-    Each process has all samples of a group, one after the other and in a random order, so that groups are a random
-    choice that does not depend on batches. The rows of one group wait for its last; everything else is sums.
+    One process gets all samples of a group, consecutively. Their order is random, so that groups are a random choice
+    that does not depend on batches. Rows are kept until their group is complete; everything else is sums.
 
     - ``column_distances``, ``column_squares``, ``column_products`` ``(k,)``, or ``(channels,)`` for
       ``over="channel"``: :math:`\sum_g D_g`, :math:`\sum_g D_g^2`, :math:`\sum_g D_g P_g` in float64, with the numbers
       of pairs :math:`P_g = m s_g (s_g - 1)` of groups of :math:`s_g` samples.
-    - ``waiting`` ``(m, samples, channels, positions)``: the rows of the last group.
-    - ``groups`` ``(5,)`` in int64, on the CPU: see above.
+    - ``waiting`` ``(m, samples, channels, positions)``: the rows of the incomplete group.
+    - ``groups`` ``(5,)`` in int64, on the CPU: see :data:`NUMBER` and the constants after it.
     - Values that are NaN or infinite make the sums of their activation NaN or infinite.
 
     Attributes:
         distance: see :func:`~lightning_invariance.accumulators.distances.distance_between`.
         over: ``"activation"`` or ``"channel"``.
-        samples: how many a group holds at most.
-        run: how many samples, one after the other, a process takes at most; no less than ``samples``.
-        expected: how many samples there will be.
+        samples: largest number of samples in a group.
+        run: largest number of consecutive samples that a process gets; at least ``samples``.
+        expected: number of samples in all.
     """
 
     distance: Distance
@@ -50,26 +54,24 @@ class GroupedPairs(Accumulator):
 
     def empty(self) -> States:
         """The states before the first row."""
-        sums = ("column_distances", "column_squares", "column_products")
         return {
-            **{name: torch.zeros(0, dtype=torch.float64) for name in sums},
+            **{name: torch.zeros(0, dtype=torch.float64) for name in SUMS},
             "waiting": torch.zeros(0, 0, 0, 0),
             "groups": torch.zeros(0, dtype=torch.long),
         }
 
     def add(self, states: States, rows: Rows) -> None:
-        """Let rows wait for their group, and add the groups that are complete."""
+        """Keep rows until their group is complete, then add its distances."""
         x = rows.maps if self.over == "channel" else rows.flat[..., None]
         if not states["groups"].numel():
             m, *shape = x.shape[1:]
-            zeros = torch.zeros(shape[0], dtype=torch.float64, device=x.device)
-            states.update(column_distances=zeros, column_squares=zeros, column_products=zeros)
+            states.update(dict.fromkeys(SUMS, torch.zeros(shape[0], dtype=torch.float64, device=x.device)))
             states["waiting"] = x.new_zeros(m, min(self.samples, self.expected), *shape)
             states["groups"] = torch.zeros(5, dtype=torch.long)
         row = 0
         for part in self.groups(rows):
             known, waiting = states["groups"][:PAIRS].tolist()
-            if waiting and known != part.number:  # not every sample of the last group reached this layer
+            if waiting and known != part.number:  # the layer did not run for all samples of the last group
                 states.update(self.added(states))
                 waiting = 0
             states["waiting"][:, waiting : waiting + part.rows] = x[row : row + part.rows].transpose(0, 1)
@@ -79,40 +81,34 @@ class GroupedPairs(Accumulator):
                 states.update(self.added(states))
 
     def merge(self, a: States, b: States) -> States:
-        """The states after the rows of both, of which at most one still waits for others."""
+        """The states after the rows of both, with at most one incomplete group."""
         both = [a, b]
         if all(int(states["groups"][WAITING]) for states in both):
             both = [{**states, **self.added(states)} for states in both]
         first = next((states for states in both if int(states["groups"][WAITING])), both[0])
-        summed = ("column_distances", "column_squares", "column_products")
         groups = both[0]["groups"] + both[1]["groups"]
         groups[NUMBER] = first["groups"][NUMBER]
-        return {
-            **{name: both[0][name] + both[1][name] for name in summed},
-            "waiting": first["waiting"],
-            "groups": groups,
-        }
+        sums = {name: both[0][name] + both[1][name] for name in SUMS}
+        return {**sums, "waiting": first["waiting"], "groups": groups}
 
     def group_of(self, indices: Tensor) -> Tensor:
         """The number of the group of each sample."""
         return groups_of(indices, self.expected, self.run, self.samples)[0]
 
     def groups(self, rows: Rows) -> list[Group]:
-        """The groups of a block, one after the other; computed once for all layers that have seen these samples."""
+        """The groups of consecutive rows, computed once for all layers that run for these samples."""
         indices = rows.indices
         if indices is None:
             raise ValueError("Expected argument `indices` for measures that were prepared for runs of samples.")
-        known, parts = rows.block_memo.get(self, (None, []))
-        if known is None or not torch.equal(known, indices):
+        if self not in rows.block_memo:
             groups, sizes = groups_of(indices, self.expected, self.run, self.samples)
             counts = Counter(zip(groups.tolist(), sizes.tolist(), strict=True))
-            parts = [Group(number, size, count) for (number, size), count in counts.items()]
-            rows.block_memo[self] = indices, parts
-        found: list[Group] = parts
+            rows.block_memo[self] = [Group(number, size, count) for (number, size), count in counts.items()]
+        found: list[Group] = rows.block_memo[self]
         return found
 
     def share_of_group(self, states: States, totals: States) -> GroupShare | None:
-        """What the group that was just added adds to the sum of distances, which begins anew; None while it waits."""
+        """Return the distances of the group last added to ``states``, and reset them; None until it is complete."""
         counts, all_counts = states["groups"], totals["groups"].tolist()
         if int(counts[WAITING]):
             return None
@@ -121,7 +117,7 @@ class GroupedPairs(Accumulator):
         return GroupShare({"column_distances": distances[None]}, pairs / all_counts[PAIRS], all_counts[ADDED])
 
     def added(self, states: States) -> States:
-        """The sums with those of the group that waits, whether or not it is complete."""
+        """The changed states after adding the incomplete group as it is."""
         groups = states["groups"].clone()
         waiting = int(groups[WAITING])
         groups[WAITING] = 0
@@ -129,7 +125,7 @@ class GroupedPairs(Accumulator):
             return {"groups": groups}
         values = states["waiting"][:, :waiting]
         found = row_distances(values, self.distance, self.over)
-        pairs = len(values) * waiting * (waiting - 1)  # none of a single sample, whose distance to itself may be NaN
+        pairs = len(values) * waiting * (waiting - 1)  # 0 for a single sample
         groups += torch.tensor([0, 0, pairs, pairs**2, pairs > 0])
         return {
             "column_distances": states["column_distances"] + found,
@@ -142,7 +138,7 @@ class GroupedPairs(Accumulator):
 def mean_and_error(states: States) -> tuple[Tensor, Tensor]:
     r"""The mean distance of two samples :math:`R = \sum_g D_g / \sum_g P_g`, and its standard error.
 
-    For G groups of samples that were drawn at random it is
+    The standard error for G random groups of samples is
     :math:`\sqrt{\frac{G}{G - 1} \sum_g (D_g - R P_g)^2} / \sum_g P_g`; NaN for a single group.
     """
     pairs, squared_pairs, n = states["groups"][PAIRS:].tolist()

@@ -1,4 +1,4 @@
-"""Accumulators of one layer with their sums: the only place that calls an accumulator."""
+"""The accumulators of one layer and their sums: the only place that calls an accumulator."""
 
 from __future__ import annotations
 
@@ -7,35 +7,27 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators.base import (
-    N_SAMPLES,
-    Accumulator,
-    Rows,
-    States,
-    check_states,
-    merged,
-    started,
-)
+from lightning_invariance.accumulators.base import N_SAMPLES, Accumulator, Rows, States, check_states, started
 from lightning_invariance.accumulators.sums import Sums, dead_of
 from lightning_invariance.messages import given
 
 
 class LayerState:
-    """Accumulators of one layer, each of which exists once, with their sums, in one or two passes over the rows.
+    """The distinct accumulators of one layer and their sums, during one or two passes over the rows.
 
     Args:
-        accumulators: of the first pass.
-        shape: of the activation.
-        channel_axis: which axis of the activation holds the channels.
-        order: the axes of the activation in the order in which its values lie in memory, so that they need not be
-            copied where channels come last; empty for the order of the activation.
+        accumulators: accumulators of the first pass.
+        shape: shape of one activation.
+        channel_axis: axis of the activation that holds the channels.
+        order: the axes of the activation in the order of its memory, so that channels-last values need no copy; empty
+            for the order of ``shape``.
         n_transformations: number of columns.
-        device: where the sums are.
+        device: device of the sums, by default the CPU.
 
     Attributes:
         shape: see Args. So are ``channel_axis``, ``order`` and ``n_transformations``.
-        n_samples: number of rows, as counted in the first pass.
-        in_second_pass: whether a second pass over the same rows has begun.
+        n_samples: number of rows in the first pass.
+        in_second_pass: whether the second pass has begun.
     """
 
     def __init__(
@@ -49,9 +41,9 @@ class LayerState:
     ) -> None:
         self.shape, self.channel_axis, self.order = shape, channel_axis, order
         self.n_samples, self.n_transformations = 0, n_transformations
-        self._rows = 0  # in the pass at hand
+        self._rows = 0  # in the current pass
         self.in_second_pass = False
-        # Those that take half precision come first, before values are widened.
+        # Accumulators that accept half precision see the values before they are converted to float32.
         self._active = sorted(distinct(accumulators), key=lambda accumulator: not accumulator.takes_half)
         home = torch.device("cpu") if device is None else device
         self._states = {accumulator: started(accumulator, home) for accumulator in self._active}
@@ -59,7 +51,7 @@ class LayerState:
 
     @property
     def active(self) -> bool:
-        """Whether any accumulator takes rows in the pass at hand."""
+        """Whether any accumulator needs the rows of the current pass."""
         return bool(self._active)
 
     @property
@@ -68,7 +60,7 @@ class LayerState:
         return sum(state.nbytes for states in self._states.values() for state in states.values())
 
     def add(self, rows: Rows) -> None:
-        """Add rows, whose activations have their axes in :attr:`order`."""
+        """Add rows of activations whose axes are in :attr:`order`."""
         rows.before = self._rows
         for accumulator in self._active:
             if not accumulator.takes_half:
@@ -84,19 +76,19 @@ class LayerState:
         self._count(self._rows + rows.values.shape[0])
 
     def check(self) -> None:
-        """Raise where a state is not what :class:`Accumulator` asks for."""
+        """Raise if a state violates the contract of :class:`Accumulator`."""
         for accumulator in self._active:
             check_states(accumulator, self._states[accumulator], "add")
 
     def begin_second_pass(self, begun: Iterable[tuple[Accumulator, States]], device: torch.device) -> None:
-        """Let other accumulators take the rows of a second pass.
+        """Replace the active accumulators by the accumulators of the second pass.
 
         Args:
-            begun: accumulators, each with some states that it begins with.
-            device: where the other states are.
+            begun: accumulators, each with the states that it starts from; other states start empty.
+            device: device of the states that start empty.
 
         Raises:
-            ValueError: If an equal accumulator has begun with other states.
+            ValueError: If two equal accumulators start from different states.
         """
         self._active, self.in_second_pass = [], True
         for accumulator, states in begun:
@@ -114,7 +106,7 @@ class LayerState:
         self._count(0)
 
     def sums(self, accumulators: Iterable[Accumulator]) -> Sums:
-        """The sums of some accumulators; without accumulators of a second pass that has not begun."""
+        """The sums of some accumulators; accumulators of a second pass that has not begun are omitted."""
         states: States = {}
         n_samples = 0
         for accumulator in accumulators:
@@ -125,44 +117,43 @@ class LayerState:
         return Sums(states, n_samples, self.n_transformations, self.ordered_shape, self.ordered_channel_axis)
 
     def dead(self) -> Tensor | None:
-        """Which activations never changed, bool of :attr:`shape`, on the CPU; None where no accumulator tells."""
+        """Which activations never changed, bool of :attr:`shape`, on the CPU; None if no accumulator knows."""
         for accumulator in self._states:
             if (found := dead_of([accumulator], self.sums([accumulator]))) is not None:
                 return self.in_shape(found, by_activation=True).cpu()
         return None
 
     def states(self, numbered: bool = True) -> States:
-        """The sums of the pass at hand, and ``n_samples``, as one dict.
+        """The sums of the current pass and ``n_samples``, as one dict.
 
         Args:
-            numbered: whether names are ``"0.row_spread"``, since several accumulators may have a state of one name.
+            numbered: whether names are like ``"0.row_spread"``, since accumulators may have states of equal names.
         """
-        states = {key: self._states[a][name] for key, a, name in self._keys(numbered)}
+        states = {key: self._states[a][name] for a, keys in self._keys(numbered) for name, key in keys.items()}
         return {**states, N_SAMPLES: torch.tensor(self._rows)}
 
     def load(self, states: Mapping[str, Tensor], numbered: bool = True) -> None:
-        """Replace the sums of the pass at hand by :meth:`states` of a layer with the same accumulators."""
-        for key, accumulator, name in self._keys(numbered):
-            self._states[accumulator][name] = states[key]
+        """Replace the sums of the current pass by :meth:`states` of a layer with equal accumulators."""
+        for accumulator, keys in self._keys(numbered):
+            self._states[accumulator].update({name: states[key] for name, key in keys.items()})
         self._count(int(states[N_SAMPLES]))
 
     def merged(self, a: States, b: States, numbered: bool = True) -> States:
-        """The :meth:`states` after the rows of two of them, either of which may have none."""
+        """Merge two dicts of :meth:`states`, either of which may have no rows."""
         found: States = {}
-        for i, accumulator in enumerate(self._active):
-            keys = {name: f"{i}.{name}" if numbered else name for name in accumulator.empty()}
-            parts = ({name: each[key] for name, key in keys.items()} | {N_SAMPLES: each[N_SAMPLES]} for each in (a, b))
-            both = merged(accumulator, *parts)
+        for accumulator, keys in self._keys(numbered):
+            own, other = ({name: each[key] for name, key in keys.items()} for each in (a, b))
+            both = merged(accumulator, {**own, N_SAMPLES: a[N_SAMPLES]}, {**other, N_SAMPLES: b[N_SAMPLES]})
             found.update({key: both[name] for name, key in keys.items()})
         return {**found, N_SAMPLES: a[N_SAMPLES] + b[N_SAMPLES]}
 
-    def _keys(self, numbered: bool) -> list[tuple[str, Accumulator, str]]:
-        """The names of the states of the pass at hand, with the accumulator and its own name of each."""
+    def _keys(self, numbered: bool) -> list[tuple[Accumulator, dict[str, str]]]:
+        """For each accumulator of the current pass, state → its name in :meth:`states`."""
         active = enumerate(self._active)
-        return [(f"{i}.{name}" if numbered else name, a, name) for i, a in active for name in a.empty()]
+        return [(a, {name: f"{i}.{name}" if numbered else name for name in a.empty()}) for i, a in active]
 
     def _holder_of(self, accumulator: Accumulator) -> Accumulator | None:
-        """The accumulator whose states hold the sums of another one; None where there is none."""
+        """The accumulator whose states include the states of another one, if there is one."""
         return next((own for own in self._states if own.includes(accumulator)), None)
 
     def _count(self, rows: int) -> None:
@@ -178,7 +169,7 @@ class LayerState:
 
     @property
     def ordered_channel_axis(self) -> int:
-        """Which of the axes in :attr:`order` holds the channels."""
+        """Position of the channel axis in :attr:`order`."""
         return self.order.index(self.channel_axis) if self.order else self.channel_axis
 
     def in_order(self, st: Tensor) -> Tensor:
@@ -186,11 +177,11 @@ class LayerState:
         return st.permute(0, 1, *(2 + axis for axis in self.order)) if self.order else st
 
     def in_shape(self, values: Tensor, by_activation: bool) -> Tensor:
-        """Values that were computed from the sums, in :attr:`shape`.
+        """Restore the axes of values computed from the sums: ``(..., *ordered_shape)`` → ``(..., *shape)``.
 
         Args:
-            values: ``(..., *ordered_shape)``, or any others.
-            by_activation: whether their last axes are the axes of the activation.
+            values: the values.
+            by_activation: whether their last axes are axes of the activation; all others are returned as they are.
         """
         if not self.order or not by_activation:
             return values
@@ -200,10 +191,9 @@ class LayerState:
 
 
 def memory_order(activation: Tensor, channel_axis: int) -> tuple[int, ...]:
-    """The axes of an activation in the order of its values in memory, where that differs by the place of the channels.
+    """The axes of an activation in the order of its memory, if only the channel axis is in another place; else empty.
 
-    Empty otherwise: measures of maps need the other axes in their order. A later block that lies otherwise in memory is
-    copied.
+    Measures of maps need the other axes in their order. Later blocks with another memory order are copied.
     """
     if activation.is_contiguous():
         return ()
@@ -212,8 +202,20 @@ def memory_order(activation: Tensor, channel_axis: int) -> tuple[int, ...]:
     return order if others == sorted(others) and activation.permute(order).is_contiguous() else ()
 
 
+def merged(accumulator: Accumulator, a: States, b: States) -> States:
+    """Merge two states with ``n_samples``, either of which may have no rows."""
+    if not int(a[N_SAMPLES]) or not int(b[N_SAMPLES]):
+        full = a if int(a[N_SAMPLES]) else b
+        return {name: state.clone() for name, state in full.items()}
+    states = accumulator.merge(a, b)
+    if not isinstance(states, dict):
+        raise TypeError(f"Expected {type(accumulator).__name__}.merge to return a dict, but got {given(states)}.")
+    check_states(accumulator, states, "merge")
+    return {**states, N_SAMPLES: a[N_SAMPLES] + b[N_SAMPLES]}
+
+
 def distinct(accumulators: Sequence[Accumulator]) -> list[Accumulator]:
-    """The accumulators without those that another one includes."""
+    """The accumulators that no other accumulator includes."""
     kept: list[Accumulator] = []
     for accumulator in accumulators:
         if not any(other.includes(accumulator) for other in kept):

@@ -1,4 +1,4 @@
-"""Feature maps that are mapped back by the inverse of their transformation, and what is summed of them."""
+"""Sums over feature maps that the inverses of the transformations map back to the original frame."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lightning_invariance.accumulators.base import Accumulator, Context, Rows, S
 from lightning_invariance.accumulators.distances import Distance, distance_between, unit_maps, zero_maps
 from lightning_invariance.transforms import TransformationSet
 
-#: A pixel is seen where at least this part of it comes from inside the frame.
-SEEN = 1 - 1e-4
+#: A pixel counts as visible if at least this fraction of its value comes from inside the frame.
+MIN_VISIBLE = 1 - 1e-4
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class BackMapping:
     """How feature maps are mapped back.
 
     Attributes:
-        transformations: the columns, with inverses; None where an evaluation gives its own.
-        normalize: divide each feature map by its euclidean norm.
-        mask: leave out pixels that some transformation moves out of the frame; a number larger than 1 also those fewer
-            than so many pixels away.
-        input_size: height and width of the network's input, where the maps are of another size.
-        axes: number of axes of the input, which are those of feature maps.
+        transformations: the columns, with inverses; None to use the transformations of the evaluation.
+        normalize: whether each feature map is divided by its euclidean norm.
+        mask: 0 for no mask; 1 to leave out pixels that some transformation moves out of the frame; a larger number also
+            leaves out pixels less than that many pixels away from them.
+        input_size: height and width of the network's input, for maps of another size.
+        axes: number of axes of the input, and of the activations that count as feature maps.
     """
 
     transformations: TransformationSet | None
@@ -36,7 +36,7 @@ class BackMapping:
     axes: int = 3
 
     def prepared(self, context: Context) -> BackMapping:
-        """With the transformations and the input size of an evaluation, where none were given."""
+        """Fill in the transformations and the input size of an evaluation, if none were given."""
         check_inverses(context.transformations)
         known = replace(self, transformations=self.transformations or context.transformations)
         if len(context.input_shape) < 2:
@@ -45,10 +45,10 @@ class BackMapping:
         return replace(known, axes=len(context.input_shape), input_size=self.input_size or (height, width))
 
     def checked(self, rows: Rows) -> TransformationSet:
-        """The transformations of these rows.
+        """Return the transformations.
 
         Raises:
-            ValueError: If there are none, or the rows are not of feature maps.
+            ValueError: If there are none, or the rows are not feature maps.
         """
         if self.transformations is None:
             raise ValueError("Expected argument `transformations` where the measure is updated by hand, but got None.")
@@ -60,16 +60,21 @@ class BackMapping:
         return self.transformations
 
     def applies_to(self, activation_shape: tuple[int, ...]) -> bool:
-        """Only feature maps, with as many axes as the input, can be transformed as the input is."""
+        """Whether activations are feature maps: they have as many axes as the input."""
         return len(activation_shape) == self.axes
+
+    def inside(self, visible: Tensor) -> Tensor:
+        """The mask, 1 or 0, given the visible fraction of each pixel (..., channels, height, width)."""
+        outside = (visible < MIN_VISIBLE).double()
+        return 1 - (max_pool2d(outside, 2 * self.mask - 1, 1, self.mask - 1) if self.mask > 1 else outside)
 
 
 @dataclass(frozen=True)
 class MappedBack(Accumulator):
     """The sums of other accumulators over :math:`ST'[i, j] = t_j^{-1}(A(t_j(x_i)))` (paper, section 2.6).
 
-    To their states come ``lit`` ``(channels,)``, how many feature maps were not zero throughout, and ``inside``
-    ``(height, width)``, the pixels within the mask, which is empty without one.
+    Additional states are ``lit`` ``(channels,)``, the number of feature maps that were not zero everywhere, and
+    ``inside`` ``(height, width)``, the pixels within the mask; it is empty without a mask.
 
     Attributes:
         inner: the other accumulators, whose states have different names.
@@ -84,12 +89,12 @@ class MappedBack(Accumulator):
 
     @property
     def cpu_states(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Those of the inner ones."""
+        """The CPU states of the inner accumulators."""
         return tuple(state for accumulator in self.inner for state in accumulator.cpu_states)
 
     @property
     def least_run(self) -> int:
-        """That of the inner ones."""
+        """The longest run that an inner accumulator needs."""
         return max(accumulator.least_run for accumulator in self.inner)
 
     def empty(self) -> States:
@@ -100,11 +105,11 @@ class MappedBack(Accumulator):
         return empty
 
     def add(self, states: States, rows: Rows) -> None:
-        """Add the rows that were mapped back to the inner accumulators."""
-        states["inside"], back = self._mapped(states, rows)
-        add_to(states, lit=back.lit)
+        """Add the rows of ST' to the inner accumulators."""
+        states["inside"], mapped, lit = self._mapped(states, rows)
+        add_to(states, lit=lit)
         for accumulator in self.inner:
-            accumulator.add(states, back.rows)
+            accumulator.add(states, mapped)
 
     def merge(self, a: States, b: States) -> States:
         """The states after the rows of both."""
@@ -114,67 +119,62 @@ class MappedBack(Accumulator):
         return states
 
     def prepared(self, context: Context) -> Accumulator:
-        """With the transformations and the input size of an evaluation, where none were given."""
+        """Prepare the inner accumulators and the mapping."""
         inner = tuple(accumulator.prepared(context) for accumulator in self.inner)
         return replace(self, inner=inner, mapping=self.mapping.prepared(context))
 
     def applies_to(self, activation_shape: tuple[int, ...]) -> bool:
-        """Only feature maps."""
+        """Whether activations are feature maps."""
         return self.mapping.applies_to(activation_shape)
 
     @property
     def has_shares(self) -> bool:
-        """Whether the inner ones tell them."""
+        """Whether all inner accumulators have them."""
         return all(accumulator.has_shares for accumulator in self.inner)
 
     def shares(self, rows: Rows, totals: States) -> States:
-        """The shares in the sums of the inner accumulators, of maps whose channels come first."""
-        mapped = self._mapped(totals, rows)[1].rows
+        """The contributions to the sums of the inner accumulators, with channels first."""
+        _, mapped, _ = self._mapped(totals, rows)
         found: States = {}
         for accumulator in self.inner:
             found.update(accumulator.shares(mapped, totals))
         return found
 
     def dead(self, states: States) -> Tensor:
-        """Which channels were zero throughout."""
+        """Which channels were zero everywhere."""
         return states["lit"] == 0
 
-    def _mapped(self, states: States, rows: Rows) -> tuple[Tensor, _Mapped]:
-        """The mask, and ST' with the number of maps that are not zero; once for all that map back in the same way."""
+    def _mapped(self, states: States, rows: Rows) -> tuple[Tensor, Rows, Tensor]:
+        """The mask, the rows of ST', and the number of nonzero maps; computed once for all equal mappings."""
         transformations, mapping = self.mapping.checked(rows), self.mapping
 
-        def mapped() -> tuple[Tensor, _Mapped]:
+        def mapped() -> tuple[Tensor, Rows, Tensor]:
             maps, inside = rows.channels_first, states["inside"]
             back = transformations.inverse(maps, mapping.input_size)
             if mapping.mask:
                 if not inside.numel():
-                    inside = seen(maps, transformations, mapping.mask, mapping.input_size) > 0
+                    moved = transformations.of_maps(_ones_like_map(maps), mapping.input_size)
+                    least = transformations.inverse(moved, mapping.input_size)[0].amin(0)
+                    inside = mapping.inside(least)[0] > 0
                 back = back * inside
             back, zero = unit_maps(back) if mapping.normalize else (back, zero_maps(back))
-            return inside, _Mapped(rows.of(back), (~zero).sum((0, 1)))
+            return inside, replace(rows, values=back, memo={}, channel_axis=0), (~zero).sum((0, 1))
 
         return rows.once(mapping, mapped)
-
-
-@dataclass
-class _Mapped:
-    """Rows of ST', and how many feature maps of each channel are not zero."""
-
-    rows: Rows
-    lit: Tensor
 
 
 @dataclass(frozen=True)
 class DirectDistances(Accumulator):
     """The paper's first formulation: ‖A(t(x)) − t(A(x))‖, summed over samples and transformations.
 
-    ``row_distances`` ``(activations,)`` or ``(channels,)``, and ``lit`` as of :class:`MappedBack`. Each column has a
-    mask of its own, so that no pixel is left out of all of them.
+    ``row_distances`` ``(activations,)`` or ``(channels,)``, and ``lit`` as in :class:`MappedBack`. Each transformation
+    has its own mask; a pixel that it leaves out has distance 0, and its distances under the other transformations get a
+    larger weight, so that its mean is over the transformations under which it is visible. Infinite distances are NaN.
 
     Attributes:
         mapping: how maps are transformed; one transformation must be the identity.
         distance: see :func:`~lightning_invariance.accumulators.distances.distance_between`.
-        over: ``"activation"``, or ``"channel"`` where a feature map is one vector.
+        over: ``"activation"``, or ``"channel"`` to compare feature maps as vectors.
     """
 
     mapping: BackMapping
@@ -190,31 +190,51 @@ class DirectDistances(Accumulator):
 
     def add(self, states: States, rows: Rows) -> None:
         """Add the distances of rows."""
-        maps = rows.channels_first
-        found = direct_distances(maps, self.mapping.checked(rows), self.mapping, self.distance, self.over)
-        add_to(states, row_distances=found.double().sum((0, 1)).flatten(), lit=(~zero_maps(maps)).sum((0, 1)))
+        lit = (~zero_maps(rows.channels_first)).sum((0, 1))
+        add_to(states, row_distances=self._distances(rows).sum((0, 1)).flatten(), lit=lit)
 
     def shares(self, rows: Rows, totals: States) -> States:
         """The distances of each sample, summed over transformations."""
-        mapping = self.mapping
-        found = direct_distances(rows.channels_first, mapping.checked(rows), mapping, self.distance, self.over)
-        return {"row_distances": found.double().sum(1).flatten(1)}
+        return {"row_distances": self._distances(rows).sum(1).flatten(1)}
 
     def merge(self, a: States, b: States) -> States:
         """The states after the rows of both."""
         return {name: a[name] + b[name] for name in ("row_distances", "lit")}
 
     def prepared(self, context: Context) -> Accumulator:
-        """With the transformations and the input size of an evaluation, where none were given."""
+        """Prepare the mapping."""
         return replace(self, mapping=self.mapping.prepared(context))
 
     def applies_to(self, activation_shape: tuple[int, ...]) -> bool:
-        """Only feature maps."""
+        """Whether activations are feature maps."""
         return self.mapping.applies_to(activation_shape)
 
     def dead(self, states: States) -> Tensor:
-        """Which channels were zero throughout."""
+        """Which channels were zero everywhere."""
         return states["lit"] == 0
+
+    def _distances(self, rows: Rows) -> Tensor:
+        """The weighted distances ``(samples, transformations, ...)`` in float64.
+
+        Raises:
+            ValueError: If no transformation is the identity.
+        """
+        transformations, maps, mapping = self.mapping.checked(rows), rows.channels_first, self.mapping
+        identity = transformations.identity
+        if identity is None:
+            identity = _identity_among(transformations, maps, mapping.input_size)
+        expected, found = transformations.of_maps(maps[:, identity], mapping.input_size), maps
+        weight: Tensor | float = 1.0
+        if mapping.mask:
+            inside = mapping.inside(transformations.of_maps(_ones_like_map(maps), mapping.input_size)[0])
+            expected, found = expected * inside, found * inside
+            if self.over == "activation":
+                weight = (len(inside) / inside.sum(0)).flatten(1)
+        if mapping.normalize or self.distance == "cosine":
+            dtype = torch.float64 if self.distance == "cosine" else maps.dtype
+            expected, found = unit_maps(expected.to(dtype))[0], unit_maps(found.to(dtype))[0]
+        distances = distance_between(found.flatten(3), expected.flatten(3), self.distance, self.over)
+        return (distances.masked_fill(distances.isinf(), torch.nan) * weight).double()
 
 
 def check_inverses(transformations: TransformationSet) -> None:
@@ -226,60 +246,15 @@ def check_inverses(transformations: TransformationSet) -> None:
         )
 
 
-def direct_distances(
-    maps: Tensor, transformations: TransformationSet, mapping: BackMapping, distance: Distance, over: str
-) -> Tensor:
-    """The distance of A(t(x)) and t(A(x)) for every sample and transformation, (samples, transformations, ...).
-
-    NaN where it is infinite. The mean over the transformations is that over those under which a pixel is seen: where it
-    is not, the distance is 0, and it is as much larger where it is.
-
-    Raises:
-        ValueError: If no transformation of the set is the identity.
-    """
-    same = transformations.identity
-    if same is None:
-        same = _identity_among(transformations, maps, mapping.input_size)
-    expected, found = transformations.of_maps(maps[:, same], mapping.input_size), maps
-    weight: Tensor | float = 1.0
-    if mapping.mask:
-        ones = torch.ones(1, 1, *maps.shape[-2:], dtype=torch.float64, device=maps.device)
-        inside = 1 - _widened(transformations.of_maps(ones, mapping.input_size)[0] < SEEN, mapping.mask)
-        expected, found = expected * inside, found * inside
-        if over == "activation":
-            weight = (len(inside) / inside.sum(0)).flatten(1)
-    if mapping.normalize or distance == "cosine":
-        dtype = torch.float64 if distance == "cosine" else maps.dtype
-        expected, found = unit_maps(expected.to(dtype))[0], unit_maps(found.to(dtype))[0]
-    apart = distance_between(found.flatten(3), expected.flatten(3), distance, over)
-    return apart.masked_fill(apart.isinf(), torch.nan) * weight
-
-
 def _identity_among(transformations: TransformationSet, maps: Tensor, input_size: tuple[int, int] | None) -> int:
-    """Which transformation leaves a random feature map as it is, in a set that knows of none."""
+    """Find the transformation that leaves a random feature map unchanged, in a set without a declared identity."""
     probe = torch.rand(1, *maps.shape[2:], generator=torch.Generator().manual_seed(0)).to(maps.device)
     moved = transformations.of_maps(probe, input_size)[0]
-    same = [j for j, image in enumerate(moved) if torch.equal(image, probe[0])]
-    if not same:
+    unchanged = [j for j, image in enumerate(moved) if torch.equal(image, probe[0])]
+    if not unchanged:
         raise ValueError(f'Expected the identity among the transformations for "direct", but got {transformations!r}.')
-    return same[0]
+    return unchanged[0]
 
 
-def seen(maps: Tensor, transformations: TransformationSet, mask: int, input_size: tuple[int, int] | None) -> Tensor:
-    """Which pixels of a feature map no transformation of the set moves out of the frame: 1 or 0, (height, width).
-
-    Args:
-        maps: any tensor ``(..., height, width)``; its last two axes and type count.
-        transformations: the set, with inverses.
-        mask: a number larger than 1 also leaves out pixels fewer than so many pixels away.
-        input_size: of the network's input, where the maps are of another size.
-    """
-    ones = torch.ones(1, 1, *maps.shape[-2:], dtype=torch.float64, device=maps.device)
-    least = transformations.inverse(transformations.of_maps(ones, input_size), input_size).amin(1)
-    return (1 - _widened(least < SEEN, mask))[0, 0].to(maps.dtype)
-
-
-def _widened(outside: Tensor, mask: int) -> Tensor:
-    """1 where pixels are outside the frame, or fewer than ``mask`` pixels away: (..., channels, height, width)."""
-    reached = outside.to(torch.float64)
-    return max_pool2d(reached, 2 * mask - 1, 1, mask - 1) if mask > 1 else reached
+def _ones_like_map(maps: Tensor) -> Tensor:
+    return torch.ones(1, 1, *maps.shape[-2:], dtype=torch.float64, device=maps.device)

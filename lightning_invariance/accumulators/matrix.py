@@ -11,7 +11,7 @@ from lightning_invariance.accumulators.base import Accumulator, Rows, States
 
 @dataclass(frozen=True)
 class Matrix(Accumulator):
-    """All rows: ``rows`` ``(n, m, k)``, and ``order`` ``(n,)``, the numbers of their samples, on the CPU."""
+    """All rows: ``rows`` ``(n, m, k)``, and the number of each sample, ``order`` ``(n,)``, on the CPU."""
 
     cpu_states = ("order",)
     any_channel_axis = True

@@ -1,4 +1,4 @@
-"""The highest values of rows and of whole ST matrices, and how often rows fire, for Goodfellow's measure."""
+"""Highest values of rows and of all activations, and firing rates of rows, for Goodfellow's measure."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor
 
 from lightning_invariance.accumulators.base import N_SAMPLES, Accumulator, Context, Rows, States
 
-#: The highest values of the rows of a layer may take so many bytes.
+#: Largest size of ``peaks`` for one layer, in bytes.
 MOST_PEAKS = 2**25
 
 
 @dataclass(frozen=True)
 class Peaks(Accumulator):
-    """The highest value of each row, as long as those of all rows have room: ``peaks`` ``(signs, places, k)``.
+    """The highest value of each row, ``peaks`` ``(signs, places, k)``; empty if there are more rows than ``capacity``.
 
-    ``peaks`` is empty once there were more rows than room. The first ``n_samples`` places are filled.
+    The first ``n_samples`` places are filled.
 
     Attributes:
-        signs: 1 for the highest, −1 for the lowest value (times −1) of each row.
-        capacity: the most rows; fewer in layers where they would take more than :data:`MOST_PEAKS` bytes.
-        expected: how many rows there will be; 0 where that is not known.
+        signs: 1 for the highest value of each row, −1 for the lowest (times −1).
+        capacity: largest number of rows; fewer in layers whose peaks would exceed :data:`MOST_PEAKS` bytes.
+        expected: number of rows in all; 0 if unknown.
     """
 
     signs: tuple[int, ...]
@@ -36,7 +36,7 @@ class Peaks(Accumulator):
         return {"peaks": torch.zeros(0, 0, 0)}
 
     def add(self, states: States, rows: Rows) -> None:
-        """Add the highest values of rows, if there is room."""
+        """Add the highest values of rows within the capacity."""
         x, before = rows.flat, rows.before
         after, k = before + len(x), x.shape[2]
         room = min(self.capacity, MOST_PEAKS // (len(self.signs) * k * x.element_size()))
@@ -53,23 +53,23 @@ class Peaks(Accumulator):
             own[before:after] = x.amax(1) if sign > 0 else -x.amin(1)
 
     def merge(self, a: States, b: States) -> States:
-        """The highest values of the rows of both, if they have room."""
+        """The highest values of the rows of both, within the capacity."""
         rows = [(states["peaks"], int(states[N_SAMPLES])) for states in (a, b)]
         fit = all(peaks.numel() for peaks, _ in rows) and sum(n for _, n in rows) <= self.capacity
         return {"peaks": torch.cat([peaks[:, :n] for peaks, n in rows], 1) if fit else a["peaks"][:0]}
 
     def prepared(self, context: Context) -> Accumulator:
-        """With the number of samples."""
+        """Reserve places for the number of samples."""
         return replace(self, expected=context.n_samples or 0)
 
 
 @dataclass(frozen=True)
 class Extremes(Accumulator):
-    """The highest of all values of each activation, in order: ``extremes`` ``(signs, at most capacity, k)``.
+    """The highest values of each activation, in descending order: ``extremes`` ``(signs, at most capacity, k)``.
 
     Attributes:
-        signs: 1 for the highest, −1 for the lowest values (times −1).
-        capacity: how many.
+        signs: 1 for the highest values, −1 for the lowest (times −1).
+        capacity: how many values are kept.
     """
 
     signs: tuple[int, ...]
@@ -99,14 +99,14 @@ class Extremes(Accumulator):
 
 @dataclass(frozen=True)
 class Firing(Accumulator):
-    """How many rows hold a value above ``thresholds`` ``(signs, k)``: ``firing_rows`` of the same shape.
+    """The number of rows with a value above ``thresholds``: ``firing_rows``; both are ``(signs, k)``.
 
-    For a second pass, which begins with thresholds that follow from the first pass and from the attributes.
+    It belongs to a second pass, whose thresholds are computed from the first pass and the attributes.
 
     Attributes:
-        signs: 1 where high values fire, −1 where low ones do.
-        alpha: share of values that should fire.
-        threshold: how thresholds are found.
+        signs: 1 for units that fire at high values, −1 for units that fire at low values.
+        alpha: fraction of values above the threshold.
+        threshold: how the threshold is estimated, see :class:`~lightning_invariance.measures.Goodfellow`.
     """
 
     signs: tuple[int, ...]
@@ -132,6 +132,6 @@ class Firing(Accumulator):
 
 
 def rounded_down(thresholds: Tensor, dtype: torch.dtype) -> Tensor:
-    """Thresholds in the type of activations, rounded down so that comparisons with them equal those in float64."""
+    """Convert thresholds to the type of activations, rounded down: comparisons then give the results of float64."""
     levels = thresholds.to(dtype)
     return torch.where(levels.double() > thresholds, levels.nextafter(-torch.full_like(levels, torch.inf)), levels)

@@ -1,4 +1,4 @@
-"""What a measure makes its value of."""
+"""Inputs of ``Measure.value``: the sums of one layer."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lightning_invariance.accumulators.base import Accumulator, States
 
 @dataclass(frozen=True)
 class Sums(Mapping[str, Tensor]):
-    """What a measure makes its value of: the states of the accumulators it needs, for one layer, by name.
+    """The states of the accumulators that a measure needs, for one layer, by name.
 
     Attributes:
         states: name → tensor.
         n_samples: number of rows.
         n_transformations: number of columns.
-        activation_shape: of the layer.
-        channel_axis: which axis of the activation holds the channels.
+        activation_shape: shape of one activation of the layer, without the batch axis.
+        channel_axis: axis of ``activation_shape`` that holds the channels.
     """
 
     states: States
@@ -44,19 +44,19 @@ class Sums(Mapping[str, Tensor]):
         return self.activation_shape[self.channel_axis] if self.activation_shape else 1
 
     def channels_first(self) -> Sums:
-        """The same for activations whose channels come first."""
+        """These states with the shape of an activation whose channels come first."""
         shape = list(self.activation_shape)
         if self.channel_axis:
             shape.insert(0, shape.pop(self.channel_axis))
         return replace(self, activation_shape=tuple(shape), channel_axis=0)
 
     def shaped(self, values: Tensor) -> Tensor:
-        """``(activations,)`` in the activation's shape."""
+        """Reshape ``(activations,)`` to the shape of the activation."""
         return values.view(self.activation_shape)
 
 
 def dead_of(accumulators: Sequence[Accumulator], sums: Sums) -> Tensor | None:
-    """Which activations never changed, bool of the activation's shape; None where no accumulator tells."""
+    """Which activations never changed, bool of the activation's shape; None if no accumulator knows."""
     for accumulator in accumulators if sums.n_samples else ():
         dead = accumulator.dead(sums.states)
         if dead is not None:

@@ -1,4 +1,4 @@
-"""Which unit of a layer wins, and for how many pairs of transformations it is the same."""
+"""The unit with the largest value, and how often two transformations have the same one."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lightning_invariance.accumulators.base import Accumulator, Rows, States, ad
 
 @dataclass(frozen=True)
 class Winners(Accumulator):
-    """``agreements`` ``(1,)`` in float64: the share of pairs of transformations with one winner, summed over samples.
+    """``agreements`` ``(1,)``: the fraction of pairs of transformations with one winner, summed over samples.
 
-    The winner is the channel with the largest value, at each position of a feature map, the first of several. A sample
-    with a NaN makes it NaN.
+    The winner is the channel with the largest value at a position of a feature map, the first of several. The fraction
+    of a sample is the mean over positions. A sample with a NaN makes the sum NaN.
     """
 
     any_channel_axis = True
@@ -25,7 +25,7 @@ class Winners(Accumulator):
         return {"agreements": torch.zeros(0, dtype=torch.float64)}
 
     def add(self, states: States, rows: Rows) -> None:
-        """Add the shares of agreeing pairs of rows."""
+        """Add the fractions of rows."""
         add_to(states, agreements=agreements(rows.maps)[:, None].sum(0))
 
     def merge(self, a: States, b: States) -> States:
@@ -33,12 +33,12 @@ class Winners(Accumulator):
         return {"agreements": a["agreements"] + b["agreements"]}
 
     def shares(self, rows: Rows, totals: States) -> States:
-        """The share of agreeing pairs of each sample."""
+        """The fraction of each sample."""
         return {"agreements": agreements(rows.maps)[:, None]}
 
 
 def agreements(maps: Tensor) -> Tensor:
-    """The share of pairs with one winner, the mean over positions: ``(n,)`` of maps (n, m, channels, positions)."""
+    """The fraction of pairs with one winner: (n, m, channels, positions) → ``(n,)``."""
     n, m, channels, positions = maps.shape
     largest = maps.max(2)  # on the CPU several times as fast as argmax over an axis that is not the last
     wins = torch.zeros(n, channels, positions, dtype=torch.int32, device=maps.device)

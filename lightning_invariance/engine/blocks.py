@@ -1,4 +1,4 @@
-"""From the hooks of a network to the states of its layers: outputs become ST blocks of complete rows."""
+"""Turn the outputs of a network into ST blocks of complete rows, and add them to the states of its layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_invariance.accumulators.layer_state import LayerState
 from lightning_invariance.data.loader import STBlock
 from lightning_invariance.engine.registry import INPUT, Registry, as_summed
 from lightning_invariance.model.channels import channel_axis_in, usual_channel_axis
-from lightning_invariance.model.layout import RAGGED, Finding, Layout
+from lightning_invariance.model.sample_axis import RAGGED, Finding, Layout
 
 
 class Blocks:

@@ -1,4 +1,4 @@
-"""How much memory the sums of a walk will take, before they take it."""
+"""Check before a walk that the sums of all layers fit into memory."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from lightning_invariance.engine.registry import INPUT, Registry
 from lightning_invariance.measures.base import names_accumulators
 from lightning_invariance.messages import number_of
 from lightning_invariance.model.channels import channel_axis_in, usual_channel_axis
-from lightning_invariance.model.layout import Finding, Layout
 from lightning_invariance.model.probe import Output
+from lightning_invariance.model.sample_axis import Finding, Layout
 
 #: What a layer returns for one input: shape, type, axis of the channels.
 Activation: TypeAlias = tuple[tuple[int, ...], torch.dtype, int]
 
-#: Of layers whose rows take more bytes than this, a part is looked at.
+#: For layers whose rows have more bytes than this, the size of the sums is extrapolated from a part of the activations.
 LARGEST_ROW = 2**28
 
-#: States that still grow after so many rows are taken for what they are then.
+#: The size of sums that grow with the number of rows is computed for at most so many rows.
 MOST_ROWS = 1024
 
-#: Bytes of an activation for influences: sums, derivatives and weights; and of a column mean in float32.
+#: Bytes for each activation of the influences of samples (sums, derivatives, weights), and of a column mean in float32.
 INFLUENCE, MEAN = 48, 4
 
-#: The sums may take so many bytes where rows are longer than a batch and the user does not say.
+#: Default of `state_budget` in bytes where rows are longer than a batch.
 DEFAULT_BUDGET = 2**31
 
-#: Where Linux tells what a container may use.
+#: Where Linux keeps the memory limit of a container.
 CONTAINER = Path("/sys/fs/cgroup")
 
 UNITS = ("bytes", "kB", "MB", "GB", "TB")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-from lightning_invariance.data.batches import taken, takes_batch
+from lightning_invariance.data.batches import select_samples, takes_batch
 from lightning_invariance.data.fingerprints import Fingerprint, is_split
 from lightning_invariance.data.loader import STBlock, STLoader
 from lightning_invariance.distributed import errors_shared, gather_objects, rank_and_world_size
@@ -24,9 +24,9 @@ from lightning_invariance.engine.options import Options
 from lightning_invariance.engine.output_metrics import OutputMetrics
 from lightning_invariance.engine.registry import Registry
 from lightning_invariance.model.hooks import Catcher, catch_activations, transformed_input
-from lightning_invariance.model.layout import CONSTANT, Finding, Layout
 from lightning_invariance.model.preserved import device_of, evaluation_mode, on_device, unchanged_tensors
 from lightning_invariance.model.probe import Output, probe_batch
+from lightning_invariance.model.sample_axis import CONSTANT, Finding, Layout
 from lightning_invariance.model.selection import module_of, select_layers
 from lightning_invariance.precision import summed_on
 from lightning_invariance.random_state import isolated_random_state
@@ -63,7 +63,7 @@ class Walk:
         self._output_metrics: OutputMetrics | None = None  # of the last run
 
     def with_batch_size(self, batch_size: int) -> Walk:
-        """The same evaluation with another batch size."""
+        """A walk of this evaluation with another batch size."""
         return Walk(self.model, self.data, replace(self.options, batch_size=batch_size))
 
     def loader(self, transformations: TransformationSet, run: int = 1) -> STLoader:
@@ -106,7 +106,7 @@ class Walk:
         Args:
             measures: name → metric.
             loader: the rows.
-            about: text beside the progress bar.
+            about: text of the progress bar.
 
         Raises:
             OverBudgetError: If the sums of all layers take more than the budget.
@@ -126,7 +126,7 @@ class Walk:
     def _pass(self, loader: STLoader, about: str, blocks: Blocks, catcher: Catcher, registry: Registry) -> None:
         """Show every row once."""
         over: OverBudgetError | None = None
-        # Every pass sees the same random transformations.
+        # Random transformations are equal in every pass.
         with errors_shared(), isolated_random_state(self.options.seed):
             try:
                 for block in with_progress(loader, about, self.options.progress):
@@ -185,7 +185,9 @@ class Walk:
             return forward(self.model, x)
         rows, columns = block.inputs.shape[:2]
         of_row = torch.arange(rows).repeat_interleave(columns)
-        return forward(self.model, x, taken(block.batch, rows, of_row if positions is None else of_row[positions]))
+        return forward(
+            self.model, x, select_samples(block.batch, rows, of_row if positions is None else of_row[positions])
+        )
 
     def _prepared(self, blocks: Blocks | None) -> ExitStack:
         """The model in eval mode on its device, without gradients; everything is put back afterwards."""

@@ -1,1 +1,1 @@
-"""The model: its layers, their hooks and outputs, and what an evaluation leaves as it was."""
+"""The measured model: selection of layers, hooks, layouts of outputs, and restoring its state."""

@@ -1,4 +1,4 @@
-"""Which axis of an activation holds the channels (units, neurons)."""
+"""The axis of an activation that holds the channels (units, neurons)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-#: Modules whose outputs are (batch, channels, ...), and those whose outputs are (..., features).
+#: Modules whose outputs are (batch, channels, ...), and modules whose outputs are (..., features).
 CHANNELS_FIRST: tuple[type[nn.Module], ...] = (_ConvNd, _NormBase, nn.GroupNorm, nn.LocalResponseNorm)
 CHANNELS_LAST: tuple[type[nn.Module], ...] = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.Embedding, nn.RNNBase)
 
 
 def channel_axis_of(module: nn.Module | None, output: Tensor, of_input: int | None) -> int | None:
-    """The axis of the channels in the output of a module, counted from the end; None where the module does not say.
+    """The channel axis in the output of a module, counted from the end; None if unknown.
 
     Args:
-        module: what ran; None for an operation.
-        output: what it returned, or a part of it.
-        of_input: the axis in its input, if that is known and has the shape of the output.
+        module: the module; None for an operation.
+        output: its output, or a part of it.
+        of_input: the channel axis of its input, if that is known and has the shape of the output.
     """
     if isinstance(module, CHANNELS_FIRST):
         return 1 - output.ndim if output.ndim > 1 else -1
@@ -30,21 +30,21 @@ def channel_axis_of(module: nn.Module | None, output: Tensor, of_input: int | No
 
 
 def usual_channel_axis(activation_shape: tuple[int, ...]) -> int:
-    """The axis of the channels where nothing else is known: the first of (C, H, W), the last of (tokens, C)."""
+    """The channel axis of a layer of unknown kind: the first of (C, H, W), the last of (tokens, C)."""
     return 1 if len(activation_shape) == 2 else 0
 
 
 def channel_axis_in(layer: str, shape: tuple[int, ...], from_end: int | None, asked: Mapping[str, int]) -> int:
-    """The axis of the channels in the activation of a layer: what the user says, or the module, or the usual one.
+    """The channel axis of a layer's activation: requested by the user, known from the module, or the usual one.
 
     Args:
         layer: its name.
-        shape: of its activation.
-        from_end: what the module says, counted from the end.
-        asked: layer or glob pattern → axis of the activation; the last that fits counts.
+        shape: shape of its activation.
+        from_end: the axis known from the module, counted from the end.
+        asked: layer or glob pattern → axis of the activation; the last matching entry counts.
 
     Raises:
-        ValueError: If the user names an axis that the activation does not have.
+        ValueError: If the activation does not have the requested axis.
     """
     fitting = [axis for pattern, axis in asked.items() if pattern == layer or fnmatchcase(layer, pattern)]
     if fitting and not -len(shape) <= fitting[-1] < len(shape):

@@ -1,4 +1,4 @@
-"""Catching what the modules of a network return."""
+"""Forward hooks that pass the outputs of layers to a consumer."""
 
 from __future__ import annotations
 
@@ -16,37 +16,35 @@ from lightning_invariance.model.operations import Operations
 from lightning_invariance.model.outputs import tensors_of
 from lightning_invariance.model.selection import Selection
 
-#: Receives the name of a layer, an output tensor, and the axis of the channels in it, counted from the end (None where
-#: the module does not say).
+#: Receives the name of a layer, an output tensor, and its channel axis, counted from the end; None if unknown.
 Consumer: TypeAlias = Callable[[str, Tensor, int | None], None]
-
-#: Entered in the hook of every module, where there is no function mode to leave: making one each time takes longer.
-NOTHING = nullcontext()
 
 
 class Catcher:
-    """Hands the outputs of selected modules to a consumer, inside the forward hook, before anything can change them.
+    """Passes the outputs of selected modules to a consumer, inside the forward hook, before they can be changed.
 
     Args:
         selection: the modules and operations.
-        consumer: gets every output.
+        consumer: receives every output.
     """
 
     def __init__(self, selection: Selection, consumer: Consumer) -> None:
         self._consumer = consumer
         self.operations = Operations(self._operation) if selection.operations else None
-        self._patterns = selection.operations
-        self._origins = selection.origins
+        self._selection = selection
+        self._start()
+
+    def _start(self) -> None:
         self._calls: dict[str, int] = {}
-        self._runs = 0  # of modules, in this pass
-        self._entered: list[int] = []  # how many there were when each running container began
-        # By identity of the tensors that modules returned in this pass; another may have it once a tensor is gone.
+        self._runs = 0  # of modules, in this forward pass
+        self._entered: list[int] = []  # the value of _runs when each running container began
+        # By id of the tensors that modules returned; the reference tells whether the id still belongs to the tensor.
         self._channel_axes: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     @contextmanager
     def forward_pass(self) -> Iterator[None]:
-        """What runs in this context is one forward pass."""
-        self._calls, self._channel_axes, self._runs, self._entered = {}, {}, 0, []
+        """Treat everything that runs in this context as one forward pass."""
+        self._start()
         if self.operations is None:
             yield
             return
@@ -56,7 +54,7 @@ class Catcher:
 
     @contextmanager
     def recording(self, consumer: Consumer) -> Iterator[None]:
-        """What runs in this context is one forward pass, whose outputs another consumer gets."""
+        """Pass the outputs of one forward pass to another consumer."""
         usual, self._consumer = self._consumer, consumer
         try:
             with self.forward_pass():
@@ -65,7 +63,7 @@ class Catcher:
             self._consumer = usual
 
     def hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        """The forward hook of one module."""
+        """The forward hook of a selected module."""
 
         def caught(module: nn.Module, args: Any, output: Any) -> None:
             self._runs += 1
@@ -79,7 +77,7 @@ class Catcher:
         return caught
 
     def count(self, module: nn.Module, args: Any, output: Any) -> None:
-        """The forward hook of modules that are not selected: a container within which one runs is no leaf."""
+        """The forward hook of modules that are not selected, so that their containers do not count as leaves."""
         self._runs += 1
 
     def enter(self, module: nn.Module, args: Any) -> None:
@@ -87,7 +85,7 @@ class Catcher:
         self._entered.append(self._runs)
 
     def hook_of_container(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        """The forward hook of a module that is measured where no other module has run within it."""
+        """The forward hook of a container, which is measured if no other module ran within it."""
         caught = self.hook(name)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
@@ -97,22 +95,24 @@ class Catcher:
         return leave
 
     def _operation(self, operation: str, args: tuple[Any, ...], output: Any) -> None:
-        pattern = next((p for p in self._patterns if p == operation or fnmatchcase(operation, p)), None)
+        patterns = self._selection.operations
+        pattern = next((p for p in patterns if p == operation or fnmatchcase(operation, p)), None)
         if pattern is not None:
             self._give(operation, pattern, None, args, output)
 
     def _give(self, layer: str, origin: str, module: nn.Module | None, args: Any, output: Any) -> None:
-        """Give every tensor of an output to the consumer, whose own operations are not those of the model."""
-        # Leaving a function mode unseen costs less than having it ignore every function of the consumer.
-        with NOTHING if self.operations is None else torch._C.DisableTorchFunction():
+        """Pass every tensor of an output to the consumer, whose operations must not count as operations of the model.
+
+        Disabling function modes is faster than to ignore every function of the consumer.
+        """
+        with nullcontext() if self.operations is None else torch._C.DisableTorchFunction():
             for place, tensor in tensors_of(output):
-                if layer + place not in self._origins:
-                    self._origins[layer + place] = origin
+                self._selection.origins.setdefault(layer + place, origin)
                 axis = self._channel_axis(module, args, tensor)
                 self._consumer(layer + place, tensor.detach() if tensor.requires_grad else tensor, axis)
 
     def _channel_axis(self, module: nn.Module | None, args: Any, output: Tensor) -> int | None:
-        """The axis of the channels; of a module that keeps the shape of its input it is that of the input."""
+        """The channel axis of an output; a module that keeps the shape of its input also keeps its channel axis."""
         of_input = None
         if args and isinstance(args[0], Tensor) and args[0].shape == output.shape:
             known = self._channel_axes.get(id(args[0]))
@@ -125,9 +125,9 @@ class Catcher:
 
 @contextmanager
 def catch_activations(model: nn.Module, selection: Selection, consumer: Consumer) -> Iterator[Catcher]:
-    """Call ``consumer(layer, output, channel_axis)`` for every output of the selected modules while the context lasts.
+    """Call ``consumer(layer, output, channel_axis)`` for every output of the selected modules within the context.
 
-    The hooks are gone afterwards, also when forward or the consumer raises.
+    The hooks are removed afterwards, also if forward or the consumer raises.
     """
     catcher = Catcher(selection, consumer)
     handles = []
@@ -137,10 +137,9 @@ def catch_activations(model: nn.Module, selection: Selection, consumer: Consumer
         for name, module in selection.containers.items():
             handles.append(module.register_forward_pre_hook(catcher.enter))
             handles.append(module.register_forward_hook(catcher.hook_of_container(name)))
-        known = {id(module) for module in (*selection.modules.values(), *selection.containers.values())}
-        within = {id(m): m for container in selection.containers.values() for m in container.modules()}
-        for module in (module for identity, module in within.items() if identity not in known):
-            handles.append(module.register_forward_hook(catcher.count))
+        hooked = {*selection.modules.values(), *selection.containers.values()}
+        within = {module for container in selection.containers.values() for module in container.modules()}
+        handles += [module.register_forward_hook(catcher.count) for module in within - hooked]
         with nullcontext() if catcher.operations is None else catcher.operations.following(model):
             yield catcher
     finally:
@@ -150,7 +149,7 @@ def catch_activations(model: nn.Module, selection: Selection, consumer: Consumer
 
 @contextmanager
 def transformed_input(module: nn.Module, transform: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Replace the first argument of a module by ``transform`` of it while the context lasts."""
+    """Apply ``transform`` to the first argument of a module within the context."""
 
     def replaced(module: nn.Module, args: Any) -> Any:
         if not args or not isinstance(args[0], Tensor):

@@ -1,4 +1,4 @@
-"""The tensors in what a module or a function returns."""
+"""The tensors in the output of a module or a function."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def tensors_of(output: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in an output that can be measured, with its place: ``""``, ``"[0]"``, ``"[1][key]"``, ….
+    """Iterate over the measurable tensors in an output, with their places: ``""``, ``"[0]"``, ``"[1][key]"``, ….
 
-    These are the floating-point tensors that are not empty. Quantised tensors are dequantised; of complex ones the real
-    and the imaginary part are given.
+    Measurable tensors are not empty and floating-point; quantised tensors are dequantised, and complex tensors split
+    into real and imaginary parts.
     """
     for place, tensor in all_tensors_of(output):
         if not tensor.numel():
@@ -29,9 +29,9 @@ def tensors_of(output: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def all_tensors_of(output: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in an output, as it is, with its place.
+    """Iterate over all tensors in an output, with their places.
 
-    Looks into mappings, sequences, dataclasses, namespaces, and objects that carry a ``tensor``.
+    Looks into mappings, sequences, dataclasses, namespaces, and objects with an attribute ``tensor``.
     """
     if isinstance(output, Tensor):
         yield place, output

@@ -1,4 +1,4 @@
-"""Leaving the model and the random generators as they were."""
+"""Contexts that restore the state of a model after an evaluation."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch.nn.parameter import is_lazy
 
 from lightning_invariance.messages import some
 
-#: One evaluation runs at a time: the eager stance and the random generators are those of the whole process, and hooks
-#: on a model see every forward pass of it.
+#: Allows one evaluation at a time: the eager stance and the random generators belong to the whole process, and hooks
+#: see every forward pass of a model.
 ONE_AT_A_TIME = threading.RLock()
 
-#: Parameters of at most so many bytes are copied before an evaluation. Those of larger models are only watched.
+#: Largest size in bytes of parameters that are copied before an evaluation. In larger models changes are only detected.
 LARGEST_COPY = 2**29
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module into eval mode and give each its own mode back afterwards."""
+    """Put every module into eval mode, and restore the mode of each afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -34,14 +34,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the first parameter or buffer is; the CPU for a model without any."""
+    """The device of the first parameter or buffer; the CPU for a model without any."""
     tensor = next((t for tensors in (model.parameters(), model.buffers()) for t in tensors), None)
     return torch.device("cpu") if tensor is None else tensor.device
 
 
 @contextmanager
 def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Move the model to the device, and back afterwards."""
+    """Move the model to a device, and back afterwards."""
     before = device_of(model)
     if before == device:
         yield
@@ -55,7 +55,7 @@ def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def unchanged_tensors(model: nn.Module) -> Iterator[None]:
-    """Give buffers and parameters back the values that forward may change, as a counter does.
+    """Restore buffers and parameters afterwards, which forward may change.
 
     Raises:
         RuntimeError: If forward changed a parameter of a model that is too large to be copied.
@@ -65,13 +65,13 @@ def unchanged_tensors(model: nn.Module) -> Iterator[None]:
     size = sum(parameter.nbytes for parameter in parameters.values())
     tensors = {**buffers, **(parameters if size <= LARGEST_COPY else {})}
     copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    versions = {name: _version(tensor) for name, tensor in parameters.items()}
+    versions = {name: version_of(tensor) for name, tensor in parameters.items()}
     try:
         yield
     finally:
         for name, same in _equal(tensors, copies).items():
             _restore(model, name, tensors[name], None if same else copies[name])
-    changed = [name for name in parameters if name not in copies and _version(parameters[name]) != versions[name]]
+    changed = [name for name in parameters if name not in copies and version_of(parameters[name]) != versions[name]]
     if changed:
         raise RuntimeError(
             f"Expected forward to leave parameters as they are, but it changed {some(changed)}: measure a copy of the"
@@ -80,7 +80,7 @@ def unchanged_tensors(model: nn.Module) -> Iterator[None]:
 
 
 def _equal(tensors: Mapping[str, Tensor], copies: Mapping[str, Tensor]) -> dict[str, bool]:
-    """By name, whether a tensor has the values of its copy: read once for each device, since reading waits for it."""
+    """By name, whether a tensor equals its copy; results are read once per device, since reading synchronises."""
     found: dict[str, bool] = {}
     flags: dict[torch.device, dict[str, Tensor]] = {}
     for name, copy in copies.items():
@@ -95,17 +95,17 @@ def _equal(tensors: Mapping[str, Tensor], copies: Mapping[str, Tensor]) -> dict[
 
 
 def _restore(model: nn.Module, name: str, tensor: Tensor, copy: Tensor | None) -> None:
-    """Put a tensor back where it was, with the values of the copy, if it has others than before."""
+    """Put a tensor back to its name in the model, with the values of a copy unless that is None."""
     place, _, attribute = name.rpartition(".")
     owner = model.get_submodule(place)
     if not isinstance(owner, torch.jit.ScriptModule) and getattr(owner, attribute, None) is not tensor:
         own: dict[str, Any] = owner._buffers if attribute in owner._buffers else owner._parameters
-        own[attribute] = tensor  # it was assigned anew
+        own[attribute] = tensor  # forward assigned another tensor
     if copy is not None:
         with torch.no_grad():
             tensor.copy_(copy)
 
 
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; inference tensors do not count."""
+def version_of(tensor: Tensor) -> int:
+    """Number of in-place changes of a tensor; 0 for inference tensors, which do not count them."""
     return 0 if tensor.is_inference() else tensor._version

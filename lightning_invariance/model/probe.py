@@ -1,4 +1,4 @@
-"""Run a network on a few inputs to find where samples stand in the output of each layer."""
+"""Forward passes over a few inputs, to find the layout of every layer's output."""
 
 from __future__ import annotations
 
@@ -9,27 +9,32 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_invariance.model.dependence import Dependence
 from lightning_invariance.model.hooks import Catcher
-from lightning_invariance.model.layout import CONSTANT, Finding, Outputs, few_of, probe
+from lightning_invariance.model.input_dependence import Dependence
+from lightning_invariance.model.sample_axis import CONSTANT, Finding, Outputs, example_inputs, probe
 from lightning_invariance.random_state import isolated_random_state
 
 #: Runs the network on some inputs of a batch, given their positions in it.
 Call: TypeAlias = Callable[[Tensor, Tensor], Any]
 
-#: What a layer returned, without values; the axis of its channels, counted from the end, where the module says it; and
-#: for how many inputs.
+#: An output of a layer, without values; its channel axis, counted from the end, if known; and the number of inputs.
 Output: TypeAlias = tuple[Tensor, int | None, int]
 
-#: Errors of a model that is called otherwise than it is made for, whose message can be added to.
+#: Errors of a model that is called in the wrong way, to whose message a hint can be added.
 FAILURES = (TypeError, NotImplementedError, RuntimeError, IndexError, AttributeError, ValueError)
+
+HINT = (
+    "The model was called with x of shape {}. If it is not called as `model(x)`, give `forward=lambda model, x: ...`,"
+    " or `forward=lambda model, x, batch: ...` where it needs more of the batch; if x is another part of a batch,"
+    " `input_fn=`; if it needs other samples, `data=`."
+)
 
 
 class Probed(NamedTuple):
-    """What a probe has found.
+    """Results of a probe.
 
     Attributes:
-        findings: layer → where the inputs of a batch stand in its output, or why it cannot be measured.
+        findings: layer → its layout, or why it cannot be measured.
         outputs: layer → its output, without values.
     """
 
@@ -44,13 +49,13 @@ def probe_batch(batch: Tensor, catcher: Catcher, call: Call, seed: int, takes_ba
         batch: the inputs, ``(batch, *input_shape)``.
         catcher: hooks of the layers.
         call: runs the network.
-        seed: of all randomness.
-        takes_batch: whether the network also sees what else there is of the samples.
+        seed: seed of all randomness.
+        takes_batch: whether the network also receives the rest of the batch.
 
     Raises:
-        TypeError: As all errors of :data:`FAILURES`, if the network fails, with what it was called with.
+        TypeError: Like every error in :data:`FAILURES`, if the network fails; the message has a hint.
     """
-    inputs, positions = few_of(batch)
+    inputs, positions = example_inputs(batch)
     last: dict[str, Output] = {}
 
     def outputs_of(numbers: Sequence[int], number: int, shift: int = 0) -> Outputs:
@@ -67,7 +72,7 @@ def probe_batch(batch: Tensor, catcher: Catcher, call: Call, seed: int, takes_ba
                 call(shown, positions[chosen])
             except FAILURES as error:
                 if type(error) in FAILURES:
-                    raise type(error)(f"{error}\n{_how_called(tuple(shown.shape))}") from error
+                    raise type(error)(f"{error}\n{HINT.format(tuple(shown.shape))}") from error
                 raise
         return outputs
 
@@ -85,17 +90,8 @@ def probe_batch(batch: Tensor, catcher: Catcher, call: Call, seed: int, takes_ba
 
     found = probe(outputs_of, independent, partial(outputs_of, shift=1) if takes_batch else None)
     if catcher.operations is not None:
-        # What does not depend on the input, such as masks and positions, is nobody's layer.
+        # Operations that do not depend on the input, such as masks and positions, are not reported as left out.
         constant = {name for name, finding in found.items() if finding == CONSTANT and "/" in name}
         catcher.operations.returned |= constant
         found = {name: finding for name, finding in found.items() if name not in catcher.operations.returned}
     return Probed(found, last)
-
-
-def _how_called(shape: tuple[int, ...]) -> str:
-    """What to look at where a model's forward fails."""
-    return (
-        f"The model was called with x of shape {shape}. If it is not called as `model(x)`, give `forward=lambda model,"
-        " x: ...`, or `forward=lambda model, x, batch: ...` where it needs more of the batch; if x is another part of a"
-        " batch, `input_fn=`; if it needs other samples, `data=`."
-    )

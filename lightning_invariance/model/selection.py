@@ -1,8 +1,9 @@
-"""Which modules of a model are its layers."""
+"""Selection of the modules and operations that are layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
@@ -12,7 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lightning_invariance.messages import given, instead_of, some
 
-#: What selects layers: see :func:`layer_names`.
+#: A request for layers: see :func:`layer_names`.
 Layers: TypeAlias = (
     str
     | type[nn.Module]
@@ -22,8 +23,11 @@ Layers: TypeAlias = (
     | None
 )
 
-#: Where the wrappers of ``torch.compile`` and of Fabric keep the model.
+#: Attributes in which the wrappers of ``torch.compile`` and of Fabric hold the model.
 WRAPPED = ("_orig_mod", "_forward_module")
+
+#: The name that ``torch.nn.utils.parametrize`` gives to modules that compute weights.
+PARAMETRIZED = "parametrizations"
 
 NOTHING_RAN = (
     "The hooks of the selected modules never fired: scripted, traced or exported models have none, and neither has"
@@ -31,49 +35,40 @@ NOTHING_RAN = (
 )
 
 
+@dataclass
 class Selection:
-    """The modules that were selected, and what each part of the request stands for.
-
-    Args:
-        modules: layer name (renamed where a dict asked for it) → module, in the order of the model.
-        requests: what the user wrote → the layer names it selected. Empty where all leaf modules were meant.
-        operations: patterns of the names of operations, such as ``"layer*/add"``; empty for none.
-        containers: further modules, which are layers where none of the modules in them runs, such as an
-            ``nn.MultiheadAttention``, whose ``out_proj`` holds weights only.
+    """The selected modules and operations.
 
     Attributes:
-        modules: see Args. So are ``requests``, ``operations`` and ``containers``.
-        origins: layer → the selected name it comes from, for the layers that ran; filled while the model runs.
+        modules: layer name (renamed by a dict) → module, in the order of the model.
+        requests: what the user wrote → the layer names it selected; empty if all leaf modules are selected by default.
+        containers: name → module with children, which is a layer if none of its children runs, such as an
+            ``nn.MultiheadAttention``, whose ``out_proj`` only holds weights.
+        operations: patterns of the names of operations, such as ``"layer*/add"``.
+        origins: layer → the selected name it comes from, for layers that ran; filled while the model runs.
     """
 
-    def __init__(
-        self,
-        modules: dict[str, nn.Module],
-        requests: dict[str, list[str]],
-        operations: Sequence[str] = (),
-        containers: Mapping[str, nn.Module] | None = None,
-    ) -> None:
-        self.modules = modules
-        self.requests = requests
-        self.containers = dict(containers or {})
-        self.operations = tuple(operations)
-        self.origins: dict[str, str] = {}
+    modules: dict[str, nn.Module]
+    requests: dict[str, list[str]]
+    containers: dict[str, nn.Module] = field(default_factory=dict)
+    operations: Sequence[str] = ()
+    origins: dict[str, str] = field(default_factory=dict)
 
     def origin_of(self, layer: str) -> str:
-        """The selected name that a layer comes from; by its form where only other processes saw it run."""
+        """The selected name that a layer comes from; derived from its name if it only ran in other processes."""
         form = layer.partition("[")[0]
         return self.origins.get(layer) or (form.rpartition("#")[0] if "#" in form else form)
 
     def check_measured(self, measured: Iterable[str], left_out: Mapping[str, str]) -> None:
-        """Raise if something that was asked for was not measured.
+        """Check that every request was measured.
 
         Args:
             measured: layers.
             left_out: layer → why it cannot be measured.
 
         Raises:
-            RuntimeError: If nothing was measured; or something that was asked for never ran; or a layer that was asked
-                for by name cannot be measured.
+            RuntimeError: If nothing was measured, a requested layer never ran, or a layer requested by name cannot be
+                measured.
         """
         ran = list(measured)
         origins = {self.origin_of(layer) for layer in (*ran, *left_out)}
@@ -96,7 +91,7 @@ class Selection:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers that ``torch.compile``, distributed training and Fabric put around it."""
+    """The model inside the wrappers of ``torch.compile``, distributed training and Fabric."""
     while True:
         inner = next((name for name in WRAPPED if name in model._modules), None)
         if inner is None and isinstance(model, DataParallel | DistributedDataParallel):
@@ -107,12 +102,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Name → module, without what ``torch.compile`` puts into the names of modules within a model."""
+    """Name → module, as if no module were compiled."""
     return {plain_name(name): module for name, module in model.named_modules()}
 
 
 def plain_name(name: str) -> str:
-    """The name of a module as it is without ``torch.compile``."""
+    """Remove the parts that ``torch.compile`` adds to the name of a module."""
     return ".".join(part for part in name.split(".") if part != WRAPPED[0])
 
 
@@ -122,34 +117,29 @@ def select_layers(model: nn.Module, layers: Layers = None, operations: bool = Fa
     Args:
         model: any module.
         layers: what to select.
-        operations: whether all operations are selected, too.
+        operations: whether to select all operations, too.
     """
     if isinstance(layers, nn.Module):
         raise TypeError(
             f"Expected argument `layers` to be names, glob patterns, module types, a predicate or a dict, but got a"
-            f" {type(layers).__name__}: give its name, which `layer_names(model)` tells."
+            f" {type(layers).__name__}: give its name, one of `layer_names(model)`."
         )
     if isinstance(layers, str | type):
         layers = [layers]
-    patterns = ["*"] if operations else []
+    of_operations: list[str] = []
     if isinstance(layers, Iterable) and not isinstance(layers, Mapping):
         items = list(layers)
-        asked = [item for item in items if isinstance(item, str) and "/" in item]
-        if asked:
-            rest = [item for item in items if item not in asked]
-            selection = _select_modules(model, rest) if rest else Selection({}, {})
-            requests = {**selection.requests, **{pattern: [pattern] for pattern in asked}}
-            return Selection(selection.modules, requests, [*asked, *patterns], selection.containers)
-        layers = items
-    selection = _select_modules(model, layers)
-    return Selection(selection.modules, selection.requests, patterns, selection.containers)
+        of_operations = [item for item in items if isinstance(item, str) and "/" in item]
+        layers = [item for item in items if item not in of_operations]
+    selection = Selection({}, {}) if of_operations and not layers else _select_modules(model, layers)
+    selection.requests |= {pattern: [pattern] for pattern in of_operations}
+    selection.operations = [*of_operations, "*"] if operations else of_operations
+    return selection
 
 
 def module_of(model: nn.Module, name: str) -> nn.Module:
     """The module of argument ``transform_at``."""
-    modules: dict[str, nn.Module] = {
-        known: module for known, module in named_modules(unwrapped(model)).items() if known
-    }
+    modules = {known: module for known, module in named_modules(unwrapped(model)).items() if known}
     if name not in modules:
         raise ValueError(
             f"Expected argument `transform_at` to name a module of the model, but got {given(name)}."
@@ -159,29 +149,26 @@ def module_of(model: nn.Module, name: str) -> nn.Module:
 
 
 def _select_modules(model: nn.Module, layers: Layers) -> Selection:
-    """Resolve a request for modules."""
     model = unwrapped(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise RuntimeError(f"Expected at least one layer that can be measured, but none ran. {NOTHING_RAN}")
-    everything = {
-        name: module for name, module in named_modules(model).items() if name and not _is_parametrization(name)
-    }
-    leaves = {name: module for name, module in everything.items() if _is_leaf(module)}
-    if not everything:  # the model itself is the only layer
-        everything = leaves = {type(model).__name__: model}
+    named = named_modules(model).items()
+    modules = {name: module for name, module in named if name and PARAMETRIZED not in name.split(".")}
+    if not modules:  # the model itself is the only layer
+        modules = {type(model).__name__: model}
     if layers is None:
-        return Selection(leaves, {}, containers={n: m for n, m in everything.items() if n not in leaves})
+        leaves = {name: module for name, module in modules.items() if _is_leaf(module)}
+        return Selection(leaves, {}, {name: module for name, module in modules.items() if name not in leaves})
     if isinstance(layers, Mapping):
-        requests = {name: [_known(name, everything)] for name in layers}
-        renamed = {str(layers[name]): everything[name] for name in requests}
+        renamed = {str(layers[name]): modules[_known(name, modules)] for name in layers}
         if len(renamed) != len(layers):
             raise ValueError(f"Expected argument `layers` to give different names, but got {list(layers.values())}.")
-        return Selection(renamed, {name: [str(layers[name])] for name in requests})
+        return Selection(renamed, {name: [str(layers[name])] for name in layers})
     if callable(layers):
-        names = [name for name, module in everything.items() if layers(name, module)]
+        names = [name for name, module in modules.items() if layers(name, module)]
         requests = {getattr(layers, "__name__", repr(layers)): names}
     elif isinstance(layers, Iterable):
-        requests = {str(getattr(item, "__name__", item)): _resolve(item, everything, leaves) for item in layers}
+        requests = {str(getattr(item, "__name__", item)): _resolve(item, modules) for item in layers}
     else:
         raise TypeError(
             "Expected argument `layers` to be names, glob patterns, module types, a predicate or a dict,"
@@ -190,46 +177,29 @@ def _select_modules(model: nn.Module, layers: Layers) -> Selection:
     chosen = {name for names in requests.values() for name in names}
     if not chosen:
         raise ValueError(f"Expected argument `layers` to select at least one layer, but {layers!r} selects none.")
-    modules = {name: module for name, module in everything.items() if name in chosen}
-    containers = _containers_of(requests, everything, chosen)
-    return Selection(modules, requests, containers=containers)
-
-
-def _containers_of(
-    requests: dict[str, list[str]], everything: Mapping[str, nn.Module], chosen: Collection[str]
-) -> dict[str, nn.Module]:
-    """The modules with children that a glob pattern fits; each is added to what the pattern stands for."""
-    found: dict[str, nn.Module] = {}
-    for request, names in requests.items():
-        if _is_pattern(request) and request not in everything:
-            fitting = [
-                n for n, m in everything.items() if fnmatchcase(n, request) and n not in chosen and not _is_leaf(m)
-            ]
-            names += fitting
-            found |= {name: everything[name] for name in fitting}
-    return found
-
-
-def _is_pattern(item: str) -> bool:
-    return any(sign in item for sign in "*?[")
-
-
-def _is_parametrization(name: str) -> bool:
-    """Whether a module computes a weight: what ``torch.nn.utils.parametrize`` puts into the module that uses it."""
-    return "parametrizations" in name.split(".")
+    others = {name: module for name, module in modules.items() if name not in chosen and not _is_leaf(module)}
+    containers: dict[str, nn.Module] = {}
+    for pattern in (request for request in requests if _is_pattern(request, modules)):
+        matching = [name for name in others if fnmatchcase(name, pattern)]
+        requests[pattern] += matching
+        containers |= {name: others[name] for name in matching}
+    return Selection({name: module for name, module in modules.items() if name in chosen}, requests, containers)
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Whether a module has no children but parametrisations of its weights."""
-    return not any(name != "parametrizations" for name, _ in module.named_children())
+    return not any(name != PARAMETRIZED for name, _ in module.named_children())
 
 
-def _resolve(item: Any, everything: Mapping[str, nn.Module], leaves: Mapping[str, nn.Module]) -> list[str]:
-    """The names that one item of a list stands for."""
+def _is_pattern(item: str, modules: Mapping[str, nn.Module]) -> bool:
+    return item not in modules and any(sign in item for sign in "*?[")
+
+
+def _resolve(item: Any, modules: Mapping[str, nn.Module]) -> list[str]:
+    """The names that one item of a list selects."""
     if isinstance(item, type) and issubclass(item, nn.Module):
-        names = [name for name, module in everything.items() if isinstance(module, item)]
+        names = [name for name, module in modules.items() if isinstance(module, item)]
         if not names:
-            present = sorted({type(module).__name__ for module in everything.values()})
+            present = sorted({type(module).__name__ for module in modules.values()})
             raise ValueError(
                 f"Expected argument `layers` to name types in the model, but it has no {item.__name__};"
                 f" it has {some(present)}."
@@ -237,10 +207,10 @@ def _resolve(item: Any, everything: Mapping[str, nn.Module], leaves: Mapping[str
         return names
     if not isinstance(item, str):
         raise TypeError(f"Expected argument `layers` to hold names, patterns or module types, but got {given(item)}.")
-    if _is_pattern(item) and item not in everything:
-        names = [name for name in leaves if fnmatchcase(name, item)]
-        return names or [_known(item, everything)]
-    return [_known(item, everything)]
+    names = []
+    if _is_pattern(item, modules):
+        names = [name for name, module in modules.items() if fnmatchcase(name, item) and _is_leaf(module)]
+    return names or [_known(item, modules)]
 
 
 def _known(name: str, modules: Mapping[str, nn.Module]) -> str:
@@ -251,7 +221,7 @@ def _known(name: str, modules: Mapping[str, nn.Module]) -> str:
 
 
 def summary_of(left_out: Mapping[str, str]) -> str:
-    """A short text that counts layers by reason and names a few: ``36 constant (a, b, …), 5 ragged (c, …)``."""
+    """Count layers by reason and name a few: ``36 constant (a, b, …), 5 ragged (c, …)``."""
     by_reason: dict[str, list[str]] = {}
     for layer, reason in left_out.items():
         by_reason.setdefault(reason.partition(":")[0], []).append(layer)

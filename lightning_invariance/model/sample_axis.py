@@ -1,0 +1,233 @@
+"""Detection of the batch axis in every layer's output, by two small forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_invariance.precision import summed_on
+
+#: Inputs of the two passes, by number. The first is equal in both, for models that treat it specially. The second pass
+#: is shorter, to identify the batch axis; it has one input twice, to identify layers that are random or depend on the
+#: rest of the batch, and the others in another order, to identify the order of slices.
+PASSES = ((0, 1, 2, 3, 4), (0, 3, 1, 3))
+
+#: Rounding differences allowed between batches of different sizes, relative to the value and to the largest value.
+RELATIVE, ABSOLUTE = 1e-3, 1e-4
+
+#: The allowed difference in units in the last place, for types in which that is more.
+LAST_PLACES = 8
+
+#: Unit in the last place of float32 products on GPUs, which may round factors to TF32.
+TF32 = 2.0**-10
+
+#: Values count as equal within a batch if they differ by at most this many units in the last place.
+ROUNDING = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Positions of the inputs of a batch in the output of a layer.
+
+    Attributes:
+        axis: axis of the output with length ``outer · batch · inner``.
+        outer: number of slices of each input that precede the next input; 1 unless slices are concatenated.
+        inner: number of consecutive slices of each input, such as windows, patches, or tokens.
+    """
+
+    axis: int = 0
+    outer: int = 1
+    inner: int = 1
+
+    def batch_first(self, output: Tensor, batch: int) -> Tensor | None:
+        """Reshape an output to ``(batch, *activation_shape)``; None if it has another length.
+
+        Several slices of an input become the first axis of its activation.
+        """
+        slices = self.outer * self.inner
+        if output.ndim <= self.axis or output.shape[self.axis] != batch * slices:
+            return None
+        moved = output.movedim(self.axis, 0) if self.axis else output
+        if slices == 1:
+            return moved
+        separate = moved.reshape(self.outer, batch, self.inner, *moved.shape[1:])
+        return separate.movedim(1, 0).reshape(batch, slices, *moved.shape[1:])
+
+
+#: The layout of a layer, or why it cannot be measured.
+Finding: TypeAlias = Layout | str
+
+CONSTANT = "constant: does not depend on the input"
+MIXED = "mixed: depends on other samples of the batch"
+RAGGED = "ragged: output size varies between samples"
+RANDOM = "random: equal inputs give different values"
+
+Outputs: TypeAlias = dict[str, Tensor]
+
+
+def example_inputs(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose inputs of a batch for the passes, and return them with their positions; the first is among them.
+
+    For batches that are too small, it also permutes the values of an input to make further ones.
+    """
+    number = len(PASSES[0])
+    if len(inputs) >= number:
+        chosen = torch.linspace(0, len(inputs) - 1, number).round().long()
+        return inputs[chosen.to(inputs.device)], chosen
+    chosen = torch.arange(number) % len(inputs)
+    made = [inputs[i].flatten().roll(k // len(inputs)).view_as(inputs[i]) for k, i in enumerate(chosen.tolist())]
+    return torch.stack(made), chosen
+
+
+def probe(
+    outputs_of: Callable[[Sequence[int], int], Outputs],
+    independent: Callable[[], set[str]],
+    of_other_inputs: Callable[[Sequence[int], int], Outputs] | None = None,
+) -> dict[str, Finding]:
+    """Find the layout of every layer that runs in two forward passes.
+
+    If values of a layer do not agree, a third pass over the inputs of the second decides whether it is random. If they
+    are equal for all inputs, or for other inputs, a pass that tracks dependence decides whether they are computed from
+    the input, as in a dead layer, or constant.
+
+    Args:
+        outputs_of: runs the model on inputs, given their numbers and a number for the seed of all randomness; returns
+            the outputs of its layers.
+        independent: runs the model and returns the layers whose outputs are not computed from the input.
+        of_other_inputs: like ``outputs_of``, on other inputs with the unchanged rest of the batch, to find layers that
+            depend on the rest alone; None if the model receives only the inputs.
+    """
+    first, second = PASSES
+    one, other = outputs_of(first, 0), outputs_of(second, 1)
+    tolerance = Tolerance.of(one.values())
+    found: dict[str, Finding] = dict.fromkeys([*one, *other], RAGGED)  # for layers that run in one pass only
+    doubtful: Outputs = {}
+    usual = _with_batch_first(one, other, tolerance)
+    repeated = {layer for layer, is_repeated in usual.items() if is_repeated}
+    found |= dict.fromkeys(usual, Layout())
+    for layer in (one.keys() & other.keys()) - usual.keys():
+        output = one.pop(layer)
+        found[layer] = layout = _finding_of(output, other[layer], tolerance)
+        values = layout.batch_first(output, len(first)) if isinstance(layout, Layout) else None
+        if values is not None and bool(_is_repeated(values, values.dtype)):
+            repeated.add(layer)
+        elif layout == MIXED:
+            doubtful[layer] = other[layer]
+    if doubtful:
+        again = outputs_of(second, 2)
+        found |= {name: RANDOM for name, output in doubtful.items() if not tolerance.equal(output, again.get(name))}
+    if of_other_inputs is not None:
+        changed = of_other_inputs(second, 1)
+        repeated |= {layer for layer, output in changed.items() if tolerance.equal(output, other.get(layer))}
+    if repeated:
+        found |= dict.fromkeys(independent() & repeated, CONSTANT)
+    return found
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Rounding differences allowed between outputs for batches of different lengths.
+
+    Attributes:
+        relative: as a fraction of the value.
+        absolute: as a fraction of the largest value.
+    """
+
+    relative: float
+    absolute: float
+
+    @classmethod
+    def of(cls, outputs: Iterable[Tensor]) -> Tolerance:
+        """The tolerance for a network with these outputs, each of which may be computed from any other."""
+        rounding = LAST_PLACES * max((_unit_of(output) for output in outputs), default=0.0)
+        return cls(max(RELATIVE, rounding), max(ABSOLUTE, rounding))
+
+    def equal(self, a: Tensor, b: Tensor | None) -> bool:
+        """Whether both tensors exist, have one shape, and are :meth:`close`."""
+        return b is not None and a.shape == b.shape and self.close(a, b)
+
+    def close(self, a: Tensor, b: Tensor) -> bool:
+        """Whether two tensors of one shape are equal up to rounding; NaN equals NaN."""
+        a, b = _wide(a), _wide(b)
+        size = float(torch.cat([a.flatten(), b.flatten()]).nan_to_num(0, 0, 0).abs().amax()) if a.numel() else 0.0
+        return torch.allclose(a, b, rtol=self.relative, atol=self.absolute * size, equal_nan=True)
+
+    def each_close(self, a: Tensor, b: Tensor) -> bool:
+        """Whether all slices along the first axis are pairwise close."""
+        return (a.numel() > 0 and bool(self.slices_close(_wide(a), _wide(b)))) or all(map(self.close, a, b))
+
+    def slices_close(self, a: Tensor, b: Tensor) -> Tensor:
+        """:meth:`each_close` of float64 tensors that are not empty, as a scalar tensor; false for NaN and infinity."""
+        a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+        of_each = b.abs()
+        sizes = of_each.amax(1, keepdim=True)
+        most = of_each.mul_(self.relative).add_(sizes, alpha=self.absolute)
+        return ((a - b).abs_().sub_(most) <= 0).all()
+
+
+def _unit_of(output: Tensor) -> float:
+    """The relative unit in the last place of the products from which an output is computed."""
+    if not output.is_floating_point():
+        return 0.0
+    return TF32 if output.dtype == torch.float32 and not output.is_cpu else torch.finfo(output.dtype).eps
+
+
+def _wide(output: Tensor) -> Tensor:
+    """Convert an output to float64, on the CPU if its device has no float64."""
+    return output.detach().to(summed_on(output.device)).double()
+
+
+def _with_batch_first(one: Outputs, other: Outputs, tolerance: Tolerance) -> dict[str, bool]:
+    """The layers whose outputs have the batch first and one slice for each input; and whether all slices are equal.
+
+    The results of all layers are read together, since each read from a GPU synchronises.
+    """
+    first, second = PASSES
+    flags: dict[torch.device, dict[str, Tensor]] = {}
+    for layer in one.keys() & other.keys():
+        a, b = one[layer], other[layer]
+        usual = a.shape == (len(first), *a.shape[1:]) and b.shape == (len(second), *a.shape[1:])
+        if usual and a.numel() and not a.is_complex():
+            a, b = _wide(a), _wide(b)
+            agree = tolerance.slices_close(torch.stack([a[first.index(which)] for which in second]), b)
+            flags.setdefault(a.device, {})[layer] = torch.stack([agree, _is_repeated(a, one[layer].dtype)])
+    found: dict[str, bool] = {}
+    for of_device in flags.values():
+        for layer, (agree, repeated) in zip(of_device, torch.stack([*of_device.values()]).tolist(), strict=True):
+            if agree:
+                found[layer] = repeated
+    return found
+
+
+def _finding_of(one: Tensor, other: Tensor, tolerance: Tolerance) -> Finding:
+    """Compare the outputs of a layer for the two :data:`PASSES`."""
+    first, second = PASSES
+    if one.ndim != other.ndim:
+        return RAGGED
+    differing = [axis for axis in range(one.ndim) if one.shape[axis] != other.shape[axis]]
+    if not differing:
+        return CONSTANT if tolerance.close(one, other) else MIXED
+    axis = differing[0]
+    slices, rest = divmod(one.shape[axis], len(first))
+    if len(differing) > 1 or rest or other.shape[axis] != slices * len(second):
+        return RAGGED
+    places = [first.index(which) for which in second]
+    outers = [outer for outer in range(1, slices + 1) if slices % outer == 0]
+    for outer in sorted(outers, key=lambda outer: outer not in (1, slices)):  # slices on both sides are least likely
+        layout = Layout(axis, outer, slices // outer)
+        a, b = layout.batch_first(one, len(first)), layout.batch_first(other, len(second))
+        if a is not None and b is not None and tolerance.each_close(a[places], b):
+            return layout
+    if one.ndim == 1 and slices > 1:  # a list whose lengths happen to be multiples of the batch sizes
+        return RAGGED
+    return MIXED
+
+
+def _is_repeated(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether values, computed in a type, are equal in all slices along the first axis, up to rounding."""
+    eps = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+    return (values - values[:1]).abs().amax() <= ROUNDING * eps * values.abs().amax()
