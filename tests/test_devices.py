@@ -216,8 +216,8 @@ def test_without_a_working_triton_it_warns_once_and_takes_pytorch(monkeypatch):
     torch.testing.assert_close(metric.compute(), expected, rtol=1e-6, atol=0)
 
 
-#: Tests of the sums, by file: of splits, merges, extreme and special values, and changes. Only the CPU has float32 means;
-#: over the largest cubes the interpreter takes long.
+#: Tests of the sums, by file: splits, merges, extreme and special values, changes. Only the CPU has float32 means; over
+#: the largest cubes the interpreter takes long.
 OF_SUMS = {
     "test_variance": "by_hand or any_block_size or merge_order or special_cases or out_of_range or nan_and"
     " or first_column or any_values or half_precision",
