@@ -1,7 +1,7 @@
 r"""Influences of samples on values that are made of squared deviations, summed in C.
 
-For every activation :math:`\psi_i = w R_i + v C_i - b`, with the squared deviations within row i, and of row i from the
-means of the columns.
+For every activation :math:`\psi_i = w R_i + v C_i - b`, with R the squared deviations within row i, and C the squared
+deviations of row i from the means of the columns.
 """
 
 from __future__ import annotations
