@@ -35,9 +35,9 @@ def rejected(p: Tensor, alpha: float, correction: str | None) -> Tensor:
 
 def f_survival(f: Tensor, d1: float, d2: float) -> Tensor:
     """The probability of an F statistic with d1 and d2 degrees of freedom above ``f``, in float64."""
-    f = f.double()
+    home, f = f.device, f.cpu().double()  # another device would wait for the CPU at each step of the fraction
     whole = d2 + d1 * f
-    return torch.where(whole.isinf(), 0.0, regularized_beta(d2 / whole, d1 * f / whole, d2 / 2, d1 / 2))
+    return torch.where(whole.isinf(), 0.0, regularized_beta(d2 / whole, d1 * f / whole, d2 / 2, d1 / 2)).to(home)
 
 
 def regularized_beta(x: Tensor, complement: Tensor, a: float, b: float) -> Tensor:
