@@ -9,7 +9,7 @@ AGGREGATES = (None, "mean", "max", "sum")
 
 
 def aggregate_maps(values: Tensor, aggregate: str | None, channel_axis: int = 0) -> Tensor:
-    """One value for each channel, ``(channels,)``: over all axes but that of the channels.
+    """One value for each channel, ``(channels,)``: over all axes but the channel axis.
 
     Args:
         values: of ``activation_shape``; without axes it is one channel.

@@ -115,7 +115,7 @@ def merge_over_ranks(
 
     All of them travel as one flat message along the chain of ranks, each of which merges its own, and the result
     travels back: a process sends its tensors twice at most and holds one other set, however many there are, and all of
-    them end with the same bits.
+    them end with equal bits.
 
     Args:
         own: the same names on every process, in the same order, each with the same number of dimensions everywhere.

@@ -62,7 +62,7 @@ def evaluate(
             compiled graph skips hooks; its graphs stay as they are.
         data: ``Dataset``, ``DataLoader`` or tensor. Samples are ``x``, ``(x, y)`` or dicts; see :class:`STLoader`.
         transformations: the columns of the ST matrix, at least two, such as ``rotations(16)``.
-        measures: metrics that are updated with ST blocks ``(samples, transformations, *activation_shape)``; those of
+        measures: metrics that are updated with ST blocks ``(samples, transformations, *activation_shape)``, from
             ``lightning_invariance.measures`` or your own. The result names them by class, or by key for a dict. By
             default :class:`~lightning_invariance.measures.NormalizedVariance`.
         layers: which layers to measure; by default every leaf module. Names, glob patterns, module types, a predicate,
@@ -70,10 +70,10 @@ def evaluate(
         batch_size: largest number of transformed inputs in one forward pass. ``"auto"`` is 128 on the CPU, and on an
             accelerator as many as make half a gigabyte of inputs (at most 16,384). It halves, with a warning, where
             memory does not suffice, also for later evaluations of the model. Values depend on it by rounding alone.
-        max_samples: how many samples to use, a random choice that is the same every time; by default all.
+        max_samples: how many samples to use, a random choice that does not change between calls; by default all.
         device: where to run; by default where the model's parameters are. The model is moved there and back.
         forward: ``forward(model, x)`` runs the model where it is not simply called as ``model(x)``. One of three
-            arguments is called as ``forward(model, x, batch)``: every entry of the batch for the same samples, repeated
+            arguments is called as ``forward(model, x, batch)``: every entry of the batch for these samples, repeated
             for each transformation, so that ``lambda model, x, batch: model(**{**batch, "pixel_values": x})`` works.
             Dicts, lists, tuples and dataclasses may be nested; the batch holds the input as it was before.
         input_fn: picks x from a collated batch, where :class:`STLoader` does not find it.
@@ -91,10 +91,10 @@ def evaluate(
             :meth:`InvarianceResult.interval` and :func:`compare`. By default there are none.
         outputs: metrics of predictions and targets, such as an accuracy: what the network's output (its logits, or the
             first tensor) is worth under each transformation, as ``result.outputs``. They need targets in the data.
-        channel_axis: where the units stand in the activations of some layers, ``{"blocks.*": -1}``: names or glob
-            patterns → axis of the activation (without the batch). By default the first for convolutions and batch
-            norms, the last for ``Linear``, ``LayerNorm`` and ``Embedding``, that of the input for modules that keep its
-            shape, and else the first of (C, H, W) and the last of (tokens, C). ``result.channel_axis`` says it.
+        channel_axis: which axis of the activation (without the batch) holds the channels of some layers, as a dict of
+            names or glob patterns, ``{"blocks.*": -1}``. By default the first axis of convolutions and batch norms, the
+            last of ``Linear``, ``LayerNorm`` and ``Embedding``, the axis of the input for modules that keep its shape,
+            and else the first of (C, H, W) and the last of (tokens, C). ``result.channel_axis`` says it.
         seed: of the choice of samples and of random transformations.
         progress: show a bar when the walk takes longer than a few seconds.
 
@@ -304,8 +304,8 @@ def check_model(model: Any) -> None:
         )
     if any(tensor.is_meta for tensors in (model.parameters(), model.buffers()) for tensor in tensors):
         raise ValueError(
-            "Expected argument `model` to hold values, but some of its parameters are on the meta device: load them, or"
-            " materialise it with `model.to_empty(device=...)`."
+            "Expected argument `model` to hold values, but some of its parameters are on the meta device: load weights"
+            " first, such as with `model.load_state_dict(weights, assign=True)`."
         )
 
 

@@ -26,18 +26,18 @@ def number_of(count: int, noun: str) -> str:
 
 
 def instead_of(name: str, known: Iterable[str], there: str = "There are") -> str:
-    """What to write instead of an unknown name: names like it, or else some of those there are."""
+    """Hint for an unknown name: similar names, or else some of the known ones."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return f"Did you mean {', '.join(map(repr, near))}?" if near else f"{there} {some(names)}."
 
 
 def given(value: Any) -> str:
-    """What was given where something else was expected: ``'a'``, ``Tensor of shape (8, 3)``, ``[1, 2, 3, …``."""
+    """Describe a value that was given: ``'a'``, ``Tensor of shape (8, 3)``, ``[1, 2, 3, …``."""
     if isinstance(shape := getattr(value, "shape", None), tuple):
         return f"{type(value).__name__} of shape {tuple(shape)}"
-    told = " ".join(repr(value).split())
-    return told if len(told) <= FEW_CHARACTERS else told[:FEW_CHARACTERS] + "…"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= FEW_CHARACTERS else text[:FEW_CHARACTERS] + "…"
 
 
 def level_of_user() -> int:

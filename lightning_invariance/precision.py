@@ -1,4 +1,4 @@
-"""Where sums are kept: on a device that has float64."""
+"""Find a device with float64 for the sums of activations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 def summed_on(device: torch.device) -> torch.device:
     """Where activations of a device are summed: there, or on the CPU where the device has no float64, as MPS has not.
 
-    The memory of such devices is mostly that of the CPU; float32 sums of many samples would not be exact.
+    Such devices mostly share the memory of the CPU; float32 sums of many samples would not be exact.
     """
     return device if has_float64(device) else torch.device("cpu")
 

@@ -7,6 +7,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_invariance.accumulators import Rows
+from lightning_invariance.accumulators.layer_state import LayerState
+
 #: Operations that launch nothing.
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "lift_fresh"}
 
@@ -51,10 +54,10 @@ def counted(measure, block: Tensor) -> Counted:
         measure: a measure.
         block: ``(samples, transformations, *activation_shape)``, of which the shape and type count.
     """
-    measure = measure.clone().to("meta")
     n, block = len(block), block.to("meta")
+    layer = LayerState(measure.needs, tuple(block.shape[2:]), n_transformations=block.shape[1], device=block.device)
     for i in range(2):
-        measure.add(block, indices=torch.arange(i * n, (i + 1) * n))
+        layer.add(Rows(block, torch.arange(i * n, (i + 1) * n)))
     with Counted() as found:
-        measure.add(block, indices=torch.arange(2 * n, 3 * n))
+        layer.add(Rows(block, torch.arange(2 * n, 3 * n)))
     return found

@@ -92,9 +92,7 @@ def check(generator: random.Random) -> None:
         x = block(generator, m, k)
         if len(x):
             values = x.unflatten(2, shape)
-            some = Rows(values, before=sum(map(len, rows)), channel_axis=axis, keep_shares=generator.random() < 0.5)
-            accumulator.add_(states, some)
-            check_powers(accumulator.shares(some, None)["row_spread"].flatten(1), x)
+            accumulator.add(states, Rows(values, before=sum(map(len, rows)), channel_axis=axis))
             rows.append(x)
         network = pairs._network(min(m, c_kernels.MOST_SORTED))
         found = c_kernels.absolute_differences(x[:, : c_kernels.MOST_SORTED], network)
@@ -139,21 +137,6 @@ def check_influences(x: torch.Tensor, m: int, k: int) -> None:
             changes = (wide - wide[:, [m // 2]]).square() @ of_changes.factors.double()
             torch.testing.assert_close(found.changes, changes, rtol=1e-4, atol=0)
             torch.testing.assert_close(found.spreads.double(), (wide - means).square().sum(1), rtol=1e-4, atol=0)
-
-
-def check_powers(spreads: torch.Tensor, x: torch.Tensor) -> None:
-    """Spreads of rows and their powers against their definitions."""
-    wide = x.double()
-    expected = (wide - wide.mean(1, keepdim=True)).square().sum(1)
-    held = (expected > 1e-30) & (expected < 1e30)  # by float32
-    rounding = 1e-8 * wide.square().sum(1)[held]
-    assert bool(((spreads.double()[held] - expected[held]).abs() <= 1e-4 * expected[held] + rounding).all())
-    centre, powers = spreads[0].double(), torch.zeros(4, spreads.shape[1], dtype=torch.float64)
-    on_sum = c_kernels.add_powers(spreads, 0.5, centre, powers)
-    values = spreads.double() / 2
-    torch.testing.assert_close(on_sum, values.sum(1), equal_nan=True)
-    each = torch.stack([((values - centre) ** power).sum(0) for power in (1, 2, 3, 4)])
-    torch.testing.assert_close(powers, each, rtol=1e-6, atol=0, equal_nan=True)
 
 
 def main() -> int:

@@ -10,7 +10,6 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_invariance import evaluate, functional, rotations
-from lightning_invariance.distributed import gather_or_raise
 from lightning_invariance.measures import (
     Anova,
     DistanceSameEquivariance,
@@ -168,8 +167,22 @@ def test_an_error_on_one_process_ends_all_of_them(tmp_path):
     assert "rank 1 failed: ArithmeticError('a bad batch')" in told[0]
 
 
-def test_all_processes_hear_that_one_ran_out_of_memory(monkeypatch):
-    told = [(1, None), (2, repr(torch.OutOfMemoryError("too large")))]
-    monkeypatch.setattr("lightning_invariance.distributed.gather_objects", lambda value: told)
-    with pytest.raises(torch.OutOfMemoryError, match="rank 1 failed"):
-        gather_or_raise(1, None)
+def out_of_memory_on_rank_1(batch_size):
+    def forward(network, x):
+        if dist.get_rank() == 1 and len(x) > 8:
+            raise torch.OutOfMemoryError("too large")
+        return network(x)
+
+    try:
+        result = evaluate(model(), IMAGES, rotations(4), forward=forward, batch_size=batch_size)
+    except torch.OutOfMemoryError as error:
+        return str(error)
+    return result["NormalizedVariance"]["3"]
+
+
+def test_all_processes_take_smaller_batches_where_one_runs_out_of_memory(ranks):
+    for error in ranks(out_of_memory_on_rank_1, 12):
+        assert "too large" in error
+    alone = evaluate(model(), IMAGES, rotations(4))["NormalizedVariance"]["3"]
+    for found in ranks(out_of_memory_on_rank_1, "auto"):
+        torch.testing.assert_close(found, alone, rtol=1e-9, atol=0)

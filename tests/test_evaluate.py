@@ -297,7 +297,7 @@ def test_a_row_that_reaches_a_layer_in_part_does_not_count_there(marks):
     expected = st.var(1).mean(0) / st.var(0).mean(0)
     torch.testing.assert_close(found["NormalizedVariance"]["second"], expected, rtol=1e-9, atol=0)
     in_two_walks = evaluate(model, x, turns, measure, batch_size=2, state_budget=600)  # which add rows in parts
-    assert in_two_walks.left_out == {"second": "ragged: not as much for every sample"}
+    assert {layer: why.partition(":")[0] for layer, why in in_two_walks.left_out.items()} == {"second": "ragged"}
     whole = found["NormalizedVariance"]["first"]
     torch.testing.assert_close(in_two_walks["NormalizedVariance"]["first"], whole, rtol=1e-9, atol=0)
 

@@ -149,3 +149,17 @@ def test_influences_are_counted():
     with pytest.raises(ValueError, match="`confidence=` needs"):
         evaluate(model, x, rotations(4), batch_size=8, state_budget=int(1.2 * sums), confidence=0.95)
     evaluate(model, x, rotations(4), batch_size=8, state_budget=3 * sums, confidence=0.95)
+
+
+def within_budget():
+    return evaluate(
+        Counting().double(), torch.rand(2, 1, 40, 40, dtype=torch.float64), rotations(16), state_budget=1_200_000
+    )
+
+
+def test_processes_keep_a_budget_together_also_one_without_samples(ranks):
+    torch.manual_seed(0)
+    expected = within_budget()["NormalizedVariance"]
+    for found in ranks(within_budget):
+        for layer, values in expected.items():
+            torch.testing.assert_close(found["NormalizedVariance"][layer], values, rtol=1e-9, atol=0)

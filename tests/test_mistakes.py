@@ -66,7 +66,7 @@ def test_arguments_in_another_order():
 def test_a_model_without_values():
     with torch.device("meta"):
         model = network()
-    with pytest.raises(ValueError, match="on the meta device: load them"):
+    with pytest.raises(ValueError, match="on the meta device: load weights"):
         evaluate(model, IMAGES, rotations(4))
 
 

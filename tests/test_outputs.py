@@ -264,7 +264,7 @@ def test_metrics_that_do_not_fit_are_refused():
         evaluate(classifier(), data, turns, outputs=[MulticlassAccuracy])
     with pytest.raises(ValueError, match="prediction for each of"):
         evaluate(classifier(), data, turns, outputs=accuracy(), forward=lambda model, x: model(x).sum())
-    with pytest.raises(ValueError, match="`outputs` with states within"):
+    with pytest.raises(ValueError, match="`outputs=` needs"):
         evaluate(classifier(), data, rotations(16), outputs=accuracy(), state_budget=2500)
     with pytest.raises(ValueError, match="names of measures"):
         InvarianceMonitor(turns, outputs={"a:b": accuracy()})

@@ -14,8 +14,8 @@ from lightning_invariance import (
     scales,
     translations,
 )
-from lightning_invariance.accumulators import Deviations, Rows, deviations
-from lightning_invariance.accumulators.backends import c_kernels
+from lightning_invariance.accumulators import Deviations, Rows
+from lightning_invariance.accumulators.backends import c_deviations, c_kernels, pytorch
 from lightning_invariance.measures import NormalizedVariance, SampleVariance, TransformationVariance
 
 IMAGES = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -124,11 +124,11 @@ CHANGES = [(*ACTIVATIONS[i], *WAYS[(i + k) % 8]) for i in range(len(ACTIVATIONS)
 
 @pytest.mark.parametrize(("shape", "axis", "compiled", "scale", "threads", "reference"), CHANGES)
 def test_changes_of_any_activation_are_the_definition(shape, axis, reference, threads, scale, compiled, monkeypatch):
-    monkeypatch.setattr(deviations, "FEWEST_FLOAT32_VALUES", 0)
+    monkeypatch.setattr(c_deviations, "FEWEST_FLOAT32_VALUES", 0)
     if not compiled:
         monkeypatch.setattr(c_kernels, "_kernels", None)
     elif c_kernels._kernels is not None:
-        monkeypatch.setattr(deviations, "scaled_changes", None)  # which takes them with PyTorch's operations
+        monkeypatch.setattr(pytorch, "scaled_changes", None)  # which takes them with PyTorch's operations
     generator = torch.Generator().manual_seed(0)
     st = scale * (torch.randn(11, 1, *shape, generator=generator) + torch.randn(11, 5, *shape, generator=generator))
     before = torch.get_num_threads()
@@ -136,7 +136,7 @@ def test_changes_of_any_activation_are_the_definition(shape, axis, reference, th
     accumulator = Deviations(response=True, reference=reference)
     states, n = accumulator.empty(), 0
     for block in st.split([1, 4, 6]):
-        accumulator.add_(states, Rows(block, before=n, channel_axis=axis))
+        accumulator.add(states, Rows(block, before=n, channel_axis=axis))
         n += len(block)
     torch.set_num_threads(before)
     x = st.double().movedim(2 + axis, 2).reshape(11, 5, shape[axis], -1)
@@ -160,7 +160,7 @@ def test_a_first_block_whose_columns_are_far_apart(reference, compiled, monkeypa
     accumulator = Deviations(response=True, reference=reference)
     states = accumulator.empty()
     for before, block in zip((0, 8, 16), st.split(8), strict=True):
-        accumulator.add_(states, Rows(block, before=before))
+        accumulator.add(states, Rows(block, before=before))
         assert states["offsets"].dtype == torch.float64
     x = st.double()
     origin, factor = (x[:, [0]], 1 / 2) if reference == 0 else (x.mean(1, keepdim=True), 8 / 7)
@@ -174,7 +174,8 @@ def test_a_nan_stays_in_its_channel_and_transformation():
     st = torch.randn(4, 3, 2, 16, 16, generator=torch.Generator().manual_seed(0))
     st[1, 2, 1, 3, 4] = torch.nan
     accumulator = Deviations(response=True, reference=0)
-    states = accumulator.add(accumulator.empty(), Rows(st))
+    states = accumulator.empty()
+    accumulator.add(states, Rows(st))
     assert states["changes"].isnan().tolist() == [[False, False], [False, False], [False, True]]
 
 

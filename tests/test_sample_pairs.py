@@ -224,7 +224,7 @@ def test_any_split_and_order_of_merging_gives_the_pairs_in_groups(n, samples, mo
         states, before = pairs.empty(), 0
         while before < len(own):
             taken = own[before : before + data.draw(st.integers(1, 9))]
-            states = pairs.add(states, Rows(cube[taken], torch.tensor(taken), before=before))
+            pairs.add(states, Rows(cube[taken], torch.tensor(taken), before=before))
             before += len(taken)
         parts.append(states)
     parts = [parts[i] for i in torch.randperm(ranks, generator=generator).tolist() if parts[i]["groups"].numel()]

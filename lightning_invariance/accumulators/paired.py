@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators.backends.scratch import chunk_length
+from lightning_invariance.accumulators.backends.chunks import chunk_length
 from lightning_invariance.accumulators.base import Accumulator, Rows, States
 
 

@@ -1,1 +1,1 @@
-"""Samples: which of them, in batches, under every transformation, and on which rank."""
+"""Load samples in batches, under every transformation, on every rank."""

@@ -1,4 +1,4 @@
-"""Batches of a loader: their inputs and labels, and taking or joining the samples of everything else they hold."""
+"""Find inputs and labels in batches of any structure; select and concatenate their samples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Keys under which a dict sample may hold its input, and its label.
+#: Keys under which a dict may hold the input, and the label.
 INPUT_KEYS = ("image", "images", "img", "x", "input", "inputs", "pixel_values", "data")
 LABEL_KEYS = ("label", "labels", "y", "target", "targets", "class")
 
@@ -22,9 +22,9 @@ class Samples:
 
     Attributes:
         inputs: ``(n, *input_shape)``.
-        labels: ``(n,)``, or None where the samples carry no label.
-        batch: all entries of the batch for these samples, or None where nobody asked for them.
-        keys: ``(n,)``, what tells the samples apart by what they hold, or None where nobody asked for it.
+        labels: ``(n,)``, or None where the samples have no label.
+        batch: all entries of the batch for these samples, or None if not requested.
+        keys: ``(n,)``, a 64-bit hash of the content of each sample, or None if not requested.
     """
 
     inputs: Tensor
@@ -35,14 +35,11 @@ class Samples:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def taken(self, which: slice) -> Samples:
-        """Some of them."""
-        labels = None if self.labels is None else self.labels[which]
-        batch = None if self.batch is None else taken(self.batch, len(self), torch.arange(len(self))[which])
-        return Samples(self.inputs[which], labels, batch, None if self.keys is None else self.keys[which])
+    def __getitem__(self, which: slice) -> Samples:
+        found: Samples = select_samples(self, len(self), which)
+        return found
 
-    def joined(self, other: Samples) -> Samples:
-        """These and others."""
+    def __add__(self, other: Samples) -> Samples:
         labels, keys = (
             None if a is None or b is None else torch.cat([a, b])
             for a, b in ((self.labels, other.labels), (self.keys, other.keys))
@@ -51,16 +48,19 @@ class Samples:
         return Samples(torch.cat([self.inputs, other.inputs]), labels, batch, keys)
 
     def to(self, device: torch.device) -> Samples:
-        """The same on a device, labels and keys apart."""
-        batch = changed(self.batch, lambda tensor: tensor.to(device, non_blocking=True))
-        return replace(self, inputs=self.inputs.to(device, non_blocking=True), batch=batch)
+        """Move the inputs and the batch to a device; labels and keys stay where they are."""
+
+        def moved(value: Any) -> Any:
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else None
+
+        return replace(self, inputs=moved(self.inputs), batch=_mapped(moved, self.batch))
 
 
 def input_of(batch: Any, input_fn: Callable[..., Tensor] | None) -> Tensor:
-    """The inputs of a batch.
+    """Return the inputs of a batch.
 
     Raises:
-        ValueError: If it is not clear which they are.
+        ValueError: If the batch has no entry that is clearly the input.
     """
     found: Any = batch
     if input_fn is not None:
@@ -80,13 +80,13 @@ def input_of(batch: Any, input_fn: Callable[..., Tensor] | None) -> Tensor:
 
 
 def label_of(batch: Any, n: int) -> Tensor | None:
-    """The labels of a batch, if it has one whole number for each sample."""
+    """Return the labels of a batch, if it has one integer for each sample."""
     found = target_of(batch, n)
     return None if found is None or found.ndim > 1 or found.is_floating_point() else found
 
 
 def target_of(batch: Any, n: int) -> Tensor | None:
-    """What a network should return for a batch: a tensor with an entry for each sample; None where there is none."""
+    """Return the targets of a batch, a tensor with an entry for each sample; None where there is none."""
     found: Any = None
     if isinstance(batch, Mapping):
         found = next((batch[key] for key in LABEL_KEYS if key in batch), None)
@@ -96,7 +96,7 @@ def target_of(batch: Any, n: int) -> Tensor | None:
 
 
 def takes_batch(forward: Callable[..., Any] | None) -> bool:
-    """Whether a ``forward`` is called as ``forward(model, x, batch)``: it takes three arguments without defaults."""
+    """Return whether ``forward`` takes three arguments without defaults: ``forward(model, x, batch)``."""
     if forward is None:
         return False
     try:
@@ -107,75 +107,72 @@ def takes_batch(forward: Callable[..., Any] | None) -> bool:
     return sum(each.kind in positional and each.default is each.empty for each in parameters) == 3
 
 
-def taken(batch: Any, n: int, positions: Tensor) -> Any:
-    """A batch of ``n`` samples with those at ``positions`` only, in this order; some may come several times.
+def select_samples(batch: Any, n: int, positions: Tensor | slice) -> Any:
+    """Select samples from a batch of ``n``, in the order of ``positions``, which may repeat some.
 
-    Tensors whose first axis is ``n`` long and lists with something for each sample are indexed, in any nesting of
-    mappings, lists, tuples and dataclasses. Everything else is the same for all samples and stays.
+    Tensors whose first axis is ``n`` long and lists with one entry for each sample are indexed, in any nesting of
+    mappings, lists, tuples and dataclasses. Everything else is common to all samples and stays.
     """
-    chosen = positions.tolist()
 
-    def of_list(values: Any) -> Any:
-        return type(values)(values[i] for i in chosen) if _is_by_sample(values, n) else None
+    def selected(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if value.shape[:1] != (n,):
+                return value
+            return value[positions if isinstance(positions, slice) else positions.to(value.device)]
+        if isinstance(value, list | tuple) and _is_by_sample(value, n):
+            indices = range(n)[positions] if isinstance(positions, slice) else positions.tolist()
+            return type(value)(value[i] for i in indices)
+        return None
 
-    def of_tensor(tensor: Tensor) -> Tensor:
-        return tensor[positions.to(tensor.device)] if tensor.shape[:1] == (n,) else tensor
-
-    return changed(batch, of_tensor, of_list)
+    return _mapped(selected, batch)
 
 
 def joined(one: Any, other: Any, n_one: int, n_other: int) -> Any:
-    """Two batches of the same form, one after the other."""
-    if isinstance(one, Tensor):
-        return torch.cat([one, other]) if one.shape[:1] == (n_one,) and other.shape[:1] == (n_other,) else one
-    if isinstance(one, Mapping):
-        return _with_items(one, {key: joined(one[key], other[key], n_one, n_other) for key in one})
-    if isinstance(one, list | tuple):
-        if _is_by_sample(one, n_one) and _is_by_sample(other, n_other):
-            return type(one)([*one, *other])
-        return _like(one, [joined(a, b, n_one, n_other) for a, b in zip(one, other, strict=True)])
-    if is_dataclass(one) and not isinstance(one, type):
-        names = [field.name for field in fields(one) if field.init]
-        return replace(one, **{n: joined(getattr(one, n), getattr(other, n), n_one, n_other) for n in names})
-    return one
+    """Concatenate two batches of one structure, of ``n_one`` and ``n_other`` samples."""
+
+    def concatenated(a: Any, b: Any) -> Any:
+        if isinstance(a, Tensor):
+            return torch.cat([a, b]) if a.shape[:1] == (n_one,) and b.shape[:1] == (n_other,) else a
+        if isinstance(a, list | tuple) and _is_by_sample(a, n_one) and _is_by_sample(b, n_other):
+            return type(a)([*a, *b])
+        return None
+
+    return _mapped(concatenated, one, other)
 
 
-def changed(batch: Any, of_tensor: Callable[[Tensor], Tensor], of_list: Callable[[Any], Any] | None = None) -> Any:
-    """A batch with every tensor changed.
-
-    Args:
-        batch: any nesting of mappings, lists, tuples and dataclasses.
-        of_tensor: changes a tensor.
-        of_list: changes a list or tuple as a whole; None where it does not.
-    """
-    if isinstance(batch, Tensor):
-        return of_tensor(batch)
-    if isinstance(batch, Mapping):
-        return _with_items(batch, {key: changed(value, of_tensor, of_list) for key, value in batch.items()})
-    if isinstance(batch, list | tuple):
-        whole = None if of_list is None else of_list(batch)
-        return _like(batch, [changed(value, of_tensor, of_list) for value in batch]) if whole is None else whole
-    if is_dataclass(batch) and not isinstance(batch, type):
-        names = [field.name for field in fields(batch) if field.init]
-        return replace(batch, **{name: changed(getattr(batch, name), of_tensor, of_list) for name in names})
-    return batch
+def _mapped(function: Callable[..., Any], *batches: Any) -> Any:
+    """Apply a function to corresponding entries of batches of one structure; where it returns None, to their parts."""
+    first = batches[0]
+    if (found := function(*batches)) is not None:
+        return found
+    if isinstance(first, Mapping):
+        return _with_items(first, {key: _mapped(function, *(batch[key] for batch in batches)) for key in first})
+    if isinstance(first, list | tuple):
+        values = [_mapped(function, *parts) for parts in zip(*batches, strict=True)]
+        return type(first)(*values) if hasattr(first, "_fields") else type(first)(values)  # of a named tuple
+    if is_dataclass(first) and not isinstance(first, type):
+        names = [field.name for field in fields(first) if field.init]
+        return replace(
+            first, **{name: _mapped(function, *(getattr(batch, name) for batch in batches)) for name in names}
+        )
+    return first
 
 
 def _is_by_sample(values: Any, n: int) -> bool:
-    """Whether a list or tuple holds something for each sample, such as texts or boxes, instead of whole tensors."""
+    """Return whether a list or tuple has an entry for each sample, such as a text, instead of whole tensors."""
     if len(values) != n or hasattr(values, "_fields"):
         return False
-    return not any((isinstance(value, Tensor) and value.shape[:1] == (n,)) or _holds(value, n) for value in values)
+    return not any(_holds(value, n) for value in values)
 
 
 def _holds(value: Any, n: int) -> bool:
-    """Whether a container holds a tensor with a value for each sample."""
-    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    """Return whether a value is, or directly contains, a tensor with an entry for each sample."""
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else (value,)
     return any(isinstance(each, Tensor) and each.shape[:1] == (n,) for each in inner)
 
 
 def _with_items(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-    """A mapping of the same type with other values; a dict where the type does not allow it."""
+    """Copy a mapping with other values; to a dict where its type is read-only."""
     if type(mapping) is dict or not isinstance(mapping, MutableMapping):
         return items
     found = copy(mapping)
@@ -184,13 +181,8 @@ def _with_items(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     return found
 
 
-def _like(sequence: Any, values: list[Any]) -> Any:
-    """Values in a list, tuple or named tuple of the same type."""
-    return type(sequence)(*values) if hasattr(sequence, "_fields") else type(sequence)(values)
-
-
 def describe(value: Any) -> str:
-    """What a batch holds, for messages."""
+    """Describe a batch, for messages."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Whether all processes, batches and passes see the same data."""
+"""Check that all processes measure equal data, and that transformations are deterministic and differ."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lightning_invariance.transforms import TransformationSet
 
 
 class Fingerprint(NamedTuple):
-    """What processes with the same data agree on.
+    """Summary of the data of a process, equal on all processes that have equal data.
 
     Attributes:
-        n_samples: how many samples there are, where that is known.
-        first: a digest of the first sample; None where a dataset gives another one every time.
+        n_samples: number of samples; None for a stream.
+        first: a digest of the first sample; None where a dataset is random.
     """
 
     n_samples: int | None
@@ -28,7 +28,7 @@ class Fingerprint(NamedTuple):
 
 
 def fingerprint_of(n_samples: int | None, first: Callable[[], Tensor], seed: int) -> Fingerprint:
-    """The fingerprint of data whose first sample is fetched by a function."""
+    """Make the fingerprint of data, given a function that loads the first sample."""
     digests = set()
     for _ in range(2):
         with isolated_random_state(seed):
@@ -38,7 +38,7 @@ def fingerprint_of(n_samples: int | None, first: Callable[[], Tensor], seed: int
 
 
 def keys_of(samples: Tensor) -> Tensor:
-    """A number of 64 bits for each sample, ``(n,)``, by what it holds, in float32 if that is of floating point."""
+    """Compute a 64-bit hash of the content of each sample, ``(n,)``; floating-point samples count in float32."""
     samples = samples.float() if samples.is_floating_point() else samples
     values = samples.detach().cpu().contiguous().flatten(1).view(torch.uint8).numpy()
     digests = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in values)
@@ -46,7 +46,7 @@ def keys_of(samples: Tensor) -> Tensor:
 
 
 def warn_of_randomness(transformations: TransformationSet, sample: Tensor, seed: int) -> None:
-    """Warn where values will depend on batches and processes, since transformations draw random numbers."""
+    """Warn of transformations that draw random numbers: values depend on batches and processes."""
     with isolated_random_state(seed):
         is_random = transformations.is_random(sample)
     if is_random:
@@ -59,28 +59,25 @@ def warn_of_randomness(transformations: TransformationSet, sample: Tensor, seed:
 
 
 def warn_of_equal(transformations: TransformationSet, inputs: Tensor) -> None:
-    """Warn where all transformations make the same of some samples, ``(rows, columns, ...)``, that differ in values."""
-    varies = bool((inputs != inputs.flatten()[0]).any())  # an empty image stays what it is
+    """Warn if all columns of inputs ``(rows, columns, ...)`` are equal, unless the inputs are constant."""
+    varies = bool((inputs != inputs.flatten()[0]).any())  # transformations do not change a constant image
     if inputs.shape[1] > 1 and varies and bool((inputs == inputs[:, :1]).all()):
         warnings.warn(
-            f"All transformations of {transformations!r} make the same of a sample, so that every layer will look"
-            " invariant. Functions made in a loop all see its last value: write `lambda x, k=k: ...`.",
+            f"All transformations of {transformations!r} give equal outputs, so that every layer looks invariant."
+            " Functions made in a loop all see its last value: write `lambda x, k=k: ...`.",
             UserWarning,
             stacklevel=level_of_user(),
         )
 
 
-def is_split(told: Sequence[Fingerprint]) -> bool:
-    """Whether a stream is split among the processes, each of which has its own part.
-
-    Args:
-        told: the fingerprint of each process.
+def is_split(fingerprints: Sequence[Fingerprint]) -> bool:
+    """Return whether each process has its own part of a stream, instead of equal data.
 
     Raises:
-        ValueError: If they hold different data in another way.
+        ValueError: If the processes have different datasets, or some of them equal streams and others not.
     """
-    numbers = [each.n_samples for each in told]
-    digests = [each.first for each in told if each.first is not None]
+    numbers = [each.n_samples for each in fingerprints]
+    digests = [each.first for each in fingerprints if each.first is not None]
     give = "give each of them the whole data, which `evaluate` divides."
     if len(set(numbers)) > 1:
         raise ValueError(
@@ -88,7 +85,7 @@ def is_split(told: Sequence[Fingerprint]) -> bool:
         )
     if len(set(digests)) < 2:
         return False
-    if numbers[0] is None and len(set(digests)) == len(told):
+    if numbers[0] is None and len(set(digests)) == len(fingerprints):
         return True
     raise ValueError(
         f"Expected argument `data` to be the same on every process, but their first samples differ: {give}"

@@ -1,4 +1,4 @@
-"""Samples × transformations: the inputs behind the ST matrix, block by block."""
+"""Load samples and transform them: the inputs of the ST matrix, block by block."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lightning_invariance.data.samples import Source
 from lightning_invariance.messages import given
 from lightning_invariance.transforms import TransformationSet
 
-#: Samples that are fetched together, if that makes whole blocks: while a GPU computes the next ones are fetched.
-FETCHED = 64
+#: Samples that are loaded at a time, rounded down to whole blocks; the next ones load while a GPU computes.
+SAMPLES_PER_FETCH = 64
 
 
 class STBlock(NamedTuple):
@@ -24,13 +24,13 @@ class STBlock(NamedTuple):
 
     Attributes:
         inputs: ``(rows, columns, *input_shape)``: the transformed samples.
-        labels: ``(rows,)``, where they were loaded, or None where the samples carry no label.
-        columns: which transformations these are. Blocks of one row longer than a batch come one after the other;
-            the row is complete when ``columns.stop`` is the number of transformations.
-        indices: ``(rows,)``, on the CPU: which of the chosen samples these are, counted over all processes.
-        batch: all entries of the batch for these rows, where they were asked for.
-        keys: ``(rows,)``, on the CPU: 64 bits that tell the samples apart by what they hold before any transformation,
-            where they were asked for.
+        labels: ``(rows,)``, on the device where they were loaded; None where the samples have no label.
+        columns: the transformations of this block. A row longer than a batch comes in consecutive blocks; it is
+            complete when ``columns.stop`` is the number of transformations.
+        indices: ``(rows,)``, on the CPU: numbers of the samples among the selected samples of all processes.
+        batch: all entries of the batch for these rows, if requested.
+        keys: ``(rows,)``, on the CPU: 64-bit hashes of the content of the samples before any transformation, if
+            requested.
     """
 
     inputs: Tensor
@@ -42,35 +42,34 @@ class STBlock(NamedTuple):
 
 
 class STLoader:
-    """Loads samples, transforms them on the target device, and gives them out as blocks of the ST matrix.
+    """Loads samples, transforms them on the target device, and iterates over blocks of the ST matrix.
 
     A block holds complete rows, as many as fit into a batch: ``batch_size // m`` samples under all m transformations. A
-    row longer than a batch comes in parts of at most ``batch_size`` columns. Which samples are taken, and which of them
-    share a block, does not depend on how the data are loaded.
+    row longer than a batch comes in parts of at most ``batch_size`` columns. Which samples are selected, and which of
+    them are in one block, does not depend on how the data are loaded.
 
     Args:
         data: a map-style or iterable ``Dataset``, a ``DataLoader``, or a tensor of inputs. Samples are a tensor ``x``,
             a pair ``(x, y)``, or a dict with the input under ``image``, ``x``, ``input``, ``pixel_values`` or the like
-            (or as its only tensor). Of a loader of a map-style dataset the samples of its sampler or batch sampler are
-            taken, with its ``collate_fn`` and workers, but in other batches; Lightning's distribution of a sampler is
-            taken off.
+            (or as its only tensor). A loader of a map-style dataset is used for its sampler or batch sampler,
+            ``collate_fn`` and workers, but not for its batches; distributed samplers of Lightning are unwrapped.
         transformations: the columns.
         batch_size: largest number of transformed inputs in a block.
-        max_samples: how many samples to take: a random choice without regard to classes, the same at every call and
-            for every batch size. None takes all. An iterable dataset gives its first samples instead.
+        max_samples: how many samples to use: a random choice without regard to classes, equal at every call and for
+            every batch size. None uses all. Of an iterable dataset, the first samples are used.
         input_fn: picks x from a collated batch, where the above does not find it.
         device: where to transform; by default where the samples are.
         seed: of the choice of samples.
-        rank: this process takes its share of the samples, one of ``world_size``.
+        rank: of this process, which loads its part of the samples.
         world_size: number of processes.
-        transform: if false, a block holds each sample as it is, as often as there are transformations.
-        with_batch: whether blocks carry all entries of the batch.
-        run: how many samples a process takes at most, one after the other in the random order, before another has its
-            turn. Those of iterable datasets, whose order is their own, are always dealt one by one.
+        transform: if false, a block holds copies of each untransformed sample, one for each transformation.
+        with_batch: whether blocks have all entries of the batch.
+        run: largest number of consecutive samples, in the random order, that go to one process. Samples of iterable
+            datasets are distributed one by one.
 
     Attributes:
         source: where the samples come from.
-        n_samples: how many all processes take together; None for a stream.
+        n_samples: number of samples of all processes; None for a stream.
 
     Raises:
         ValueError: If ``batch_size`` or ``max_samples`` is too small, there are no samples, an iterable dataset comes
@@ -129,18 +128,18 @@ class STLoader:
         self._seed, self._checked, self._compared = seed, False, False
 
     def _fetched_together(self) -> int:
-        return self.rows * max(1, FETCHED // self.rows)
+        return self.rows * max(1, SAMPLES_PER_FETCH // self.rows)
 
     def resize(self, batch_size: int) -> None:
-        """Make larger or smaller blocks from now on, of the same samples, which must not be those of a stream.
+        """Change the size of the following blocks; not for a stream.
 
-        Within a walk only if a batch holds whole rows before and after.
+        During an iteration, only if a batch holds whole rows before and after.
         """
         self.batch_size, self.rows = batch_size, max(1, batch_size // len(self.transformations))
         self.source.fetch_together(self._fetched_together())
 
     def __len__(self) -> int:
-        """Number of blocks of this process; a TypeError where the data have no length."""
+        """Return the number of blocks of this process; a TypeError where the data have no length."""
         if (own := self.source.n_own) is None:
             raise TypeError("The data have no length.")
         return -(-own // self.rows) * len(self._parts())
@@ -170,17 +169,17 @@ class STLoader:
                 yield STBlock(inputs, samples.labels, columns, indices, samples.batch, samples.keys)
 
     def _rows(self) -> Iterator[Samples]:
-        """The samples, :attr:`rows` at a time however they were batched, on the device."""
-        waiting: Samples | None = None
+        """Yield :attr:`rows` samples at a time, on the device, whatever the batches of the source."""
+        rest: Samples | None = None
         for samples in self.source.batches():
             if self.device is not None:
                 samples = samples.to(self.device)
-            if waiting is not None:
-                samples = waiting.joined(samples)
+            if rest is not None:
+                samples = rest + samples
             start = 0
             while (end := start + self.rows) <= len(samples):  # which :meth:`resize` may change between two blocks
-                yield samples.taken(slice(start, end))
+                yield samples[start:end]
                 start = end
-            waiting = samples.taken(slice(start, None)) if start < len(samples) else None
-        if waiting is not None:
-            yield waiting
+            rest = samples[start:] if start < len(samples) else None
+        if rest is not None:
+            yield rest

@@ -1,4 +1,4 @@
-"""Which samples of its dataset a DataLoader gives: those of its sampler."""
+"""Find the samples of a dataset that the sampler of a DataLoader selects."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lightning_invariance.random_state import isolated_random_state
 
 
 def indices_of(loader: DataLoader[Any], seed: int) -> list[Any] | None:
-    """The indices of the samples that a loader gives over all processes, in its order; None for all samples.
+    """Return the indices of the samples of a loader over all processes, in its order; None for the whole dataset.
 
-    A batch sampler of the user's is asked for its batches. What Lightning put around a sampler to distribute it is
-    taken off. Random samplers draw the same samples at every call; their generators are what they were before.
+    A custom batch sampler is iterated. The distributed sampler that Lightning wraps around a sampler is unwrapped.
+    Random samplers draw equal samples at every call, and their generators keep their states.
 
     Raises:
-        ValueError: If a sampler does not end.
+        ValueError: If a sampler has no length.
     """
     batches = loader.batch_sampler
     if batches is not None and type(batches) is not BatchSampler:
@@ -38,7 +38,7 @@ def indices_of(loader: DataLoader[Any], seed: int) -> list[Any] | None:
 
 
 def _undistributed(sampler: Any) -> Any:
-    """The sampler that is divided over processes; None where that is the whole dataset in order."""
+    """Unwrap a sampler from distributed ones; None if these select from the whole dataset."""
     while isinstance(sampler, DistributedSampler):
         sampler = getattr(sampler.dataset, "_sampler", None)
     return sampler
@@ -56,7 +56,7 @@ def _all_of(sampler: Iterable[Any], seed: int) -> list[Any]:
 
 @contextmanager
 def _seeded_generators(sampler: Any, seed: int) -> Iterator[None]:
-    """Seed the generator of a sampler, and of samplers within it, and put back their states afterwards."""
+    """Seed the generators of a sampler and of samplers within it, and restore their states afterwards."""
     found, samplers = [], [sampler]
     while samplers:
         each = samplers.pop()

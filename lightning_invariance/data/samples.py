@@ -1,4 +1,4 @@
-"""The chosen samples of some data, in batches: those that one process takes."""
+"""Choose samples from a dataset or loader, and yield the part of this process in batches."""
 
 from __future__ import annotations
 
@@ -19,29 +19,21 @@ from lightning_invariance.random_state import isolated_random_state
 
 
 class Source:
-    """The chosen samples of some data, in batches: those that one process takes.
+    """Chooses samples from a dataset or loader, and yields the part of this process in batches.
 
     Args:
-        data: as all arguments but the last two, see :class:`~lightning_invariance.data.loader.STLoader`.
-        max_samples: how many to take.
-        input_fn: picks the input from a batch.
-        seed: of the choice.
-        rank: of this process.
-        world_size: number of processes.
-        with_batch: whether all entries of batches are kept.
-        run: how many samples a process takes at most before another has its turn.
-        together: how many samples are fetched at a time.
-        pinned: whether they are fetched into memory from which a GPU copies while it computes.
+        data: this and the arguments up to ``run``: see :class:`~lightning_invariance.data.loader.STLoader`.
+        together: number of samples loaded at a time.
+        pinned: whether to load into pinned memory, from which a GPU copies while it computes.
 
     Attributes:
-        n_samples: how many all processes take together; None for a stream.
-        run: see Args; 0 for a stream, whose samples are dealt one by one.
-        is_split: whether a stream is that of this process alone.
-        with_keys: whether batches carry what tells their samples apart; may be changed between two passes.
+        n_samples: number of samples of all processes; None for a stream.
+        run: see Args; 0 for a stream, whose samples are distributed one by one.
+        with_keys: whether to compute keys of samples; may change between two passes.
 
     Raises:
         ValueError: If there are no samples, or an iterable dataset comes without ``max_samples``.
-        TypeError: If ``data`` is nothing of which samples can be taken.
+        TypeError: If ``data`` is neither a dataset, nor a loader, nor a tensor.
     """
 
     def __init__(
@@ -59,19 +51,21 @@ class Source:
     ) -> None:
         _check_data(data)
         self.input_fn, self.with_batch = input_fn, with_batch
-        self.is_split = self.with_keys = False
+        self.with_keys = self._is_split = False
         self._seed, self._rank, self._world_size = seed, rank, world_size
         # The global generator stays untouched.
         self._options: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed), "pin_memory": pinned}
-        self._limit: int | None = None  # of a stream
         self._first_item: Callable[[], Any] = lambda: next(iter(self._loader))
         self._loader, self.n_samples = self._loader_of(data, max_samples, run, together)
-        self.run = 0 if self.n_samples is None else run
+        is_stream = self.n_samples is None
+        if is_stream and max_samples is None and not isinstance(self._loader.dataset, Sized):
+            raise ValueError("Expected argument `max_samples` with an iterable dataset that has no length.")
+        self.run, self._limit = (0, max_samples) if is_stream else (run, None)
 
     def _loader_of(
         self, data: Any, max_samples: int | None, run: int, together: int
     ) -> tuple[DataLoader[Any], int | None]:
-        """A loader of the chosen samples, and how many all processes take together (None: not known yet)."""
+        """Make a loader of the chosen samples; also return the number of samples of all processes, if known."""
         options = self._options
         indices: Sequence[Any] | None = None
         data = getattr(data, "_dataloader", data)  # what Fabric wraps
@@ -79,17 +73,16 @@ class Source:
             options.update(num_workers=data.num_workers, collate_fn=data.collate_fn, timeout=data.timeout)
             options.update(worker_init_fn=data.worker_init_fn, multiprocessing_context=data.multiprocessing_context)
             if isinstance(data.dataset, IterableDataset):
-                return self._limited(data, data.dataset, max_samples), None
+                return data, None
             indices = indices_of(data, self._seed)
             if data.batch_sampler is None:  # items are not collated
-                found = DataLoader(data.dataset, batch_size=None, sampler=indices, **options)
-                return self._limited(found, data.dataset, max_samples), None
+                return DataLoader(data.dataset, batch_size=None, sampler=indices, **options), None
             data = data.dataset
         if isinstance(data, Tensor):
             data = TensorDataset(data)
         options["batch_size"] = together
         if isinstance(data, IterableDataset):
-            return self._limited(DataLoader(data, **options), data, max_samples), None
+            return DataLoader(data, **options), None
         if not (hasattr(data, "__getitem__") and isinstance(data, Sized)):
             raise TypeError(
                 f"Expected argument `data` to be a Dataset, a DataLoader or a tensor, but got {given(data)}."
@@ -101,32 +94,25 @@ class Source:
         indexable: Any = data
         self._first_item = lambda: (options.get("collate_fn") or default_collate)([indexable[indices[order[0]]]])
         self._own = share_of(len(order), run, self._rank, self._world_size)
-        share: Subset[Any] = Subset(indexable, [indices[order[i]] for i in self._own.tolist()])
-        return DataLoader(share, **options), len(order)
-
-    def _limited(self, loader: DataLoader[Any], data: Any, max_samples: int | None) -> DataLoader[Any]:
-        """A loader whose first samples are taken."""
-        if max_samples is None and not isinstance(data, Sized):
-            raise ValueError("Expected argument `max_samples` with an iterable dataset that has no length.")
-        self._limit = max_samples
-        return loader
+        own: Subset[Any] = Subset(indexable, [indices[order[i]] for i in self._own.tolist()])
+        return DataLoader(own, **options), len(order)
 
     @property
     def n_own(self) -> int | None:
-        """How many samples this process takes; None for a stream."""
+        """Number of samples of this process; None for a stream."""
         return None if self.n_samples is None else len(self._own)
 
     def fetch_together(self, together: int) -> None:
-        """Fetch so many samples at a time from the next pass on; not those of a stream."""
+        """Load ``together`` samples at a time from the next pass on; not for a stream."""
         self._options["batch_size"] = together
         self._loader = DataLoader(self._loader.dataset, **self._options)
 
     def fingerprint(self) -> Fingerprint:
-        """What processes with the same data agree on."""
+        """Summarise the data, to compare them with the data of other processes."""
         return fingerprint_of(self.n_samples, self._first_input, self._seed)
 
     def bytes_of_input(self) -> int | None:
-        """Bytes of one input in float32; None for a stream, of which each sample comes once."""
+        """Return the bytes of one input in float32; None for a stream, which can be read only once."""
         if self.n_samples is None:
             return None
         with isolated_random_state(self._seed):
@@ -136,29 +122,29 @@ class Source:
         return input_of(self._first_item(), self.input_fn)[0]
 
     def take_own_stream(self) -> None:
-        """Take all samples of this process, whose stream holds others than those of the other processes."""
-        self.is_split = True
+        """Use the whole stream of this process, since the other processes have other samples."""
+        self._is_split = True
         if self._limit is not None:
             self._limit = len(range(self._rank, self._limit, self._world_size))
 
     def numbers(self, first: int, count: int) -> Tensor:
-        """Which of the samples of all processes those are that this process takes as its ``first`` and those after."""
-        taken = torch.arange(first, first + count)
-        return self._rank + self._world_size * taken if self.n_samples is None else self._own[taken]
+        """Return the numbers, among the samples of all processes, of ``count`` samples of this process."""
+        own = torch.arange(first, first + count)
+        return self._rank + self._world_size * own if self.n_samples is None else self._own[own]
 
     def batches(self) -> Iterator[Samples]:
-        """The samples, as many at a time as come together."""
+        """Yield the samples in the batches in which they are loaded."""
         seen = 0
         for batch in self._fetched():
             inputs = input_of(batch, self.input_fn)
             samples = Samples(inputs, label_of(batch, len(inputs)), batch if self.with_batch else None)
             if self._limit is not None and len(samples) > self._limit - seen:
-                samples = samples.taken(slice(self._limit - seen))
+                samples = samples[: self._limit - seen]
             seen += len(samples)
-            if self.n_samples is None and self._world_size > 1 and not self.is_split:
+            if self.n_samples is None and self._world_size > 1 and not self._is_split:
                 first = (self._rank - seen + len(samples)) % self._world_size
-                samples = samples.taken(slice(first, None, self._world_size))
-            if self.with_keys:  # before a GPU has them, whose values could not be read without waiting
+                samples = samples[first :: self._world_size]
+            if self.with_keys:  # on the CPU: reading values from a GPU would wait for it
                 samples = replace(samples, keys=keys_of(samples.inputs))
             if len(samples):
                 yield samples
@@ -167,7 +153,7 @@ class Source:
 
     def _fetched(self) -> Iterator[Any]:
         if self._loader.generator is not None and self.n_samples is not None:
-            self._loader.generator.manual_seed(self._seed)  # workers draw the same random numbers in every pass
+            self._loader.generator.manual_seed(self._seed)  # equal random numbers of workers in every pass
         try:
             yield from self._loader
         except (RuntimeError, TypeError) as error:
@@ -185,7 +171,7 @@ class Source:
 
 
 def _check_data(data: Any) -> None:
-    """Raise for tensors of inputs and targets that are no dataset."""
+    """Raise for several loaders, and for tensors of inputs and targets without a dataset around them."""
     if isinstance(data, tuple | list) and data and all(isinstance(each, DataLoader) for each in data):
         raise TypeError(f"Expected argument `data` to be one DataLoader, but got {len(data)} of them: give one.")
     tensors = isinstance(data, tuple | list) and len(data) > 1 and all(isinstance(each, Tensor) for each in data)

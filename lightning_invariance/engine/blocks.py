@@ -1,4 +1,4 @@
-"""From the hooks of a network to the states of its layers: outputs become ST blocks of complete rows."""
+"""Turn the outputs of a network into ST blocks of complete rows, and add them to the states of its layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory the sums of a walk will take, before they take it."""
+"""Check before a walk that the sums of all layers fit into memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
 
 from lightning_invariance.accumulators.base import Accumulator, Rows
 from lightning_invariance.accumulators.layer_state import LayerState
@@ -23,19 +22,19 @@ from lightning_invariance.model.probe import Output
 #: What a layer returns for one input: shape, type, axis of the channels.
 Activation: TypeAlias = tuple[tuple[int, ...], torch.dtype, int]
 
-#: Of layers whose rows take more bytes than this, a part is looked at.
+#: For layers whose rows have more bytes than this, the size of the sums is extrapolated from a part of the activations.
 LARGEST_ROW = 2**28
 
-#: States that still grow after so many rows are taken for what they are then.
+#: The size of sums that grow with the number of rows is computed for at most so many rows.
 MOST_ROWS = 1024
 
-#: Bytes of an activation for influences: sums, derivatives and weights; and of a column mean in float32.
+#: Bytes for each activation of the influences of samples (sums, derivatives, weights), and of a column mean in float32.
 INFLUENCE, MEAN = 48, 4
 
-#: The sums may take so many bytes where rows are longer than a batch and the user does not say.
+#: Default of `state_budget` in bytes where rows are longer than a batch.
 DEFAULT_BUDGET = 2**31
 
-#: Where Linux tells what a container may use.
+#: Where Linux keeps the memory limit of a container.
 CONTAINER = Path("/sys/fs/cgroup")
 
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
@@ -52,7 +51,7 @@ class OverBudgetError(Exception):
     """
 
     def __init__(self, needed: int, budget: int, activations: int, parts: str) -> None:
-        super().__init__(f"{needed} bytes are more than {budget}: {parts}")
+        super().__init__(needed, budget, activations, parts)
         self.needed, self.budget, self.activations, self.parts = needed, budget, activations, parts
 
 
@@ -165,24 +164,16 @@ def state_bytes(accumulator: Accumulator, activation: Activation, m: int, n: int
     Remembered, since a network that trains is evaluated many times.
     """
     shape, dtype, axis = activation
-    largest = max(1, LARGEST_ROW // (m * dtype.itemsize))
-    parts = -(-math.prod(shape) // largest)
-    if parts == 1 or not shape:
-        return _bytes_after(n, accumulator, torch.zeros((), dtype=dtype, device=device).expand(1, m, *shape), axis)
-    some = *shape[:-1], -(-shape[-1] // parts)
-    values = torch.zeros((), dtype=dtype, device=device).expand(1, m, *some)
-    return _bytes_after(n, accumulator, values, axis) * shape[-1] // some[-1]
-
-
-def _bytes_after(n: int, accumulator: Accumulator, row: Tensor, axis: int) -> int:
-    """Bytes of the states after n equal rows, or after as many as they grow with."""
-    one = torch.zeros(1, dtype=torch.long)
-    layer, size = LayerState([accumulator], tuple(row.shape[2:]), axis, device=row.device), -1
-    for before in range(min(n, MOST_ROWS) if accumulator.grows else 1):
-        layer.add(Rows(row, one + before, one, channel_axis=axis))
+    parts = -(-math.prod(shape) // max(1, LARGEST_ROW // (m * dtype.itemsize))) if shape else 1
+    some = shape if parts == 1 else (*shape[:-1], -(-shape[-1] // parts))
+    rows = torch.zeros((), dtype=dtype, device=device).expand(2, m, *some)  # one does not tell how far apart values are
+    numbers = torch.arange(2)
+    layer, size = LayerState([accumulator], some, axis, device=device), -1
+    for before in range(0, min(n, MOST_ROWS) if accumulator.grows else 1, 2):
+        layer.add(Rows(rows, before + numbers, numbers % 1, channel_axis=axis))
         if size == (size := layer.nbytes):
             break
-    return size
+    return size if parts == 1 else size * shape[-1] // some[-1]
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -1,4 +1,4 @@
-"""From the sums of every layer to a result."""
+"""Compute the values of every measure from the sums of every layer, and make a result of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_invariance.engine.influence import Influence
 from lightning_invariance.engine.registry import INPUT, Registry
 from lightning_invariance.measures import Measure
 from lightning_invariance.measures.base import names_accumulators
-from lightning_invariance.results.intervals import FEWEST_DEGREES, degrees_of_freedom
+from lightning_invariance.results.intervals import MIN_DEGREES_OF_FREEDOM, degrees_of_freedom
 from lightning_invariance.results.result import InvarianceResult
 from lightning_invariance.results.students_t import t_quantiles
 from lightning_invariance.transforms import TransformationSet
@@ -24,7 +24,7 @@ from lightning_invariance.transforms import TransformationSet
 
 @dataclass
 class LayerRecord:
-    """What was found of one layer.
+    """Values and intervals of one layer.
 
     Attributes:
         values: measure → value in float64. So are the others, where a measure has them.
@@ -129,7 +129,7 @@ def _value_of_metric(metric: Metric, shape: tuple[int, ...]) -> Tensor:
 def _add_intervals(
     record: LayerRecord, key: str, states: States, moments: tuple[Tensor, Tensor], confidence: float | None
 ) -> None:
-    """Add what the influences of samples on a measure come to.
+    """Add the standard errors and bounds that follow from the influences of samples on a measure.
 
     Args:
         record: of the layer.
@@ -142,7 +142,7 @@ def _add_intervals(
     error = torch.where(value.isfinite(), (squares.double() / (n * (n - 1))).sqrt(), torch.nan)
     freedom = degrees_of_freedom(n, squares, fourths).float()
     never = (squares == 0) & (value != 0)  # such as 1 for units that never fired
-    few = ((freedom < FEWEST_DEGREES) | never)[value.isfinite()]
+    few = ((freedom < MIN_DEGREES_OF_FREEDOM) | never)[value.isfinite()]
     record.standard_errors[key] = error
     record.freedom[key] = freedom
     record.sparse[key] = float(few.double().mean()) if few.numel() else 0.0
@@ -188,7 +188,7 @@ def make_result(
     values: Mapping[str, Mapping[str, Tensor]],
     **found: Any,
 ) -> InvarianceResult:
-    """A result with what measures and transformations say of themselves.
+    """Make a result, with the properties of measures and transformations.
 
     Args:
         measures: name → metric.

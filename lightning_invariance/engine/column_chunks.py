@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_invariance.data.batches import taken, takes_batch
+from lightning_invariance.data.batches import select_samples, takes_batch
 from lightning_invariance.data.loader import STBlock, STLoader
 from lightning_invariance.distributed import errors_shared, rank_and_world_size
 from lightning_invariance.engine.budget import OverBudgetError
@@ -245,7 +245,7 @@ class _Rows:
             return model(x)
         if not takes_batch(self._forward):
             return self._forward(model, x)
-        return self._forward(model, x, taken(self.batch, len(self.samples), sample.cpu()))
+        return self._forward(model, x, select_samples(self.batch, len(self.samples), sample.cpu()))
 
     def _transformed(self, which: Tensor, sample: Tensor) -> Tensor:
         """Transformation ``which[k]`` of ``sample[k]``, for all k: of every sample and transformation among these."""

@@ -1,4 +1,4 @@
-r"""How much each sample moves the value of each unit and of each layer: the infinitesimal jackknife.
+r"""Influence of each sample on the value of each unit and of each layer: the infinitesimal jackknife.
 
 A value :math:`\theta = f(S)` is made of sums :math:`S = \sum_i s_i` over n samples. If sample i weighs a little more,
 the value changes by its influence :math:`\psi_i = n \frac{\partial f}{\partial S} (s_i - S / n)`, and its standard
@@ -171,16 +171,16 @@ def derivatives(measure: Measure, sums: Sums, names: Sequence[str]) -> States:
     """How the value of a unit changes with each of its sums; 0 for what is constant, such as 1 for a dead unit.
 
     Raises:
-        ValueError: If units share a sum: the derivative of one could not be told from the derivative of another.
+        ValueError: If units share a sum: the derivative of one cannot be separated from the derivative of another.
     """
     is_one = math.prod(measure.value_shape(sums)) == 1
-    apart = math.prod(sums.activation_shape), sums.n_channels
+    sizes = math.prod(sums.activation_shape), sums.n_channels
     for name in names:
-        if not sums[name].ndim or not (is_one or sums[name].shape[-1] in apart):
+        if not sums[name].ndim or not (is_one or sums[name].shape[-1] in sizes):
             raise ValueError(
                 f"Expected state {name!r} of {type(measure).__name__} to have the activations or channels as its last"
                 f" axis, since accumulators tell the shares of samples in it, but its shape is"
-                f" {tuple(sums[name].shape)}: leave it out of `shares` if it is the same for all samples."
+                f" {tuple(sums[name].shape)}: leave it out of `shares` if all samples share it."
             )
     leaves = {name: sums[name].detach().clone().requires_grad_() for name in names}
     with torch.enable_grad():
@@ -215,7 +215,7 @@ def of_units(influence: Tensor, sums: Sums, units: int, channels_first: bool) ->
 def check_units_apart(measure: Measure, sums: Sums, channels_first: bool) -> None:
     """Raise where the value of a unit, of which one is looked at, depends on the sums of another unit.
 
-    Influences on the other unit would be taken for influences on this one.
+    Influences on the other unit would count as influences on this one.
     """
     states = {name: state.detach().clone() for name, state in sums.states.items()}
     activations = math.prod(sums.activation_shape)

@@ -1,4 +1,4 @@
-"""How an evaluation runs: the arguments that `evaluate` and the callback share, checked once."""
+"""Arguments that `evaluate` and the callback share, checked once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_invariance.results.intervals import check_confidence
 
 @dataclass(frozen=True)
 class Options:
-    """What the arguments of :func:`~lightning_invariance.evaluate` mean; see there.
+    """Options of an evaluation, as described at :func:`~lightning_invariance.evaluate`.
 
     Attributes:
         layers: which layers to measure.

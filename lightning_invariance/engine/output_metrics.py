@@ -1,4 +1,4 @@
-"""What metrics of predictions and targets say under each transformation, from the same walk."""
+"""Metrics of the predictions of a network, such as an accuracy, under each transformation."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from lightning_invariance.results.intervals import interval_of
 from lightning_invariance.results.result import OutputValues
 from lightning_invariance.transforms import TransformationSet
 
-#: A metric is a mean over samples if its values are those of single samples within this part; metrics are in float32.
-SAME = 1e-5
+#: Relative tolerance within which a metric must equal the mean of its values for single samples; it is in float32.
+TOLERANCE = 1e-5
 
 #: Where the prediction stands in an output that holds several tensors; by default it is the first.
 LOGITS = "[logits]"
@@ -59,7 +59,7 @@ class OutputMetrics:
                 self._by_sample[name] = _BySample(deepcopy(metric).to(device), m)
 
     def add(self, block: STBlock, output: Any) -> None:
-        """Update with what the network made of a block, columns of each row one after the other.
+        """Update with the output of the network for a block, columns of each row one after the other.
 
         Raises:
             ValueError: If the batch has no targets, or the output no tensor with a prediction for each input.
@@ -111,7 +111,7 @@ class OutputMetrics:
 
 
 class _BySample:
-    """What a metric says of each sample by itself.
+    """Values of a metric for single samples.
 
     Args:
         metric: on its device.
@@ -125,16 +125,16 @@ class _BySample:
 
     def add(self, predictions: Tensor, targets: Tensor) -> None:
         """Add the values of predictions ``(rows, columns, ...)``; a row longer than a batch comes in parts."""
-        with warnings.catch_warnings():  # of what a single sample lacks, such as a class
+        with warnings.catch_warnings():  # such as of classes that a single sample does not have
             warnings.simplefilter("ignore")
-            found = [
+            by_sample = [
                 [self._value(prediction[None], target[None]) for prediction in of_row]
                 for of_row, target in zip(predictions, targets, strict=True)
             ]
             together = [self._value(of_column, targets) for of_column in predictions.unbind(1)]
-        self._values += [value for of_row in found for value in of_row]
+        self._values += [value for of_row in by_sample for value in of_row]
         # Of all samples it may be their mean by chance: averaged over classes which have as many samples each.
-        self._is_mean &= is_mean(torch.tensor(found, dtype=torch.float64), together)
+        self._is_mean &= is_mean(torch.tensor(by_sample, dtype=torch.float64), together)
 
     def _value(self, prediction: Tensor, target: Tensor) -> float:
         """NaN where the metric has no single value for one sample."""
@@ -146,13 +146,13 @@ class _BySample:
             return math.nan
 
     def values(self) -> Tensor:
-        """``(samples, transformations)``; NaN where the metric was not the mean of those of single samples."""
+        """``(samples, transformations)``; NaN if the metric was not the mean of its values for single samples."""
         found = torch.tensor(self._values, dtype=torch.float64).view(-1, self._m)
         return found if self._is_mean else torch.full_like(found, math.nan)
 
 
 def _update(name: str, metric: Metric, predictions: Tensor, targets: Tensor) -> None:
-    """Update a metric; its own errors say nothing of whose predictions they are."""
+    """Update a metric, and name it in its errors."""
     try:
         metric.update(predictions, targets)
     except FAILURES as error:
@@ -167,9 +167,9 @@ def _update(name: str, metric: Metric, predictions: Tensor, targets: Tensor) -> 
 
 
 def is_mean(of_samples: Tensor, values: Sequence[float]) -> bool:
-    """Whether each value is the mean of those of single samples, ``(samples, transformations)``."""
-    apart = (of_samples.mean(0) - torch.tensor(values, dtype=torch.float64)).abs()
-    return bool((apart <= SAME * of_samples.abs().max()).all())  # false for NaN
+    """Whether each value is the mean of the values for single samples, ``(samples, transformations)``."""
+    differences = (of_samples.mean(0) - torch.tensor(values, dtype=torch.float64)).abs()
+    return bool((differences <= TOLERANCE * of_samples.abs().max()).all())  # false for NaN
 
 
 def _warn_of_maps(targets: Tensor, inputs: Tensor) -> None:
@@ -187,9 +187,9 @@ def _warn_of_maps(targets: Tensor, inputs: Tensor) -> None:
 def _with_intervals(
     found: OutputValues, of_samples: Tensor, confidence: float, bounds: tuple[float | None, float | None]
 ) -> OutputValues:
-    """The same with intervals, if every value is the mean of those of single samples (samples, transformations).
+    """Add intervals, if every value is the mean of the values for single samples ``(samples, transformations)``.
 
-    They end where the metric does, by what torchmetrics draws of it.
+    Intervals end at the bounds of the metric, which torchmetrics gives for its plots.
     """
     if not len(of_samples) or not is_mean(of_samples, found.values):
         return found

@@ -1,4 +1,4 @@
-"""The states of all layers of a network, while the rows of the ST matrix go by."""
+"""States of all layers of a network during the passes over the ST matrix."""
 
 from __future__ import annotations
 
@@ -159,19 +159,20 @@ class Registry:
     def end_pass(self, device: torch.device) -> None:
         """Join what the processes have seen in one pass, and begin a second one if a measure needs it."""
         shapes = {name: (layer.shape, layer.channel_axis) for name, layer in self.layers.items()}
-        told = gather_objects((shapes, self.n_samples, self.input_shape, self.left_out, self.sample_keys))
-        for *_, left_out, keys in reversed(told):  # the reason that the first process found
+        gathered = gather_objects((shapes, self.n_samples, self.input_shape, self.left_out, self.sample_keys))
+        all_shapes, numbers, input_shapes, *_ = zip(*gathered, strict=True)
+        for *_, left_out, keys in reversed(gathered):  # the first process has the last word on reasons
             for layer, reason in left_out.items():
                 self.leave_out(layer, reason)
             self.sample_keys.update(keys)
         home = summed_on(device)
-        if len(told) > 1:
-            self._add_unseen([of[0] for of in told], next((of[2] for of in told if of[2] is not None), ()), home)
+        if len(gathered) > 1:
+            self._add_unseen(all_shapes, next((shape for shape in input_shapes if shape is not None), ()), home)
             self._merge(device)
         if not self.in_first_pass:
             self.finished = True
             return
-        self.n_samples = sum(of[1] for of in told)
+        self.n_samples = sum(numbers)
         self.in_first_pass = False
         for name in self.layers:
             self._begin_second_pass(name, home)

@@ -1,8 +1,8 @@
-r"""How much each sample moves the response: what each transformation does to a layer.
+r"""Influence of each sample on the response, the change that each transformation makes to a layer.
 
 A response :math:`r_j = \sum_c W_c H_{jc}` is linear in the changes H of channels c under transformation j, with weights
-W that are constant, or inverse to the squared deviations :math:`C_c` of the channel, as those of a normalised variance
-are. With the shares :math:`h_{ijc}` and :math:`c_{ic}` of sample i in both, its influence is
+W that are constant, or, for a normalised variance, inverse to the squared deviations :math:`C_c` of the channel. With
+the contributions :math:`h_{ijc}` and :math:`c_{ic}` of sample i to both, its influence is
 
 .. math:: \psi_{ij} = n \sum_c W_c h_{ijc} - r_j \quad\text{or}\quad
     \psi_{ij} = n \sum_c W_c \left(h_{ijc} - H_{jc} \frac{c_{ic}}{C_c}\right).
@@ -47,7 +47,7 @@ class ResponseInfluence:
         return changes - torch.where(self._of_spreads.any(0), spreads, 0.0) @ self._of_spreads.mT
 
     def of_found(self, found: FoundInfluences) -> Tensor:
-        """The same, given what a kernel found of some samples, which is finite."""
+        """As :meth:`of`, given the finite sums that a kernel has found of some samples."""
         if self._of_spreads is None:
             return found.changes - self._response
         return found.changes - self._of_channels(found.spreads).double() @ self._of_spreads.mT

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-from lightning_invariance.data.batches import taken, takes_batch
+from lightning_invariance.data.batches import select_samples, takes_batch
 from lightning_invariance.data.fingerprints import Fingerprint, is_split
 from lightning_invariance.data.loader import STBlock, STLoader
 from lightning_invariance.distributed import errors_shared, gather_objects, rank_and_world_size
 from lightning_invariance.engine.batch_size import batch_size_for, first_batch_size
 from lightning_invariance.engine.blocks import Blocks
-from lightning_invariance.engine.budget import activations_of, check_memory
+from lightning_invariance.engine.budget import OverBudgetError, activations_of, check_memory
 from lightning_invariance.engine.options import Options
 from lightning_invariance.engine.output_metrics import OutputMetrics
 from lightning_invariance.engine.registry import Registry
@@ -63,7 +63,7 @@ class Walk:
         self._output_metrics: OutputMetrics | None = None  # of the last run
 
     def with_batch_size(self, batch_size: int) -> Walk:
-        """The same evaluation with another batch size."""
+        """A walk of this evaluation with another batch size."""
         return Walk(self.model, self.data, replace(self.options, batch_size=batch_size))
 
     def loader(self, transformations: TransformationSet, run: int = 1) -> STLoader:
@@ -106,7 +106,7 @@ class Walk:
         Args:
             measures: name → metric.
             loader: the rows.
-            about: text beside the progress bar.
+            about: text of the progress bar.
 
         Raises:
             OverBudgetError: If the sums of all layers take more than the budget.
@@ -119,12 +119,22 @@ class Walk:
         with self._prepared(blocks), catch_activations(self.model, self.selection, blocks.consume) as catcher:
             while not registry.finished:
                 loader.source.with_keys = confidence is not None and registry.in_first_pass
-                # Every pass sees the same random transformations.
-                with errors_shared(), isolated_random_state(self.options.seed):
-                    for block in with_progress(loader, about, self.options.progress):
-                        self._measure(block, blocks, catcher, registry)
+                self._pass(loader, about, blocks, catcher, registry)
                 registry.end_pass(self.device)
         return registry
+
+    def _pass(self, loader: STLoader, about: str, blocks: Blocks, catcher: Catcher, registry: Registry) -> None:
+        """Show every row once."""
+        over: OverBudgetError | None = None
+        # Random transformations are equal in every pass.
+        with errors_shared(), isolated_random_state(self.options.seed):
+            try:
+                for block in with_progress(loader, about, self.options.progress):
+                    self._measure(block, blocks, catcher, registry)
+            except OverBudgetError as error:  # a process without samples does not know of it
+                over = error
+        if found := [each.args for each in gather_objects(over) if each is not None]:
+            raise OverBudgetError(*max(found))
 
     def outputs(self) -> dict[str, OutputValues]:
         """The values of the metrics of predictions and targets in the last run; every process must ask."""
@@ -175,7 +185,9 @@ class Walk:
             return forward(self.model, x)
         rows, columns = block.inputs.shape[:2]
         of_row = torch.arange(rows).repeat_interleave(columns)
-        return forward(self.model, x, taken(block.batch, rows, of_row if positions is None else of_row[positions]))
+        return forward(
+            self.model, x, select_samples(block.batch, rows, of_row if positions is None else of_row[positions])
+        )
 
     def _prepared(self, blocks: Blocks | None) -> ExitStack:
         """The model in eval mode on its device, without gradients; everything is put back afterwards."""

@@ -1,4 +1,4 @@
-"""The measures as formulas on a whole ST tensor: short, slow, obviously right."""
+"""Measures of a whole ST tensor: short, slow reference formulas."""
 
 from lightning_invariance.functional.anova import anova
 from lightning_invariance.functional.distance import (

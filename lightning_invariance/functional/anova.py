@@ -1,4 +1,4 @@
-"""The ANOVA measure of invariance (paper, section 2.3) on a whole ST tensor."""
+"""The ANOVA measure of invariance (paper, section 2.3) of a whole ST tensor."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Of the Gauss-Legendre quadrature on [−1, 1].
+#: Gauss-Legendre quadrature on [−1, 1].
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(400)
 
 
 def anova(st: Tensor, paired: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     r"""Analysis of variance: do the means of an activation differ between transformations? (paper, section 2.3).
 
-    With :math:`SS_B = n \sum_j (\bar x_{\cdot j} - \bar x)^2` and the squared deviations within columns
-    :math:`SS_W`, or for ``paired=True`` the part of them that is not due to the samples
-    :math:`SS_E = SS_W - m \sum_i (\bar x_{i \cdot} - \bar x)^2`:
+    With :math:`SS_B = n \sum_j (\bar x_{\cdot j} - \bar x)^2`, the squared deviations within columns :math:`SS_W` and,
+    without the differences between samples, :math:`SS_E = SS_W - m \sum_i (\bar x_{i \cdot} - \bar x)^2`:
 
     .. math::
         F = \frac{SS_B / (m - 1)}{SS_W / (m (n - 1))}, \qquad
@@ -25,7 +24,7 @@ def anova(st: Tensor, paired: bool = False) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         st: ST tensor ``(samples, transformations, *activation_shape)``.
-        paired: the repeated-measures F, for the same samples under every transformation; the paper's is one-way.
+        paired: repeated-measures F, with the samples as subjects; the paper's F is one-way.
 
     Returns:
         F in ``[0, inf]``, its p-value, and the effect size
@@ -34,10 +33,10 @@ def anova(st: Tensor, paired: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         ε, pooled over the activations. A constant activation has F = 0, p = 1 and no effect.
     """
     n, m = st.shape[:2]
-    # Shifts that change nothing, and without which the mean of a constant would round.
+    # F ignores shifts; without this one the mean of a constant would be rounded.
     st = st - (st[:, :1] if paired else st[:1, :1])
     columns, rows = st.mean(0), st.mean(1)
-    # The same values in every column may be summed in another order.
+    # Sums of equal columns may differ by rounding.
     columns = torch.where((st == st[:, :1]).all(0).all(0), 0.0, columns)
     between = n * (columns - columns.mean(0)).square().sum(0)
     deviations = st - rows[:, None] if paired else st
@@ -65,10 +64,10 @@ def p_value(f: float, d1: float, d2: float) -> float:
     if math.isnan(f) or math.isinf(f) or f == 0:
         return math.nan if math.isnan(f) else float(f == 0)
     end = math.atan2(math.sqrt(d2), math.sqrt(d1 * f))
-    # The integrand is negligible more than 40 of its widths below the end, or below its highest point before that.
+    # The integrand is negligible more than 40 of its widths below its maximum, or below an end before the maximum.
     highest = min(end, math.atan2(math.sqrt(d2), math.sqrt(d1)))
     start = max(0.0, highest - 40 / math.sqrt(d1 + d2))
-    # In w, with π/2 − θ = w⁴, it is smooth up to θ = π/2 for degrees of freedom that are no integers, too.
+    # In w, with π/2 − θ = w⁴, it is smooth up to θ = π/2, also for fractional degrees of freedom.
     first, last = ((math.pi / 2 - theta) ** 0.25 for theta in (end, start))
     w = first + (last - first) * (NODES + 1) / 2
     log_b = math.lgamma(d1 / 2) + math.lgamma(d2 / 2) - math.lgamma((d1 + d2) / 2)

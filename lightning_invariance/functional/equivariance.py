@@ -1,4 +1,4 @@
-"""Same-equivariance (paper, section 2.6) on a whole ST tensor of feature maps."""
+"""Same-equivariance (paper, section 2.6) of a whole ST tensor of feature maps."""
 
 from __future__ import annotations
 
@@ -22,27 +22,26 @@ def mapped_back(
     mask: bool | int = False,
     input_size: tuple[int, int] | None = None,
 ) -> Tensor:
-    r"""The matrix ST' (paper, eq. 8): column j of feature maps mapped back by the inverse of transformation j.
+    r"""The matrix ST' (paper, eq. 8): the inverse of transformation j applied to column j of feature maps.
 
     .. math:: \mathbf{ST}'[i, j] = t_j^{-1}(A(t_j(x_i)))
 
     Args:
         st: ST tensor of feature maps, ``(samples, transformations, channels, height, width)``.
         transformations: its columns, with inverses.
-        normalize: divide every feature map by its norm; a map of zeros stays one.
-        mask: set pixels to zero that some transformation moves out of the frame; a number larger than 1 also those
-            that are fewer than so many pixels away from one.
-        input_size: of the network's input, where the maps are of another size.
+        normalize: divide every feature map by its euclidean norm.
+        mask: set pixels to zero that a transformation moves out of the frame; a number larger than 1 also sets pixels
+            closer than this to such a pixel to zero.
+        input_size: height and width of the network's input, where the maps have another size.
     """
     columns = [transformations[j].inverse(st[:, j], input_size) for j in range(len(transformations))]
     back = torch.stack(columns, dim=1)
-    if mask:
-        back = torch.where(inside_mask(st, transformations, mask, input_size), back, 0.0)
+    back = torch.where(inside_mask(st, transformations, mask, input_size), back, 0.0)
     return unit_vectors(back) if normalize else back
 
 
 def unit_vectors(st: Tensor) -> Tensor:
-    """Every feature map divided by its euclidean norm; a map of zeros stays one."""
+    """Divide every feature map by its euclidean norm; a map of zeros remains zero."""
     norm = st.square().sum((-2, -1), keepdim=True).sqrt()
     return torch.where(norm == 0, st, st / norm)
 
@@ -52,19 +51,21 @@ def inside_mask(
 ) -> Tensor:
     """Which pixels of a feature map no transformation moves out of the frame: bool (height, width).
 
-    A pixel of a white image stays white where it comes back after a transformation and its inverse. A ``mask`` larger
-    than 1 also leaves out pixels with one that does not within ``mask − 1`` pixels in each direction.
+    They stay white in a white image after each transformation and its inverse. ``mask`` > 1 also excludes pixels at
+    most ``mask − 1`` pixels from an excluded one, in each direction. Without ``mask`` all pixels are inside.
     """
+    if not mask:
+        return torch.ones(st.shape[-2:], dtype=torch.bool, device=st.device)
     white = torch.ones(1, 1, *st.shape[-2:], dtype=torch.float64)
     outside = torch.zeros(st.shape[-2:], dtype=torch.bool)
     for j in range(len(transformations)):
-        there = transformations.of_maps(white, input_size)[:, j]
-        outside |= transformations[j].inverse(there, input_size)[0, 0] < 1 - 1e-4
+        moved = transformations.of_maps(white, input_size)[:, j]
+        outside |= transformations[j].inverse(moved, input_size)[0, 0] < 1 - 1e-4
     return ~_near(outside, int(mask) - 1).to(st.device)
 
 
 def _near(outside: Tensor, reach: int) -> Tensor:
-    """Which pixels have one that is outside within ``reach`` pixels in each direction."""
+    """Which pixels have an outside pixel within ``reach`` pixels in each direction."""
     near = torch.zeros_like(outside)
     for y in range(outside.shape[0]):
         for x in range(outside.shape[1]):
@@ -100,7 +101,8 @@ def variance_same_equivariance(
     if over == "channel":
         parts = [part.flatten(1).sum(1) for part in parts]
     value = parts[0] if normalized_by is None else quotient(*parts)
-    return _undefined_where_zero(value, st, transformations, normalize, over, mask, input_size)
+    inside = inside_mask(st, transformations, mask, input_size)
+    return _nan_where_undefined(value, back, inside, normalize, over)
 
 
 def distance_same_equivariance(
@@ -116,29 +118,21 @@ def distance_same_equivariance(
 ) -> Tensor:
     """Distance-based same-equivariance (paper, eq. 8): the transformation distance of ST'.
 
-    Args:
-        st: ST tensor of feature maps, ``(samples, transformations, channels, height, width)``.
-        transformations: its columns, with inverses.
-        distance: see :func:`~lightning_invariance.functional.distance.distance_between`.
-        normalize: see :func:`mapped_back`.
-        over: ``"activation"``: every pixel. ``"channel"``: a feature map is one vector.
-        mask: see :func:`mapped_back`.
-        normalized_by: ``"samples"`` divides by the sample distance of ST'.
-        input_size: see :func:`mapped_back`.
-        formulation: ``"direct"`` for the mean distance of A(t(x)) and t(A(x)), the paper's first formulation.
+    Args: see :func:`variance_same_equivariance`, and
 
-    Returns:
-        Tensor of ``(channels, height, width)`` or ``(channels,)``; 0 is same-equivariant.
+        distance: see :func:`~lightning_invariance.functional.distance.distance_between`.
+        formulation: ``"direct"``: the paper's first formulation, the mean distance of A(t(x)) and t(A(x)).
     """
     if formulation == "direct":
         value = _direct(st, transformations, distance, normalize, over, mask, input_size)
-        zero = (st == 0).transpose(0, 2).flatten(1).all(1) & torch.tensor(normalize)
+        zero = (st == 0).transpose(0, 2).flatten(1).all(1) & normalize
         return torch.where(zero.view(-1, *[1] * (value.ndim - 1)), torch.nan, value)
     back = mapped_back(st, transformations, normalize, mask, input_size)
     value = transformation_distance(back, distance, over)
     if normalized_by is not None:
         value = quotient(value, sample_distance(back, distance, over))
-    return _undefined_where_zero(value, st, transformations, normalize, over, mask, input_size)
+    inside = inside_mask(st, transformations, mask, input_size)
+    return _nan_where_undefined(value, back, inside, normalize, over)
 
 
 def _direct(
@@ -155,41 +149,27 @@ def _direct(
         raise ValueError(f"Expected transformations that know their identity, but got {transformations!r}.")
     total, columns = torch.zeros(()), torch.zeros(())
     for j in range(len(transformations)):
-        found = st[:, j]
+        actual = st[:, j]
         expected = transformations.of_maps(st[:, transformations.identity], input_size)[:, j]
         if mask:
             white = torch.ones(1, 1, *st.shape[-2:], dtype=torch.float64)
             outside = transformations.of_maps(white, input_size)[0, j, 0] < 1 - 1e-4
             inside = ~_near(outside, int(mask) - 1).to(st.device)
-            found, expected = torch.where(inside, found, 0.0), torch.where(inside, expected, 0.0)
+            actual, expected = torch.where(inside, actual, 0.0), torch.where(inside, expected, 0.0)
             columns = columns + inside.to(st.dtype)
         if normalize:
-            found, expected = unit_vectors(found), unit_vectors(expected)
-        total = total + distance_between(found.flatten(2), expected.flatten(2), distance, over).mean(0)
+            actual, expected = unit_vectors(actual), unit_vectors(expected)
+        total = total + distance_between(actual.flatten(2), expected.flatten(2), distance, over).mean(0)
     total = torch.where(total.isinf(), torch.nan, total)
     if over == "channel":
         return total / len(transformations)
-    # A pixel is compared under the transformations under which it is seen.
+    # Each pixel is averaged over the transformations that leave it unmasked.
     return total.view(st.shape[2:]) / (columns if mask else len(transformations))
 
 
-def _undefined_where_zero(
-    value: Tensor,
-    st: Tensor,
-    transformations: TransformationSet,
-    normalize: bool,
-    over: str,
-    mask: bool | int,
-    input_size: tuple[int, int] | None,
-) -> Tensor:
-    """NaN for channels that are zero everywhere, whose unit vectors are 0/0, and for pixels outside the mask."""
-    back = mapped_back(st, transformations, False, mask, input_size)
-    channels = (
-        (back == 0).transpose(0, 2).flatten(1).all(1) if normalize else torch.zeros(st.shape[2], dtype=torch.bool)
-    )
+def _nan_where_undefined(value: Tensor, back: Tensor, inside: Tensor, normalize: bool, over: str) -> Tensor:
+    """Replace values of channels that are always zero (0/0 as unit vectors) and of masked pixels by NaN."""
+    zero = (back == 0).transpose(0, 2).flatten(1).all(1) & normalize
     if over == "channel":
-        return torch.where(channels, torch.nan, value)
-    outside = torch.zeros(st.shape[-2:], dtype=torch.bool)
-    if mask:
-        outside = ~inside_mask(st, transformations, mask, input_size)
-    return torch.where(channels[:, None, None] | outside, torch.nan, value)
+        return torch.where(zero, torch.nan, value)
+    return torch.where(zero[:, None, None] | ~inside, torch.nan, value)

@@ -1,4 +1,4 @@
-"""The invariance measure of Goodfellow et al. (2009) on a whole ST tensor."""
+"""The invariance measure of Goodfellow et al. (2009) of a whole ST tensor."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import Tensor
 def goodfellow(st: Tensor, alpha: float = 0.01, threshold: str = "normal", sign: int = 1) -> Tensor:
     r"""Local over global firing rate (Goodfellow, Lee, Le, Saxe and Ng 2009; paper, section 3.2).
 
-    A unit fires where ``sign`` times its activation lies above a threshold that a share ``alpha`` of all values should
-    exceed. The global rate G is the share of all n·m values that fire; the local rate L is the share of values that
-    fire in the trajectories (rows) of the samples that fire the unit somewhere.
+    An activation fires where ``sign`` times its value is above a threshold that a fraction ``alpha`` of all values
+    should exceed. The global rate G is the fraction of all n·m values that fire; the local rate L is the fraction that
+    fire within the rows with at least one value that fires.
 
     .. math:: S = L / G
 
     Args:
         st: ST tensor ``(samples, transformations, *activation_shape)``.
-        alpha: share of values that should fire.
+        alpha: fraction of values that should fire.
         threshold: ``"normal"``: mean + z·std with z from the normal distribution (the paper's adaptation);
-            ``"quantile"``: of the values themselves.
-        sign: 1, or -1 for units that fire when they are low.
+            ``"quantile"``: the 1 − alpha quantile of the values.
+        sign: 1, or -1 for activations that fire at low values.
 
     Returns:
-        Tensor of ``activation_shape``, in ``[1, n]``; higher is more invariant. NaN for units that never fire.
+        Tensor of ``activation_shape``, in ``[1, n]``; higher is more invariant. NaN for activations that never fire.
     """
     x = sign * st
     n, m = x.shape[:2]

@@ -1,4 +1,4 @@
-"""Variance measures of invariance (paper, section 2.4) on a whole ST tensor."""
+"""Variance measures of invariance (paper, section 2.4) of a whole ST tensor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def transformation_variance(st: Tensor, squared: bool = True) -> Tensor:
-    r"""Transformation Variance: how much an activation varies when a sample is transformed (paper, eq. 2).
+    r"""Transformation Variance: the variance over transformations of a sample (paper, eq. 2).
 
     .. math:: TV = \frac{1}{n} \sum_{i=1}^{n} \mathrm{Var}(\mathbf{ST}[i, :])
 
@@ -23,16 +23,11 @@ def transformation_variance(st: Tensor, squared: bool = True) -> Tensor:
 
 
 def sample_variance(st: Tensor, squared: bool = True) -> Tensor:
-    r"""Sample Variance: how much an activation varies from sample to sample (paper, eq. 3).
+    r"""Sample Variance: the variance over samples (paper, eq. 3).
 
     .. math:: SV = \frac{1}{m} \sum_{j=1}^{m} \mathrm{Var}(\mathbf{ST}[:, j])
 
-    Args:
-        st: ST tensor ``(samples, transformations, *activation_shape)``.
-        squared: if false, the mean of standard deviations instead of variances.
-
-    Returns:
-        Tensor of ``activation_shape``, in ``[0, inf)``, in units of the activation squared.
+    Arguments, shape, range and unit are as for :func:`transformation_variance`.
     """
     variance = st.var(dim=0)
     return (variance if squared else variance.sqrt()).mean(dim=0)
@@ -54,6 +49,6 @@ def normalized_variance(st: Tensor, squared: bool = True) -> Tensor:
 
 
 def quotient(transformation: Tensor, sample: Tensor) -> Tensor:
-    """The quotient of a normalised measure, with the paper's special cases: 0/0 is 1 (dead activation), x/0 is inf."""
+    """Divide with the paper's special cases (section 2.4.3): 0/0 is 1 (dead activation), x/0 is inf."""
     dead = (transformation == 0) & (sample == 0)
     return torch.where(dead, 1.0, transformation / sample)

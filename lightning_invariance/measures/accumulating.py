@@ -1,4 +1,4 @@
-"""A ``torchmetrics.Metric`` whose states are those of accumulators."""
+"""Base class of measures: a ``torchmetrics.Metric`` that updates, merges and synchronises accumulators."""
 
 from __future__ import annotations
 
@@ -28,25 +28,22 @@ from lightning_invariance.transforms import TransformationSet
 
 
 class AccumulatingMetric(Metric):
-    """Updates, merges, moves and synchronises the states of accumulators; a measure adds what they mean.
+    """A metric whose states are the sums of accumulators; :class:`Measure` computes a value from them.
 
-    Beside those it has the states ``n_samples``, ``columns`` (the number of transformations) and ``activation_shape``,
-    which a process without samples learns from the others, and ``configuration``, which keeps collections and merges
-    from joining measures whose accumulators differ in any argument.
+    Further states are ``n_samples``, ``columns`` (the number of transformations) and ``activation_shape``, which a
+    process without samples gets from the others, and ``configuration``, a fingerprint of the accumulators, so that
+    states of measures with different arguments cannot be merged.
 
-    Args:
-        needs: accumulators; by default those of the class.
-        needs_again: accumulators of a second pass; by default those of the class.
-        kwargs: additional arguments of ``torchmetrics.Metric``.
+    Args: see :class:`Measure`.
     """
 
     is_differentiable = False
     full_state_update = False
 
-    #: The accumulators that every row is added to.
+    #: The accumulators of the first pass.
     needs: tuple[Accumulator, ...] = ()
 
-    #: The accumulators of a second pass over the same rows, where one is needed.
+    #: The accumulators of a second pass over the same rows; empty for measures of one pass.
     needs_again: tuple[Accumulator, ...] = ()
 
     n_samples: Tensor
@@ -61,8 +58,8 @@ class AccumulatingMetric(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.needs = as_tuple(self.needs if needs is None else needs)
-        self.needs_again = as_tuple(self.needs_again if needs_again is None else needs_again)
+        passes = (self.needs if needs is None else needs, self.needs_again if needs_again is None else needs_again)
+        self.needs, self.needs_again = ((p,) if isinstance(p, Accumulator) else tuple(p) for p in passes)
         if not self.needs:
             raise ValueError(f"Expected {type(self).__name__} to name accumulators in `needs`, but it names none.")
         none = torch.zeros(0, dtype=torch.long)
@@ -73,19 +70,19 @@ class AccumulatingMetric(Metric):
             declared = check_declaration(accumulator)
             if taken := [name for name in declared if name in states or hasattr(self, name)]:
                 raise ValueError(
-                    f"Expected states whose names differ from those of other states and of a metric's attributes, but"
-                    f" {taken} of {type(accumulator).__name__} are taken."
+                    "Expected states whose names differ from other states and from a metric's attributes, but"
+                    f" {taken} of {type(accumulator).__name__} are taken: rename them."
                 )
             states.update(declared)
             on_cpu += accumulator.cpu_states
         for name, empty in states.items():
             self.add_state(name, empty, dist_reduce_fx=None)
-        #: States that stay on the CPU wherever the metric is: reading them from another device would synchronise.
+        #: States that stay on the CPU wherever the metric is, since reading them from a GPU would synchronise.
         self.read_states: tuple[str, ...] = tuple(on_cpu)
 
     @property
     def n_transformations(self) -> int:
-        """Number of transformations m of the blocks so far; 0 before the first."""
+        """Number of transformations m of the blocks; 0 before the first block."""
         return int(self.columns)
 
     @property
@@ -96,12 +93,12 @@ class AccumulatingMetric(Metric):
     def prepare(
         self, transformations: TransformationSet, input_shape: Sequence[int] = (), n_samples: int | None = None
     ) -> None:
-        """Tell the accumulators, before the first update, what will come.
+        """Describe the data to the accumulators before the first update.
 
         Args:
-            transformations: the columns.
+            transformations: the columns of the ST matrix.
             input_shape: of a network input, if known.
-            n_samples: how many samples all processes together will show, named by the ``indices`` 0 to n − 1, if known.
+            n_samples: number of samples in all processes together, if known; their ``indices`` are then 0 to n − 1.
 
         Raises:
             ValueError: If an accumulator cannot work with these transformations.
@@ -109,12 +106,12 @@ class AccumulatingMetric(Metric):
         self.prepare_for(Context(transformations, tuple(input_shape), n_samples))
 
     def prepare_for(self, context: Context) -> None:
-        """As :meth:`prepare`, for an evaluation."""
+        """:meth:`prepare` with everything that an evaluation knows."""
         self.needs = tuple(accumulator.prepared(context) for accumulator in self.needs)
         self.needs_again = tuple(accumulator.prepared(context) for accumulator in self.needs_again)
 
     def set_dtype(self, dst_type: str | torch.dtype) -> AccumulatingMetric:
-        """The metric as it is: each state has the type that its exactness needs, and values are float64."""
+        """Return the metric unchanged: states keep the types that exact sums need, and values are float64."""
         return self
 
     def update(self, st_block: Tensor, indices: Tensor | None = None, labels: Tensor | None = None) -> None:
@@ -122,14 +119,14 @@ class AccumulatingMetric(Metric):
 
         Args:
             st_block: floating-point tensor ``(samples, transformations, *activation_shape)``.
-            indices: ``(samples,)``: whole numbers that name the samples, for measures that choose among them. Without,
-                they tell samples apart by their activations.
-            labels: ``(samples,)``: the class of each sample, for measures of classes.
+            indices: ``(samples,)``, integers that identify the samples, for measures that keep some of them; without
+                indices they identify samples by their activations.
+            labels: ``(samples,)``, the class of each sample, for measures of classes.
 
         Raises:
-            ValueError: If the block has fewer than two dimensions, or other transformations or another activation
-                shape than the blocks before.
-            TypeError: If the block is not of a real floating-point type.
+            ValueError: If the block has fewer than two dimensions, or its number of transformations or activation
+                shape differs from earlier blocks.
+            TypeError: If the block is not a real floating-point tensor.
         """
         self._add_rows(st_block, indices, labels)
 
@@ -137,10 +134,10 @@ class AccumulatingMetric(Metric):
         """Merge the states of another metric of the same class, or a dictionary of states, into this one.
 
         Raises:
-            ValueError: If a state is missing, or the states are those of other shapes or of other arguments.
+            ValueError: If a state is missing, or the states have other shapes or come from other arguments.
         """
         super().merge_state(incoming_state)
-        # The base class forgets both: a cached value would stay, and compute would warn of a missing update.
+        # Without these, compute would return a cached value, or warn of a missing update.
         self._computed = None
         self._update_count += getattr(incoming_state, "_update_count", 1)
 
@@ -151,22 +148,6 @@ class AccumulatingMetric(Metric):
         n, m, *shape = values.shape
         if n == 0 or m == 0:
             return
-        self._check_shape(m, shape)
-        layer = self._layer_state({name: state.clone() for name, state in self.states().items()})
-        with torch.no_grad():
-            layer.add(Rows(values, None if indices is None else indices.cpu(), labels))
-        layer.check()
-        self.set_states({**self.states(), **layer.states(numbered=False)})
-
-    def _layer_state(self, states: States) -> LayerState:
-        """The accumulators of the pass at hand with these states."""
-        active = self.needs_again if self.in_second_pass else self.needs
-        shape, m = tuple(states["activation_shape"].tolist()), int(states["columns"])
-        layer = LayerState(active, shape, n_transformations=m)
-        layer.load(states, numbered=False)
-        return layer
-
-    def _check_shape(self, m: int, shape: list[int]) -> None:
         if self.n_transformations == 0:
             self.activation_shape, self.columns = torch.tensor(shape, dtype=torch.long), torch.tensor(m)
         known_m, known_shape = self.n_transformations, self.activation_shape.tolist()
@@ -176,6 +157,19 @@ class AccumulatingMetric(Metric):
             raise ValueError(
                 f"Expected ST blocks of activations of shape {tuple(known_shape)}, but got {tuple(shape)}."
             )
+        layer = self._layer_state({name: state.clone() for name, state in self.states().items()})
+        with torch.no_grad():
+            layer.add(Rows(values, None if indices is None else indices.cpu(), labels))
+        layer.check()
+        self.set_states({**self.states(), **layer.states(numbered=False)})
+
+    def _layer_state(self, states: States) -> LayerState:
+        """The accumulators of the current pass, with these states."""
+        active = self.needs_again if self.in_second_pass else self.needs
+        shape, m = tuple(states["activation_shape"].tolist()), int(states["columns"])
+        layer = LayerState(active, shape, n_transformations=m)
+        layer.load(states, numbered=False)
+        return layer
 
     def states(self) -> States:
         """The states by name."""
@@ -187,19 +181,19 @@ class AccumulatingMetric(Metric):
             setattr(self, name, states[name])
 
     def _reduce_states(self, incoming_state: States) -> None:
-        """Merge other states into the own ones; ``forward`` and ``merge_state`` of the base class call this."""
+        """Merge other states into this metric: a hook of ``forward`` and ``merge_state`` of the base class."""
         for name in self._defaults:
             if name not in incoming_state:
                 raise ValueError(f"Expected a state {name!r} in the states to merge, but got {list(incoming_state)}.")
         self.set_states(self.merged_states(incoming_state, self.states()))
 
     def merged_states(self, a: States, b: States) -> States:
-        """The states after the rows of both, either of which may have none."""
+        """The states after the rows of both; one may be empty."""
         made_by = [states["configuration"] for states in (a, b) if states["configuration"].numel()]
         if len(made_by) == 2 and not torch.equal(*made_by):
             raise ValueError(
-                f"Expected states of a {type(self).__name__} with the same arguments, but they come from one with"
-                " others."
+                f"Expected states of a {type(self).__name__} with the same arguments, but got states of other"
+                " arguments."
             )
         if not int(a[N_SAMPLES]) or not int(b[N_SAMPLES]):
             full = a if int(a[N_SAMPLES]) else b
@@ -215,25 +209,25 @@ class AccumulatingMetric(Metric):
     def _sync_dist(
         self, dist_sync_fn: Callable[..., list[Tensor]] = gather_all_tensors, process_group: Any | None = None
     ) -> None:
-        """Replace the own states by the merged states of all processes; ``sync`` of the base class calls this."""
+        """Replace the states by the merged states of all processes: a hook of ``sync`` of the base class."""
         group = process_group or self.process_group
         (states,) = merge_over_ranks([self.states()], [self.merged_states], self.device, group)
         self.set_states(states)
 
     def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = ()) -> Module:
-        """Move the states, or leave them on the CPU where :func:`~lightning_invariance.precision.summed_on` says so."""
+        """Move the states, but keep on the CPU what is read there, and all states for a device without float64."""
         before, after = (has_float64(each.device) for each in (self, fn(torch.zeros(1, device=self.device))))
         if not (before and after):
-            self._computed = self._forward_cache = None  # which is in another type there
+            self._computed = self._forward_cache = None  # a value on the other device has another type
         return super()._apply(fn, (*exclude_state, *(self.read_states if after else self._defaults)))
 
 
 def checked_block(st_block: Any) -> Tensor:
-    """An ST block as accumulators take it: of one of :data:`TYPES`, without gradients, on a device with float64.
+    """Detach an ST block, convert it to one of :data:`TYPES` and move it to a device with float64.
 
     Raises:
         ValueError: If it has fewer than two dimensions, or no activations.
-        TypeError: If it is not of a real floating-point type.
+        TypeError: If it is not a real floating-point tensor.
     """
     if not isinstance(st_block, Tensor) or not st_block.is_floating_point():
         kind = st_block.dtype if isinstance(st_block, Tensor) else type(st_block).__name__
@@ -245,8 +239,3 @@ def checked_block(st_block: Any) -> Tensor:
         )
     values = st_block.detach().to(summed_on(st_block.device))
     return values if values.dtype in TYPES else values.float()
-
-
-def as_tuple(accumulators: Accumulator | Sequence[Accumulator]) -> tuple[Accumulator, ...]:
-    """Accumulators, or a single one."""
-    return (accumulators,) if isinstance(accumulators, Accumulator) else tuple(accumulators)

@@ -1,4 +1,4 @@
-"""The ANOVA measure of invariance (paper, section 2.3), from the same sums as the variances."""
+"""The ANOVA measure of invariance (paper, section 2.3)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_invariance.accumulators import Deviations, PairedDeviations, means_of
 from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.measures.base import Measure
-from lightning_invariance.measures.f_distribution import CORRECTIONS, f_survival, rejected, rejected_f
+from lightning_invariance.measures.f_distribution import CORRECTIONS, f_survival, rejected
 
 STATISTICS = ("f", "p", "reject", "effect", "epsilon")
 
@@ -25,34 +25,32 @@ class Anova(Measure):
         F = \frac{SS_B / (m - 1)}{SS_W / (m (n - 1))}, \qquad
         F_{paired} = \frac{SS_B / (m - 1)}{SS_E / ((m - 1)(n - 1))}
 
-    where :math:`SS_B = n \sum_j (\bar x_{\cdot j} - \bar x)^2`, :math:`SS_W` are the squared deviations from the
-    column means and :math:`SS_E` is the part of them that is not due to the samples. Only the column means count: a
-    unit that varies with the transformation, but for each sample in another way, is not rejected; with many samples the
-    smallest difference of means is.
+    where :math:`SS_B = n \sum_j (\bar x_{\cdot j} - \bar x)^2`, :math:`SS_W` is the sum of squared deviations from the
+    column means and :math:`SS_E` is :math:`SS_W` without the differences between samples. Only column means count:
+    invariance is not rejected for an activation that each transformation changes differently for each sample, and with
+    many samples it is rejected for the smallest difference of means.
 
-    The paired test would hold its level only where all differences of two columns have one variance (sphericity), which
-    those of neighbouring angles do not. So both of its degrees of freedom are multiplied by Greenhouse and Geisser's
-    :math:`\epsilon = (\operatorname{tr} S)^2 / ((m - 1) \operatorname{tr} S^2)` in :math:`[1 / (m - 1), 1]`, with the
-    covariance S of the columns of centred rows, summed over the units of the layer: a unit counts by its variance.
+    The paired F assumes that all differences of two columns have one variance (sphericity), which is false for
+    neighbouring angles. Both degrees of freedom are therefore multiplied by Greenhouse and Geisser's
+    :math:`\epsilon = (\operatorname{tr} S)^2 / ((m - 1) \operatorname{tr} S^2)` in :math:`[1 / (m - 1), 1]`, where S is
+    the covariance of the columns of centred rows, summed over the activations of the layer.
 
-    As output of ``forward`` and ``compute`` the metric returns
-
-    - ``anova`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``. NaN, with a warning, for fewer than
-      two samples or transformations. A constant activation has F = 0, p = 1, effect 0 and is not rejected.
+    The value has ``activation_shape``. It is NaN, with a warning, for fewer than two samples or transformations. A
+    constant activation has F = 0, p = 1 and effect 0, and is not rejected.
 
     Args:
         statistic: ``"reject"``: 1 where invariance is rejected, else 0 (the paper's measure; lower is more invariant).
-            ``"f"``: F in ``[0, inf]``, lower is more invariant. ``"p"``: its p-value in ``[0, 1]``, not corrected;
-            higher is more invariant. ``"effect"``: partial η², the share of the squares that the transformations
-            explain, in ``[0, 1]``; lower is more invariant. ``"epsilon"``: ε of the layer, for each of its
-            activations; 1 for the one-way test.
+            ``"f"``: F in ``[0, inf]``; lower is more invariant. ``"p"``: the p-value in ``[0, 1]``, not corrected;
+            higher is more invariant. ``"effect"``: partial η² in ``[0, 1]``, the fraction of the squares that the
+            transformations explain; lower is more invariant. ``"epsilon"``: ε of the layer, repeated for each
+            activation; 1 for the one-way test.
         alpha: error rate of the rejection, in (0, 1).
-        correction: for many activations, with ``statistic="reject"``: ``"bonferroni"`` (the paper's), ``"holm"``,
+        correction: correction of ``"reject"`` for many activations: ``"bonferroni"`` (the paper's), ``"holm"``,
             ``"fdr_bh"``, or None.
-        family: which activations these are: those of the ``"layer"``, by default, or in an evaluation those of all
-            layers of the ``"network"``, as in the paper.
-        paired: the repeated-measures F, for which the same sample under every transformation is one subject. The
-            paper's test is one-way, as if each transformation had samples of its own; it rejects less.
+        paired: repeated-measures F, with the samples as subjects. The paper's one-way F treats the columns as
+            independent samples, and rejects less often.
+        family: the activations that are corrected together: of one ``"layer"``, or of all layers of the
+            ``"network"``, as in the paper, which only an evaluation does.
 
     Example:
         >>> import torch
@@ -89,10 +87,11 @@ class Anova(Measure):
             raise ValueError(f'Expected argument `family` to be "layer" or "network", but got {family!r}.')
         self.statistic, self.alpha, self.correction, self.paired = statistic, alpha, correction, paired
         self.family = family
+        self._rejects_in_network = statistic == "reject" and family == "network"
 
     @property
     def higher_is_better(self) -> bool | None:  # type: ignore[override]
-        """Whether higher values are more invariant."""
+        """True for p-values, which are higher for more invariant activations; None for ε."""
         return None if self.statistic == "epsilon" else self.statistic == "p"
 
     def value(self, sums: Sums) -> Tensor:
@@ -102,9 +101,9 @@ class Anova(Measure):
     def _statistic(self, sums: Sums, statistic: str) -> Tensor:
         n, m = sums.n_samples, sums.n_transformations
         means = sums["paired_means"] if self.paired else means_of(sums)
-        means = means - means[0]  # exactly 0 where columns are alike; so is `between` then
+        means = means - means[0]  # so that `between` is exactly 0 for equal columns
         between = n * (means - means.mean(0)).square_().sum(0)
-        if not self.paired:  # the same values in every column may have been summed in another order
+        if not self.paired:  # sums of equal columns may differ by rounding
             between = torch.where(sums["row_spread"] == 0, 0.0, between)
         within = (sums["paired_error"] if self.paired else sums["column_spread"][0]).clamp_min(0)
         epsilon = _sphericity(sums["paired_products"]) if self.paired else 1.0
@@ -119,15 +118,13 @@ class Anova(Measure):
             return f
         if statistic == "p":
             return f_survival(f, epsilon * d1, epsilon * d2)
-        rejected = rejected_f(f, epsilon * d1, epsilon * d2, self.alpha, self.correction)
-        return torch.where(f.isnan(), torch.nan, rejected.to(f.dtype))
+        return self._rejections(f_survival(f, epsilon * d1, epsilon * d2))
 
-    @property
-    def _rejects_in_network(self) -> bool:
-        return self.statistic == "reject" and self.family == "network"
+    def _rejections(self, p: Tensor) -> Tensor:
+        return torch.where(p.isnan(), torch.nan, rejected(p, self.alpha, self.correction).double())
 
     def of_layer(self, sums: Sums) -> Tensor:
-        """The value, or for rejections within a network the p-values."""
+        """The value, or the p-values for rejections in the whole network."""
         return self._statistic(sums, "p" if self._rejects_in_network else self.statistic)
 
     def of_network(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -135,13 +132,12 @@ class Anova(Measure):
         if not self._rejects_in_network or not values:
             return values
         p = torch.cat([value.flatten() for value in values.values()])
-        found = torch.where(p.isnan(), torch.nan, rejected(p, self.alpha, self.correction).double())
-        parts = torch.split(found, [value.numel() for value in values.values()])
+        parts = torch.split(self._rejections(p), [value.numel() for value in values.values()])
         return {name: part.view(values[name].shape) for name, part in zip(values, parts, strict=True)}
 
 
 def _sphericity(products: Tensor) -> float:
-    """Greenhouse and Geisser's ε of sums of products of columns without the means of rows, (m, m); 1 if all are 0."""
+    """Greenhouse and Geisser's ε, given the products of columns of centred rows, (m, m); 1 if all are 0."""
     total = float(products.trace())
     if not total > 0:
         return 1.0

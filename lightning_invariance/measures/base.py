@@ -1,4 +1,4 @@
-"""What every measure has in common: ST blocks in, one value for each activation out."""
+"""Base class of all measures: ST blocks in, one value for each activation out."""
 
 from __future__ import annotations
 
@@ -23,12 +23,7 @@ from lightning_invariance.precision import has_float64
 
 
 def quotient(transformation: Tensor, sample: Tensor) -> Tensor:
-    """What a normalised measure divides, with the paper's special cases: 0/0 is 1 (a dead activation), x/0 is inf.
-
-    Args:
-        transformation: how much an activation varies with the transformation.
-        sample: how much it varies with the sample, of the same shape.
-    """
+    """Divide variation over transformations by variation over samples: 0/0 is 1 (a dead activation), x/0 is inf."""
     dead = (transformation == 0) & (sample == 0)
     return torch.where(dead, 1.0, transformation / sample)
 
@@ -36,94 +31,90 @@ def quotient(transformation: Tensor, sample: Tensor) -> Tensor:
 class Measure(AccumulatingMetric):
     """Base of all measures: a ``torchmetrics.Metric`` of ST blocks whose states merge exactly.
 
-    As input to ``forward`` and ``update`` every measure accepts ``st_block``, a floating-point tensor ``(samples,
-    transformations, *activation_shape)``: complete rows of the ST matrix of every activation of one layer; and, as far
-    as it uses them, ``indices`` and ``labels`` of the samples. Blocks that do not fit together are a ``ValueError``,
-    others than real floating-point tensors a ``TypeError``. As output of ``forward`` and ``compute`` it returns
-    float64. All take the arguments of ``torchmetrics.Metric``; an argument out of its range is a ``ValueError``.
+    ``update`` and ``forward`` take ``st_block``, a real floating-point tensor ``(samples, transformations,
+    *activation_shape)``: complete rows of the ST matrix of every activation of one layer. ``indices`` and ``labels`` of
+    the samples are needed by some measures only. ``compute`` and ``forward`` return float64, one value for each
+    activation unless the measure says otherwise.
 
-    To make a measure of your own, name the accumulators in ``needs`` and override :meth:`value`. The sums, their
-    merging over batches and processes, and everything else that a ``Metric`` does follow from the accumulators. A
-    measure that needs a second pass over the same rows also names ``needs_again``, and overrides
-    :meth:`needs_second_pass` and
-    :meth:`second_pass`.
+    To write a measure, name its accumulators in ``needs`` and override :meth:`value`; they determine the states, and
+    how these merge over batches and processes. For a second pass over the same rows, also name ``needs_again`` and
+    override :meth:`second_pass`, and :meth:`needs_second_pass` where one pass can be enough.
 
     Args:
-        needs: accumulators; by default those of the class.
-        needs_again: accumulators of a second pass; by default those of the class.
-        kwargs: additional arguments of ``torchmetrics.Metric``.
+        needs: accumulators; by default the class attribute.
+        needs_again: accumulators of a second pass; by default the class attribute.
+        kwargs: additional arguments of ``torchmetrics.Metric``, which all measures accept.
 
     Raises:
-        TypeError: If an accumulator is no frozen dataclass, or a state is not a tensor of an allowed type.
-        ValueError: If two of the accumulators have a state of the same name.
+        TypeError: If an accumulator is no frozen dataclass, a state is not a tensor of an allowed type, or a block is
+            not a real floating-point tensor.
+        ValueError: If two accumulators have a state of one name, an argument is out of its range, or blocks differ in
+            their transformations or activations.
     """
 
-    #: Whether higher values are more invariant; None where neither is.
+    #: Whether higher values are more invariant; None for values that say nothing of invariance by themselves.
     higher_is_better: bool | None = False
 
-    #: Whether the value is a ratio, for which 1 means as much as samples do. Pictures of ratios share one scale.
+    #: Whether the value is a ratio, in which 1 means that transformations matter as much as samples do. Plots draw all
+    #: ratios with one scale.
     is_ratio: bool = False
 
-    #: Unit of the value, for labels; empty where it has none.
+    #: Unit of the value, for labels; empty for none.
     unit: str = ""
 
-    #: Fewer samples or transformations than this give NaN, with a warning.
+    #: With fewer samples or transformations the value is NaN, with a warning.
     least_samples: int = 1
     least_transformations: int = 2
 
-    #: Whether results also hold the value for a network that returns its input, ``result.floor``.
+    #: Whether results include the value of a network that returns its input, ``result.floor``.
     has_floor: ClassVar[bool] = False
 
-    #: Whether the value is a smooth function of sums over samples, so that it has standard errors and intervals.
+    #: Whether the value is a smooth function of sums over samples, and so has standard errors and intervals.
     has_intervals: ClassVar[bool] = False
 
-    #: Whether the value is the mean over samples of what each gives by itself: intervals then need no second pass.
-    is_mean_over_samples: bool = False
-
-    #: n times the part of itself by which the value of n samples is above that of very many, by its definition.
+    #: n times the relative bias of the value of n samples, as far as it follows from the definition.
     relative_bias: float = 0.0
 
-    #: Whether its response has intervals, too: it is linear in the state ``changes``, and of a ratio inverse to the sum
-    #: of ``column_spread`` over the positions of the channel.
+    #: Whether the response has intervals, too. It must be linear in the state ``changes``, and for a ratio inversely
+    #: proportional to the sum of ``column_spread`` over the positions of each channel.
     has_response_intervals: ClassVar[bool] = False
 
-    #: Whether :meth:`value` is right where the channels are another axis of the activation, ``sums.channel_axis``.
-    #: Declared by each class for itself: subclasses do not inherit it.
+    #: Whether :meth:`value` accepts any ``sums.channel_axis``; otherwise channels come first. Not inherited: a subclass
+    #: may compute another value.
     any_channel_axis: ClassVar[bool] = False
 
     @property
     def takes_any_channel_axis(self) -> bool:
-        """Whether an evaluation may leave values as they lie in memory, such as channels last, instead of copying."""
+        """Whether blocks in another memory order, such as channels last, can be added without a copy."""
         accumulators = (*self.needs, *self.needs_again)
         return all(declares(each, "any_channel_axis") for each in (self, *accumulators))
 
     @abstractmethod
     def value(self, sums: Sums) -> Tensor:
-        """What the measure is for every activation, given the states of ``needs`` (and of ``needs_again``) by name.
+        """Compute the value of every activation from the states of ``needs`` (and of ``needs_again``) by name.
 
         Returns:
-            ``(activations,)``, or another tensor with as many values as :meth:`value_shape` says; of any type, it
-            becomes float64.
+            A tensor of :meth:`value_shape`, or flat with as many values. It is converted to float64.
         """
 
     def value_shape(self, sums: Sums) -> tuple[int, ...]:
-        """The shape of the value: by default that of the activation."""
+        """The shape of the value: by default ``activation_shape``."""
         return sums.activation_shape
 
     def is_by_activation(self, sums: Sums) -> bool:
-        """Whether the last axes of the value are the axes of the activation; otherwise it has others, or none."""
+        """Whether the last axes of the value are the axes of the activation."""
         shape, own = sums.activation_shape, self.value_shape(sums)
         return own[len(own) - len(shape) :] == shape
 
     def needs_second_pass(self, sums: Sums) -> bool:
-        """Whether :meth:`value` needs more than the sums of the first pass; by default where there is a second."""
+        """Whether one pass is not enough for :meth:`value`; by default true for measures with ``needs_again``."""
         return bool(self.needs_again)
 
     def second_pass(self, sums: Sums) -> States:
-        """The states of ``needs_again`` with which a second pass begins, such as thresholds, and counts of 0.
+        """Return the states of ``needs_again`` at the start of a second pass, such as thresholds, and counts of 0.
 
-        At least one must not be empty. They must follow from the sums and from the fields of the accumulators in
-        ``needs_again``, since equal accumulators share them. ``rows.before`` begins at 0 again.
+        At least one must not be empty. They may depend only on the sums and on the fields of the accumulators in
+        ``needs_again``, since equal accumulators share them. ``rows.before`` starts at 0 again.
         """
         name = type(self).__name__
         if self.needs_again:
@@ -131,7 +122,7 @@ class Measure(AccumulatingMetric):
         raise TypeError(f"Expected a measure with a second pass, but {name} has one pass.")
 
     def response_of(self, sums: Sums) -> Tensor | None:
-        """The part of each transformation in the value of the layer, ``(m,)``; None where it is not measured."""
+        """The contribution of each transformation to the value of the layer, ``(m,)``; None for none."""
         return None
 
     def standard_error(self, sums: Sums) -> Tensor | None:
@@ -139,19 +130,17 @@ class Measure(AccumulatingMetric):
         return None
 
     def of_layer(self, sums: Sums) -> Tensor:
-        """What :meth:`of_network` gets of a layer: by default the value."""
+        """The input of :meth:`of_network` for one layer: by default the value."""
         return self.value(sums)
 
     def of_network(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The values of all layers of a network, given what :meth:`of_layer` found: by default these."""
+        """The values of all layers, given :meth:`of_layer` of each; by default unchanged."""
         return values
 
     def evaluated(self, sums: Sums, value_of: Callable[[Sums], Tensor] | None = None) -> Tensor:
-        """:meth:`value` in its shape; NaN, with a warning, for too few samples or transformations.
+        """Call :meth:`value`, or ``value_of`` instead, and check its shape.
 
-        Args:
-            sums: the states.
-            value_of: what to take instead of :meth:`value`.
+        NaN, with a warning, for too few samples or transformations.
         """
         shape = self.value_shape(sums)
         n, m = sums.n_samples, sums.n_transformations
@@ -172,10 +161,10 @@ class Measure(AccumulatingMetric):
         return torch.full(shape, torch.nan, dtype=torch.float64)
 
     def compute(self) -> Tensor:
-        """The value of every activation, in float64 where :attr:`device` has it.
+        """The value of every activation, in float64 where :attr:`device` supports it.
 
         Raises:
-            RuntimeError: Before a second pass that is needed.
+            RuntimeError: If a second pass is missing; see :attr:`complete`.
         """
         if not self.complete:
             raise RuntimeError(
@@ -186,15 +175,15 @@ class Measure(AccumulatingMetric):
         return (value if has_float64(self.device) else value.float()).to(self.device)
 
     def response(self) -> Tensor | None:
-        """The part of each transformation in the value of the layer, ``(m,)``; None where it is not measured."""
+        """:meth:`response_of` the blocks so far."""
         return self.response_of(self.sums())
 
     def dead(self) -> Tensor | None:
-        """Which activations never changed: bool of ``activation_shape``; None where the measure does not know."""
+        """Which activations never changed: bool of ``activation_shape``; None where no accumulator records it."""
         return dead_of(self.needs, self.sums())
 
     def sums(self) -> Sums:
-        """The states as :meth:`value` takes them."""
+        """The input of :meth:`value`."""
         shape = tuple(self.activation_shape.tolist())
         return Sums(self.states(), int(self.n_samples), self.n_transformations, shape)
 
@@ -206,7 +195,7 @@ class Measure(AccumulatingMetric):
         return not self.needs_second_pass(self.sums())
 
     def end_pass(self) -> None:
-        """Prepare for a second pass over the same rows; the states must be those of all processes.
+        """Begin a second pass over the same rows; the states of all processes must be merged first.
 
         Raises:
             TypeError: If the measure has one pass.
@@ -220,7 +209,7 @@ class Measure(AccumulatingMetric):
         self.n_samples = torch.zeros_like(self.n_samples)
 
     def extra_repr(self) -> str:
-        """The accumulators."""
+        """The accumulators, for ``repr``."""
         return ", ".join(map(repr, (*self.needs, *self.needs_again)))
 
     def applies_to(self, activation_shape: Sequence[int]) -> bool:
@@ -228,11 +217,11 @@ class Measure(AccumulatingMetric):
         return all(accumulator.applies_to(tuple(activation_shape)) for accumulator in self.needs)
 
     def plot(self, val: Tensor | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Draw a bar for each channel: the mean over the spatial axes. Infinite values reach the top, NaN are grey.
+        """Draw a bar for each channel, the mean over the spatial axes; infinite bars have full height, NaN are grey.
 
         Args:
-            val: what ``compute`` or ``forward`` returned; by default ``compute()`` is called.
-            ax: axes to draw into; by default those of a new figure.
+            val: a value of ``compute`` or ``forward``; by default ``compute()`` is called.
+            ax: axes to draw into; by default a new figure.
 
         Returns:
             The figure and the axes.
@@ -245,8 +234,8 @@ class Measure(AccumulatingMetric):
 
 
 def names_accumulators(metric: Metric) -> TypeGuard[Measure]:
-    """Whether a metric is a measure that is fully told by its accumulators and :meth:`Measure.value`.
+    """Whether a metric is a measure whose accumulators an evaluation can share between measures.
 
-    One that overrides ``compute`` instead, as metrics do, is evaluated like any other metric: a clone for each layer.
+    A measure that overrides ``compute`` is evaluated like any other metric, with a clone for each layer.
     """
     return isinstance(metric, Measure) and type(metric).compute is Measure.compute

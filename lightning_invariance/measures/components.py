@@ -1,8 +1,8 @@
-"""Where the variance of an activation comes from: samples, transformations, or what each sample makes of them."""
+"""Intraclass correlation and main effect: variance components of samples, transformations and their interaction."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,63 +12,47 @@ from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.measures.base import Measure
 
 
-class MeanSquares(NamedTuple):
-    """The mean squares of the two-way layout, each ``(activations,)``.
+def mean_squares(sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean squares R of samples, C of transformations and E of their interaction, each ``(activations,)``.
 
-    Attributes:
-        samples: between rows, MSR.
-        transformations: between columns, MSC.
-        rest: of the interaction, MSE: what each sample makes of each transformation in its own way.
+    They need ``Deviations(exact=True)``, since E is a difference of its sums.
     """
-
-    samples: Tensor
-    transformations: Tensor
-    rest: Tensor
-
-
-def mean_squares(sums: Sums) -> MeanSquares:
-    """The mean squares, given the states of ``Deviations(exact=True)``: the rest is a difference of sums."""
     n, m = sums.n_samples, sums.n_transformations
     means = means_of(sums.states)
     between = n * (means - means.mean(0)).square().sum(0)
-    rest = (sums["row_spread"] - between).clamp_min(0)
-    of_samples = (sums["column_spread"][0] - rest).clamp_min(0)
-    return MeanSquares(of_samples / (n - 1), between / (m - 1), rest / ((n - 1) * (m - 1)))
+    interaction = (sums["row_spread"] - between).clamp_min(0)
+    of_samples = (sums["column_spread"][0] - interaction).clamp_min(0)
+    return of_samples / (n - 1), between / (m - 1), interaction / ((n - 1) * (m - 1))
 
 
 class IntraclassCorrelation(Measure):
-    r"""Intraclass Correlation (ICC): how well a value under one transformation tells that under another.
+    r"""Intraclass Correlation (ICC): how well the value under one transformation predicts the value under another.
 
-    Transformations take the place of raters, samples that of subjects (Shrout and Fleiss 1979; McGraw and Wong 1996,
-    ICC(C,1) and ICC(A,1)). With the mean squares between samples R, between transformations C, and of the rest E:
+    Samples are the subjects and transformations the raters of ICC(C,1) and ICC(A,1) (Shrout and Fleiss 1979; McGraw and
+    Wong 1996). With the mean squares R between samples, C between transformations and E of their interaction:
 
     .. math:: ICC(C,1) = \frac{R - E}{R + (m - 1) E}, \qquad
         ICC(A,1) = \frac{R - E}{R + (m - 1) E + \frac{m}{n} (C - E)}
 
-    ICC(C,1) lies in ``[-1 / (m - 1), 1]``, ICC(A,1) in ``[-inf, 1]``; they have no unit. Higher is more invariant: 1 is
-    invariant, around 0 transformations leave nothing of the sample. ICC(C,1) forgives a transformation that shifts all
-    samples alike, ICC(A,1) does not.
-    The normalised variance is :math:`1 - ICC(C,1) + \frac{\sigma_T^2}{\sigma_S^2 + \sigma_E^2}`, with the variance
-    components of transformations, samples and the rest, estimated from the mean squares: a unit is above 1 exactly
-    where the common effect of the transformations exceeds that of the samples.
+    ICC(C,1) is in ``[-1 / (m - 1), 1]``, ICC(A,1) in ``[-inf, 1]``; neither has a unit. Higher is more invariant: 1 is
+    invariant, and around 0 the sample cannot be recognised after a transformation. ICC(C,1) ignores shifts that are
+    equal for all samples, ICC(A,1) does not.
 
-    As output of ``forward`` and ``compute`` the metric returns
+    The normalised variance is :math:`1 - ICC(C,1) + \frac{\sigma_T^2}{\sigma_S^2 + \sigma_E^2}` with the variance
+    components of transformations, samples and interaction, as estimated from the mean squares. It is above 1 exactly
+    where the main effect of the transformations exceeds the main effect of the samples.
 
-    - ``icc`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``; NaN for activations that never change,
-      and, with a warning, for fewer than two samples or transformations.
+    The value has ``activation_shape``. It is NaN for activations that never change and, with a warning, for fewer than
+    two samples or transformations.
 
     Args:
-        agreement: ICC(A,1) instead of ICC(C,1).
-        kwargs: additional arguments of ``torchmetrics.Metric``.
-
-    Raises:
-        ValueError: If ``agreement`` is no bool.
+        agreement: compute ICC(A,1) instead of ICC(C,1).
 
     Example:
         >>> import torch
         >>> from lightning_invariance.measures import IntraclassCorrelation
         >>> icc = IntraclassCorrelation()
-        >>> icc.update(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))  # every sample is shifted alike
+        >>> icc.update(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))  # every sample is shifted by 1
         >>> icc.compute()
         tensor(1., dtype=torch.float64)
     """
@@ -87,32 +71,30 @@ class IntraclassCorrelation(Measure):
     def value(self, sums: Sums) -> Tensor:
         """ICC(C,1) or ICC(A,1) of every activation."""
         n, m = sums.n_samples, sums.n_transformations
-        found = mean_squares(sums)
-        whole = found.samples + (m - 1) * found.rest
+        r, c, e = mean_squares(sums)
+        total = r + (m - 1) * e
         if self.agreement:
-            whole = whole + m / n * (found.transformations - found.rest)
-        return torch.where(Deviations().dead(sums.states), torch.nan, (found.samples - found.rest) / whole)
+            total = total + m / n * (c - e)
+        return torch.where(Deviations().dead(sums.states), torch.nan, (r - e) / total)
 
 
 class MainEffect(Measure):
-    r"""Main effect: which part of the transformation variance moves all samples alike.
+    r"""Main effect: the fraction of the transformation variance that is common to all samples.
 
     The transformation variance is the sum of a main effect and an interaction, :math:`TV = \frac{C + (n - 1) E}{n}`
     with the mean squares of :class:`IntraclassCorrelation`. The main effect is :math:`\frac{C / n}{TV}`.
 
-    It lies in ``[0, 1]``, and has no unit. 1: a transformation shifts the activation by the same for every sample, as a
-    bias could undo. Near 1/n: each sample changes in its own way. Neither is more invariant.
+    It is in ``[0, 1]`` and has no unit; neither direction is more invariant. At 1 a transformation shifts all samples
+    by one amount, which a bias could undo; near 1/n each sample changes in its own way.
 
-    As output of ``forward`` and ``compute`` the metric returns
-
-    - ``main_effect`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``; NaN for activations that no
-      transformation changes, and, with a warning, for fewer than two samples or transformations.
+    The value has ``activation_shape``. It is NaN for activations that no transformation changes and, with a warning,
+    for fewer than two samples or transformations.
 
     Example:
         >>> import torch
         >>> from lightning_invariance.measures import MainEffect
         >>> effect = MainEffect()
-        >>> effect.update(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))  # every sample is shifted alike
+        >>> effect.update(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))  # every sample is shifted by 1
         >>> effect.compute()
         tensor(1., dtype=torch.float64)
     """
@@ -123,7 +105,7 @@ class MainEffect(Measure):
     least_samples = 2
 
     def value(self, sums: Sums) -> Tensor:
-        """The part of the main effect in the transformation variance of every activation."""
-        found = mean_squares(sums)
+        """(C / n) / TV of every activation."""
+        effect = mean_squares(sums)[1] / sums.n_samples
         variance = sums["row_spread"] / (sums.n_samples * (sums.n_transformations - 1))
-        return torch.where(variance == 0, torch.nan, (found.transformations / sums.n_samples / variance).clamp(0, 1))
+        return torch.where(variance == 0, torch.nan, (effect / variance).clamp(0, 1))

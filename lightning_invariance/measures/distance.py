@@ -1,4 +1,4 @@
-"""Distance measures of invariance (paper, section 2.5), online."""
+"""Distance measures of invariance (paper, section 2.5)."""
 
 from __future__ import annotations
 
@@ -13,27 +13,16 @@ from lightning_invariance.aggregation import AGGREGATES, aggregate_maps
 from lightning_invariance.measures.base import Measure, quotient
 from lightning_invariance.measures.pair_distances import pair_distances
 
-#: Units of distances, of which cosines have none.
+#: Units of the named distances; cosines have none.
 UNITS = {"abs": "activation", "euclidean": "activation", "squared": "activation²", "cosine": ""}
 
 
 class MeasureOfDistances(Measure):
-    """A function of the transformation distance and the sample distance.
-
-    Args:
-        distance: see :class:`TransformationDistance`; so are the others.
-        over: ``"activation"`` or ``"channel"``.
-        samples: how many samples a group holds, or each column keeps.
-        aggregate: how the values of a feature map are made one; None keeps them.
-        kwargs: additional arguments of ``torchmetrics.Metric``.
-
-    Raises:
-        ValueError: If an argument is out of its range.
-    """
+    """Base of the distance measures, with the arguments of :class:`TransformationDistance`."""
 
     has_intervals = True
 
-    #: Which of the two distances the measure is made of.
+    #: Whether the measure uses the transformation distance (rows of the ST matrix) and the sample distance (columns).
     of_rows: ClassVar[bool] = True
     of_columns: ClassVar[bool] = True
 
@@ -56,23 +45,23 @@ class MeasureOfDistances(Measure):
 
     @property
     def takes_any_channel_axis(self) -> bool:
-        """Not with a function, which is told that the first axis holds the channels."""
+        """False for a function as ``distance``, which gets channels first."""
         return not callable(self.distance) and super().takes_any_channel_axis
 
     def value_shape(self, sums: Sums) -> tuple[int, ...]:
-        """The activation's, or ``(channels,)`` with ``aggregate`` or for ``over="channel"``."""
+        """``activation_shape``, or ``(channels,)`` with ``aggregate`` or ``over="channel"``."""
         of_channels = self.over == "channel" or self.aggregate is not None
         return (sums.n_channels,) if of_channels else sums.activation_shape
 
     def aggregated(self, values: Tensor, sums: Sums) -> Tensor:
-        """Distances with the values of a feature map made one."""
+        """Apply ``aggregate`` to distances of all activations."""
         if self.over == "channel":
-            return values  # one for each channel already
+            return values  # one for each channel
         return aggregate_maps(sums.shaped(values), self.aggregate, sums.channel_axis)
 
 
 class TransformationDistance(MeasureOfDistances):
-    r"""Transformation Distance (TD): how far apart an activation is under different transformations of a sample.
+    r"""Transformation Distance (TD): the mean distance of an activation between transformations of a sample.
 
     The mean over samples of the average distance of all pairs of transformations (paper, section 2.5, eqs. 5 and 6):
 
@@ -80,23 +69,22 @@ class TransformationDistance(MeasureOfDistances):
         TD = \frac{1}{n} \sum_{i=1}^{n} \mathrm{AverageDistance}(\mathbf{ST}[i, :]), \qquad
         \mathrm{AverageDistance}(x_1 \dots x_m) = \frac{1}{m^2} \sum_{j,l} d(x_j, x_l)
 
-    It lies in ``[0, inf)``, in units of the activation for ``"abs"``. Lower is more invariant; 0 is invariant. Unlike a
-    variance it does not suppose one mode. It is exact.
+    It is exact, in ``[0, inf)``, and in units of the activation for ``"abs"``. Lower is more invariant; 0 is invariant.
+    Unlike a variance, it assumes no unimodal distribution.
 
-    As output of ``forward`` and ``compute`` the metric returns
-
-    - ``td`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``, or ``(channels,)`` for
-      ``over="channel"``. NaN, with a warning, for fewer than two transformations.
+    The value has ``activation_shape``, or is ``(channels,)`` for ``over="channel"`` or with ``aggregate``. It is NaN,
+    with a warning, for fewer than two transformations.
 
     Args:
-        distance: ``"abs"``: \|x − y\|, the sum of it over a feature map. ``"squared"``: computed through the variances
-            (paper, eq. 7). ``"euclidean"`` and ``"cosine"``, of feature maps. Or a function ``d(x, y)`` of broadcast
-            tensors, symmetric and with d(x, x) = 0, that keeps their shape for ``over="activation"`` and reduces their
-            last axis for ``over="channel"``.
+        distance: ``"abs"``: \|x − y\|, summed over a feature map. ``"squared"``: computed from the variances (paper,
+            eq. 7). ``"euclidean"`` and ``"cosine"``: of feature maps only. Or a symmetric function ``d(x, y)`` of
+            broadcast tensors with d(x, x) = 0, which keeps their shape for ``over="activation"`` and reduces their last
+            axis for ``over="channel"``.
         over: ``"activation"``: every scalar by itself. ``"channel"``: a feature map is one vector.
-        samples: not used here; the same argument as of :class:`SampleDistance`.
-        aggregate: ``"mean"``, ``"max"`` or ``"sum"`` over the feature map gives one value for each channel, before any
-            quotient.
+        samples: s, the number of samples in each group, or that each column keeps; see :class:`SampleDistance`. It has
+            no effect on TD.
+        aggregate: ``"mean"``, ``"max"`` or ``"sum"`` of the distances in a feature map, before any quotient, gives one
+            value for each channel; None keeps a value for each activation.
 
     Example:
         >>> import torch
@@ -111,49 +99,36 @@ class TransformationDistance(MeasureOfDistances):
     of_columns = False
     unit = "distance"
 
-    @property
-    def is_mean_over_samples(self) -> bool:  # type: ignore[override]
-        """Except for the largest value of a feature map."""
-        return self.aggregate != "max"
-
     def value(self, sums: Sums) -> Tensor:
         """TD of every activation, or of every channel."""
         return self.aggregated(self.pairs.within_rows(sums), sums)
 
 
 class SampleDistance(MeasureOfDistances):
-    r"""Sample Distance (SD): how far apart an activation is for different samples.
+    r"""Sample Distance (SD): the mean distance of an activation between samples.
 
     The mean over transformations of the average distance of all pairs of samples (paper, section 2.5, eqs. 5 and 6):
 
     .. math:: SD = \frac{1}{m} \sum_{j=1}^{m} \mathrm{AverageDistance}(\mathbf{ST}[:, j])
 
-    For ``distance="squared"``, and for up to ``samples`` samples, it is exact. Otherwise it is estimated without bias,
-    from m·s values for each activation, s for ``samples``, times (n − 1)/n for the pairs of a sample with itself:
+    It is exact for ``distance="squared"``, and for up to s samples (``samples=s``). Otherwise it is estimated without
+    bias from the pairs within subsets of s samples, times (n − 1)/n for the pairs of a sample with itself:
 
-    - :func:`~lightning_invariance.evaluate` and the monitor take the samples in a random order, the same for every
-      batch size and number of processes. All pairs within groups of s samples, one after the other, stand for all.
+    - :func:`~lightning_invariance.evaluate` and the monitor draw samples in a random order, which depends on neither
+      batch size nor number of processes, and average over all pairs within consecutive groups of s samples.
       :attr:`InvarianceResult.standard_errors` has the standard error for samples drawn at random.
     - Where the order is not random (updates by hand, iterable datasets, :class:`Stratified`), each transformation keeps
-      the values of s samples of its own, and their s(s − 1)/2 pairs stand for all. The choice depends on the
-      ``indices`` of samples alone, or where there are none on their values and the order in which they came. The
-      relative standard error is between 0.7/√(s·m) and 0.7/√s for normal distributions, and the estimate is 0 for a
-      unit that fires so rarely that no kept sample fires it.
+      the values of s samples of its own and averages over their s(s − 1)/2 pairs. The ``indices`` of samples alone
+      determine the choice; without indices, their values and order do. The relative standard error is between
+      0.7/√(s·m) and 0.7/√s for normal distributions. The estimate is 0 for an activation that no kept sample changes.
 
-    It lies in ``[0, inf)``, in units of the activation for ``"abs"``. It says nothing of invariance by itself: it is
-    the scale that :class:`NormalizedDistance` divides by.
+    It is in ``[0, inf)``, in units of the activation for ``"abs"``. By itself it says nothing of invariance: it is the
+    denominator of :class:`NormalizedDistance`.
 
-    As output of ``forward`` and ``compute`` the metric returns
+    The value has ``activation_shape``, or is ``(channels,)`` for ``over="channel"`` or with ``aggregate``. It is NaN,
+    with a warning, for fewer than two samples.
 
-    - ``sd`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``, or ``(channels,)`` for
-      ``over="channel"``. NaN, with a warning, for fewer than two samples.
-
-    Args:
-        distance: see :class:`TransformationDistance`.
-        over: ``"activation"``: every scalar by itself. ``"channel"``: a feature map is one vector.
-        samples: how many samples a group holds, or each transformation keeps, s.
-        aggregate: ``"mean"``, ``"max"`` or ``"sum"`` over the feature map gives one value for each channel, before any
-            quotient.
+    Args: see :class:`TransformationDistance`.
 
     Example:
         >>> import torch
@@ -168,7 +143,7 @@ class SampleDistance(MeasureOfDistances):
     higher_is_better = None
     of_rows = False
     unit = "distance"
-    relative_bias = -1.0  # pairs of a sample with itself are 1 / n of all
+    relative_bias = -1.0  # 1 / n of the pairs are of a sample with itself
     least_samples, least_transformations = 2, 1
 
     def value(self, sums: Sums) -> Tensor:
@@ -176,33 +151,24 @@ class SampleDistance(MeasureOfDistances):
         return self.aggregated(self.pairs.within_columns(sums), sums)
 
     def standard_error(self, sums: Sums) -> Tensor | None:
-        """That of SD; with ``aggregate`` no less than it, since the errors of a feature map go together."""
+        """The standard error of SD; with ``aggregate`` an upper bound, since errors in a feature map correlate."""
         errors = self.pairs.error_within_columns(sums)
         return None if errors is None else self.aggregated(errors, sums)
 
 
 class NormalizedDistance(MeasureOfDistances):
-    r"""Normalized Distance (ND): how much transformations matter against samples, by distances.
-
-    Transformation distance over sample distance (paper, section 2.5, eq. 5):
+    r"""Normalized Distance (ND): transformation distance divided by sample distance (paper, section 2.5, eq. 5).
 
     .. math:: ND = \frac{TD}{SD}, \qquad \frac{0}{0} = 1, \quad \frac{x}{0} = \infty
 
-    It lies in ``[0, inf]`` and has no unit. Lower is more invariant: 0 is invariant; around 1 transformations matter as
-    much as samples do. SD is estimated, see :class:`SampleDistance`; TD is exact. The standard error in a result is
-    what that of SD makes of the quotient.
+    It is in ``[0, inf]`` and has no unit. Lower is more invariant: 0 is invariant; around 1 transformations matter as
+    much as samples do. :class:`TransformationDistance` is exact, :class:`SampleDistance` is estimated; the standard
+    error of ND in a result contains the error of SD only.
 
-    As output of ``forward`` and ``compute`` the metric returns
+    The value has ``activation_shape``, or is ``(channels,)`` for ``over="channel"`` or with ``aggregate``. It is NaN,
+    with a warning, for fewer than two samples or transformations.
 
-    - ``nd`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``, or ``(channels,)`` for
-      ``over="channel"``. NaN, with a warning, for fewer than two samples or transformations.
-
-    Args:
-        distance: see :class:`TransformationDistance`.
-        over: ``"activation"``: every scalar by itself. ``"channel"``: a feature map is one vector.
-        samples: how many samples a group holds, or each transformation keeps, s.
-        aggregate: ``"mean"``, ``"max"`` or ``"sum"`` over the feature map gives one value for each channel, before any
-            quotient.
+    Args: see :class:`TransformationDistance`.
 
     Example:
         >>> import torch
@@ -215,7 +181,7 @@ class NormalizedDistance(MeasureOfDistances):
 
     any_channel_axis = True
     is_ratio = True
-    relative_bias = 1.0  # that of SD
+    relative_bias = 1.0  # opposite to SD, the denominator
     least_samples = 2
 
     def value(self, sums: Sums) -> Tensor:
@@ -224,7 +190,7 @@ class NormalizedDistance(MeasureOfDistances):
         return quotient(self.aggregated(rows, sums), self.aggregated(columns, sums))
 
     def standard_error(self, sums: Sums) -> Tensor | None:
-        """What that of SD makes of TD / SD: TD · se(SD) / SD²; 0 where the activation is dead."""
+        """TD · se(SD) / SD², where se is the standard error; 0 for dead activations."""
         errors = self.pairs.error_within_columns(sums)
         if errors is None:
             return None

@@ -1,9 +1,8 @@
-"""The F distribution, and which of many hypotheses are rejected."""
+"""p-values of F statistics, and corrections for many hypotheses."""
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,37 +10,14 @@ from torch import Tensor
 CORRECTIONS = ("bonferroni", "holm", "fdr_bh")
 
 
-def rejected_f(f: Tensor, d1: float, d2: float, alpha: float, correction: str | None) -> Tensor:
-    """Which F statistics are rejected at level ``alpha``; NaN are not.
-
-    Without a correction, and for Bonferroni's, F is compared with a critical value, which needs no p-values.
-    """
-    if correction not in (None, "bonferroni"):
-        return rejected(f_survival(f, d1, d2), alpha, correction)
-    return f >= _critical(d1, d2, alpha / (1 if correction is None else max(int((~f.isnan()).sum()), 1)))
-
-
-@lru_cache(maxsize=1024)
-def _critical(d1: float, d2: float, level: float) -> float:
-    """The smallest F whose p-value does not exceed ``level``."""
-    low, high = 0.0, 1.0
-    while float(f_survival(torch.tensor([high]), d1, d2)) > level:
-        high = 2 * high
-    for _ in range(10):  # each step takes one of 64 parts: down to the last bit
-        places = torch.linspace(low, high, 65, dtype=torch.float64)
-        above = int((f_survival(places, d1, d2) > level).sum())
-        low, high = float(places[above - 1]), float(places[min(above, 64)])
-    return high
-
-
 def rejected(p: Tensor, alpha: float, correction: str | None) -> Tensor:
-    """Which hypotheses are rejected at level ``alpha``; NaN are none.
+    """Decide which hypotheses are rejected at level ``alpha``: bool of the shape of ``p``, false for NaN.
 
     Args:
-        p: p-values of any shape; all of them are one family.
+        p: p-values of any shape, which are corrected together.
         alpha: the error rate, in (0, 1).
-        correction: ``"bonferroni"`` and ``"holm"`` bound the chance of any false rejection, ``"fdr_bh"`` (Benjamini
-            and Hochberg) the expected share of false ones among the rejected; None tests each by itself.
+        correction: ``"bonferroni"`` and ``"holm"`` bound the probability of any false rejection, ``"fdr_bh"``
+            (Benjamini and Hochberg) the expected fraction of false rejections; None compares each p with ``alpha``.
     """
     known = p.flatten().nan_to_num(nan=torch.inf)
     k = int(known.isfinite().sum())
@@ -61,25 +37,21 @@ def f_survival(f: Tensor, d1: float, d2: float) -> Tensor:
     """The probability of an F statistic with d1 and d2 degrees of freedom above ``f``, in float64."""
     f = f.double()
     whole = d2 + d1 * f
-    return torch.where(f.isinf(), 0.0, regularized_beta(d2 / whole, d1 * f / whole, d2 / 2, d1 / 2))
+    return torch.where(whole.isinf(), 0.0, regularized_beta(d2 / whole, d1 * f / whole, d2 / 2, d1 / 2))
 
 
 def regularized_beta(x: Tensor, complement: Tensor, a: float, b: float) -> Tensor:
     """The regularised incomplete beta function I_x(a, b), by its continued fraction (DLMF 8.17.22).
 
-    Args:
-        x: in [0, 1], float64.
-        complement: 1 − x, given apart because the difference loses digits for x near 1.
-        a: above 0.
-        b: above 0.
+    ``complement`` is 1 − x, an argument because the difference would lose digits for x near 1.
     """
-    mirrored = x > (a + 1) / (a + b + 2)  # where the fraction of 1 − I_{1 − x}(b, a) converges faster
-    a_and_b = x.new_tensor([a, b])  # of Python's numbers `where` would make float32
+    mirrored = x > (a + 1) / (a + b + 2)  # the fraction of 1 − I_{1 − x}(b, a) converges faster there
+    a_and_b = x.new_tensor([a, b])  # with Python's numbers `where` would return float32
     first, second = torch.where(mirrored, a_and_b[1], a_and_b[0]), torch.where(mirrored, a_and_b[0], a_and_b[1])
     x_or_complement, other = torch.where(mirrored, complement, x), torch.where(mirrored, x, complement)
-    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)  # the same for both
-    found = _beta_fraction(x_or_complement, other, first, second, log_beta)
-    return torch.where(mirrored, 1 - found, found).clamp(0, 1) + 0 * x
+    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)  # symmetric in a and b
+    beta = _beta_fraction(x_or_complement, other, first, second, log_beta)
+    return torch.where(mirrored, 1 - beta, beta).clamp(0, 1) + 0 * x  # NaN stays NaN
 
 
 def _beta_fraction(x: Tensor, complement: Tensor, a: Tensor, b: Tensor, log_beta: float) -> Tensor:
@@ -100,7 +72,7 @@ def _beta_fraction(x: Tensor, complement: Tensor, a: Tensor, b: Tensor, log_beta
             value = value * d * c
         unfinished = (d * c - 1).abs() > 1e-15
         if step % 8 == 0 or not bool(unfinished.any()):
-            # Most need few steps: go on with the others only.
+            # Most values converge in few steps: continue with the others only.
             fraction[waiting] = value
             waiting, value, c, d, x, a, b = (v[unfinished] for v in (waiting, value, c, d, x, a, b))
             if not len(waiting):

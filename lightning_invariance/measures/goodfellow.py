@@ -1,4 +1,4 @@
-"""The invariance measure of Goodfellow et al. (2009), online in one pass, or in two for many samples."""
+"""The invariance measure of Goodfellow et al. (2009): local over global firing rate (paper, section 3.2)."""
 
 from __future__ import annotations
 
@@ -12,48 +12,39 @@ from lightning_invariance.accumulators.peaks import rounded_down
 from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.measures.base import Measure
 
-#: The paper's share of values that fire.
-PAPER_ALPHA = 0.01
-
 
 class Goodfellow(Measure):
-    r"""Goodfellow's measure: do the transformations of what fires a unit fire it too?
+    r"""Goodfellow's measure: does an activation that fires for a sample also fire for its transformations?
 
     Goodfellow, Lee, Le, Saxe and Ng, *Measuring invariances in deep networks* (2009), with the threshold of the paper
-    (section 3.2). A unit fires where its activation (times the sign) lies above a threshold that a share ``alpha`` of
-    all values should exceed. The global rate G is the share of all n·m values that fire; the local rate L is the share
-    of values that fire in the trajectories (rows of the ST matrix) of the samples that fire the unit somewhere:
+    (section 3.2). An activation fires where its value (times the sign) is above a threshold that a fraction ``alpha``
+    of all values should exceed. The global rate G is the fraction of all n·m values that fire. The local rate L is the
+    fraction that fire within the firing rows: the rows of the ST matrix with at least one value that fires.
 
     .. math:: S = L / G
 
-    S lies in ``[1, n]``: about 1 / alpha for a perfectly invariant unit, and close to 1 / (m·alpha) (at least 1) for
-    noise. Higher is more invariant; with ``direction="lower_is_invariant"`` the value is G / L in ``(0, 1]``, as the
-    paper plots it. NaN for units that never fire.
+    S is in ``[1, n]``: about 1 / alpha for a perfectly invariant activation, and close to 1 / (m·alpha) (at least 1)
+    for noise. Higher is more invariant; with ``direction="lower_is_invariant"`` the value is G / L in ``(0, 1]``, as
+    the paper plots it. The value has ``activation_shape``. It is NaN for activations that never fire.
 
-    The threshold needs all values, the rates need the threshold. Since S = n / (number of samples that fire the unit
-    somewhere), the highest value of each row is all that the rates need: of up to ``capacity`` samples (fewer in layers
-    so large that these would take more than 32 MiB) it is kept. For more samples there is a second pass, which
-    :func:`~lightning_invariance.evaluate` makes. By hand, where :attr:`complete` is false after all blocks, call
-    :meth:`end_pass` and update with all of them again.
-
-    As output of ``forward`` and ``compute`` the metric returns
-
-    - ``goodfellow`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``.
+    Since S = n / (number of firing rows), the highest value of each row is enough for one pass. It is kept for up to
+    ``capacity`` samples, or fewer in large layers, where these values would need more than 32 MiB. More samples need a
+    second pass, with the threshold of the first, which :func:`~lightning_invariance.evaluate` makes. In updates by
+    hand, if :attr:`complete` is false after all blocks, call :meth:`end_pass` and update with all blocks again.
 
     Args:
-        alpha: share of the values that should fire, in (0, 1).
+        alpha: fraction of the values that should fire, in (0, 1).
         threshold: ``"normal"``: mean + z·std, with z from the normal distribution. ``"quantile"``: the value that a
-            share ``alpha`` of all exceeds, exactly; it keeps the ``capacity`` highest values of each activation.
-        sign: 1 for units that fire when they are high, -1 when they are low, ``"best"`` for the more invariant of both.
+            fraction ``alpha`` of all values exceeds, exactly.
+        sign: 1 for activations that fire at high values, -1 at low values, ``"best"`` for the more invariant of both.
         direction: ``"higher_is_invariant"`` (S) or ``"lower_is_invariant"`` (1 / S).
-        capacity: how many samples' highest values, and for ``threshold="quantile"`` how many of the highest values of
-            all, are kept of each activation; the latter takes more than alpha·n·m.
+        capacity: number of rows whose highest value is kept, and for ``threshold="quantile"`` number of highest values
+            kept of each activation, which must be larger than alpha·n·m.
 
     Raises:
-        ValueError: If an argument is out of its range, blocks do not fit together, or (after the first pass) no value
-            reaches the quantile or ``capacity`` is too small for it.
-        TypeError: If a block is not of a real floating-point type.
-        RuntimeError: If ``compute`` is called before a second pass that is needed.
+        ValueError: If an argument is out of its range or, after the first pass, ``alpha`` or ``capacity`` is too small
+            for the quantile.
+        RuntimeError: If ``compute`` is called and a second pass is missing.
 
     Example:
         >>> import torch
@@ -69,7 +60,7 @@ class Goodfellow(Measure):
 
     def __init__(
         self,
-        alpha: float = PAPER_ALPHA,
+        alpha: float = 0.01,
         threshold: str = "normal",
         sign: int | str = 1,
         direction: str = "higher_is_invariant",
@@ -97,24 +88,20 @@ class Goodfellow(Measure):
 
     @property
     def higher_is_better(self) -> bool:  # type: ignore[override]
-        """Whether higher values are more invariant."""
+        """True for S, false for 1 / S."""
         return self.direction == "higher_is_invariant"
 
     def needs_second_pass(self, sums: Sums) -> bool:
-        """Whether there are more samples than highest values of rows could be kept for."""
+        """Whether there were too many samples to keep the highest value of each row."""
         return not sums["peaks"].numel()
 
     def second_pass(self, sums: Sums) -> States:
-        """The thresholds, by what the first pass has seen.
-
-        Raises:
-            ValueError: If no value reaches the quantile, or ``capacity`` is too small for it.
-        """
+        """The thresholds of the first pass, and counts of 0."""
         thresholds = self._thresholds(sums)
         return {"thresholds": thresholds, "firing_rows": torch.zeros_like(thresholds, dtype=torch.long)}
 
     def value(self, sums: Sums) -> Tensor:
-        """S of every activation: n / (number of rows that fire)."""
+        """S = n / (number of firing rows), or 1 / S, of every activation."""
         if "firing_rows" in sums and sums["firing_rows"].numel():
             rows = sums["firing_rows"]
         else:
@@ -127,10 +114,8 @@ class Goodfellow(Measure):
         return best if self.direction == "higher_is_invariant" else 1 / best
 
     def _thresholds(self, sums: Sums) -> Tensor:
-        return self._by_rank(sums) if self.threshold == "quantile" else self._by_normal(sums)
-
-    def _by_normal(self, sums: Sums) -> Tensor:
-        """Mean + z · standard deviation of all n·m values of each activation."""
+        if self.threshold == "quantile":
+            return self._quantiles(sums)
         n, m = sums.n_samples, sums.n_transformations
         means = means_of(sums)
         mean = means.mean(0)
@@ -139,13 +124,12 @@ class Goodfellow(Measure):
         z = torch.special.ndtri(torch.tensor(1 - self.alpha, dtype=std.dtype, device=std.device))
         return torch.stack([sign * mean + z * std for sign in self.signs])
 
-    def _by_rank(self, sums: Sums) -> Tensor:
-        """The value that a share alpha of all n·m values exceeds."""
+    def _quantiles(self, sums: Sums) -> Tensor:
         count = sums.n_samples * sums.n_transformations
         rank = int(round(self.alpha * count, 9))  # 0.29 · 100 is 28.999999999999996
         if rank == 0:
             raise ValueError(
-                f"Expected argument `alpha` to be at least 1 / {count}, the share of one value, but got {self.alpha}."
+                f"Expected argument `alpha` to be at least 1 / {count}, one value of all, but got {self.alpha}."
             )
         if rank >= self.capacity:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Transformation and sample distance (paper, section 2.5), by pairs or, for squared distances, by variances."""
+"""Transformation and sample distance from sums over pairs or, for squared distances, from variances."""
 
 from __future__ import annotations
 
@@ -20,13 +20,7 @@ DISTANCES = ("abs", "squared", "euclidean", "cosine")
 
 @dataclass(frozen=True)
 class PairDistances:
-    """Transformation and sample distance from distances of pairs, in rows all of them, in columns some.
-
-    Attributes:
-        distance: ``"abs"``, ``"euclidean"``, ``"cosine"`` or a function.
-        over: ``"activation"`` or ``"channel"``.
-        samples: how many samples a group holds, or each column keeps.
-    """
+    """Transformation distance from all pairs in rows, sample distance from some pairs in columns."""
 
     distance: Distance
     over: str
@@ -39,15 +33,12 @@ class PairDistances:
         return (*of_rows, of_columns) if columns else of_rows
 
     def within_rows(self, sums: Sums) -> Tensor:
-        """TD (paper, eqs. 5 and 6); NaN where an activation was infinite, whose distance to itself is none."""
-        found = sums["row_distances"] / (sums.n_samples * sums.n_transformations**2)
-        return torch.where(found.isinf(), torch.nan, found)
+        """TD (paper, eqs. 5 and 6); NaN where an activation was infinite, since inf − inf is NaN."""
+        mean = sums["row_distances"] / (sums.n_samples * sums.n_transformations**2)
+        return torch.where(mean.isinf(), torch.nan, mean)
 
     def within_columns(self, sums: Sums) -> Tensor:
-        """SD (paper, eqs. 5 and 6): the mean over pairs of samples of one group, or of kept samples.
-
-        Times (n − 1) / n, since eq. 6 also counts the pairs of a sample with itself.
-        """
+        """SD (paper, eqs. 5 and 6): the mean over pairs in groups, or over pairs of kept samples, times (n − 1) / n."""
         n = sums.n_samples
         if "groups" in sums:
             mean = self._mean_in_groups(sums)[0]
@@ -58,17 +49,16 @@ class PairDistances:
         return torch.where(flawed.flatten(), torch.nan, self._mean_of_kept(sums).flatten()) * ((n - 1) / n)
 
     def error_within_columns(self, sums: Sums) -> Tensor | None:
-        """The standard error of SD, for samples drawn at random; None where only some samples were kept."""
+        """The standard error of SD, for samples drawn at random; None without groups."""
         n = sums.n_samples
         return self._mean_in_groups(sums)[1] * ((n - 1) / n) if "groups" in sums else None
 
     def _mean_in_groups(self, sums: Sums) -> tuple[Tensor, Tensor]:
-        """The mean distance of two samples of one group, and its standard error."""
+        """The mean distance of two samples in a group, and its standard error."""
         groups = GroupedPairs(self.distance, self.over, self.samples, self.samples, sums.n_samples)
         return mean_and_error({**sums.states, **groups.added(sums.states)})
 
     def _mean_of_kept(self, sums: Sums) -> Tensor:
-        """The mean distance of two kept samples."""
         keys = sums["keys"]
         kept = sums["kept"].view(*sums["kept"].shape[:2], *(sums.activation_shape or (1,)))
         if self.over == "channel" and sums.channel_axis:
@@ -80,29 +70,25 @@ class PairDistances:
         if len(set(counts)) == 1:
             some = kept[full.to(kept.device)]
             return self._mean_of_pairs(some.view(len(full), counts[0], *some.shape[1:]))
-        # Fewer samples came than were announced, as in a layer that does not always run.
+        # A layer that does not run for every sample can have columns with different numbers of kept samples.
         parts = [values[places.to(values.device)] for values, places in zip(kept, full, strict=True)]
         means = [self._mean_of_pairs(part[None]) for part in parts if len(part) > 1]
         return torch.stack(means).mean(0) if means else self._mean_of_pairs(kept[:1, :2] * torch.nan)
 
     def _mean_of_pairs(self, kept: Tensor) -> Tensor:
-        """The mean distance of two different samples, over all columns ``(columns, samples, *activation_shape)``."""
+        """The mean distance of two different samples of ``(columns, samples, *activation_shape)``."""
         columns, samples = kept.shape[:2]
         return row_distances(kept, self.distance, self.over) / (samples * (samples - 1) * columns)
 
 
 @dataclass(frozen=True)
 class SquaredDistances:
-    """The same for squared distances, which are variances (paper, eq. 7): exact for all samples, from their sums.
-
-    Attributes:
-        over: ``"activation"`` or ``"channel"``.
-    """
+    """Squared transformation and sample distance from the variances (paper, eq. 7): exact for all samples."""
 
     over: str
 
     def needs(self, rows: bool, columns: bool) -> tuple[Accumulator, ...]:
-        """The accumulators for transformation distances (rows) and sample distances (columns)."""
+        """The accumulator of the variances."""
         return (Deviations(),)
 
     def within_rows(self, sums: Sums) -> Tensor:
@@ -116,7 +102,7 @@ class SquaredDistances:
         return self._over(2 * (n - 1) / n * sample_variance(sums), sums)
 
     def error_within_columns(self, sums: Sums) -> Tensor | None:
-        """None: it is exact."""
+        """None, since SD is exact."""
         return None
 
     def _over(self, values: Tensor, sums: Sums) -> Tensor:
@@ -124,11 +110,7 @@ class SquaredDistances:
 
 
 def pair_distances(distance: Distance, over: str, samples: int) -> PairDistances | SquaredDistances:
-    """How distances are computed.
-
-    Raises:
-        ValueError: If an argument is out of its range.
-    """
+    """Check the arguments, and choose between pairs and variances."""
     if over not in ("activation", "channel"):
         raise ValueError(f'Expected argument `over` to be "activation" or "channel", but got {over!r}.')
     if not callable(distance) and distance not in DISTANCES:

@@ -1,4 +1,4 @@
-"""Same-equivariance measures (paper, section 2.6), online: invariance of feature maps that are mapped back."""
+"""Same-equivariance measures (paper, section 2.6): invariance of feature maps after the inverse transformation."""
 
 from __future__ import annotations
 
@@ -20,15 +20,7 @@ from lightning_invariance.transforms import TransformationSet
 
 
 class SameEquivariance(Measure):
-    """What both measures share: sums over feature maps that are mapped back, for each channel or each pixel.
-
-    Args:
-        needs: the accumulator.
-        mapping: how maps are mapped back.
-        over: ``"channel"`` or ``"activation"``.
-        normalized_by: None or ``"samples"``.
-        kwargs: additional arguments of ``torchmetrics.Metric``.
-    """
+    """Base of the same-equivariance measures: sums over feature maps after the inverse transformation."""
 
     has_floor = True
     has_intervals = True
@@ -39,43 +31,28 @@ class SameEquivariance(Measure):
         super().__init__([needs], **kwargs)
         self.transformations, self.normalize, self.mask = mapping.transformations, mapping.normalize, mapping.mask
         self.input_size, self.over, self.normalized_by = mapping.input_size, over, normalized_by
-
-    @property
-    def is_ratio(self) -> bool:  # type: ignore[override]
-        """Whether the measure is divided by that of samples."""
-        return self.normalized_by is not None
-
-    @property
-    def least_samples(self) -> int:  # type: ignore[override]
-        """Two where the measure is divided by that of samples."""
-        return 1 if self.normalized_by is None else 2
-
-    @property
-    def is_mean_over_samples(self) -> bool:  # type: ignore[override]
-        """Whether the measure is not divided by that of samples."""
-        return self.normalized_by is None
+        self.is_ratio = normalized_by is not None
+        self.least_samples = 2 if self.is_ratio else 1
 
     def value_shape(self, sums: Sums) -> tuple[int, ...]:
-        """``(channels,)``, or the activation's shape for ``over="activation"``."""
+        """``(channels,)``, or ``activation_shape`` for ``over="activation"``."""
         return sums.activation_shape if self.over == "activation" else (sums.n_channels,)
 
     @abstractmethod
     def of_maps(self, sums: Sums) -> Tensor:
-        """The value, given sums over feature maps whose channels come first."""
+        """The value, given sums over feature maps with channels first."""
 
     def value(self, sums: Sums) -> Tensor:
-        """SE of every channel, or of every activation."""
-        value = self.defined(self.of_maps(sums.channels_first()), sums.channels_first())
-        return value.movedim(0, sums.channel_axis) if self.over == "activation" else value
-
-    def defined(self, value: Tensor, sums: Sums) -> Tensor:
-        """NaN where a feature map was zero throughout (0/0 as a unit vector), and for pixels outside the mask."""
-        value = value.view(self.value_shape(sums))
+        """SE of every channel, or of every activation; NaN for maps that are always zero, and for masked pixels."""
+        sums, channel_axis = sums.channels_first(), sums.channel_axis
+        value = self.of_maps(sums).view(self.value_shape(sums))
         lit = sums["lit"] > 0 if self.normalize else torch.ones_like(sums["lit"], dtype=torch.bool)
-        known = lit.view(-1, *[1] * (value.ndim - 1))
-        if self.over == "activation" and "inside" in sums and sums["inside"].numel():
-            known = known & sums["inside"]
-        return torch.where(known, value, torch.nan)
+        defined = lit.view(-1, *[1] * (value.ndim - 1))
+        if self.over == "channel":
+            return torch.where(defined, value, torch.nan)
+        if "inside" in sums and sums["inside"].numel():
+            defined = defined & sums["inside"]
+        return torch.where(defined, value, torch.nan).movedim(0, channel_axis)
 
 
 def back_mapping(
@@ -85,11 +62,7 @@ def back_mapping(
     normalized_by: str | None,
     input_size: tuple[int, int] | None,
 ) -> BackMapping:
-    """How maps are mapped back.
-
-    Raises:
-        ValueError: If an argument is out of its range, or the transformations have no inverses.
-    """
+    """Check the arguments of the inverse mapping."""
     if normalized_by not in (None, "samples"):
         raise ValueError(f'Expected argument `normalized_by` to be None or "samples", but got {normalized_by!r}.')
     if not isinstance(mask, int) or mask < 0:
@@ -100,38 +73,36 @@ def back_mapping(
 
 
 class VarianceSameEquivariance(SameEquivariance):
-    r"""Variance-based same-equivariance: do feature maps move as the input does? (paper, section 2.6).
+    r"""Variance-based same-equivariance: do feature maps change as the input does? (paper, section 2.6).
 
-    Blocks are of feature maps, ``(samples, transformations, channels, height, width)``. Each column is mapped back by
-    the inverse of its transformation, at the map's own resolution, and the transformation variance of the result is
-    taken:
+    Blocks are of feature maps, ``(samples, transformations, channels, height, width)``. Each column is transformed by
+    the inverse of its transformation, at the resolution of the map; the value is the transformation variance of the
+    result:
 
     .. math::
         \mathbf{ST}'[i, j] = t_j^{-1}(A(t_j(x_i))), \qquad
         SE = \frac{1}{n} \sum_{i=1}^{n} \mathrm{Var}(\mathbf{ST}'[i, :])
 
-    It lies in ``[0, inf)``, for unit vectors and ``over="channel"`` in ``[0, m / (m - 1)]``. Lower is more
+    It is in ``[0, inf)``, and in ``[0, m / (m - 1)]`` for unit vectors and ``over="channel"``. Lower is more
     same-equivariant; 0 is same-equivariant. Even the identity network is above 0 where the inverse interpolates or
-    pixels leave the frame: ``result.floor`` tells how much, and ``mask`` leaves those pixels out.
+    pixels leave the frame: ``result.floor`` is its value, and ``mask`` excludes these pixels.
 
-    As output of ``forward`` and ``compute`` the metric returns
-
-    - ``vse`` (:class:`~torch.Tensor`): float64 tensor ``(channels,)``, or of ``activation_shape`` for
-      ``over="activation"``. NaN for feature maps that are zero throughout (0/0), which count as dead, for pixels
-      outside the mask, and, with a warning, for fewer than two transformations.
+    The value is ``(channels,)``, or has ``activation_shape`` for ``over="activation"``. It is NaN for feature maps that
+    are zero in all rows (0/0), which count as dead, for masked pixels and, with a warning, for fewer than two
+    transformations.
 
     Args:
-        transformations: the columns, with inverses; :func:`~lightning_invariance.evaluate` gives its own.
-        normalize: divide each feature map by its euclidean norm, as the paper does.
+        transformations: the columns, with inverses; :func:`~lightning_invariance.evaluate` provides its own.
+        normalize: divide each feature map by its euclidean norm, as in the paper.
         over: ``"channel"``: a feature map is one vector; ``"activation"``: every pixel by itself.
-        mask: leave out pixels that some transformation of the set moves out of the frame. A number larger than 1 also
-            leaves out pixels fewer than so many pixels of the map away, for what a layer sees around a pixel.
+        mask: exclude pixels that a transformation of the set moves out of the frame. A number larger than 1 also
+            excludes pixels of the map closer than this many pixels to an excluded one, for layers with larger receptive
+            fields.
         normalized_by: ``"samples"`` divides by the sample variance of ST'; 0/0 is 1, x/0 is inf.
-        input_size: height and width of the network's input, where the maps are of another size.
+        input_size: height and width of the network's input, where the maps have another size.
 
     Raises:
-        ValueError: If an argument is out of its range, the transformations have no inverses, or blocks do not fit.
-        TypeError: If a block is not of a real floating-point type.
+        ValueError: If an argument is out of its range, or the transformations have no inverses.
 
     Example:
         >>> import torch
@@ -160,14 +131,14 @@ class VarianceSameEquivariance(SameEquivariance):
         if over not in ("activation", "channel"):
             raise ValueError(f'Expected argument `over` to be "activation" or "channel", but got {over!r}.')
         mapping = back_mapping(transformations, normalize, mask, normalized_by, input_size)
-        # Of whole feature maps, the changes under each transformation are all that the variance needs.
+        # The changes under each transformation are enough for the variance of whole feature maps, and need less memory.
         whole_maps = over == "channel" and normalized_by is None
         inner: Accumulator = Changes() if whole_maps else Deviations()
         super().__init__(MappedBack((inner,), mapping), mapping, over, normalized_by, **kwargs)
         self.whole_maps = whole_maps
 
     def of_maps(self, sums: Sums) -> Tensor:
-        """The variance of maps that are mapped back."""
+        """The transformation variance of ST', possibly divided by its sample variance."""
         if self.whole_maps:
             return sums["changes"].sum(0) / (sums.n_samples * sums.n_transformations)
         aggregate = None if self.over == "activation" else "sum"
@@ -177,7 +148,7 @@ class VarianceSameEquivariance(SameEquivariance):
         return value
 
     def response_of(self, sums: Sums) -> Tensor | None:
-        """The part of each transformation in the value, ``(m,)``: its mean is that of the channels.
+        """The contribution of each transformation, ``(m,)``, whose mean is the mean of the value over channels.
 
         None for ``over="activation"`` or ``normalized_by="samples"``.
         """
@@ -187,43 +158,24 @@ class VarianceSameEquivariance(SameEquivariance):
 
 
 class DistanceSameEquivariance(SameEquivariance):
-    r"""Distance-based same-equivariance: do feature maps move as the input does? (paper, section 2.6, eq. 8).
+    r"""Distance-based same-equivariance: do feature maps change as the input does? (paper, section 2.6, eq. 8).
 
-    Blocks are of feature maps, ``(samples, transformations, channels, height, width)``. Each column is mapped back by
-    the inverse of its transformation, at the map's own resolution, and the transformation distance of the result is
-    taken:
+    As :class:`VarianceSameEquivariance`, with the transformation distance instead of the variance:
 
     .. math::
         \mathbf{ST}'[i, j] = t_j^{-1}(A(t_j(x_i))), \qquad
         SE = \frac{1}{n} \sum_{i=1}^{n} \mathrm{AverageDistance}(\mathbf{ST}'[i, :])
 
-    It lies in ``[0, inf)``, for unit vectors and the euclidean distance in ``[0, 2]``. Lower is more same-equivariant;
-    0 is same-equivariant. Even the identity network is above 0 where the inverse interpolates or pixels leave the
-    frame: ``result.floor`` tells how much, and ``mask`` leaves those pixels out.
+    It is in ``[0, inf)``, and in ``[0, 2]`` for unit vectors and the euclidean distance. Lower is more
+    same-equivariant; 0 is same-equivariant. Shape, NaN and ``result.floor`` are as for the variance.
 
-    As output of ``forward`` and ``compute`` the metric returns
+    Args: see :class:`VarianceSameEquivariance`, and
 
-    - ``dse`` (:class:`~torch.Tensor`): float64 tensor ``(channels,)``, or of ``activation_shape`` for
-      ``over="activation"``. NaN for feature maps that are zero throughout (0/0), which count as dead, for pixels
-      outside the mask, and, with a warning, for fewer than two transformations.
-
-    Args:
-        transformations: the columns, with inverses; :func:`~lightning_invariance.evaluate` gives its own.
         distance: see :class:`TransformationDistance`; by default ``"euclidean"`` of feature maps, ``"abs"`` of pixels.
-        normalize: divide each feature map by its euclidean norm, as the paper does.
-        over: ``"channel"``: a feature map is one vector; ``"activation"``: every pixel by itself.
-        mask: see :class:`VarianceSameEquivariance`.
-        normalized_by: ``"samples"`` divides by the sample distance of ST'; 0/0 is 1, x/0 is inf.
-        input_size: height and width of the network's input, where the maps are of another size.
-        samples: how many samples a group holds, or each transformation keeps, for ``normalized_by``; see
-            :class:`SampleDistance`.
-        formulation: ``"direct"`` is the paper's first formulation, the mean of ‖A(t(x)) − t(A(x))‖ over samples and
-            transformations, of which one must be the identity. By default ``"pairs"``, eq. 8, which also sees how
-            different transformations differ from each other.
-
-    Raises:
-        ValueError: If an argument is out of its range, the transformations have no inverses, or blocks do not fit.
-        TypeError: If a block is not of a real floating-point type.
+        samples: see :class:`SampleDistance`; of use with ``normalized_by="samples"``, the sample distance of ST'.
+        formulation: ``"direct"``: the paper's first formulation, the mean of ‖A(t(x)) − t(A(x))‖ over samples and
+            transformations, which must include the identity. ``"pairs"``: eq. 8, which also compares different
+            transformations with each other.
 
     Example:
         >>> import torch
@@ -261,21 +213,15 @@ class DistanceSameEquivariance(SameEquivariance):
         mapping = back_mapping(transformations, normalize, mask, normalized_by, input_size)
         chosen = distance if distance is not None else "abs" if over == "activation" else "euclidean"
         pairs = pair_distances(chosen, over, samples)
-        needs: Accumulator
+        needs: Accumulator = MappedBack(pairs.needs(rows=True, columns=normalized_by is not None), mapping)
         if formulation == "direct":
             needs = DirectDistances(mapping, chosen, over)
-        else:
-            needs = MappedBack(pairs.needs(rows=True, columns=normalized_by is not None), mapping)
         super().__init__(needs, mapping, over, normalized_by, **kwargs)
         self.pairs, self.distance, self.samples, self.formulation = pairs, chosen, samples, formulation
-
-    @property
-    def relative_bias(self) -> float:  # type: ignore[override]
-        """That of the sample distance which it is divided by."""
-        return 1.0 if self.normalized_by is not None else 0.0
+        self.relative_bias = 1.0 if self.is_ratio else 0.0  # of the sample distance in the denominator
 
     def of_maps(self, sums: Sums) -> Tensor:
-        """The distance of maps that are mapped back."""
+        """The transformation distance of ST', possibly divided by its sample distance."""
         if self.formulation == "direct":
             return sums["row_distances"] / (sums.n_samples * sums.n_transformations)
         value = self.pairs.within_rows(sums)

@@ -1,4 +1,4 @@
-"""The ST matrix itself."""
+"""A measure that returns the ST tensor of a layer."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ from lightning_invariance.measures.base import Measure
 
 
 class STTensor(Measure):
-    """Keeps the sample × transformation matrices of a few samples instead of measuring them.
+    """The ST tensor of each layer: the sample × transformation matrices of all activations.
 
-    For pictures and for looking closer: ``evaluate(model, images[:4], rotations(8), STTensor())["STTensor"]["conv1"]``
-    is the ST tensor of a layer, which the functions of ``lightning_invariance.functional`` take. Its memory grows with
-    every sample.
-
-    As output of ``forward`` and ``compute`` the metric returns all of them: ``(samples, transformations,
-    *activation_shape)``, samples in the order of their ``indices`` where these are given.
+    For figures, and as input to the functions of ``lightning_invariance.functional``, for a few samples: its memory
+    grows with every sample. The value is ``(samples, transformations, *activation_shape)``, in the order of
+    ``indices``, if given.
 
     Example:
         >>> import torch
@@ -34,7 +31,7 @@ class STTensor(Measure):
     least_transformations = 1
 
     def value(self, sums: Sums) -> Tensor:
-        """All rows, in the order of their samples."""
+        """All rows, in the order of ``indices``."""
         return sums["rows"][sums["order"].argsort(stable=True).to(sums["rows"].device)]
 
     def value_shape(self, sums: Sums) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""A measure for each class, in one pass."""
+"""Stratified measures (paper, section 3): a measure of each class, and the mean over classes."""
 
 from __future__ import annotations
 
@@ -16,27 +16,22 @@ from lightning_invariance.messages import given
 
 
 class Stratified(Measure):
-    r"""A measure of each class by itself, and their mean: invariance without the differences between classes.
+    """A measure of each class, and the mean over classes: invariance without the differences between classes.
 
-    The stratified measure of the paper (section 3), for all classes in one pass, by the labels that come with the
-    samples.
-
-    As output of ``forward`` and ``compute`` the metric returns
-
-    - ``stratified`` (:class:`~torch.Tensor`): float64 tensor of the shape of the measure: the mean of the classes for
-      which the measure is defined. :meth:`per_class` gives the single values.
-
-    A class with fewer than two samples is NaN, left out of the mean, and named in a warning.
+    The stratified measure of the paper (section 3), with the ``labels`` of the samples, in one pass. The value is the
+    mean over the classes for which the measure is defined, in the shape, range and direction of the measure;
+    :meth:`per_class` returns the value of each class. A class with fewer than two samples is NaN, left out of the mean,
+    and named in a warning.
 
     Args:
-        measure: of this package, with one pass, such as ``NormalizedVariance()``. It is copied.
-        num_classes: how many classes there are.
-        weighted: weigh each class by its number of samples; by default all classes count the same.
+        measure: a :class:`Measure` of one pass, such as ``NormalizedVariance()``. It is copied.
+        num_classes: number of classes.
+        weighted: weight each class by its number of samples; by default all classes have equal weight.
 
     Raises:
         TypeError: If ``measure`` is no :class:`Measure`, or labels are not integers.
-        ValueError: If ``num_classes`` is too small, the measure needs two passes, labels are missing, of another number
-            than the samples or out of range, or blocks do not fit together.
+        ValueError: If ``num_classes`` is less than 1, the measure needs two passes, or labels are missing, out of range
+            or not as many as samples.
 
     Example:
         >>> import torch
@@ -51,7 +46,6 @@ class Stratified(Measure):
     """
 
     any_channel_axis = True
-
     least_samples, least_transformations = 2, 1
 
     _measure: tuple[Measure]
@@ -65,60 +59,46 @@ class Stratified(Measure):
             raise ValueError(f"Expected argument `num_classes` to be an int larger than 0, but got {num_classes}.")
         super().__init__([ByClass(measure.needs, num_classes)], **kwargs)
         self.num_classes, self.weighted = num_classes, weighted
-        self._measure = (deepcopy(measure),)  # in a tuple: no submodule, whose states would be saved and moved
+        self.is_ratio, self.unit = measure.is_ratio, measure.unit
+        self._measure = (deepcopy(measure),)  # in a tuple, since states of a submodule would be saved and moved
 
     @property
     def higher_is_better(self) -> bool | None:  # type: ignore[override]
-        """That of the measure."""
+        """Delegates to the wrapped measure."""
         return self._measure[0].higher_is_better
 
     @property
-    def is_ratio(self) -> bool:  # type: ignore[override]
-        """That of the measure."""
-        return self._measure[0].is_ratio
-
-    @property
-    def unit(self) -> str:  # type: ignore[override]
-        """That of the measure."""
-        return self._measure[0].unit
-
-    @property
     def takes_any_channel_axis(self) -> bool:
-        """That of the measure."""
+        """Delegates to the wrapped measure."""
         return self._measure[0].takes_any_channel_axis and super().takes_any_channel_axis
 
-    def update(  # type: ignore[override]  # whoever updates by hand names labels first
+    def update(  # type: ignore[override]  # labels are second: this measure always needs them
         self, st_block: Tensor, labels: Tensor | None = None, indices: Tensor | None = None
     ) -> None:
-        """Add complete rows of the ST matrix.
+        """Add complete rows of the ST matrix; see :meth:`Measure.update`.
 
         Args:
             st_block: floating-point tensor ``(samples, transformations, *activation_shape)``.
             labels: ``(samples,)``, integers in ``[0, num_classes)``.
-            indices: ``(samples,)``: whole numbers that name the samples, for measures that use them.
-
-        Raises:
-            ValueError: If labels are missing, of another number or out of range, or the block does not fit.
-            TypeError: If labels are not integers, or the block is not of a real floating-point type.
+            indices: ``(samples,)``, integers that identify the samples.
         """
         super().update(st_block, indices=indices, labels=labels)
 
     def per_class(self) -> Tensor:
-        """The value of each class: ``(num_classes, *shape)``; NaN, with a warning, for one with too few samples."""
+        """The value of each class, ``(num_classes, *shape)``; NaN, with a warning, for fewer than two samples."""
         return self._of_classes(self.sums())
 
     def value(self, sums: Sums) -> Tensor:
-        """The mean over the classes for which the measure is defined."""
+        """The mean over the classes whose value is not NaN."""
         values = self._of_classes(sums)
         counts = sums["class_samples"].double()
         weight = counts if self.weighted else torch.ones_like(counts)
         weights = weight.view(-1, *[1] * (values.ndim - 1)).to(values.device) * ~values.isnan()
-        # 0 · inf would be NaN: a class of weight 0 is left out.
-        weighed = torch.where(weights > 0, values * weights, 0.0)
-        return weighed.sum(0) / weights.sum(0)
+        weighted = torch.where(weights > 0, values * weights, 0.0)  # 0 · inf would be NaN
+        return weighted.sum(0) / weights.sum(0)
 
     def value_shape(self, sums: Sums) -> tuple[int, ...]:
-        """That of the measure."""
+        """Delegates to the wrapped measure."""
         return self._measure[0].value_shape(sums)
 
     def _of_classes(self, sums: Sums) -> Tensor:

@@ -1,4 +1,4 @@
-"""Variance measures of invariance (paper, section 2.4), online: one pass over complete rows of the ST matrix."""
+"""Variance measures of invariance (paper, section 2.4)."""
 
 from __future__ import annotations
 
@@ -16,23 +16,11 @@ from lightning_invariance.measures.base import Measure, quotient
 
 
 class MeasureOfVariances(Measure):
-    """A function of the transformation variance and the sample variance of each activation.
-
-    Rows and columns of the ST matrix may be walked separately for such measures, in little memory.
-
-    Args:
-        squared: whether variances or standard deviations are averaged.
-        aggregate: how the values of a feature map are made one; None keeps them.
-        response: whether changes under each transformation are kept.
-        kwargs: additional arguments of ``torchmetrics.Metric``.
-
-    Raises:
-        ValueError: If an argument is out of its range.
-    """
+    """Base of the variance measures, with the arguments of :class:`TransformationVariance`."""
 
     has_intervals = True
 
-    #: Whether the measure can tell what each transformation does.
+    #: Whether the argument ``response`` may be true.
     has_response = True
 
     def __init__(
@@ -54,55 +42,54 @@ class MeasureOfVariances(Measure):
 
     @abstractmethod
     def of_variances(self, transformation: Tensor, sample: Tensor) -> Tensor:
-        """The value, given TV and SV of every activation, or aggregated for every channel."""
+        """The value, given TV and SV of every activation or, after aggregation, of every channel."""
 
     def value(self, sums: Sums) -> Tensor:
-        """What the measure is for every activation."""
+        """The value of every activation, or of every channel."""
         variances = transformation_variance(sums, self.squared), sample_variance(sums, self.squared)
         return self.aggregated(*variances, sums.channel_axis)
 
     def aggregated(self, transformation: Tensor, sample: Tensor, channel_axis: int) -> Tensor:
-        """The value, given TV and SV of every activation, in its shape."""
+        """Aggregate TV and SV of every activation, in ``activation_shape``, and compute the value from them."""
         parts = (aggregate_maps(variance, self.aggregate, channel_axis) for variance in (transformation, sample))
         return self.of_variances(*parts)
 
     def value_shape(self, sums: Sums) -> tuple[int, ...]:
-        """The activation's, or ``(channels,)`` with ``aggregate``."""
+        """``activation_shape``, or ``(channels,)`` with ``aggregate``."""
         return sums.activation_shape if self.aggregate is None else (sums.n_channels,)
 
 
 def transformation_variance(sums: Sums, squared: bool = True) -> Tensor:
-    r"""TV (paper, eq. 2) of the states of ``Deviations(squared)``: of the activation's shape."""
+    """TV (paper, eq. 2) from the states of ``Deviations(squared)``, in ``activation_shape``."""
     mean = sums["row_spread"] / sums.n_samples
     return sums.shaped(mean / (sums.n_transformations - 1) if squared else mean)
 
 
 def sample_variance(sums: Sums, squared: bool = True) -> Tensor:
-    r"""SV (paper, eq. 3) of the states of ``Deviations(squared)``: of the activation's shape."""
+    """SV (paper, eq. 3) from the states of ``Deviations(squared)``, in ``activation_shape``."""
     variance = sums["column_spread"].clamp_min(0) / (sums.n_samples - 1)
     return sums.shaped(variance[0] / sums.n_transformations if squared else variance.sqrt().mean(0))
 
 
 class TransformationVariance(MeasureOfVariances):
-    r"""Transformation Variance (TV): how much an activation varies when a sample is transformed.
+    r"""Transformation Variance (TV): the variance of an activation over transformations of a sample.
 
     The mean over samples of the variance over transformations (paper, section 2.4.1, eq. 2):
 
     .. math:: TV = \frac{1}{n} \sum_{i=1}^{n} \mathrm{Var}(\mathbf{ST}[i, :])
 
-    where Var is the sample variance, with m − 1 in the denominator. It lies in ``[0, inf)``, in units of the activation
-    squared. Lower is more invariant; 0 is invariant. Activations of different layers have different units: compare
-    them with :class:`NormalizedVariance`.
+    where Var is the sample variance, with m − 1 in the denominator. It is in ``[0, inf)``, in units of the activation
+    squared. Lower is more invariant; 0 is invariant. Units differ between layers: compare activations of different
+    layers with :class:`NormalizedVariance`.
 
-    As output of ``forward`` and ``compute`` the metric returns
-
-    - ``tv`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``, or ``(channels,)`` with ``aggregate``.
-      NaN, with a warning, for fewer than two transformations.
+    The value has ``activation_shape``, or is ``(channels,)`` with ``aggregate``. It is NaN, with a warning, for fewer
+    than two transformations.
 
     Args:
-        squared: if false, the mean of the standard deviations instead of the variances, in units of the activation.
-        aggregate: ``"mean"``, ``"max"`` or ``"sum"`` over the feature map gives one value for each channel.
-        response: also find which transformations change the layer; see :meth:`response`.
+        squared: if false, average standard deviations instead of variances, in units of the activation.
+        aggregate: ``"mean"``, ``"max"`` or ``"sum"`` of the variances in a feature map, before any quotient, gives one
+            value for each channel; None keeps a value for each activation.
+        response: also measure which transformations change the layer; see :meth:`response`.
 
     Example:
         >>> import torch
@@ -117,45 +104,35 @@ class TransformationVariance(MeasureOfVariances):
     unit = "activation²"
     has_response_intervals = True
 
-    @property
-    def is_mean_over_samples(self) -> bool:  # type: ignore[override]
-        """Except for the largest value of a feature map."""
-        return self.aggregate != "max"
-
     def of_variances(self, transformation: Tensor, sample: Tensor) -> Tensor:
         """TV."""
         return transformation
 
     def response_of(self, sums: Sums) -> Tensor | None:
-        r"""What each transformation does to the layer, ``(m,)``; None without ``response=True``.
+        """How much each transformation changes the layer, ``(m,)``; None without ``response=True``.
 
-        Half the mean squared change of an activation from its value under the identity, which is the transformation
-        variance of that pair of transformations; averaged over the activations of the layer. For a set that knows of
-        no identity the mean squared deviation from the mean over the transformations, times m / (m − 1), whose mean
-        over the transformations is the transformation variance.
+        Half the mean squared difference between an activation and its value under the identity, averaged over the
+        layer: the transformation variance of the pair of transformations. For a set without a known identity, the mean
+        squared deviation from the mean over transformations, times m / (m − 1): its mean over transformations is TV.
         """
         changes = mean_changes(sums)
         return None if changes is None else changes.mean(1)
 
 
 class SampleVariance(MeasureOfVariances):
-    r"""Sample Variance (SV): how much an activation varies from sample to sample.
+    r"""Sample Variance (SV): the variance of an activation over samples.
 
     The mean over transformations of the variance over samples (paper, section 2.4.2, eq. 3):
 
     .. math:: SV = \frac{1}{m} \sum_{j=1}^{m} \mathrm{Var}(\mathbf{ST}[:, j])
 
-    where Var is the sample variance, with n − 1 in the denominator. It lies in ``[0, inf)``, in units of the activation
-    squared. It says nothing of invariance by itself: it is the scale that :class:`NormalizedVariance` divides by.
+    where Var is the sample variance, with n − 1 in the denominator. It is in ``[0, inf)``, in units of the activation
+    squared. By itself it says nothing of invariance: it is the denominator of :class:`NormalizedVariance`.
 
-    As output of ``forward`` and ``compute`` the metric returns
+    The value has ``activation_shape``, or is ``(channels,)`` with ``aggregate``. It is NaN, with a warning, for fewer
+    than two samples.
 
-    - ``sv`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``, or ``(channels,)`` with ``aggregate``.
-      NaN, with a warning, for fewer than two samples.
-
-    Args:
-        squared: if false, the mean of the standard deviations instead of the variances, in units of the activation.
-        aggregate: ``"mean"``, ``"max"`` or ``"sum"`` over the feature map gives one value for each channel.
+    Args: see :class:`TransformationVariance`; ``response`` must be false.
 
     Example:
         >>> import torch
@@ -178,26 +155,19 @@ class SampleVariance(MeasureOfVariances):
 
 
 class NormalizedVariance(MeasureOfVariances):
-    r"""Normalized Variance (NV): how much transformations matter against samples.
-
-    Transformation variance over sample variance (paper, section 2.4.3, eq. 4):
+    r"""Normalized Variance (NV): transformation variance divided by sample variance (paper, section 2.4.3, eq. 4).
 
     .. math:: NV = \frac{TV}{SV}, \qquad \frac{0}{0} = 1, \quad \frac{x}{0} = \infty
 
-    It lies in ``[0, inf]`` and has no unit. Lower is more invariant: 0 is invariant; below 1, transformations change
-    the activation less than samples do; 1 also marks dead activations, which never change; infinite are those that
+    It is in ``[0, inf]`` and has no unit. Lower is more invariant: 0 is invariant; below 1, transformations change the
+    activation less than samples do. It is 1 for dead activations, which never change, and infinite for activations that
     change with the transformation alone.
 
-    As output of ``forward`` and ``compute`` the metric returns
+    The value has ``activation_shape``, or is ``(channels,)`` with ``aggregate``. It is NaN, with a warning, for fewer
+    than two samples or transformations.
 
-    - ``nv`` (:class:`~torch.Tensor`): float64 tensor of ``activation_shape``, or ``(channels,)`` with ``aggregate``.
-      NaN, with a warning, for fewer than two samples or transformations.
-
-    Args:
-        squared: if false, the quotient of mean standard deviations instead of mean variances.
-        aggregate: ``"mean"``, ``"max"`` or ``"sum"`` over the feature map, of both variances before the quotient, gives
-            one value for each channel. The paper takes the quotient of every activation first, as the default does.
-        response: also find which transformations change the layer; see :meth:`response`.
+    Args: see :class:`TransformationVariance`. With ``aggregate`` both variances are aggregated before the quotient;
+        the paper, as the default, divides for every activation.
 
     Example:
         >>> import torch
@@ -218,11 +188,11 @@ class NormalizedVariance(MeasureOfVariances):
         return quotient(transformation, sample)
 
     def response_of(self, sums: Sums) -> Tensor | None:
-        """What each transformation does to the layer, ``(m,)``; None without ``response=True``.
+        """How much each transformation changes the layer compared to samples, ``(m,)``; None without ``response=True``.
 
-        That of :meth:`TransformationVariance.response_of` over the sample variance, each averaged over the feature map
-        before the quotient, and the mean over the channels where it is finite: 0 is a transformation that the layer
-        does not notice; 1 one that changes it as much as another sample does.
+        :meth:`TransformationVariance.response_of` divided by the sample variance, each averaged over the feature map,
+        and then the mean over channels with a finite quotient: 0 for no change; 1 for a change as large as between two
+        samples.
         """
         changes = mean_changes(sums)
         if changes is None:
@@ -232,7 +202,7 @@ class NormalizedVariance(MeasureOfVariances):
 
 
 def mean_changes(sums: Sums) -> Tensor | None:
-    """What each transformation contributes to the variance of each channel's mean activation, ``(m, channels)``."""
+    """The mean over samples and positions of the state ``changes``, ``(m, channels)``; None without ``response``."""
     if "changes" not in sums or not sums["changes"].numel():
         return None
     positions = math.prod(sums.activation_shape) // sums.n_channels

@@ -1,1 +1,1 @@
-"""The callback: when to evaluate while a network trains, and what to log."""
+"""The Lightning callback, its history, and its logging."""

@@ -1,4 +1,4 @@
-"""The evaluations of one training: in memory, and as the plain data of a checkpoint whose size is bounded."""
+"""The evaluations of one training, in memory and as a checkpoint of bounded size."""
 
 from __future__ import annotations
 
@@ -20,17 +20,14 @@ from lightning_invariance.transforms import TransformationSet
 #: Bytes of a checkpoint for evaluations with a value for each channel; others keep the means of their layers.
 CHECKPOINT_BYTES = 4 * 2**20
 
-#: What a row of a table takes in a checkpoint, in bytes.
-ROW = 700
+#: Approximate bytes of one table row in a checkpoint.
+BYTES_PER_ROW = 700
 
 
 class History:
-    """The evaluations that one monitor has made with the same arguments, and apart from them those of before.
+    """All evaluations of one monitor in one training.
 
-    Args:
-        options: how evaluations run.
-        measures: name → metric.
-        transformations: the set.
+    Evaluations with other arguments, or of an earlier training in this process, are kept in separate histories.
 
     Attributes:
         results: the evaluations, the first one first.
@@ -38,10 +35,10 @@ class History:
 
     def __init__(self, options: Options, measures: Mapping[str, Metric], transformations: TransformationSet) -> None:
         self.results: list[InvarianceResult] = []
-        self._earlier: list[dict[str, Any]] = []  # of other arguments; part of a checkpoint
-        self._trainings: list[dict[str, Any]] = []  # of before; a checkpoint is that of one training
+        self._of_other_arguments: list[dict[str, Any]] = []  # part of a checkpoint
+        self._of_other_trainings: list[dict[str, Any]] = []  # not part of a checkpoint, which is of one training
         self._configuration = {
-            "measures": {name: _described(measure) for name, measure in measures.items()},
+            "measures": [f"{name}: {_described(measure)}" for name, measure in measures.items()],
             "transformations": list(transformations.labels),
             "layers": _described(options.layers),
             "operations": options.operations,
@@ -49,54 +46,49 @@ class History:
         }
 
     def add(self, result: InvarianceResult, budget: int) -> None:
-        """Add an evaluation; older ones are reduced to channels once the whole takes more bytes than the budget."""
-        self.results = within_budget([*self.results, result], budget)
+        """Add an evaluation; reduce older ones to channels where all values take more bytes than the budget."""
+        kept: list[InvarianceResult] = []
+        for each in (result, *reversed(self.results)):
+            budget -= sum(values.nbytes for layers in each.values() for values in layers.values())
+            kept.insert(0, each if budget >= 0 or each is result else each.reduced())
+        self.results = kept
 
-    def begin(self) -> None:
-        """Begin a new history, and keep that of before apart."""
+    def start_new_training(self) -> None:
+        """Archive the results and start an empty history."""
         if self.results:
-            self._trainings.append(packed(self.results))
+            self._of_other_trainings.append(_packed(self.results))
             self.results = []
 
-    def earlier(self) -> list[list[InvarianceResult]]:
-        """The histories of before, the oldest first."""
-        return [unpacked(state) for state in (*self._earlier, *self._trainings)]
+    def archived(self) -> list[list[InvarianceResult]]:
+        """Return the histories of other arguments and of other trainings, the oldest of each first."""
+        return [_unpacked(state) for state in (*self._of_other_arguments, *self._of_other_trainings)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data for a checkpoint."""
-        return {"configuration": self._configuration, **packed(self.results), "earlier": self._earlier}
+        """Return plain data for a checkpoint."""
+        return {"configuration": self._configuration, **_packed(self.results), "earlier": self._of_other_arguments}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue the history of a checkpoint, or keep it apart where it was measured with other arguments."""
-        self._earlier = list(state["earlier"])
-        if not state["history"] or _agree(state["configuration"], self._configuration):
-            self.results = unpacked(state)
+        """Continue the history of a checkpoint, or archive it if it was measured with other arguments."""
+        self._of_other_arguments = list(state["earlier"])
+        if not state["history"] or state["configuration"] == self._configuration:
+            self.results = _unpacked(state)
             return
-        self._earlier.append({key: state[key] for key in state if key != "earlier"})
+        self._of_other_arguments.append({key: state[key] for key in state if key != "earlier"})
         self.results = []
         rank_zero_warn(
             "The checkpoint holds a history that InvarianceMonitor measured with other measures, layers,"
-            " transformations or samples: a new one begins, and `earlier_histories` keeps that of before."
+            " transformations or samples: a new one begins, and the other is kept in `earlier_histories`."
         )
 
 
-def within_budget(history: Sequence[InvarianceResult], budget: int) -> list[InvarianceResult]:
-    """The history with older results reduced to channels once the whole of it takes more bytes than the budget."""
-    kept: list[InvarianceResult] = []
-    for result in reversed(history):
-        budget -= sum(values.nbytes for layers in result.values() for values in layers.values())
-        kept.insert(0, result if budget >= 0 or result is history[-1] else result.reduced())
-    return kept
-
-
-def packed(history: Sequence[InvarianceResult]) -> dict[str, Any]:
-    """A history as plain data: the first and the newest evaluations by channel, those between by layer."""
+def _packed(history: Sequence[InvarianceResult]) -> dict[str, Any]:
+    """Convert a history to plain data: the first and the newest evaluations by channel, the others by layer."""
     budget = CHECKPOINT_BYTES
     newest: list[dict[str, Any]] = []
     for result in reversed(history[1:]):
         state = result.reduced().state_dict()
         by_layer = (*state["values"].values(), *state["influences"].values())
-        budget -= sum(v.nbytes + ROW for layers in by_layer for v in layers.values())
+        budget -= sum(v.nbytes + BYTES_PER_ROW for layers in by_layer for v in layers.values())
         if newest and budget < 0:
             break
         newest.insert(0, state)
@@ -104,77 +96,48 @@ def packed(history: Sequence[InvarianceResult]) -> dict[str, Any]:
     return {"history": [*first, *newest], "means": _means(history[1 : len(history) - len(newest)])}
 
 
-def unpacked(state: Mapping[str, Any]) -> list[InvarianceResult]:
-    """The history that :func:`packed` described."""
+def _unpacked(state: Mapping[str, Any]) -> list[InvarianceResult]:
     whole = [InvarianceResult.from_state_dict(each) for each in state["history"]]
     return [*whole[:1], *_of_means(state["means"], whole), *whole[1:]]
 
 
-def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two configurations agree in all that both tell."""
-    for key in one.keys() & other.keys():
-        a, b = one[key], other[key]
-        if key == "measures":
-            if list(a) != list(b) or any(a[m] != b[m] for m in a if a[m] and b[m]):
-                return False
-        elif a != b:
-            return False
-    return True
-
-
 def _described(argument: Any) -> str:
-    """An argument as text that is the same in every run, so that functions are told apart by their names only."""
-    if isinstance(argument, Metric):
-        names = ["needs", "needs_again", *inspect.signature(type(argument).__init__).parameters]
-        given = {name: value for name in names if not inspect.ismethod(value := getattr(argument, name, None))}
-        return f"{type(argument).__name__}({', '.join(f'{n}={_described(v)}' for n, v in given.items())})"
-    if is_dataclass(argument) and not isinstance(argument, type):
-        given = {field.name: getattr(argument, field.name) for field in fields(argument)}
-        return f"{type(argument).__name__}({', '.join(f'{n}={_described(v)}' for n, v in given.items())})"
+    """Describe an argument by a text that is equal in every run; functions and modules by their names."""
     if isinstance(argument, str | int | float | TransformationSet) or argument is None:
         return repr(argument)
     if isinstance(argument, Mapping):
         return repr({str(name): str(new) for name, new in argument.items()})
-    if isinstance(argument, Iterable):
+    names: list[str] = []
+    if isinstance(argument, Metric):
+        names = ["needs", "needs_again", *inspect.signature(type(argument).__init__).parameters]
+    elif is_dataclass(argument) and not isinstance(argument, type):
+        names = [field.name for field in fields(argument)]
+    elif isinstance(argument, Iterable):
         return f"[{', '.join(_described(item) for item in argument)}]"
-    return str(getattr(argument, "__qualname__", type(argument).__qualname__))
+    else:
+        return str(getattr(argument, "__qualname__", type(argument).__qualname__))
+    given = {name: value for name in names if not inspect.ismethod(value := getattr(argument, name, None))}
+    return f"{type(argument).__name__}({', '.join(f'{n}={_described(v)}' for n, v in given.items())})"
 
 
 def _means(history: Sequence[InvarianceResult]) -> dict[str, Any]:
-    """Layer means and moments of many evaluations, a table for each measure."""
-    if not history:
-        return {}
+    """Convert evaluations to one table of layer means for each measure, and lists of other attributes."""
     tables: dict[str, Any] = {}
     for measure in dict.fromkeys(m for result in history for m in result.measures):
         layers = list(dict.fromkeys(layer for result in history for layer in result.get(measure, {})))
         rows = [result.per_layer(measure) if measure in result else {} for result in history]
         values = torch.tensor([[row.get(layer, math.nan) for layer in layers] for row in rows], dtype=torch.float64)
         tables[measure] = {"layers": layers, "values": values}
-    return {
-        "tables": tables,
-        "epochs": [result.epoch for result in history],
-        "steps": [result.step for result in history],
-        "n_samples": [result.n_samples for result in history],
-        "scores": [result.scores for result in history],
-    }
+    attributes = ("epoch", "step", "n_samples", "scores")
+    return {"tables": tables, "about": [{name: getattr(result, name) for name in attributes} for result in history]}
 
 
 def _of_means(means: Mapping[str, Any], whole: Sequence[InvarianceResult]) -> Iterator[InvarianceResult]:
-    """A result for each row of the tables; what all results of a history share is that of its first."""
-    for i in range(len(means.get("epochs", []))):
+    """Make a result from each row of the tables; attributes that are common to a history come from its first result."""
+    for i, about in enumerate(means["about"]):
         values: dict[str, dict[str, Tensor]] = {
             measure: {layer: table["values"][i, j : j + 1] for j, layer in enumerate(table["layers"])}
             for measure, table in means["tables"].items()
         }
-        yield InvarianceResult(
-            values,
-            n_samples=means["n_samples"][i],
-            epoch=means["epochs"][i],
-            step=means["steps"][i],
-            scores=means["scores"][i],
-            transformations=whole[0].transformations,
-            parameters=whole[0].parameters,
-            higher_is_better=whole[0].higher_is_better,
-            ratios=whole[0].ratios,
-            units=whole[0].units,
-        )
+        common = ("transformations", "parameters", "higher_is_better", "ratios", "units")
+        yield InvarianceResult(values, **about, **{name: getattr(whole[0], name) for name in common})

@@ -20,7 +20,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from lightning_invariance.messages import given
 from lightning_invariance.plots.labels import INFINITE, REACHED, in_legend, shorten, without_prefix, wrap
 from lightning_invariance.plots.style import NAN
-from lightning_invariance.results.intervals import NOTABLE
+from lightning_invariance.results.intervals import MAX_LEFT_OUT
 from lightning_invariance.results.result import InvarianceResult
 
 #: One result, or several: by the text of the legend, or in a sequence, numbered from 1.
@@ -178,7 +178,7 @@ def marks_of(results: Iterable[InvarianceResult], measure: str) -> dict[str, str
     for result in results:
         reached.update(result.reached)
         rows = result.table(measure) if measure in result else ()
-        infinite.update(row.layer for row in rows if row.infinite and row.share_infinite > NOTABLE)
+        infinite.update(row.layer for row in rows if row.infinite and row.share_infinite > MAX_LEFT_OUT)
     return {layer: REACHED * (layer in reached) + INFINITE * (layer in infinite) for layer in reached | infinite}
 
 

@@ -1,1 +1,1 @@
-"""What an evaluation has found: values, intervals, tables, files, comparisons and warnings."""
+"""Results of evaluations: values, intervals, tables, files, comparisons and warnings."""

@@ -1,10 +1,10 @@
-"""Is the difference between two evaluations more than chance? Layer by layer, and for the network."""
+"""Test whether two evaluations differ by more than chance, layer by layer and for the network."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from lightning_invariance.messages import number_of, some
 from lightning_invariance.results.comparison import Comparison, Difference
 from lightning_invariance.results.intervals import (
-    Intervals,
     check_confidence,
     influences_of_all,
     interval_of,
@@ -25,11 +24,14 @@ from lightning_invariance.results.intervals import (
 from lightning_invariance.results.result import InvarianceResult
 from lightning_invariance.results.students_t import t_quantile
 
-#: Two values that differ by this part of themselves differ by rounding alone: of another order of samples, for example.
+#: Smaller relative differences come from rounding alone, such as by another order of samples.
 ROUNDING = 1e-6
 
 #: A result, or the path of its file; or several, such as one for each seed.
 Results: TypeAlias = InvarianceResult | str | os.PathLike[str] | Sequence[InvarianceResult | str | os.PathLike[str]]
+
+#: A layer of the first result, and layers of the second with their weights.
+_Pair: TypeAlias = tuple[str, dict[str, float]]
 
 
 def compare(
@@ -43,27 +45,27 @@ def compare(
 ) -> Comparison:
     """Compare two evaluations, such as two networks, two epochs or two files, layer by layer.
 
-    Two results made with ``evaluate(..., confidence=...)`` are compared over samples: paired where the samples are the
-    same, which is by far the sharper test, and otherwise unpaired. Several results of each, such as one for each seed,
-    are compared over these, by Welch's test: only that tells whether a training makes a difference, not just whether
-    two trained networks differ. They need no influences.
+    Two results made with ``evaluate(..., confidence=...)`` are compared over samples: by a paired test where the
+    samples are equal, which is much more sensitive, and otherwise by an unpaired test. Several results on each side,
+    such as one for each seed, are compared over seeds by Welch's test: only this shows whether a training method makes
+    a difference, not just whether two trained networks differ. It needs no influences.
 
     Args:
         a: a result, the path of its file, or several.
-        b: the same.
+        b: a result, a path, or several, as for ``a``.
         measure: its name; by default the first of the first result.
-        confidence: of the intervals; 1 − confidence is the level of the tests.
+        confidence: of the intervals, in (0, 1); 1 − confidence is the level of the tests.
         margin: the largest difference that does not matter, in units of the measure: also tests whether layers are
             equivalent, and whether a is not less invariant than b by so much (one-sided t-tests).
-        align: ``"name"``: layers of the same name meet; ``"depth"``: layers at the same relative depth, where for each
-            layer of a the value of b is interpolated between its two nearest layers.
+        align: ``"name"`` compares layers of one name; ``"depth"`` layers at one relative depth, where for each layer of
+            a the value of b is interpolated between its two nearest layers.
 
     Returns:
         Intervals and p-values for each layer and for the network.
 
     Raises:
-        ValueError: If the results have no influences (and are not several), no common layers, other transformations or
-            measures, or an argument is out of its range.
+        ValueError: If the results have no influences (and are not several), no common layers, or different
+            transformations or measures, or if an argument is out of its range.
 
     Example:
         >>> import torch
@@ -87,16 +89,14 @@ def compare(
     measure = measure or first[0].measures[0]
     _check_alike([*first, *second], measure)
     pairs, unmatched = _aligned(_layers_of(first, measure), _layers_of(second, measure), align)
-    over_seeds = len(first) > 1
     better = first[0].higher_is_better.get(measure)
     test = _Test(confidence, margin, better)
-    if over_seeds:
+    if len(first) > 1:
         rows, network = _over_seeds(first, second, measure, pairs, test)
         unit, count = "seeds", (len(first), len(second))
     else:
-        rows, network, paired = _over_samples(first[0], second[0], measure, pairs, test)
+        rows, network, unit = _over_samples(first[0], second[0], measure, pairs, test)
         count = len(first[0].sample_keys[measure]), len(second[0].sample_keys[measure])
-        unit = "the same samples" if paired else _unpaired(first[0], second[0], measure)
     return Comparison(measure, rows, network, unit, count, confidence, margin, unmatched, better)
 
 
@@ -107,7 +107,7 @@ class _Test:
     higher_is_better: bool | None
 
     def row(self, layer: str, a: float, b: float, error: float, freedom: float, doubt: str = "") -> Difference:
-        """The row of a difference with a standard error."""
+        """Test the difference of two values, given its standard error."""
         difference = b - a
         error = max(error, ROUNDING * max(abs(a), abs(b)))  # NaN stays NaN
         half = t_quantile(self.confidence, freedom) * error if math.isfinite(error) else math.nan
@@ -121,60 +121,50 @@ class _Test:
         return replace(row, equivalent=max(below, above), not_worse=not_worse)
 
 
-#: A layer of the first result, and layers of the second with their weights.
-_Pair: TypeAlias = tuple[str, dict[str, float]]
-
-
 def _over_samples(
     a: InvarianceResult, b: InvarianceResult, measure: str, pairs: Sequence[_Pair], test: _Test
-) -> tuple[list[Difference], Difference, bool]:
-    """The rows, that of the network, and whether samples are paired."""
-    intervals, others_intervals = a.interval(measure), b.interval(measure)
+) -> tuple[list[Difference], Difference, str]:
+    """Compare layers and networks over samples; also return the unit of the comparison."""
+    intervals = a.interval(measure), b.interval(measure)
     order = _matching(a.sample_keys[measure], b.sample_keys[measure])
     of_a = {layer: _influences(a, measure, {layer: 1.0}) for layer, _ in pairs}
     of_b = {layer: _influences(b, measure, parts) for layer, parts in pairs}
     if order is not None:
         of_b = {layer: psi[order] for layer, psi in of_b.items()}
-    means, others = a.per_layer(measure), b.per_layer(measure)
+    means, other_means = a.per_layer(measure), b.per_layer(measure)
     rows = []
     for layer, parts in pairs:
-        value = sum(w * others[name] for name, w in parts.items())
         error, freedom, doubt = _error(of_a[layer], of_b[layer], order is not None)
-        own = [_doubt_of(intervals, layer), *(_doubt_of(others_intervals, name) for name in parts)]
-        doubt = _first([_other_shape(a, b, measure, layer) if parts == {layer: 1.0} else "", *own, doubt])
-        rows.append(test.row(layer, means[layer], value, error, freedom, doubt))
+        doubts = [_other_shape(a, b, measure, layer) if parts == {layer: 1.0} else ""]
+        for found, names in zip(intervals, ([layer], parts), strict=True):
+            doubts += [found[name].doubt if name in found else "undefined" for name in names]
+        value = sum(w * other_means[name] for name, w in parts.items())
+        rows.append(test.row(layer, means[layer], value, error, freedom, next(filter(None, [*doubts, doubt]), "")))
     known = [row for row in rows if math.isfinite(row.low)]
     psi_a, psi_b = (network_influences(of[row.layer] for row in known) for of in (of_a, of_b))
     error, freedom, doubt = _error(psi_a, psi_b, order is not None)
     missing = f"without {number_of(len(rows) - len(known), 'layer')}" if len(known) < len(rows) else ""
-    doubt = _first([missing, doubt, intervals.network.doubt, others_intervals.network.doubt])
-    network = test.row("network", _mean(row.a for row in known), _mean(row.b for row in known), error, freedom, doubt)
-    return rows, network, order is not None
-
-
-def _first(doubts: Iterable[str]) -> str:
-    return next(filter(None, doubts), "")
+    doubt = missing or doubt or intervals[0].network.doubt or intervals[1].network.doubt
+    mean_a, mean_b = (sum(v) / len(v) if v else math.nan for v in ([r.a for r in known], [r.b for r in known]))
+    network = test.row("network", mean_a, mean_b, error, freedom, doubt)
+    return rows, network, _unpaired(a, b, measure) if order is None else "the same samples"
 
 
 def _other_shape(a: InvarianceResult, b: InvarianceResult, measure: str, layer: str) -> str:
-    """What is doubtful of layers that have but a name in common."""
+    """Doubt that layers of one name correspond, if their shapes differ."""
     one, other = (next(row.shape for row in each.table(measure) if row.layer == layer) for each in (a, b))
     return "" if one == other else f"shapes {one}, {other}"
 
 
 def _influences(result: InvarianceResult, measure: str, parts: dict[str, float]) -> Tensor:
-    """Those of all samples on a weighted sum of layers; NaN where one of these has none."""
+    """Sum the weighted influences of all samples on some layers; NaN if one of the layers has none."""
     none = torch.full((len(result.sample_keys[measure]),), torch.nan, dtype=torch.float64)
     found = result.influences[measure]
     return torch.stack([w * influences_of_all(found.get(name, none)) for name, w in parts.items()]).sum(0)
 
 
-def _doubt_of(intervals: Intervals, layer: str) -> str:
-    return intervals[layer].doubt if layer in intervals else "undefined"
-
-
 def _unpaired(a: InvarianceResult, b: InvarianceResult, measure: str) -> str:
-    """Whether samples are others, or the same in other groups, whose keys are the sums of those of samples."""
+    """Name the unit of results that cannot be paired. The key of a group is the sum of the keys of its samples."""
     keys = [result.sample_keys[measure] for result in (a, b)]
     grouped = any(len(each) < result.n_samples for each, result in zip(keys, (a, b), strict=True))
     same = a.n_samples == b.n_samples and int(keys[0].sum()) == int(keys[1].sum())
@@ -182,7 +172,7 @@ def _unpaired(a: InvarianceResult, b: InvarianceResult, measure: str) -> str:
 
 
 def _error(a: Tensor, b: Tensor, paired: bool) -> tuple[float, float, str]:
-    """Standard error of a difference of means, its degrees of freedom, and what is doubtful."""
+    """Compute the standard error of a difference of means, its degrees of freedom, and a doubt."""
     if paired:
         found = interval_of(0.0, b - a, 0.5)
         return found.standard_error, found.freedom, found.doubt
@@ -191,7 +181,7 @@ def _error(a: Tensor, b: Tensor, paired: bool) -> tuple[float, float, str]:
 
 
 def _welch(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """The standard error of a difference, and its degrees of freedom by Welch and Satterthwaite."""
+    """Compute the standard error of a difference, and its degrees of freedom by Welch and Satterthwaite."""
     squares = sum(error**2 for error, _ in parts)
     fourths = sum(error**4 / freedom for error, freedom in parts)
     return math.sqrt(squares), squares**2 / fourths if fourths > 0 else sum(freedom for _, freedom in parts)
@@ -204,13 +194,12 @@ def _over_seeds(
     pairs: Sequence[_Pair],
     test: _Test,
 ) -> tuple[list[Difference], Difference]:
-    """The rows and that of the network, by Welch's test of one number for each result."""
-    means = [result.per_layer(measure) for result in first]
-    others = [result.per_layer(measure) for result in second]
+    """Compare layers and networks by Welch's test, with one mean for each result."""
+    means, other_means = ([result.per_layer(measure) for result in results] for results in (first, second))
     values = {
         layer: (
             torch.tensor([of[layer] for of in means], dtype=torch.float64),
-            torch.tensor([sum(w * of[n] for n, w in parts.items()) for of in others], dtype=torch.float64),
+            torch.tensor([sum(w * of[n] for n, w in parts.items()) for of in other_means], dtype=torch.float64),
         )
         for layer, parts in pairs
     }
@@ -228,7 +217,7 @@ def _row_of_seeds(layer: str, a: Tensor, b: Tensor, test: _Test) -> Difference:
 
 
 def _matching(a: Tensor, b: Tensor) -> Tensor | None:
-    """Which of b is each of a, ``(samples,)``; None where they are not the same."""
+    """Return the position in b of each key of a, ``(samples,)``; None if their keys differ."""
     (sorted_a, from_a), (sorted_b, from_b) = a.sort(stable=True), b.sort(stable=True)
     if not torch.equal(sorted_a, sorted_b):
         return None
@@ -238,22 +227,22 @@ def _matching(a: Tensor, b: Tensor) -> Tensor | None:
 
 
 def _layers_of(results: Sequence[InvarianceResult], measure: str) -> list[str]:
-    """The layers that all of some results have."""
+    """Return the layers that all results have."""
     return [layer for layer in results[0][measure] if all(layer in result[measure] for result in results)]
 
 
 def _aligned(own: list[str], others: list[str], align: str) -> tuple[list[_Pair], list[str]]:
-    """The layers that meet, and those that do not."""
+    """Pair the layers; also return the layers without a partner."""
     if align == "depth":
         places = [i * (len(others) - 1) / max(len(own) - 1, 1) for i in range(len(own))]
         if len(own) == 1:
             places = [len(others) - 1.0]
         pairs = []
         for layer, place in zip(own, places, strict=True):
-            below, share = int(place), place - int(place)
-            parts = {others[below]: 1 - share}
-            if share:
-                parts[others[below + 1]] = share
+            below, weight = int(place), place - int(place)
+            parts = {others[below]: 1 - weight}
+            if weight:
+                parts[others[below + 1]] = weight
             pairs.append((layer, parts))
         return pairs, []
     unmatched = [layer for layer in own if layer not in others] + [layer for layer in others if layer not in own]
@@ -280,13 +269,8 @@ def _check_alike(results: Sequence[InvarianceResult], measure: str) -> None:
                 f" {some(result.transformations)}."
             )
         units = [each.units.get(measure, "") or "no unit" for each in (results[0], result)]
-        if units[0] != units[1] and "distance" not in units:  # of a function of the user, or of an older file
+        if units[0] != units[1] and "distance" not in units:  # of a distance that is a function of the user
             raise ValueError(
                 f"Expected results of {measure} with the same arguments, such as `squared`, but got values"
                 f" in units of {units[0]} and of {units[1]}."
             )
-
-
-def _mean(values: Iterable[float]) -> float:
-    known = list(values)
-    return sum(known) / len(known) if known else math.nan

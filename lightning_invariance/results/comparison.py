@@ -1,27 +1,28 @@
-"""What a comparison of two evaluations found: differences with their intervals and p-values."""
+"""The result of a comparison of two evaluations: differences with their intervals and p-values."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from lightning_invariance.messages import number_of, some
-from lightning_invariance.results.drawing import drawn
+from lightning_invariance.results.table import aligned, format_cell
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
-#: What a comparison by each kind of unit says.
+#: Unit of a comparison → the question that its test answers.
 QUESTIONS = {
-    "the same samples": "Would these two networks differ on other samples, too? The samples are the same: paired.",
-    "different samples": "Would these two networks differ on other samples, too? The samples are not the same, so that"
-    " the test is unpaired, and sees less.",
-    "other groups of the same samples": "Would these two networks differ on other samples, too? The samples are the"
-    " same, but came in another order, so that other groups of them were compared: unpaired, which sees less.",
-    "seeds": "Would networks of other seeds differ, too, on these samples? Welch's test, a number each.",
+    "the same samples": "Do these two networks also differ on other samples? Paired test, of equal samples.",
+    "different samples": "Do these two networks also differ on other samples? The samples are different: an unpaired"
+    " test, which is less sensitive.",
+    "other groups of the same samples": "Do these two networks also differ on other samples? The samples are equal, but"
+    " in another order, and so in other groups: an unpaired test, which is less sensitive.",
+    "seeds": "Do networks of other seeds also differ, on these samples? Welch's test, one mean for each seed.",
 }
 
 
@@ -31,11 +32,9 @@ class Difference:
 
     Attributes:
         layer: its name in the first result; ``"network"`` for the mean over layers.
-        a: the mean of the layer in the first result.
-        b: that in the second.
+        a, b: the mean of the layer in the first and in the second result.
         difference: b − a.
-        low: lower bound of its confidence interval; not adjusted for the number of layers.
-        high: upper bound.
+        low, high: bounds of its confidence interval; not adjusted for the number of layers.
         p: two-sided p-value of no difference, adjusted for the number of layers by Holm's method.
         equivalent: p-value of a difference of ``margin`` or more, adjusted; small: they are equivalent. NaN without.
         not_worse: p-value of b being more invariant than a by ``margin`` or more, adjusted; small: a is not worse.
@@ -54,39 +53,35 @@ class Difference:
     doubt: str = ""
 
 
+@dataclass(eq=False, repr=False)
 class Comparison(Mapping[str, Difference]):
-    """What :func:`compare` found: layer → :class:`Difference`, in the order of the first network.
+    """The value of :func:`compare`: layer → :class:`Difference`, in the order of the first network.
 
     Attributes:
         measure: its name.
         rows: the differences of the layers.
-        network: that of the mean over these layers.
-        unit: what was independent: ``"the same samples"``, ``"different samples"``, ``"other groups of the same
-            samples"`` or ``"seeds"``.
-        question: what the test answers.
-        count: how many of them there were; of measures that look at samples in groups, how many groups.
+        network: the difference of the means over these layers.
+        unit: what is independent in the test: ``"the same samples"``, ``"different samples"``, ``"other groups of the
+            same samples"`` or ``"seeds"``.
+        count: number of samples, groups or seeds of each result.
         confidence: of the intervals; 1 − confidence is the level of the tests.
         margin: the largest difference that does not matter; None where none was named.
         unmatched: layers that only one of the two has.
-        higher_is_better: whether higher values of the measure are more invariant; None where neither is.
+        higher_is_better: whether higher values of the measure are more invariant; None where neither direction is.
     """
 
-    def __init__(
-        self,
-        measure: str,
-        rows: Sequence[Difference],
-        network: Difference,
-        unit: str,
-        count: tuple[int, int],
-        confidence: float,
-        margin: float | None,
-        unmatched: Sequence[str],
-        higher_is_better: bool | None,
-    ) -> None:
-        self.measure, self.network, self.unit, self.count = measure, network, unit, count
-        self.rows = _adjusted(rows)
-        self.question, self.confidence, self.margin = QUESTIONS[unit], confidence, margin
-        self.unmatched, self.higher_is_better = list(unmatched), higher_is_better
+    measure: str
+    rows: Sequence[Difference]
+    network: Difference
+    unit: str
+    count: tuple[int, int]
+    confidence: float
+    margin: float | None
+    unmatched: Sequence[str]
+    higher_is_better: bool | None
+
+    def __post_init__(self) -> None:
+        self.rows, self.unmatched = _adjusted(self.rows), list(self.unmatched)
 
     def __getitem__(self, layer: str) -> Difference:
         for row in self.rows:
@@ -101,8 +96,13 @@ class Comparison(Mapping[str, Difference]):
         return len(self.rows)
 
     @property
+    def question(self) -> str:
+        """The question that the test answers."""
+        return QUESTIONS[self.unit]
+
+    @property
     def differing(self) -> list[str]:
-        """The layers that differ: whose adjusted p-value is below 1 − confidence."""
+        """The layers that differ: their adjusted p-value is below 1 − confidence."""
         return [row.layer for row in self.rows if row.p < 1 - self.confidence]
 
     @property
@@ -116,41 +116,38 @@ class Comparison(Mapping[str, Difference]):
         return [row.layer for row in self.rows if row.not_worse < 1 - self.confidence]
 
     def to_pandas(self) -> pandas.DataFrame:
-        """A ``DataFrame`` with a row for each layer and one for the network (pandas must be installed)."""
+        """Return a ``DataFrame`` with a row for each layer and one for the network (pandas must be installed)."""
         import pandas
 
         return pandas.DataFrame([asdict(row) for row in (*self.rows, self.network)])
 
     def plot(self) -> Figure:
-        """The picture: :func:`lightning_invariance.plots.compare`."""
-        return drawn("comparison.draw_comparison", self)
+        """Draw the differences and their intervals: :func:`lightning_invariance.plots.compare`."""
+        plots = import_module("lightning_invariance.plots.comparison")  # by name: pictures know results
+        figure: Figure = plots.draw_comparison(self)
+        return figure
 
     def __str__(self) -> str:
         names = ["layer", "a", "b", "difference", "low", "high", "p"]
-        if self.margin is not None:
-            names += ["equivalent", "not_worse"]
-        if any(row.doubt for row in self.rows):
-            names.append("doubt")
-        table = [names, *([_cell(getattr(row, name)) for name in names] for row in (*self.rows, self.network))]
+        names += [] if self.margin is None else ["equivalent", "not_worse"]
+        names += ["doubt"] if any(row.doubt for row in self.rows) else []
+        table = [names, *([format_cell(getattr(row, name)) for name in names] for row in (*self.rows, self.network))]
         for cells, row in zip(table[1:], (*self.rows, self.network), strict=True):
             cells[names.index("p")] += " *" if row.p < 1 - self.confidence else "  "
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(f"{cell:{w}s}" for cell, w in zip(cells, widths, strict=True)).rstrip() for cells in table]
-        about = [f"{self.measure}, b − a. {self.question}"]
         margin = "" if self.margin is None else f" Margin {self.margin:g}."
-        about.append(
-            f"{self.confidence:.0%} intervals; p by Holm over {number_of(len(self.rows), 'layer')},"
-            f" * below the level.{margin}"
-        )
-        if self.unmatched:
-            about.append(f"Only one of them has {some(self.unmatched)}.")
-        return "\n".join([*about, *lines])
+        about = [
+            f"{self.measure}, b − a. {self.question}",
+            f"{self.confidence:.0%} intervals; p-values adjusted by Holm's method over"
+            f" {number_of(len(self.rows), 'layer')}, * below {1 - self.confidence:.2g}.{margin}",
+        ]
+        about += [f"Only one of them has {some(self.unmatched)}."] if self.unmatched else []
+        return "\n".join([*about, aligned(table, left=len(names))])
 
     __repr__ = __str__
 
 
 def _adjusted(rows: Sequence[Difference]) -> list[Difference]:
-    """The rows with all p-values adjusted by Holm's method; each kind is a family."""
+    """Adjust all p-values by Holm's method, each kind as one family."""
     found = list(rows)
     for name in ("p", "equivalent", "not_worse"):
         adjusted = holm([getattr(row, name) for row in rows])
@@ -159,14 +156,10 @@ def _adjusted(rows: Sequence[Difference]) -> list[Difference]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values adjusted for their number (Holm 1979), in the same order; NaN are none and do not count."""
+    """Adjust p-values for their number (Holm 1979), in the given order; NaN stay NaN and do not count."""
     known = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
     adjusted, largest = list(p_values), 0.0
     for rank, (p, i) in enumerate(known):
         largest = max(largest, min(1.0, (len(known) - rank) * p))
         adjusted[i] = largest
     return adjusted
-
-
-def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,9 +1,9 @@
-r"""Confidence intervals over samples, from the influence of each sample.
+r"""Confidence intervals over samples, computed from the influence of each sample on a value.
 
-With influences :math:`\psi_i` of n samples (or groups of samples, which are then what is independent) the standard
-error is :math:`\sqrt{\sum_i \psi_i^2 / (n (n - 1))}`. How well it is known depends on the kurtosis b of the influences:
-it has :math:`\nu = 2 n / (b - 1) - 1` degrees of freedom, n − 1 where they are normal, and few where it rests on few
-samples. The interval is that of Student's t with ν degrees of freedom.
+With influences :math:`\psi_i` of n independent samples (or groups of samples) the standard error is
+:math:`\sqrt{\sum_i \psi_i^2 / (n (n - 1))}`. Its precision depends on the kurtosis b of the influences: it has
+:math:`\nu = 2 n / (b - 1) - 1` degrees of freedom, n − 1 where they are normal, and few where few samples dominate it.
+The bounds are quantiles of Student's t with ν degrees of freedom.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from torch import Tensor
 
 from lightning_invariance.results.students_t import t_quantile, two_sided
 
-#: An interval of fewer samples, or groups of samples, is marked.
-FEWEST_SAMPLES = 10
+#: Intervals of fewer samples, or groups of samples, are doubtful.
+MIN_SAMPLES = 10
 
-#: So is one whose standard error has fewer degrees of freedom: a few samples decide it, and it tends to be too narrow.
-FEWEST_DEGREES = 10.0
+#: Below this many degrees of freedom few samples dominate the standard error, and the interval tends to be too narrow.
+MIN_DEGREES_OF_FREEDOM = 10.0
 
-#: One of a layer in which that holds for more than this share of the units: their values are biased, too.
-MOST_SPARSE = 0.2
+#: Largest fraction of the units of a layer that may have fewer degrees of freedom: values of these are biased, too.
+MAX_SPARSE = 0.2
 
-#: One of a mean that leaves out more than this share of the units.
-NOTABLE = 0.01
+#: Largest fraction of the units that a mean may leave out without a remark.
+MAX_LEFT_OUT = 0.01
 
-#: One of a value whose definition depends on the number of samples, by more than this part of the standard error: then
+#: Largest bias, in standard errors, of a value whose definition depends on the number of samples. With a larger bias,
 #: 95 % intervals cover the value of very many samples in less than 93 %.
-MOST_BIAS = 0.4
+MAX_BIAS = 0.4
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,10 @@ class Interval:
 
     Attributes:
         value: the estimate.
-        low: lower bound. The bounds are ``value ± t · standard_error``.
-        high: upper bound.
+        low, high: the bounds ``value ± t · standard_error``.
         standard_error: of the value.
         freedom: degrees of freedom of the standard error.
-        doubt: why the interval may be too narrow; empty where nothing speaks against it.
+        doubt: why the interval may be too narrow; empty where there is no reason.
     """
 
     value: float
@@ -84,17 +83,17 @@ def interval_of(
     unit: str = "samples",
     repeated: float = 0.0,
 ) -> Interval:
-    """The interval of a value.
+    """Compute the interval of a value.
 
     Args:
         value: the estimate.
         influences: ``(samples,)``; NaN for samples that do not count.
         confidence: in (0, 1).
-        left_out: which share of the units the value leaves out since they are infinite or NaN.
-        sparse: which share of the units few samples decide.
-        bias: which part of the value depends on the number of samples by definition.
-        unit: what each influence is of: samples, or groups of them.
-        repeated: which part of the samples repeats others.
+        left_out: fraction of the units that are infinite or NaN, and so not in the value.
+        sparse: fraction of the units with few degrees of freedom.
+        bias: relative bias of the value, where its definition depends on the number of samples.
+        unit: ``"samples"`` or ``"groups of samples"``: the independent units, one for each influence.
+        repeated: fraction of the samples that are copies of others.
     """
     psi = influences[~influences.isnan()]
     n = len(psi)
@@ -103,31 +102,31 @@ def interval_of(
     error = float((psi.square().sum() / (n * (n - 1))).sqrt())
     freedom = float(degrees_of_freedom(n, psi.square().sum(), psi.pow(4).sum()))
     half = t_quantile(confidence, freedom) * error
-    doubts = [f"{n} {unit}"] if n < FEWEST_SAMPLES else []
+    doubts = [f"{n} {unit}"] if n < MIN_SAMPLES else []
     doubts += ["no sample differs from another"] if error == 0 and value != 0 else []
-    doubts += [f"{repeated:.0%} of the {unit} repeat others"] if repeated > NOTABLE else []
-    doubts += ["few samples decide"] if freedom < FEWEST_DEGREES and n >= FEWEST_SAMPLES else []
-    doubts += [f"few samples decide {sparse:.0%} of the units"] if sparse > MOST_SPARSE and error > 0 else []
-    doubts += [f"{left_out:.0%} left out"] if left_out > NOTABLE else []
-    doubts += [f"differs by {bias:.1%} from that of many samples"] if abs(bias * value) > MOST_BIAS * error else []
+    doubts += [f"{repeated:.0%} of the {unit} repeat others"] if repeated > MAX_LEFT_OUT else []
+    doubts += ["few samples decide the value"] if freedom < MIN_DEGREES_OF_FREEDOM and n >= MIN_SAMPLES else []
+    doubts += [f"few samples decide {sparse:.0%} of the units"] if sparse > MAX_SPARSE and error > 0 else []
+    doubts += [f"{left_out:.0%} left out"] if left_out > MAX_LEFT_OUT else []
+    doubts += [f"differs by {bias:.1%} from that of many samples"] if abs(bias * value) > MAX_BIAS * error else []
     return Interval(value, value - half, value + half, error, freedom, ", ".join(doubts))
 
 
 def influences_of_all(influences: Tensor) -> Tensor:
-    """The influences of all samples on a mean over those that reach it, ``(samples,)``.
+    """Rescale the influences on a layer that some samples bypass to all samples, ``(samples,)``.
 
-    A sample that does not has none; those that do weigh as much more as they are fewer. All are NaN where fewer than
-    two do.
+    Samples that bypass the layer (NaN) get 0, and the others weigh more in proportion. With fewer than two others, all
+    are NaN.
     """
     missing = influences.isnan()
-    reached = int((~missing).sum())
-    if reached < 2:
+    known = int((~missing).sum())
+    if known < 2:
         return torch.full_like(influences, torch.nan)
-    return torch.where(missing, 0.0, influences) * (len(influences) / reached)
+    return torch.where(missing, 0.0, influences) * (len(influences) / known)
 
 
 def network_influences(of_layers: Iterable[Tensor | None]) -> Tensor:
-    """The influence of each sample on the mean over layers, ``(samples,)``; undefined where one has no influences."""
+    """Average the influences of each sample over layers, ``(samples,)``; empty if a layer has no influences."""
     known = list(of_layers)
     if not known or any(each is None for each in known):
         return torch.zeros(0, dtype=torch.float64)
@@ -135,9 +134,9 @@ def network_influences(of_layers: Iterable[Tensor | None]) -> Tensor:
 
 
 def samples_for(interval: Interval, n: int, half_width: float, confidence: float) -> int:
-    """How many samples would make an interval as narrow as ± ``half_width``, which n samples gave.
+    """Estimate how many samples an interval of ± ``half_width`` needs, given the interval of n samples.
 
-    The standard error falls with the square root of their number, and its degrees of freedom rise with it.
+    The standard error is proportional to 1 / √samples, and its degrees of freedom grow with their number.
     """
     scale = interval.standard_error * math.sqrt(n)
 
@@ -152,14 +151,14 @@ def samples_for(interval: Interval, n: int, half_width: float, confidence: float
 
 
 def degrees_of_freedom(n: int, squares: Tensor, fourths: Tensor) -> Tensor:
-    """Those of a standard error, given Σ ψ² and Σ ψ⁴ of n influences: between 1 and n − 1."""
+    """Compute the degrees of freedom of a standard error, in [1, n − 1], from Σ ψ² and Σ ψ⁴ of n influences."""
     kurtosis = n * fourths / squares.square()
     found = 2 * n / (kurtosis - 1).clamp_min(1e-9) - 1
     return torch.where(squares > 0, found.nan_to_num(nan=1.0), n - 1.0).clamp(1, max(1, n - 1))
 
 
 def p_value(difference: float, error: float, freedom: float) -> float:
-    """Two-sided, of a difference with a standard error: 1 where both are 0, 0 where only the error is."""
+    """Compute the two-sided p-value of a difference with a standard error; with an error of 0 it is 0 or 1."""
     if math.isnan(difference) or math.isnan(error):
         return math.nan
     if error == 0:
@@ -168,20 +167,18 @@ def p_value(difference: float, error: float, freedom: float) -> float:
 
 
 def one_sided(above: float, error: float, freedom: float) -> float:
-    """P-value of a quantity that is at most 0 in truth, where ``above`` was found with a standard error."""
-    if math.isnan(above) or math.isnan(error):
-        return math.nan
-    if error == 0:
-        return 0.0 if above > 0 else 1.0
+    """Compute the p-value of the hypothesis that a quantity, estimated as ``above`` with an error, is at most 0."""
+    if above == error == 0:
+        return 1.0
     half = p_value(above, error, freedom) / 2
     return half if above > 0 else 1 - half
 
 
 def check_confidence(confidence: float) -> float:
-    """Raise for a confidence out of (0, 1).
+    """Check a confidence, and return it as a float.
 
     Raises:
-        ValueError: If it is.
+        ValueError: If it is not a number in (0, 1).
     """
     if isinstance(confidence, bool) or not isinstance(confidence, int | float) or not 0 < confidence < 1:
         raise ValueError(

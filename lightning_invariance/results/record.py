@@ -1,4 +1,4 @@
-"""What an evaluation tells beside the values: about the samples, the transformations, the measures and the layers."""
+"""What an evaluation finds besides the values: samples, transformations, layers, and metrics of predictions."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class OutputValues:
-    """What a metric of predictions and targets is under each transformation.
+    """Values of a metric of predictions and targets, one for each transformation.
 
     Attributes:
         values: one for each transformation.
         higher_is_better: whether higher values are better; None where the metric does not say.
-        low: lower bounds of confidence intervals over samples, one for each transformation, with ``confidence`` and for
-            metrics that are means over samples, else empty; NaN where all samples have the same value.
-        high: upper bounds.
-        mean_low: lower bound of the mean over the transformations.
-        mean_high: upper bound.
+        low, high: bounds of confidence intervals over samples, one for each transformation, with ``confidence`` and for
+            metrics that are means over samples, else empty; NaN where all samples have equal values.
+        mean_low, mean_high: bounds of the mean over the transformations; None where there are none.
     """
 
     values: list[float]
@@ -38,7 +36,7 @@ class OutputValues:
 
     @property
     def worst(self) -> float:
-        """The lowest value, or the highest of metrics where lower is better; NaN where that or a value is not known."""
+        """The lowest value (the highest where lower is better); NaN if a value or the direction is unknown."""
         if self.higher_is_better is None or not self.values or any(map(math.isnan, self.values)):
             return math.nan
         return min(self.values) if self.higher_is_better else max(self.values)
@@ -46,7 +44,7 @@ class OutputValues:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Record:
-    """What an evaluation tells beside the values; see :class:`~lightning_invariance.InvarianceResult`."""
+    """Attributes of an :class:`~lightning_invariance.InvarianceResult` besides its values; explained there."""
 
     n_samples: int = 0
     transformations: list[str] = field(default_factory=list)
@@ -84,7 +82,7 @@ class Record:
 
 
 def _copied(value: Any) -> Any:
-    """A container of its own, with the same numbers and tensors."""
+    """Copy containers, but not the numbers and tensors in them."""
     if isinstance(value, Mapping):
         return {key: _copied(each) for key, each in value.items()}
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

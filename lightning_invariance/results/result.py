@@ -1,22 +1,24 @@
-"""The result of an evaluation: values by measure and layer, which print, plot, and are saved to a file."""
+"""The result of an evaluation: values by measure and layer that print, plot, and are saved to a file."""
 
 from __future__ import annotations
 
 import html
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from lightning_invariance.messages import number_of
-from lightning_invariance.results.drawing import drawn
-from lightning_invariance.results.layer_intervals import LayerIntervals
-from lightning_invariance.results.npz import read, write
 from lightning_invariance.results.record import OutputValues, Record
 from lightning_invariance.results.table import LayerStatistics, Table
+from lightning_invariance.results.values import LayerValues
 
 if TYPE_CHECKING:
     import pandas
@@ -24,8 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = ["InvarianceResult", "OutputValues"]
 
+#: In the JSON text of a file, an object with this key alone stands for a tensor: its value is the name of an array.
+ARRAY = "array of this file"
 
-class InvarianceResult(LayerIntervals):
+
+class InvarianceResult(LayerValues):
     """Values of the measures for every layer: ``result["NormalizedVariance"]["conv1"]`` is a float64 tensor.
 
     A mapping measure → {layer: tensor of ``activation_shape``}, layers in the order in which they ran. Made by
@@ -33,61 +38,57 @@ class InvarianceResult(LayerIntervals):
 
     Args:
         values: measure → {layer: tensor}.
-        dead: layer → bool tensor, true for activations that never changed (where the measures know).
-        about: attributes by name, of those that follow.
+        dead: layer → bool tensor, true for activations that never change (where the measures know).
+        about: any of the following attributes by name.
 
     Attributes:
         n_samples: how many samples were measured.
         transformations: labels of the transformations.
         parameters: their parameters, a list for each name.
         epoch: epoch of the training at which it was measured; -1 is the untrained network.
-        step: the logger step of that moment.
-        floor: same-equivariance measure → its values for the network that returns its input: what interpolation and
-            the borders cost by themselves.
-        skipped: measure → layers for which it is not defined, such as those without spatial axes.
-        left_out: layer → why no measure could be taken of it, such as that it does not depend on the input, or on other
-            samples too.
-        reached: layer → number of samples that reached it, where that is not all of them.
+        step: step of the logger at which it was measured.
+        floor: same-equivariance measure → its values for the network that returns its input: the error of interpolation
+            and borders alone.
+        skipped: measure → layers for which it is not defined, such as layers without spatial axes.
+        left_out: layer → why it could not be measured, such as that it does not depend on the input, or depends on
+            other samples too.
+        reached: layer → number of samples that passed through it, for layers that some samples bypass.
         channel_axis: layer → which axis of its activation holds the channels (units); by default the first.
-        higher_is_better: measure → whether higher values are more invariant; None where neither is.
-        ratios: measure → whether it is a ratio, for which 1 means as much as samples do.
+        higher_is_better: measure → whether higher values are more invariant; None where neither direction is.
+        ratios: measure → whether it is a ratio: at 1, transformations change activations as much as samples do.
         units: measure → unit of its values; empty where there is none.
-        biases: measure → ``relative_bias`` of its values, where it is known.
-        response: measure → layer → what each transformation does to the layer, where the measure was asked for it
-            (``NormalizedVariance(response=True)``).
-        response_bounds: measure → layer → lower and upper bounds of the response under each transformation, of
-            intervals over samples with ``confidence``.
-        scores: the trainer's metrics of that moment, such as an accuracy.
+        biases: measure → number of samples × relative bias of its values, where it is known.
+        response: measure → layer → the effect of each transformation on the layer, for measures with
+            ``response=True``.
+        response_bounds: measure → layer → lower and upper bounds of the response under each transformation:
+            confidence intervals over samples, with ``confidence``.
+        scores: metrics that the trainer logged in the same validation, such as an accuracy.
         standard_errors: measure → layer → standard error of each value, for samples drawn at random. Without
             ``confidence`` only measures have it that are estimated from pairs of samples.
         confidence: of the intervals; None where there are none.
         freedom: measure → layer → degrees of freedom of each standard error.
-        influences: measure → layer → how much each sample (each group of samples, for sample distances) moves the mean
-            of the layer; see :mod:`lightning_invariance.results.intervals`. NaN for samples that did not reach it.
-        sample_keys: measure → a number of 64 bits for each of these samples or groups, by what they hold.
-        sparse: measure → layer → share of the units whose values few samples decide.
+        influences: measure → layer → influence of each sample (each group of samples, for sample distances) on the mean
+            of the layer; see :mod:`lightning_invariance.results.intervals`. NaN for samples that bypass the layer.
+        sample_keys: measure → a 64-bit hash of the content of each of these samples or groups.
+        sparse: measure → layer → fraction of the units whose values depend on few samples.
         outputs: metric of predictions and targets → its value under each transformation, with ``mean`` and ``worst``.
     """
 
-    def __init__(
-        self, values: Mapping[str, Mapping[str, Tensor]], *, dead: Mapping[str, Tensor] | None = None, **about: Any
-    ) -> None:
-        if "ratios" not in about:  # made by hand
-            about["ratios"] = {measure: measure.startswith("Normalized") for measure in values}
-        super().__init__(values, dead, about)
-
     def plot(self, measure: str | None = None) -> Figure:
-        """The heatmap of a measure: :func:`lightning_invariance.plots.heatmap`.
+        """Draw the heatmap of a measure: :func:`lightning_invariance.plots.heatmap`.
 
         Args:
             measure: its name; by default the first.
         """
-        return drawn("heatmap", self, measure)
+        plots = import_module("lightning_invariance.plots")  # by name: pictures know results, not the reverse
+        figure: Figure = plots.heatmap(self, measure)
+        return figure
 
     def to_pandas(self) -> pandas.DataFrame:
-        """The tables of all measures as one ``DataFrame`` (pandas must be installed): a row for each measure and layer.
+        """Return the tables of all measures as one ``DataFrame`` (pandas must be installed).
 
-        The columns are ``measure`` and those of :class:`LayerStatistics`.
+        It has a row for each measure and layer; the columns are ``measure`` and the fields of
+        :class:`LayerStatistics`.
         """
         import pandas
 
@@ -95,9 +96,9 @@ class InvarianceResult(LayerIntervals):
         return pandas.DataFrame(rows)
 
     def reduced(self) -> InvarianceResult:
-        """The same result with one value for each channel, without errors; tables, means and pictures stay the same.
+        """Return a smaller result with one value for each channel and without standard errors.
 
-        The influences of samples on layers stay, too.
+        Tables, means, intervals of layers and pictures stay equal.
         """
         state = self.state_dict()
         state["standard_errors"], state["freedom"] = {}, {}
@@ -106,11 +107,11 @@ class InvarianceResult(LayerIntervals):
             for measure, layers in self._values.items()
         }
         state["dead"] = {layer: self.dead_channels(layer) for layer in self.dead}
-        state["channel_axis"] = {}  # there is but one axis
+        state["channel_axis"] = {}  # only the axis of the channels is left
         return InvarianceResult.from_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything as tensors, numbers, strings, lists and dicts, which ``torch.load(weights_only=True)`` reads."""
+        """Return tensors, numbers, strings, lists and dicts, which ``torch.load(weights_only=True)`` reads."""
         statistics = {
             measure: [{**asdict(row), "shape": list(row.shape)} for row in table]
             for measure, table in self._tables.items()
@@ -125,26 +126,50 @@ class InvarianceResult(LayerIntervals):
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> InvarianceResult:
-        """The result that :meth:`state_dict` described."""
+        """Make a result from the value of :meth:`state_dict`; unknown entries are ignored."""
         about = {each.name: state[each.name] for each in fields(Record)}
         result = cls(state["values"], dead=state["dead"], **about)
+        columns = [each.name for each in fields(LayerStatistics)]
         for measure, rows in state["statistics"].items():
-            result._tables[measure] = Table(LayerStatistics(**{**row, "shape": tuple(row["shape"])}) for row in rows)
+            known = [{name: row[name] for name in columns} for row in rows]
+            result._tables[measure] = Table(LayerStatistics(**{**row, "shape": tuple(row["shape"])}) for row in known)
         return result
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the result to one file (numpy's npz format, no pickle); a half-written file is never left behind."""
-        write(self.state_dict(), Path(path))
+        """Write the result to one file; an existing file stays until the new one is complete.
+
+        The file is in numpy's npz format without pickle: the state dict as a JSON text, ``about``, and its tensors.
+        """
+        path, arrays = Path(path), dict[str, Any]()
+
+        def named(tensor: Tensor) -> dict[str, str]:
+            name = f"array{len(arrays)}"
+            arrays[name] = tensor.numpy()
+            return {ARRAY: name}
+
+        about = np.array(json.dumps(self.state_dict(), default=named))
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with unfinished.open("wb") as file:
+                np.savez_compressed(file, about=about, **arrays)
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> InvarianceResult:
-        """Read what :meth:`save` wrote.
+        """Read a file that :meth:`save` wrote.
 
         Raises:
             ValueError: If the file is broken, or something else.
         """
         try:
-            return cls.from_state_dict(read(Path(path)))
+            with np.load(path, allow_pickle=False) as arrays:
+
+                def tensors(found: dict[str, Any]) -> Any:
+                    return torch.from_numpy(arrays[found[ARRAY]]) if found.keys() == {ARRAY} else found
+
+                return cls.from_state_dict(json.loads(str(arrays["about"]), object_hook=tensors))
         except OSError:
             raise
         except Exception as error:  # whatever numpy, zlib, zipfile and json raise of broken files

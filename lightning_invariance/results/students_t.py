@@ -1,4 +1,4 @@
-"""Student's t distribution for single numbers, whose intervals and tests are many: without tensors."""
+"""Student's t distribution: p-values of single statistics, and quantiles for confidence intervals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def two_sided(t: float, freedom: float) -> float:
-    """The probability of a statistic further from 0 than t."""
+    """Return the probability of a statistic further from 0 than ``t``, for ``freedom`` degrees of freedom."""
     if math.isinf(t):
         return 0.0
     whole = freedom + t * t
@@ -20,9 +20,9 @@ def two_sided(t: float, freedom: float) -> float:
 
 @lru_cache(maxsize=4096)
 def t_quantile(confidence: float, freedom: float) -> float:
-    """How many standard errors a two-sided interval reaches to each side.
+    """Return the half-width of a two-sided interval in standard errors.
 
-    The tail is convex, so that Newton's steps from the normal quantile, which is smaller, never go too far.
+    The tail is convex, so that Newton's steps from the normal quantile, which is smaller, never overshoot.
     """
     t = NormalDist().inv_cdf((1 + confidence) / 2)
     constant = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(freedom * math.pi) / 2
@@ -36,29 +36,25 @@ def t_quantile(confidence: float, freedom: float) -> float:
 
 
 def t_quantiles(confidence: float, freedom: Tensor) -> Tensor:
-    """The same for many degrees of freedom, linear in 1 / ν between 257 of them: within a part of 1e-4."""
+    """Interpolate :func:`t_quantile` for many degrees of freedom, with a relative error below 1e-4."""
     known = _grid(confidence)
     place = (1 - 1 / freedom.double()) * (len(known) - 1)
     below = place.floor().clamp(0, len(known) - 2).long()
-    share = (place - below).clamp(0, 1)
-    return known[below] * (1 - share) + known[below + 1] * share
+    weight = (place - below).clamp(0, 1)
+    return known[below] * (1 - weight) + known[below + 1] * weight
 
 
 @lru_cache(maxsize=16)
 def _grid(confidence: float) -> Tensor:
-    """Quantiles for 1 / ν = 1, 255/256, …, 1/256 and 0, which is the normal distribution."""
+    """Compute quantiles for 1 / freedom = 1, 255/256, …, 1/256 and 0, which is the normal distribution."""
     of_t = [t_quantile(confidence, 256 / i) for i in range(256, 0, -1)]
     return torch.tensor([*of_t, NormalDist().inv_cdf((1 + confidence) / 2)], dtype=torch.float64)
 
 
 def _incomplete_beta(x: float, complement: float, a: float, b: float) -> float:
-    """The regularised incomplete beta function I_x(a, b), by its continued fraction (DLMF 8.17.22).
+    """Compute the regularised incomplete beta function I_x(a, b) from its continued fraction (DLMF 8.17.22).
 
-    Args:
-        x: in [0, 1].
-        complement: 1 − x, given apart because the difference loses digits.
-        a: above 0.
-        b: above 0.
+    ``complement`` is 1 − x, an argument because the subtraction would lose digits.
     """
     if x <= 0 or complement <= 0:
         return float(x > 0)

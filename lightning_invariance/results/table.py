@@ -1,15 +1,15 @@
-"""Statistics of the values of a layer, and a table of them."""
+"""Statistics of the values of each layer, printed as a table."""
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
-from lightning_invariance.results.intervals import NOTABLE, Interval
+from lightning_invariance.results.intervals import MAX_LEFT_OUT, Interval
 
 
 @dataclass(frozen=True)
@@ -19,16 +19,12 @@ class LayerStatistics:
     Attributes:
         layer: its name.
         shape: of the activation; ``(channels, height, width)`` for feature maps.
-        mean: over the finite values; NaN if there are none. The same for ``std`` (n − 1), ``min`` and ``max``.
-        std: see mean.
-        min: see mean.
-        max: see mean.
-        dead: how many activations never changed (0/0).
+        mean, std, min, max: of the finite values, ``std`` with n − 1; NaN if there are none.
+        dead: how many activations never change (0/0).
         infinite: how many values are infinite (x/0).
         nan: how many values are NaN: the activation was NaN or infinite itself, or the measure is undefined.
-        samples: how many samples reached the layer; 0 where that is not known. Tables show it where layers differ.
-        low: of the confidence interval of the mean; NaN where there is none, and then not shown. So is ``high``.
-        high: see low.
+        samples: how many samples passed through the layer; 0 if unknown. Shown where layers differ.
+        low, high: bounds of the confidence interval of the mean; NaN where there is none, and then not shown.
         doubt: why the interval may be too narrow; see :class:`~lightning_invariance.results.intervals.Interval`.
     """
 
@@ -48,25 +44,25 @@ class LayerStatistics:
 
     @property
     def share_infinite(self) -> float:
-        """Which share of the values is infinite, and so not in the mean."""
+        """Fraction of the values that are infinite, and so not in the mean."""
         return self.infinite / max(1, math.prod(self.shape))
 
     @property
     def share_left_out(self) -> float:
-        """Which share of the values is infinite or NaN, and so not in the mean."""
+        """Fraction of the values that are infinite or NaN, and so not in the mean."""
         return (self.infinite + self.nan) / max(1, math.prod(self.shape))
 
     @property
     def share_dead(self) -> float:
-        """Which share of the activations never changed."""
+        """Fraction of the activations that never change."""
         return self.dead / max(1, math.prod(self.shape))
 
     @classmethod
     def of(cls, layer: str, values: Tensor, dead: Tensor | None, samples: int = 0) -> LayerStatistics:
         """Summarise the values of a layer."""
         is_finite = values.isfinite()
-        every = bool(is_finite.all())
-        finite = values.flatten() if every else values[is_finite]
+        all_finite = bool(is_finite.all())
+        finite = values.flatten() if all_finite else values[is_finite]
         some = finite.numel() > 0
         low, high = (float(limit) for limit in finite.aminmax()) if some else (math.nan, math.nan)
         return cls(
@@ -77,25 +73,24 @@ class LayerStatistics:
             min=low,
             max=high,
             dead=0 if dead is None else int(dead.sum()),
-            infinite=0 if every else int(values.isinf().sum()),
-            nan=0 if every else int(values.isnan().sum()),
+            infinite=0 if all_finite else int(values.isinf().sum()),
+            nan=0 if all_finite else int(values.isnan().sum()),
             samples=samples,
         )
 
 
 class Table(list[LayerStatistics]):
-    """Rows of statistics, one a layer, that print as a table."""
+    """A list of statistics, one row for each layer, that prints as a table."""
 
     def with_intervals(self, intervals: Mapping[str, Interval]) -> Table:
-        """The same rows with the intervals of their means, by layer."""
-        known = [intervals.get(row.layer) for row in self]
+        """Return the rows with the intervals of their means, by layer."""
         return Table(
-            row if each is None else replace(row, low=each.low, high=each.high, doubt=each.doubt)
-            for row, each in zip(self, known, strict=True)
+            replace(row, low=each.low, high=each.high, doubt=each.doubt) if (each := intervals.get(row.layer)) else row
+            for row in self
         )
 
     def cells(self) -> list[list[str]]:
-        """The table as text, the heading first."""
+        """Format the heading and the rows."""
         names = [field.name for field in fields(LayerStatistics)]
         if len({row.samples for row in self}) < 2:
             names.remove("samples")
@@ -103,21 +98,15 @@ class Table(list[LayerStatistics]):
             names = [name for name in names if name not in ("low", "high")]
         if not any(row.doubt for row in self):
             names.remove("doubt")
-        rows = [[_cell(getattr(row, name)) for name in names] for row in self]
+        rows = [[format_cell(getattr(row, name)) for name in names] for row in self]
         for row, cells in zip(self, rows, strict=True):
-            for name, share in (("infinite", row.share_infinite), ("dead", row.share_dead)):
-                if share > NOTABLE:
-                    cells[names.index(name)] += f" ({share:.0%})"
+            for name, fraction in (("infinite", row.share_infinite), ("dead", row.share_dead)):
+                if fraction > MAX_LEFT_OUT:
+                    cells[names.index(name)] += f" ({fraction:.0%})"
         return [names, *rows]
 
     def __str__(self) -> str:
-        cells = self.cells()
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zipped))
-            for zipped in (list(zip(row, widths, strict=True)) for row in cells)
-        ]
-        return "\n".join(line.rstrip() for line in lines)
+        return aligned(self.cells(), left=2)
 
     __repr__ = __str__
 
@@ -128,7 +117,17 @@ class Table(list[LayerStatistics]):
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _cell(value: object) -> str:
+def aligned(rows: Sequence[Sequence[str]], left: int) -> str:
+    """Print cells in columns: the first ``left`` ones left-aligned, the others right-aligned."""
+    columns = [(max(map(len, column)), "<" if i < left else ">") for i, column in enumerate(zip(*rows, strict=True))]
+    lines = (
+        "  ".join(f"{cell:{side}{width}}" for cell, (width, side) in zip(row, columns, strict=True)) for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def format_cell(value: object) -> str:
+    """Format a number, a shape or a text."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, tuple):

@@ -1,53 +1,55 @@
-"""Values of measures by layer, and their statistics."""
+"""Values of measures by layer: their statistics, and the confidence intervals of their means."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_invariance.aggregation import aggregate_maps
 from lightning_invariance.messages import instead_of
+from lightning_invariance.results.intervals import (
+    Intervals,
+    check_confidence,
+    interval_of,
+    network_influences,
+    samples_for,
+)
+from lightning_invariance.results.record import Record
+from lightning_invariance.results.students_t import t_quantiles
 from lightning_invariance.results.table import LayerStatistics, Table
 
 
-class OfLayers(dict[str, Tensor]):
-    """Layer → values, that says which layers there are where another is asked for."""
+class _ByLayer(dict[str, Tensor]):
+    """Layer → values; a missing layer is a KeyError that names similar ones."""
 
     def __missing__(self, layer: str) -> Tensor:
         raise KeyError(f"No layer {layer!r} in this result. {instead_of(str(layer), self)}")
 
 
-class LayerValues(Mapping[str, Mapping[str, Tensor]]):
-    """Values of measures for every layer, and their statistics.
-
-    Args:
-        values: measure → {layer: tensor of ``activation_shape``}.
-        dead: layer → bool tensor, true for activations that never changed.
-        channel_axis: layer → which axis of its activation holds the channels; by default the first.
-        samples: layer → how many samples reached it, where that is known.
-    """
+class LayerValues(Mapping[str, Mapping[str, Tensor]], Record):
+    """Values of measures for every layer, with all computations on them; see :class:`InvarianceResult`."""
 
     def __init__(
-        self,
-        values: Mapping[str, Mapping[str, Tensor]],
-        dead: Mapping[str, Tensor] | None = None,
-        channel_axis: Mapping[str, int] | None = None,
-        samples: Mapping[str, int] | None = None,
+        self, values: Mapping[str, Mapping[str, Tensor]], *, dead: Mapping[str, Tensor] | None = None, **about: Any
     ) -> None:
-        self.channel_axis = dict(channel_axis or {})
-        self._values = {measure: OfLayers(layers) for measure, layers in values.items()}
+        if "ratios" not in about:  # made by hand
+            about["ratios"] = {measure: measure.startswith("Normalized") for measure in values}
+        Record.__init__(self, **about)
+        self._values = {measure: _ByLayer(layers) for measure, layers in values.items()}
         self.dead = dict(dead or {})
-        reached = samples or {}
         self._tables = {
             measure: Table(
-                LayerStatistics.of(layer, v, self._dead_of(layer, v), reached.get(layer, 0))
+                LayerStatistics.of(layer, v, self._dead_of(layer, v), self.reached.get(layer, self.n_samples))
                 for layer, v in layers.items()
             )
             for measure, layers in self._values.items()
         }
+        for measure in self.influences if self.confidence is not None else ():
+            self._tables[measure] = self._tables[measure].with_intervals(self.interval(measure))
 
     def __getitem__(self, measure: str) -> Mapping[str, Tensor]:
         if measure not in self._values:
@@ -75,7 +77,7 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]]):
         return max((list(layers) for layers in self._values.values()), key=len, default=[])
 
     def table(self, measure: str | None = None) -> Table:
-        """A row of statistics for each layer: a list of :class:`LayerStatistics` that prints as a table.
+        """Return a row of statistics for each layer: a list of :class:`LayerStatistics` that prints as a table.
 
         Args:
             measure: its name; by default the first.
@@ -83,7 +85,7 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]]):
         return self._tables[self._known(measure)]
 
     def per_layer(self, measure: str | None = None) -> dict[str, float]:
-        """The mean over the finite values of each layer; NaN where there are none.
+        """Return the mean over the finite values of each layer; NaN where there are none.
 
         Args:
             measure: its name; by default the first.
@@ -91,10 +93,10 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]]):
         return {row.layer: row.mean for row in self.table(measure)}
 
     def per_channel(self, measure: str, layer: str, aggregate: str = "mean") -> Tensor:
-        """One value for each channel, the mean over the spatial axes as in the paper's figure 8: ``(channels,)``.
+        """Return one value for each channel, by default the mean over the spatial axes (paper, figure 8).
 
-        A channel with an infinite or NaN value is infinite or NaN itself. ``channel_axis`` says which axis holds the
-        channels; an activation without axes gives one channel.
+        The shape is ``(channels,)``; ``channel_axis`` says which axis holds the channels, and an activation without
+        axes is one channel. A channel with an infinite or NaN value is infinite or NaN itself.
 
         Args:
             measure: its name.
@@ -109,7 +111,7 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]]):
         return aggregate_maps(self[measure][layer], aggregate, self.channel_axis.get(layer, 0))
 
     def dead_channels(self, layer: str) -> Tensor:
-        """Which channels hold nothing but dead activations: bool ``(channels,)``."""
+        """Return which channels hold nothing but dead activations: bool ``(channels,)``."""
         dead = self.dead.get(layer)
         if dead is None:
             measure = next(measure for measure, layers in self._values.items() if layer in layers)
@@ -117,19 +119,119 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]]):
         return dead.movedim(self.channel_axis.get(layer, 0), 0).flatten(1).all(1) if dead.ndim > 1 else dead.reshape(-1)
 
     def mean(self, measure: str | None = None, weighted: bool = False) -> float:
-        """The mean over layers of :meth:`per_layer` where it is finite: one number for the network.
+        """Return one number for the network: the mean over layers of the finite values of :meth:`per_layer`.
 
         Args:
             measure: its name; by default the first.
-            weighted: weigh each layer by its number of finite values; by default all layers count the same.
+            weighted: weight each layer by its number of finite values; by default all layers weigh equally.
         """
         rows = [row for row in self.table(measure) if math.isfinite(row.mean)]
         sizes = [math.prod(row.shape) - row.infinite - row.nan if weighted else 1 for row in rows]
         total = sum(sizes)
         return sum(row.mean * size for row, size in zip(rows, sizes, strict=True)) / total if total else math.nan
 
+    def interval(self, measure: str | None = None, confidence: float | None = None) -> Intervals:
+        """Return the confidence intervals over samples of the mean of each layer, and of :meth:`mean`.
+
+        ``result.interval()["conv1"]`` has ``low``, ``high``, ``standard_error``, and ``doubt`` where the interval may
+        be too narrow; ``result.interval().network`` is the interval of :meth:`mean`.
+
+        Args:
+            measure: its name; by default the first.
+            confidence: in (0, 1); by default the one of the evaluation.
+
+        Raises:
+            ValueError: If the result has no influences of samples on the measure, or ``confidence`` is not in (0, 1).
+        """
+        measure, level = self._known(measure), self._level(confidence)
+        influences = self._influences_of(measure)
+        keys = self.sample_keys.get(measure)
+        repeated = 1 - len(torch.unique(keys)) / max(1, len(keys)) if keys is not None else 0.0
+        unit = "samples" if keys is None or len(keys) == self.n_samples else "groups of samples"
+        found, finite = Intervals(), [row for row in self._tables[measure] if math.isfinite(row.mean)]
+        for row in self._tables[measure]:
+            if row.layer in influences:
+                reasons = self._reasons_for_doubt(measure, row)
+                found[row.layer] = interval_of(row.mean, influences[row.layer], level, *reasons, unit, repeated)
+        # All layers weigh equally in the mean over layers, and in what makes its interval doubtful.
+        of_layers = torch.tensor([self._reasons_for_doubt(measure, row) for row in finite], dtype=torch.float64)
+        left_out, sparse, bias = (of_layers.view(-1, 3).sum(0) / max(1, len(finite))).tolist()
+        of_network = network_influences(influences.get(row.layer) for row in finite)
+        found.network = interval_of(self.mean(measure), of_network, level, left_out, sparse, bias, unit, repeated)
+        return found
+
+    def unit_interval(
+        self, layer: str, measure: str | None = None, confidence: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the lower and upper bounds of the interval of every unit of a layer, in the shape of its values.
+
+        Args:
+            layer: its name.
+            measure: its name; by default the first.
+            confidence: in (0, 1); by default the one of the evaluation.
+
+        Raises:
+            ValueError: If the result has no influences of samples on the measure, was reduced to channels, or
+                ``confidence`` is not in (0, 1).
+            KeyError: If there is no such layer.
+        """
+        measure = self._known(measure)
+        self._influences_of(measure)
+        if not (errors := self.standard_errors.get(measure, {})):
+            raise ValueError(
+                f"Expected a result with a standard error of {measure} for each unit, but this one was reduced to"
+                " channels, as older results of a history are: it has intervals of layers only."
+            )
+        if layer not in errors:
+            raise KeyError(f"No intervals of layer {layer!r}. {instead_of(layer, errors, 'It has')}")
+        freedom = self.freedom[measure][layer]
+        half = t_quantiles(self._level(confidence), freedom.flatten()).view(freedom.shape) * errors[layer]
+        return self[measure][layer] - half, self[measure][layer] + half
+
+    def samples_for(self, half_width: float, measure: str | None = None, layer: str | None = None) -> int:
+        """Estimate how many samples an interval of ``± half_width`` needs, from the variation of these samples.
+
+        Args:
+            half_width: half of the wanted width, in units of the measure.
+            measure: its name; by default the first.
+            layer: its name; by default the layer that needs most samples.
+
+        Raises:
+            ValueError: If ``half_width`` is not above 0, the result has no influences on the measure, or there is no
+                interval to start from.
+            KeyError: If there is no such layer.
+        """
+        if not half_width > 0:
+            raise ValueError(f"Expected argument `half_width` to be above 0, but got {half_width}.")
+        intervals = self.interval(measure)
+        if layer is not None and layer not in intervals:
+            raise KeyError(f"No interval of layer {layer!r}. {instead_of(layer, intervals, 'It has')}")
+        wanted = intervals.values() if layer is None else [intervals[layer]]
+        known = [interval for interval in wanted if math.isfinite(interval.high)]
+        if not known:
+            raise ValueError("Expected an interval of a layer with a finite value and two samples, but there is none.")
+        return max(samples_for(interval, self.n_samples, half_width, self._level(None)) for interval in known)
+
+    def _reasons_for_doubt(self, measure: str, row: LayerStatistics) -> tuple[float, float, float]:
+        """Return the arguments ``left_out``, ``sparse`` and ``bias`` of :func:`interval_of` for a layer."""
+        samples = self.reached.get(row.layer, self.n_samples)
+        sparse = self.sparse.get(measure, {}).get(row.layer, 0.0)
+        return row.share_left_out, sparse, self.biases.get(measure, 0.0) / max(1, samples)
+
+    def _influences_of(self, measure: str) -> dict[str, Tensor]:
+        if measure not in self.influences:
+            raise ValueError(
+                f"Expected a result with influences of samples on {measure}: measure with"
+                " `evaluate(..., confidence=0.95)`. Variances, distances, same-equivariances and Consistency have them;"
+                " other measures do not."
+            )
+        return self.influences[measure]
+
+    def _level(self, confidence: float | None) -> float:
+        return check_confidence((self.confidence or 0.95) if confidence is None else confidence)
+
     def _dead_of(self, layer: str, values: Tensor) -> Tensor | None:
-        """Which of the values are of activations that never changed: of channels, or of the layer, where these are."""
+        """Return which values belong to dead units, also where there is one value for a channel or the whole layer."""
         dead = self.dead.get(layer)
         if dead is None or dead.numel() == values.numel():
             return dead

@@ -1,6 +1,6 @@
-"""For tests of your own: is a model as invariant as it should be, and does a measure keep its promise?
+"""Assertions for your own tests: of models, and of measures.
 
-:func:`assert_invariant` and :func:`assert_equivariant` are for models, :class:`MeasureTester` is for measures:
+:func:`assert_invariant` and :func:`assert_equivariant` test a model, :class:`MeasureTester` tests a measure:
 
 ```python
 from lightning_invariance.testing import MeasureTester
@@ -9,11 +9,11 @@ class TestNormalizedRange(MeasureTester):
     def make(self):
         return NormalizedRange()
 
-    def definition(self, st):  # the value of a whole ST tensor, in float64
+    def definition(self, st):  # the value for a whole ST tensor, in float64
         ...
 ```
 
-pytest runs all checks of such a class; they are plain methods, and need no pytest.
+pytest runs all checks of such a class; they are plain methods and also work without pytest.
 """
 
 from lightning_invariance.testing.assertions import assert_equivariant, assert_invariant

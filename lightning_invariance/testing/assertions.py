@@ -1,4 +1,4 @@
-"""Assertions for tests of models: is a network as invariant as it should be?"""
+"""Assertions that a model is invariant or same-equivariant."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lightning_invariance.evaluate import evaluate
 from lightning_invariance.measures import Measure, NormalizedVariance, VarianceSameEquivariance
 from lightning_invariance.messages import level_of_user, number_of, some
 from lightning_invariance.model.selection import Layers
-from lightning_invariance.results.intervals import NOTABLE, Interval, check_confidence
+from lightning_invariance.results.intervals import MAX_LEFT_OUT, Interval, check_confidence
 from lightning_invariance.results.result import InvarianceResult
 from lightning_invariance.transforms import TransformationSet
 
-#: So many layers are named in a message.
-NAMED = 5
+#: Maximal number of layers listed in an error.
+MAX_LISTED = 5
 
 
 def assert_invariant(
@@ -32,31 +32,32 @@ def assert_invariant(
     measure: Measure | None = None,
     **options: Any,
 ) -> InvarianceResult:
-    """Fail where a layer is not known to be invariant: where its upper bound is not below ``within``.
+    """Assert that the upper confidence bound of every layer is below ``within``.
 
     The bound is the upper end of the confidence interval of the mean of the layer, so that too few samples fail rather
-    than pass. A layer fails, too, without a finite value, or where more than 1 % of its values are infinite (units that
-    change with the transformation, but not with the sample) or NaN (not those of same-equivariances, which dead feature
-    maps and the mask are).
+    than pass. Layers without a finite value also fail, and layers where more than 1 % of the values are infinite
+    (activations that change with the transformation alone) or NaN (except for same-equivariance, where dead feature
+    maps and masked pixels are NaN).
 
     Args:
         model: any module.
         data: samples; see :func:`~lightning_invariance.evaluate`.
-        transformations: the set.
-        within: the largest value that is accepted, in units of the measure; of the normalised variance 1 is as much as
-            samples differ, and 0 exact invariance.
-        layers: which layers; by default every leaf.
-        confidence: of the intervals.
-        measure: by default ``NormalizedVariance(response=True)``; lower must be more invariant.
+        transformations: the transformation set.
+        within: bound of the measure, in its unit; for the normalised variance 0 is exact invariance, and at 1
+            transformations matter as much as samples do.
+        layers: which layers; by default every leaf module.
+        confidence: confidence level of the intervals.
+        measure: a measure with intervals of which lower is more invariant; by default
+            ``NormalizedVariance(response=True)``.
         options: other arguments of :func:`~lightning_invariance.evaluate`, such as ``max_samples``.
 
     Returns:
-        The result, for those who want to see more.
+        The result of the evaluation.
 
     Raises:
-        AssertionError: If it is not; with the first layers that fail, their intervals, and the transformation that
-            changes them most.
-        ValueError: If an argument is out of its range, or the measure has no intervals or higher is more invariant.
+        AssertionError: If a layer fails; lists the first such layers with their intervals and the transformation that
+            changes each most.
+        ValueError: If an argument is out of its range.
 
     Example:
         >>> import torch
@@ -66,7 +67,8 @@ def assert_invariant(
         >>> _ = assert_invariant(pool, torch.rand(16, 3, 6, 6), quarter_turns(), within=0.01)
     """
     chosen = NormalizedVariance(response=True) if measure is None else measure
-    return _assert_below(model, data, transformations, within, layers, confidence, chosen, "invariant", options)
+    options |= {"model": model, "data": data, "layers": layers}
+    return _assert_below("invariant", chosen, within, confidence, transformations, options)
 
 
 def assert_equivariant(
@@ -80,28 +82,12 @@ def assert_equivariant(
     measure: Measure | None = None,
     **options: Any,
 ) -> InvarianceResult:
-    """Fail where feature maps are not known to move as the input does: where the upper bound is not below ``within``.
+    """Assert that the upper confidence bound of the same-equivariance of every layer is below ``within``.
 
-    As :func:`assert_invariant`, by default with ``VarianceSameEquivariance(mask=True)``, which leaves out pixels that
-    leave the frame. Layers without feature maps are left out. Where transformations interpolate, even the identity is
-    above 0: ``result.floor`` says how much.
-
-    Args:
-        model: any module.
-        data: samples.
-        transformations: the set, with inverses.
-        within: the largest value that is accepted.
-        layers: which layers; by default every leaf.
-        confidence: of the intervals.
-        measure: of same-equivariance.
-        options: other arguments of :func:`~lightning_invariance.evaluate`.
-
-    Returns:
-        The result.
-
-    Raises:
-        AssertionError: If it is not; see :func:`assert_invariant`.
-        ValueError: If an argument is out of its range, or the transformations have no inverses.
+    Arguments, result and errors are as for :func:`assert_invariant`. The default measure is
+    ``VarianceSameEquivariance(mask=True)``, which excludes pixels that leave the frame; it needs transformations with
+    inverses, and excludes layers without feature maps. Where transformations interpolate, even the identity network is
+    above 0; its value is ``result.floor``.
 
     Example:
         >>> import torch
@@ -111,18 +97,16 @@ def assert_equivariant(
         >>> _ = assert_equivariant(relu, torch.randn(16, 3, 6, 6), quarter_turns(), within=1e-9)
     """
     chosen = VarianceSameEquivariance(mask=True) if measure is None else measure
-    return _assert_below(model, data, transformations, within, layers, confidence, chosen, "equivariant", options)
+    options |= {"model": model, "data": data, "layers": layers}
+    return _assert_below("equivariant", chosen, within, confidence, transformations, options)
 
 
 def _assert_below(
-    model: nn.Module,
-    data: Any,
-    transformations: TransformationSet,
-    within: float,
-    layers: Layers,
-    confidence: float,
-    measure: Measure,
     what: str,
+    measure: Measure,
+    within: float,
+    confidence: float,
+    transformations: TransformationSet,
     options: dict[str, Any],
 ) -> InvarianceResult:
     check_confidence(confidence)
@@ -134,36 +118,37 @@ def _assert_below(
             f" NormalizedVariance(), but got {measure!r}."
         )
     name = type(measure).__name__
-    result = evaluate(model, data, transformations, {name: measure}, layers=layers, confidence=confidence, **options)
+    result = evaluate(transformations=transformations, measures={name: measure}, confidence=confidence, **options)
     if not (values := result[name]):
-        raise AssertionError(f"Expected a layer for which {name} is defined, but there is none.")
+        raise AssertionError(f"Expected a layer for which {name} is defined, but got none.")
     intervals = result.interval(name) if name in result.influences else {}
     left_out = {
         row.layer: row.share_infinite if measure.has_floor else row.share_left_out for row in result.table(name)
     }
-    silent = [layer for layer in values if layer in result.dead and bool(result.dead[layer].all())]
-    if silent:
+    constant = [layer for layer in values if layer in result.dead and bool(result.dead[layer].all())]
+    if constant:
         warnings.warn(
-            f"{number_of(len(silent), 'layer')} never changed, which says nothing of invariance: {some(silent)}.",
+            f"{number_of(len(constant), 'layer')} never changed, which says nothing of invariance: {some(constant)}.",
             UserWarning,
             stacklevel=level_of_user(),
         )
     failed = {
         layer: intervals.get(layer)
         for layer in values
-        if left_out[layer] > NOTABLE or not _is_below(intervals.get(layer), within)
+        if left_out[layer] > MAX_LEFT_OUT or not _is_below(intervals.get(layer), within)
     }
     if failed:
         responses, identity = result.response.get(name, {}), transformations.identity
-        shown = [
-            _told(result, layer, interval, responses.get(layer, []), identity)
-            for layer, interval in list(failed.items())[:NAMED]
+        lines = [
+            _line(result, layer, interval, responses.get(layer, []), identity)
+            for layer, interval in list(failed.items())[:MAX_LISTED]
         ]
-        more = [f"  and {len(failed) - NAMED} more layers"] if len(failed) > NAMED else []
+        if len(failed) > MAX_LISTED:
+            lines.append(f"  and {len(failed) - MAX_LISTED} more layers")
         are = "is" if len(failed) == 1 else "are"
         raise AssertionError(
             f"Expected layers to be {what}: {name} below {within:g} with {confidence:.0%} confidence,"
-            f" but of {number_of(len(values), 'layer')} {len(failed)} {are} not:\n" + "\n".join([*shown, *more])
+            f" but of {number_of(len(values), 'layer')} {len(failed)} {are} not:\n" + "\n".join(lines)
         )
     return result
 
@@ -172,13 +157,13 @@ def _is_below(interval: Interval | None, within: float) -> bool:
     return interval is not None and (interval.high < within or interval.high == within == 0)
 
 
-def _told(
+def _line(
     result: InvarianceResult, layer: str, interval: Interval | None, response: Sequence[float], identity: int | None
 ) -> str:
-    """A line about a layer: its interval, and which transformation but the identity changes it most."""
-    about = f"  {layer}: {'no finite value' if interval is None else interval}"
+    """Describe a layer by its interval and the transformation, other than the identity, that changes it most."""
+    line = f"  {layer}: {'no finite value' if interval is None else interval}"
     changes = {j: value for j, value in enumerate(response) if j != identity and math.isfinite(value)}
     if changes:
         worst = max(changes, key=changes.__getitem__)
-        about += f"; most by {result.transformations[worst]} ({changes[worst]:.4g})"
-    return about
+        line += f"; most by {result.transformations[worst]} ({changes[worst]:.4g})"
+    return line

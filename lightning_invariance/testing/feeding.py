@@ -1,4 +1,4 @@
-"""Showing an ST tensor to measures: in blocks, in parts that are merged, and as processes do."""
+"""Helpers of MeasureTester: update measures in blocks, merge them, and compare their values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_invariance.accumulators import States
 from lightning_invariance.distributed import pack, unpack
 from lightning_invariance.measures import Measure
 
-#: Number of samples of the cube, and their classes.
+#: Number of samples of the ST tensor, and their classes.
 SAMPLES = 13
 LABELS = torch.arange(SAMPLES) % 3
 
@@ -22,18 +22,18 @@ ALL = slice(0, SAMPLES)
 
 
 def update(metric: Measure, st: Tensor, rows: slice = ALL) -> None:
-    """Show some rows of an ST tensor to a measure."""
+    """Update a measure with some rows of an ST tensor."""
     metric.update(st[rows], **metric._filter_kwargs(labels=LABELS[rows]))
 
 
-def parts(shares: Sequence[int]) -> list[list[slice]]:
-    """Rows one after the other, so many for each of some processes."""
-    ends = list(itertools.accumulate(shares))
-    return [[slice(end - share, end)] if share else [] for share, end in zip(shares, ends, strict=True)]
+def parts(sizes: Sequence[int]) -> list[list[slice]]:
+    """Consecutive rows for several processes, with this number of rows each."""
+    ends = itertools.accumulate(sizes)
+    return [[slice(end - size, end)] if size else [] for size, end in zip(sizes, ends, strict=True)]
 
 
 def merge(metrics: Sequence[Measure]) -> None:
-    """Give every measure the states of all."""
+    """Merge the states of all measures into each of them."""
     copies = [metric.clone() for metric in metrics]
     for i, metric in enumerate(metrics):
         for copy in copies[:i] + copies[i + 1 :]:
@@ -41,26 +41,26 @@ def merge(metrics: Sequence[Measure]) -> None:
 
 
 def exchange(metrics: Sequence[Measure]) -> None:
-    """As :func:`merge`, but by the messages that processes send to each other."""
+    """Merge as processes do, with the messages that they send."""
     states = metrics[0].states()
     for metric in metrics[1:]:
         states = metric.merged_states(_sent(states, metric.states()), metric.states())
     for metric in metrics:
         metric.set_states(_sent(states, metric.states()))
-        metric._update_count = max(1, metric._update_count)  # else compute would warn of a missing update
+        metric._update_count = max(1, metric._update_count)  # with 0, compute would warn of a missing update
 
 
 def _sent(states: States, like: States) -> States:
-    """What a process with states ``like`` receives."""
+    """The states that a process with states ``like`` receives."""
     header, message = pack([states], torch.device("cpu"))
     return unpack([like], header, lambda length: message[:length])[0]
 
 
 def feed(metrics: Sequence[Measure], st: Tensor, shares: Sequence[Sequence[slice]], join: Any = merge) -> Tensor:
-    """Show each measure its share of the rows as often as needed, and compute the first after they are joined."""
+    """Update each measure with its rows in one or two passes, join them after each pass, and compute the first."""
     while True:
-        for metric, share in zip(metrics, shares, strict=True):
-            for rows in share:
+        for metric, own in zip(metrics, shares, strict=True):
+            for rows in own:
                 update(metric, st, rows)
         if len(metrics) > 1:
             join(metrics)
@@ -72,12 +72,12 @@ def feed(metrics: Sequence[Measure], st: Tensor, shares: Sequence[Sequence[slice
 
 
 def assert_close(value: Tensor, expected: Tensor, rtol: float = 1e-9, atol: float = 1e-12) -> None:
-    """Equal within tolerances; NaN equal each other."""
+    """Assert that values are equal within tolerances, NaN included."""
     torch.testing.assert_close(value, expected, rtol=rtol, atol=atol, equal_nan=True)
 
 
 def assert_raises(error: type[Exception], call: Any, words: str = "") -> None:
-    """The call raises an error whose message holds some words."""
+    """Assert that a call raises an error whose message contains some words."""
     try:
         call()
     except error as raised:
@@ -87,7 +87,7 @@ def assert_raises(error: type[Exception], call: Any, words: str = "") -> None:
 
 
 def assert_nan_with_warning(call: Any) -> None:
-    """The call returns NaN and warns of it."""
+    """Assert that a call returns NaN with a warning."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         value = call()

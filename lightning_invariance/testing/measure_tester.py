@@ -1,4 +1,4 @@
-"""The checks of one measure."""
+"""MeasureTester: the checks that every measure must pass."""
 
 from __future__ import annotations
 
@@ -31,35 +31,34 @@ from lightning_invariance.transforms import TransformationSet
 
 
 class MeasureTester(ABC):
-    """Checks of one measure: any split, merge and order of the samples gives the definition, on any device and type.
+    """Checks that a measure equals its definition for any split, merge and order of samples, device and type.
 
-    The list is that of ``MetricTester`` in torchmetrics' own tests, without scripting, and with what an evaluation
-    relies on: merging, parts that are empty or uneven, processes, the order of samples, shared updates, moves,
-    inference mode.
+    They extend ``MetricTester`` of torchmetrics, without scripting, by the needs of an evaluation: merges, empty and
+    uneven parts, processes, the order of samples, shared updates, moves and inference mode.
 
     A subclass overrides :meth:`make` and :meth:`definition`.
     """
 
-    #: Whether the measure is made for the 4 transformations of the cube and takes no other number.
+    #: Whether the measure accepts only the 4 transformations of :meth:`cube`.
     fixed_transformations = False
 
     @abstractmethod
     def make(self) -> Measure:
-        """A new measure."""
+        """Create the measure."""
 
     @abstractmethod
     def definition(self, st: Tensor) -> Tensor:
-        """Its value on a whole ST tensor ``(samples, transformations, *activation_shape)`` in float64."""
+        """Compute the value for a whole ST tensor ``(samples, transformations, *activation_shape)`` in float64."""
 
     @property
     def two_passes(self) -> bool:
-        """Whether the measure needs to see the samples of the cube twice."""
+        """Whether the measure needs two passes over the samples of :meth:`cube`."""
         metric = self.make()
         update(metric, self.cube())
         return not metric.complete
 
     def cube(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """The ST tensor of the checks, 13 samples long, with labels 0, 1, 2, 0, …."""
+        """The ST tensor of the checks, ``(13, 4, 3, 5, 5)``, whose samples have labels 0, 1, 2, 0, …."""
         generator = torch.Generator().manual_seed(0)
         samples = torch.randn(SAMPLES, 1, 3, 5, 5, generator=generator, dtype=torch.float64)
         noise = torch.randn(SAMPLES, 4, 3, 5, 5, generator=generator, dtype=torch.float64)
@@ -72,21 +71,21 @@ class MeasureTester(ABC):
             assert_close(value, self.definition(self.cube()))
 
     def test_an_evaluation_gives_the_definition(self) -> None:
-        # The network returns its input, and transformation j picks column j of the cube.
+        # The network returns its input, and transformation j selects column j of the cube.
         picks = {str(j): partial(_column, j=j) for j in range(self.cube().shape[1])}
         columns = TransformationSet.from_callables(picks, inverses=dict.fromkeys(picks, _same))
         data = TensorDataset(self.cube(), LABELS)
-        for batch_size in (2, 8, 64):  # rows longer than a batch, two rows, and all of them
+        for batch_size in (2, 8, 64):  # half a row, two rows, all rows
             result = evaluate(Identity(), data, columns, {"it": self.make()}, batch_size=batch_size, progress=False)
             assert_close(result["it"]["Identity"], self.definition(self.cube()))
 
     def test_merged_parts_give_the_definition(self) -> None:
-        for shares in ((5, 3, 5), (1, 12, 0), (0, 6, 7), (0, 0, 13)):
-            assert_close(feed([self.make() for _ in shares], self.cube(), parts(shares)), self.definition(self.cube()))
+        for sizes in ((5, 3, 5), (1, 12, 0), (0, 6, 7), (0, 0, 13)):
+            assert_close(feed([self.make() for _ in sizes], self.cube(), parts(sizes)), self.definition(self.cube()))
 
     def test_processes_give_the_definition(self) -> None:
-        for shares in ((9, 4), (0, 6, 7), (6, 0, 7)):
-            value = feed([self.make() for _ in shares], self.cube(), parts(shares), join=exchange)
+        for sizes in ((9, 4), (0, 6, 7), (6, 0, 7)):
+            value = feed([self.make() for _ in sizes], self.cube(), parts(sizes), join=exchange)
             assert_close(value, self.definition(self.cube()))
 
     def test_a_dictionary_of_states_merges(self) -> None:
@@ -107,7 +106,7 @@ class MeasureTester(ABC):
         assert_close(metric.compute(), self.definition(self.cube()))
 
     def test_updates_do_not_wait_for_another_device(self) -> None:
-        # Tensors on "meta" have no values: reading one, or joining one with a tensor from elsewhere, is an error.
+        # Tensors on "meta" have no values: reading one, or combining it with a tensor of another device, is an error.
         metric = self.make().to("meta")
         for rows in (slice(0, 5), slice(5, 10), slice(10, SAMPLES)):
             about = metric._filter_kwargs(labels=LABELS[rows], indices=torch.arange(SAMPLES)[rows])
@@ -191,7 +190,7 @@ class MeasureTester(ABC):
         value = feed([metric], self.cube(), [[ALL]])
         metric.set_dtype(torch.float64)
         assert_close(metric.to("cpu").compute(), value, rtol=0, atol=0)
-        metric.to("meta")  # any device that is not the one before
+        metric.to("meta")  # any other device
         for _ in range(2):
             moved = metric.metric_state.keys() - set(metric.read_states)
             assert {getattr(metric, state).device.type for state in moved} == {"meta"}

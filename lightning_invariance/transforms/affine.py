@@ -1,11 +1,10 @@
-"""Affine transformations of images: rotations, scales, translations and their products."""
+"""Rotations, scales and translations of images, and products of affine transformations."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from itertools import product
 from numbers import Real
 from typing import Any
 
@@ -13,34 +12,34 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.messages import level_of_user
-from lightning_invariance.transforms.base import TransformationSet, combined_parameters
+from lightning_invariance.transforms.base import TransformationSet
 from lightning_invariance.transforms.resampling import Resampling
 
-#: The factors of the paper's scale set (section 3.1.2).
+#: Scale factors of the paper (section 3.1.2).
 PAPER_FACTORS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.05, 1.1, 1.15, 1.2, 1.25)
 
-#: A set remembers where pixels come from for so many sizes of images: a network has few.
-KNOWN_SIZES = 16
+#: Maximal number of cached resamplings of a set, one for each size of images and feature maps; networks have few sizes.
+MAX_CACHED = 16
 
-#: Sets of more transformations × pixels than this remember nothing: it would take much memory and save little time.
-LARGEST_KNOWN = 2**20
+#: Resamplings of more transformations × pixels are not cached, since they need much memory and save little time.
+MAX_CACHED_PIXELS = 2**20
 
 
 class AffineSet(TransformationSet):
     """Affine maps of images about their centre, applied with one bilinear resampling.
 
-    A map that sends every pixel centre to a pixel centre (a quarter turn of a square, a flip, a shift by whole pixels)
-    moves pixels without touching their values; all others are interpolated. Inputs are ``(batch, channels, height,
-    width)``, or anything with ``(height, width)`` last. Whole-number inputs are rounded back to their type.
+    Maps from pixel centres to pixel centres (a quarter turn of a square, a flip, a shift by whole pixels) only move
+    pixels and are exact; other maps interpolate. Inputs are ``(batch, channels, height, width)``, or any shape with
+    ``(height, width)`` last. Results for integer inputs are rounded to the input's type.
 
     Args:
-        matrices: ``(m, 3, 3)``, homogeneous maps of positions in pixels: origin in the image's centre, x to the
-            right, y down. They say where content goes: ``p_after = matrix @ p_before``.
+        matrices: ``(m, 3, 3)``, homogeneous maps of positions in pixels: ``p_after = matrix @ p_before``, with the
+            origin in the image's centre, x to the right and y down.
         labels: a short text for each map.
         parameters: numbers for the axes of plots.
-        square: whether the maps need a square image (quarter turns that must not lose pixels).
-        fill: what pixels are that come from outside of an image, one number or one for each channel. Feature maps
-            are filled with zeros where same-equivariances map them back or transform them.
+        square: whether only square images are accepted (quarter turns that must not lose pixels).
+        fill: value of pixels from outside the image, one number or one for each channel. Feature maps are always
+            filled with zeros.
     """
 
     def __init__(
@@ -57,13 +56,13 @@ class AffineSet(TransformationSet):
         self.matrices = matrices.to(torch.float64)
         self.square = square
         self.fill = _checked_fill(fill)
-        same = (self.matrices == torch.eye(3, dtype=torch.float64)).flatten(1).all(1).nonzero()
-        self.identity = int(same[0]) if len(same) else None
-        self._known_resamplings: dict[Hashable, Resampling] = {}
+        identities = (self.matrices == torch.eye(3, dtype=torch.float64)).flatten(1).all(1).nonzero()
+        self.identity = int(identities[0]) if len(identities) else None
+        self._cached_resamplings: dict[Hashable, Resampling] = {}
 
     @property
     def signature(self) -> tuple[Hashable, ...]:
-        """The labels, the maps and what is outside of images."""
+        """The labels, the maps and the fill."""
         return (*self.labels, self.square, self.fill, *self.matrices.flatten().tolist())
 
     def _apply(self, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
@@ -71,9 +70,8 @@ class AffineSet(TransformationSet):
             raise ValueError(f"Expected a batch of images (batch, channels, height, width), but got {tuple(x.shape)}.")
         _warn_of_no_images(x, input_size)
         self._check_square(x)
-        # Every column reads the same images: they are not copied.
+        # A view: all columns read one copy of the images.
         columns = x.reshape(1, 1, -1, *x.shape[-2:]).expand(-1, len(self), -1, -1, -1)
-        # Resampling asks where the content of each pixel comes from: the inverse of where content goes.
         fill = self._fill_of_planes(x) if input_size is None else None
         moved = self._resampling(x, input_size, forward=True)(columns, fill)
         return moved.view(len(self), *x.shape).transpose(0, 1).contiguous()
@@ -86,7 +84,7 @@ class AffineSet(TransformationSet):
         return self._resampling(st, input_size, forward=False)(columns).view(st.shape)
 
     def _fill_of_planes(self, x: Tensor) -> Tensor | None:
-        """What is outside of each plane ``(height, width)`` of images; None for zeros."""
+        """The fill of each plane ``(height, width)`` of images; None for zeros."""
         if not any(self.fill):
             return None
         channels = x.shape[-3]
@@ -100,29 +98,23 @@ class AffineSet(TransformationSet):
         return fill.expand(x.shape[:-2].numel() // max(1, channels), channels).flatten()
 
     def _resampling(self, maps: Tensor, input_size: tuple[int, int] | None, forward: bool) -> Resampling:
-        """Where each output pixel reads the input, computed once for each size of maps."""
+        """The cached resampling by the maps, or by their inverses, for one size of images."""
         key = (tuple(maps.shape[-2:]), input_size, forward, maps.device, maps.dtype == torch.float64)
-        if key in self._known_resamplings:
-            return self._known_resamplings[key]
-        matrices = self._scaled(maps, input_size)
-        with torch.inference_mode(False):  # an inference tensor could be used in that mode only
-            found = Resampling(torch.linalg.inv(matrices) if forward else matrices, maps)
-        if len(self) * maps.shape[-1] * maps.shape[-2] <= LARGEST_KNOWN:
-            self._known_resamplings = dict([*self._known_resamplings.items()][1 - KNOWN_SIZES :])
-            self._known_resamplings[key] = found
-        return found
+        if key in self._cached_resamplings:
+            return self._cached_resamplings[key]
+        matrices, size = self.matrices.clone(), maps.shape[-2:]
+        if input_size is not None:  # shifts are in pixels of the input, which may be smaller than pixels of the maps
+            matrices[:, :2, 2] *= torch.tensor([size[1] / input_size[1], size[0] / input_size[0]], dtype=torch.float64)
+        with torch.inference_mode(False):  # inference tensors cannot be used outside of that mode
+            # Resampling maps positions in the output to positions in the input: the inverse of the transformation.
+            resampling = Resampling(torch.linalg.inv(matrices) if forward else matrices, maps)
+        if len(self) * size[0] * size[1] <= MAX_CACHED_PIXELS:
+            self._cached_resamplings = dict([*self._cached_resamplings.items()][1 - MAX_CACHED :])
+            self._cached_resamplings[key] = resampling
+        return resampling
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_known_resamplings": {}}
-
-    def _scaled(self, maps: Tensor, input_size: tuple[int, int] | None) -> Tensor:
-        """The matrices in pixels of the maps, whose pixels may be larger than those of the input."""
-        if input_size is None:
-            return self.matrices
-        ratio = torch.tensor([maps.shape[-1] / input_size[1], maps.shape[-2] / input_size[0]], dtype=torch.float64)
-        matrices = self.matrices.clone()
-        matrices[:, :2, 2] *= ratio
-        return matrices
+        return {**self.__dict__, "_cached_resamplings": {}}
 
     def _select(self, columns: list[int]) -> AffineSet:
         labels = [self.labels[j] for j in columns]
@@ -150,9 +142,9 @@ def rotations(
 
     Args:
         n: number of angles, evenly spaced over the full turn; the first, 0°, is the identity. The paper uses 16.
-        angles: the angles themselves, in degrees, counter-clockwise, as in torchvision's ``rotate``.
-        fill: what the corners are that come from outside of the image: a number, or one for each channel. Black images
-            have zeros there, as in the paper, unless they were normalised: then black is ``-mean / std``.
+        angles: angles in degrees, counter-clockwise, as in torchvision's ``rotate``.
+        fill: value of the corners, which come from outside the image: a number, or one for each channel. By default 0,
+            which is black, as in the paper, unless images are normalised: black is then ``-mean / std``.
 
     Raises:
         ValueError: If not exactly one of ``n`` and ``angles`` is given, there is no angle, or one is not finite.
@@ -184,12 +176,12 @@ def _cos_sin(degrees: float) -> tuple[float, float]:
 
 
 def scales(factors: Sequence[float] = PAPER_FACTORS, *, fill: float | Sequence[float] = 0.0) -> AffineSet:
-    """Scalings about the centre, the same in both directions; the image keeps its size.
+    """Isotropic scalings about the centre; the image keeps its size.
 
     Args:
-        factors: how much larger the content becomes; below 1 it shrinks and leaves a border. By default the paper's 11
-            factors from 0.5 to 1.25 (section 3.1.2).
-        fill: what the border is, as for :func:`rotations`.
+        factors: the scale of the content; below 1 it shrinks and leaves a border. By default the paper's 11 factors
+            from 0.5 to 1.25 (section 3.1.2).
+        fill: value of the border, as for :func:`rotations`.
 
     Raises:
         ValueError: If there is no factor, or a factor is not above 0.
@@ -210,7 +202,7 @@ def translations(pixels: Sequence[float] = (1, 2, 4), *, fill: float | Sequence[
     Args:
         pixels: the distances d, in pixels of the network's input. For each d the shifts (x to the right, y down) are
             (−d,−d), (−d,d), (d,−d), (d,d), (0,d), (d,0), (0,−d), (−d,0). By default the paper's 24 (section 3.1.2).
-        fill: what is shifted in, as for :func:`rotations`.
+        fill: value of the pixels that enter the frame, as for :func:`rotations`.
 
     Raises:
         ValueError: If there is no distance, or a distance is not above 0.
@@ -229,11 +221,6 @@ def translations(pixels: Sequence[float] = (1, 2, 4), *, fill: float | Sequence[
 
 
 def _checked_fill(fill: float | Sequence[float]) -> tuple[float, ...]:
-    """The numbers of ``fill``.
-
-    Raises:
-        ValueError: If one is no finite number, or there is none.
-    """
     values = [*fill] if isinstance(fill, Iterable) else [fill]
     if not values or not all(isinstance(value, Real) and math.isfinite(value) for value in values):
         raise ValueError(f"Expected argument `fill` to hold finite numbers, but got {fill}.")
@@ -248,36 +235,18 @@ def _check_sizes(argument: str, sizes: Sequence[float]) -> None:
             raise ValueError(f"Expected argument `{argument}` to hold numbers above 0, but got {size}.")
 
 
-def combine_affine(sets: Sequence[AffineSet]) -> AffineSet:
-    """All products of the members of affine sets: one map, and so one resampling, each."""
-    fills = {s.fill for s in sets if any(s.fill)}
-    if len(fills) > 1:
-        raise ValueError(f"Expected sets with one `fill`, since images are resampled once, but got {sorted(fills)}.")
-    columns = list(product(*(range(len(s)) for s in sets)))
-    matrices = torch.eye(3, dtype=torch.float64).repeat(len(columns), 1, 1)
-    for position, transformations in enumerate(sets):
-        matrices = transformations.matrices[[column[position] for column in columns]] @ matrices
-    return AffineSet(
-        matrices,
-        [" ".join(s.labels[j] for s, j in zip(sets, column, strict=True)) for column in columns],
-        combined_parameters(sets, columns),
-        square=any(s.square for s in sets),
-        fill=fills.pop() if fills else 0.0,
-    )
-
-
 def _warn_of_no_images(x: Tensor, input_size: tuple[int, int] | None) -> None:
-    """Warn where inputs look like ``(batch, height, width, channels)`` or signals; feature maps of some input may."""
+    """Warn where inputs look like ``(batch, height, width, channels)`` or signals; feature maps may have any shape."""
     if input_size is not None:
         return
-    told = ""
     if x.ndim == 4 and x.shape[-1] in (1, 3, 4) and min(x.shape[1:3]) > 4:
-        told = "channels last: give `x.permute(0, 3, 1, 2)`"
+        hint = "channels last: give `x.permute(0, 3, 1, 2)`"
     elif min(x.shape[-2:]) == 1 < max(x.shape[-2:]):
-        told = "signals along one axis: make a set for these with `TransformationSet.from_callables`"
-    if told:
-        warnings.warn(
-            f"Expected images (batch, channels, height, width), but got {tuple(x.shape)}, which looks like {told}.",
-            UserWarning,
-            stacklevel=level_of_user(),
-        )
+        hint = "signals along one axis: make a set for these with `TransformationSet.from_callables`"
+    else:
+        return
+    warnings.warn(
+        f"Expected images (batch, channels, height, width), but got {tuple(x.shape)}, which looks like {hint}.",
+        UserWarning,
+        stacklevel=level_of_user(),
+    )

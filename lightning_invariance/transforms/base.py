@@ -1,9 +1,9 @@
-"""Base class of transformation sets, and sets made of any functions."""
+"""Base class of transformation sets, and sets of arbitrary functions."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeAlias, overload
 
 import torch
@@ -11,16 +11,16 @@ from torch import Tensor
 
 BatchFunction: TypeAlias = Callable[..., Tensor]
 
-#: Label → function, or functions that are labelled by their names.
+#: Label → function, or functions, whose names become labels.
 Functions: TypeAlias = Mapping[str, BatchFunction] | Sequence[BatchFunction]
 
 
 class Transformation:
-    """One transformation of a set, as ``transformations[3]`` gives it.
+    """One transformation of a set, such as ``transformations[3]``.
 
     Attributes:
         label: short text for axes and tables, such as ``"22.5°"``.
-        parameters: the numbers behind the label, such as ``{"angle": 22.5}``.
+        parameters: numbers for the axes of plots, such as ``{"angle": 22.5}``.
     """
 
     def __init__(self, single: TransformationSet) -> None:
@@ -29,7 +29,7 @@ class Transformation:
         self.parameters = {name: values[0] for name, values in single.parameters.items()}
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Transform a batch ``(batch, ...)`` into a batch of the same length."""
+        """Transform a batch ``(batch, ...)``."""
         return self._single(x)[:, 0]
 
     def of_maps(self, maps: Tensor, input_size: tuple[int, int] | None = None) -> Tensor:
@@ -37,7 +37,7 @@ class Transformation:
         return self._single.of_maps(maps, input_size)[:, 0]
 
     def inverse(self, x: Tensor, input_size: tuple[int, int] | None = None) -> Tensor:
-        """Map a transformed batch back; see :meth:`TransformationSet.inverse`."""
+        """Apply the inverse to a transformed batch; see :meth:`TransformationSet.inverse`."""
         return self._single.inverse(x.unsqueeze(1), input_size)[:, 0]
 
     def __repr__(self) -> str:
@@ -48,20 +48,19 @@ class TransformationSet(ABC, Sequence[Transformation]):
     """An ordered set of m transformations that act on batches: the columns of the ST matrix.
 
     ``t(x)`` applies all of them to a batch ``(batch, ...)`` in one call, on the batch's device, and returns
-    ``(batch, m, ...)``. ``t.inverse(st)`` maps column j of ``(batch, m, ...)`` back by the inverse of transformation j.
+    ``(batch, m, ...)``. ``t.inverse(st)`` applies the inverse of transformation j to column j of ``(batch, m, ...)``.
     ``t[3]`` is one :class:`Transformation`, ``t[:4]`` a smaller set.
 
-    Ready-made sets are :func:`rotations`, :func:`scales`, :func:`translations`, :func:`quarter_turns` and
-    :func:`flips`; :func:`combine` multiplies sets; :meth:`from_callables` makes a set of any functions.
-
-    A subclass gives :meth:`_apply` and :meth:`_select`, and :meth:`_invert` where ``invertible`` is true.
+    Make a set with :func:`rotations`, :func:`scales`, :func:`translations`, :func:`quarter_turns`, :func:`flips`,
+    :meth:`from_callables` for any functions, or :func:`combine` for products of sets. A subclass overrides
+    :meth:`_apply` and :meth:`_select`, and :meth:`_invert` if it is ``invertible``.
 
     Attributes:
         labels: a short text for each transformation.
         parameters: numbers for the axes of plots, one list of length m for each parameter, such as
             ``{"angle": [0.0, 22.5, ...]}``.
-        invertible: whether :meth:`inverse` can be called.
-        identity: position of the transformation that changes nothing; None where the set knows of none.
+        invertible: whether :meth:`inverse` is defined.
+        identity: position of the identity transformation; None without a known identity.
     """
 
     invertible: bool = True
@@ -89,19 +88,18 @@ class TransformationSet(ABC, Sequence[Transformation]):
         """Make a set of functions from batch to batch, for any modality.
 
         Args:
-            transformations: label → function, or a sequence of functions that are labelled by their names. Each takes
-                a batch ``(batch, ...)`` and returns a batch; all must return the same shape. The transforms of
-                ``torchvision.transforms.v2`` are such functions.
-            inverses: the same labels (or order) → function that maps a transformed batch back. Without them the
-                set has no inverse.
+            transformations: label → function, or a sequence of functions, whose names become labels. Each takes a batch
+                ``(batch, ...)`` and returns a batch of one shape, as transforms of ``torchvision.transforms.v2`` do.
+            inverses: label → inverse function, or a sequence in the order of ``transformations``. By default the set
+                has no inverses.
             parameters: numbers for the axes of plots, one list of length m for each parameter.
-            identity: the label of the function that changes nothing, if there is one: responses are the changes from
-                it. Without one they are those from the mean over the transformations.
+            identity: label of the identity, if there is one: responses are changes from it, and otherwise from the
+                mean over the transformations.
 
         Raises:
-            ValueError: If there is no transformation, the inverses do not match the transformations, or there is no
-                such label.
-            TypeError: If something is not callable.
+            ValueError: If there is no transformation, the inverses do not match the transformations, or ``identity`` is
+                no label.
+            TypeError: If a function is not callable.
 
         Example:
             >>> import torch
@@ -115,31 +113,25 @@ class TransformationSet(ABC, Sequence[Transformation]):
     def __call__(self, x: Tensor, input_size: tuple[int, int] | None = None) -> Tensor:
         """Apply every transformation to a batch: ``(batch, ...)`` → ``(batch, m, ...)``.
 
-        Args:
-            x: inputs, or feature maps, ``(batch, ...)``.
-            input_size: as for :meth:`inverse`, where ``x`` holds feature maps.
+        ``input_size``, see :meth:`inverse`, is for feature maps only.
         """
         return self._apply(x, input_size)
 
     def of_maps(self, maps: Tensor, input_size: tuple[int, int] | None = None) -> Tensor:
         """Apply every transformation to feature maps: ``(batch, ..., height, width)`` → ``(batch, m, ...)``.
 
-        Unlike for images, what comes from outside is zero, whatever a set fills these with.
-
-        Args:
-            maps: feature maps.
-            input_size: as for :meth:`inverse`.
+        Pixels from outside the frame are zero, even if the set fills images with another value. For ``input_size``
+        see :meth:`inverse`.
         """
         return self(maps, input_size or (maps.shape[-2], maps.shape[-1]))
 
     def inverse(self, st: Tensor, input_size: tuple[int, int] | None = None) -> Tensor:
-        """Map every column of ``(batch, m, ...)`` back by the inverse of its transformation.
+        """Apply the inverse of transformation j to column j of ``(batch, m, ...)``.
 
         Args:
-            st: transformed inputs, or feature maps of them, of shape ``(batch, m, ...)``.
-            input_size: height and width of the network's input where ``st`` holds feature maps of another size: a
-                shift by d pixels of the input is a shift by d·(map width)/(input width) pixels of the map. By
-                default the size of ``st`` itself.
+            st: transformed inputs, or their feature maps, ``(batch, m, ...)``.
+            input_size: height and width of the network's input, if feature maps have another size: a shift by d pixels
+                of the input is a shift by d·(map width)/(input width) pixels of the map. By default the size of ``st``.
 
         Raises:
             ValueError: If the set has no inverses or ``st`` does not have m columns.
@@ -155,26 +147,26 @@ class TransformationSet(ABC, Sequence[Transformation]):
         """``(batch, ...)`` → ``(batch, m, ...)``."""
 
     def select(self, columns: Sequence[int]) -> TransformationSet:
-        """The set of some of its transformations, by position, in this order."""
+        """A set of the transformations at these positions, in this order."""
         return self._select(list(columns))
 
     @abstractmethod
     def _select(self, columns: list[int]) -> TransformationSet:
-        """The set of these transformations, in this order."""
+        """:meth:`select` of at least one column."""
 
     def _invert(self, st: Tensor, input_size: tuple[int, int] | None) -> Tensor:
-        """Column-wise inverse of ``(batch, m, ...)``."""
+        """The inverse of every column of ``(batch, m, ...)``."""
         raise ValueError(f"Expected transformations with inverses, but {self!r} has none.")
 
     def is_random(self, x: Tensor) -> bool:
-        """Whether the transformations make something else of a batch the second time."""
+        """Whether a second call with the same batch returns other values."""
         return False
 
     @property
     def signature(self) -> tuple[Hashable, ...]:
-        """What tells the set from others: sets of one class and one signature are equal, and transform alike.
+        """Identifies the set: sets of one class with equal signatures are equal, and must transform equally.
 
-        A subclass may leave it as it is; its sets are then equal to themselves only.
+        By default a set is equal only to itself.
         """
         return (*self.labels, id(self))
 
@@ -199,9 +191,6 @@ class TransformationSet(ABC, Sequence[Transformation]):
             return self.select(range(len(self))[index])
         return Transformation(self.select([range(len(self))[index]]))
 
-    def __iter__(self) -> Iterator[Transformation]:
-        return (self[j] for j in range(len(self)))
-
     def __repr__(self) -> str:
         shown = self.labels if len(self) <= 6 else [*self.labels[:3], "…", self.labels[-1]]
         return f"{type(self).__name__}({len(self)}: {', '.join(shown)})"
@@ -223,22 +212,20 @@ class CallableSet(TransformationSet):
             raise ValueError(f"Expected argument `identity` to be one of the labels {[*named]}, but got {identity!r}.")
         self.identity = None if identity is None else self.labels.index(identity)
         self._functions = list(named.values())
-        self._inverses: list[BatchFunction] | None = None
-        if inverses is not None:
-            self._inverses = _matched(inverses, list(named))
+        self._inverses = None if inverses is None else _matched(inverses, list(named))
         self.invertible = self._inverses is not None
 
     @property
     def signature(self) -> tuple[Hashable, ...]:
-        """The labels and the functions, and which of them is the identity."""
+        """The labels, the functions, and the position of the identity."""
         return (*self.labels, *self._functions, *(self._inverses or ()), self.identity)
 
     def _apply(self, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
-        # Each gets a batch of its own, which it may change in place.
+        # Each function gets a copy, which it may change in place.
         return self._stack([_applied(function, x.clone(), input_size) for function in self._functions], x)
 
     def is_random(self, x: Tensor) -> bool:
-        """Whether the functions make something else of a batch the second time."""
+        """Whether a second call of the functions with this batch returns other values."""
         return not torch.equal(self(x), self(x))
 
     def _invert(self, st: Tensor, input_size: tuple[int, int] | None) -> Tensor:
@@ -256,42 +243,27 @@ class CallableSet(TransformationSet):
     def _stack(self, results: list[Tensor], x: Tensor) -> Tensor:
         first = results[0]
         for label, result in zip(self.labels, results, strict=True):
-            if not isinstance(result, Tensor) or result.shape != first.shape or len(result) != len(x):
+            kept = isinstance(result, Tensor) and len(result) == len(x) and result.device == x.device
+            if not kept or result.shape != first.shape or result.dtype != first.dtype:
                 raise ValueError(
-                    f"Expected every transformation to return a batch of one shape, but of an input batch"
-                    f" {tuple(x.shape)} {self.labels[0]!r} made {_shape_of(first)} and {label!r} made"
-                    f" {_shape_of(result)}."
-                )
-            if result.dtype != first.dtype or result.device != x.device:
-                raise ValueError(
-                    f"Expected every transformation to return batches of one type on the device of the input, but of"
-                    f" {x.dtype} on {x.device} {self.labels[0]!r} made {first.dtype} on {first.device}, and {label!r}"
-                    f" made {result.dtype} on {result.device}."
+                    "Expected every transformation to return a batch of one shape and type on the device of the input,"
+                    f" but of a batch {_described(x)} {self.labels[0]!r} made {_described(first)} and {label!r} made"
+                    f" {_described(result)}."
                 )
         return torch.stack(results, dim=1)
 
 
-def combined_parameters(sets: Sequence[TransformationSet], columns: Sequence[Sequence[int]]) -> dict[str, list[float]]:
-    """The parameters of all products; of two sets that use one name, the later is numbered."""
-    parameters: dict[str, list[float]] = {}
-    for position, transformations in enumerate(sets):
-        for name, values in transformations.parameters.items():
-            unique = name if name not in parameters else f"{name} {position + 1}"
-            parameters[unique] = [values[column[position]] for column in columns]
-    return parameters
-
-
 def _applied(function: BatchFunction, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
-    """Call a function of a batch; functions of users are not given a size."""
+    """Call a function, with the input size only if it declares ``takes_input_size``."""
     return function(x, input_size) if getattr(function, "takes_input_size", False) else function(x)
 
 
-def _shape_of(result: Any) -> Any:
-    return tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+def _described(x: Any) -> str:
+    return f"{tuple(x.shape)} of {x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def _named(functions: Functions, argument: str) -> dict[str, BatchFunction]:
-    """Label → function; functions that come in a sequence are labelled by their names."""
+    """Label → function; the labels of a sequence are the names of its functions, numbered if repeated."""
     if isinstance(functions, Mapping):
         named = dict(functions)
     else:

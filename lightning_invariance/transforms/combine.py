@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import product
 
+import torch
 from torch import Tensor
 
 from lightning_invariance.messages import given
-from lightning_invariance.transforms.affine import AffineSet, combine_affine
-from lightning_invariance.transforms.base import CallableSet, Transformation, TransformationSet, combined_parameters
+from lightning_invariance.transforms.affine import AffineSet
+from lightning_invariance.transforms.base import CallableSet, Transformation, TransformationSet
 
 
 def combine(*sets: TransformationSet) -> TransformationSet:
-    """All products of the members of several sets, the first set applied first, the last set varying fastest.
+    """All products of several sets; the first set is applied first, the last set varies fastest.
 
     Affine sets (rotations, scales, translations, quarter turns, flips) become one affine map for each product, so that
     pixels are interpolated once; ``combine(rotations(16), scales(), translations())`` is the paper's combined set of
-    4224 (section 3.1.2). Other sets are applied one after the other. The inverse undoes the whole product.
+    4,224 transformations (section 3.1.2). Other sets are applied in sequence. Inverses undo the whole product.
 
     Args:
         sets: one or more transformation sets.
@@ -36,36 +37,48 @@ def combine(*sets: TransformationSet) -> TransformationSet:
     for transformations in sets:
         if not isinstance(transformations, TransformationSet):
             raise TypeError(f"Expected transformation sets, but got {given(transformations)}.")
+    columns = list(product(*(range(len(s)) for s in sets)))
+    labels = [" ".join(s.labels[j] for s, j in zip(sets, column, strict=True)) for column in columns]
+    parameters = _combined_parameters(sets, columns)
     affine = [s for s in sets if isinstance(s, AffineSet)]
     if len(affine) == len(sets):
-        return combine_affine(affine)
+        fills = {s.fill for s in affine if any(s.fill)}
+        if len(fills) > 1:
+            raise ValueError(f"Expected sets with one `fill`, to resample images once, but got {sorted(fills)}.")
+        matrices = torch.eye(3, dtype=torch.float64).repeat(len(columns), 1, 1)
+        for position, s in enumerate(affine):
+            matrices = s.matrices[[column[position] for column in columns]] @ matrices
+        return AffineSet(matrices, labels, parameters, any(s.square for s in affine), fills.pop() if fills else 0.0)
 
-    columns = list(product(*(range(len(s)) for s in sets)))
-    chosen = [[s[j] for s, j in zip(sets, column, strict=True)] for column in columns]
-    members = {" ".join(t.label for t in chain): chain for chain in chosen}
+    chains = [[s[j] for s, j in zip(sets, column, strict=True)] for column in columns]
+    functions = {label: Chain(chain) for label, chain in zip(labels, chains, strict=True)}
     inverses = None
     if all(s.invertible for s in sets):
-        inverses = {label: Chain([*reversed(chain)], inverse=True) for label, chain in members.items()}
-    functions = {label: Chain(chain) for label, chain in members.items()}
-    return CallableSet(functions, inverses, combined_parameters(sets, columns))
+        inverses = {label: Chain(chain[::-1], inverse=True) for label, chain in zip(labels, chains, strict=True)}
+    return CallableSet(functions, inverses, parameters)
+
+
+def _combined_parameters(sets: Sequence[TransformationSet], columns: Sequence[Sequence[int]]) -> dict[str, list[float]]:
+    """The parameters of all products; a name that an earlier set uses gets a number."""
+    parameters: dict[str, list[float]] = {}
+    for position, transformations in enumerate(sets):
+        for name, values in transformations.parameters.items():
+            unique = name if name not in parameters else f"{name} {position + 1}"
+            parameters[unique] = [values[column[position]] for column in columns]
+    return parameters
 
 
 class Chain:
-    """Members of sets applied one after the other (a class, so that sets of it can be pickled).
+    """A sequence of transformations, or of their inverses; a class instead of a function so that it can be pickled."""
 
-    Args:
-        members: in the order in which they are applied.
-        inverse: whether each maps back.
-    """
-
-    #: It is called with the size of the network's input where it transforms feature maps.
+    #: Calls include the size of the network's input.
     takes_input_size = True
 
     def __init__(self, members: Sequence[Transformation], inverse: bool = False) -> None:
         self.members, self.inverse = list(members), inverse
 
     def __call__(self, x: Tensor, input_size: tuple[int, int] | None = None) -> Tensor:
-        """Apply all of them; to feature maps where the size of the network's input is given."""
+        """Apply all transformations, to feature maps if ``input_size`` is given."""
         for member in self.members:
             if self.inverse:
                 x = member.inverse(x, input_size)

@@ -1,4 +1,4 @@
-"""Transformations that only permute pixels, so that they and their inverses are exact bit for bit."""
+"""Quarter turns and flips of images, which permute pixels and are exact."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from lightning_invariance.transforms.affine import AffineSet, rotations
 
 
 def quarter_turns() -> AffineSet:
-    """The rotations by 0°, 90°, 180° and 270°, counter-clockwise: exact permutations of the pixels of square images.
+    """Rotations by 0°, 90°, 180° and 270°, counter-clockwise: exact permutations of the pixels of square images.
 
-    Images that are not square are refused, since a quarter turn does not map them onto themselves.
+    Other images raise a ``ValueError``, since a quarter turn does not map them onto themselves.
 
     Example:
         >>> import torch
@@ -23,7 +23,7 @@ def quarter_turns() -> AffineSet:
 
 
 def flips() -> AffineSet:
-    """The identity, the horizontal flip (left and right exchanged), the vertical flip and both: exact permutations.
+    """The identity, horizontal flip (left and right exchanged), vertical flip and both: exact permutations of pixels.
 
     Example:
         >>> import torch

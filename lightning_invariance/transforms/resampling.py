@@ -1,4 +1,4 @@
-"""Images under affine maps: where every pixel comes from, and what stands there."""
+"""Resampling of images under affine maps."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ from torch.nn.functional import grid_sample, pad
 
 
 class Resampling:
-    """Reads every output pixel of images from where it comes from, for each of m maps.
-
-    Maps that send pixel centres to pixel centres are exact and move pixels; the others interpolate.
+    """Resamples images under m affine maps: by moving pixels where a map is exact, and by interpolation otherwise.
 
     Args:
         sources: ``(m, 3, 3)``, from positions in the output to positions in the input, in pixels about the centre.
-        like: images of the size, device and type to come.
+        like: images of the size, device and type of the images to resample.
     """
 
     def __init__(self, sources: Tensor, like: Tensor) -> None:
         (height, width), device = like.shape[-2:], like.device
         centre = torch.tensor([(width - 1) / 2, (height - 1) / 2], dtype=torch.float64)
         linear = sources[:, :2, :2]
-        # The same map in array indices: index_in = linear @ index_out + offset.
+        # In array indices: index_in = linear @ index_out + offset.
         offset = sources[:, :2, 2] + centre - linear @ centre
         exact = _is_whole(linear).flatten(1).all(1) & _is_whole(offset).all(1)
         self._exact, self._inexact = exact.nonzero()[:, 0].to(device), (~exact).nonzero()[:, 0].to(device)
@@ -31,7 +29,7 @@ class Resampling:
         outside = height * width  # the index of one extra pixel that holds the fill
         self._moves = torch.where(inside, index[..., 1] * width + index[..., 0], outside).flatten(1).to(device)
 
-        # Selecting maps copies their images: where at most half are exact, all are interpolated and those overwritten.
+        # Selecting maps copies their images. If at most half are exact, interpolate all and overwrite the exact ones.
         self._interpolate_all = 0 < 2 * int(exact.sum()) <= len(exact)
         some = torch.ones_like(exact) if self._interpolate_all else ~exact
         size = torch.tensor([width, height], dtype=torch.float64)
@@ -39,11 +37,11 @@ class Resampling:
         self._grids = grids.to(device, torch.float64 if like.dtype == torch.float64 else torch.float32)
 
     def __call__(self, x: Tensor, fill: Tensor | None = None) -> Tensor:
-        """Give every pixel of images the value of where it comes from.
+        """Resample images.
 
         Args:
-            x: ``(batch, m, planes, height, width)``.
-            fill: what is outside of the images, ``(planes,)``; None for zeros.
+            x: ``(batch, m, planes, height, width)``; map j is applied to ``x[:, j]``.
+            fill: value outside the images, ``(planes,)``; None for zeros.
         """
         if not len(self._inexact):
             return self._move(x, fill)
@@ -58,20 +56,20 @@ class Resampling:
         return moved
 
     def _move(self, x: Tensor, fill: Tensor | None) -> Tensor:
-        """Move whole pixels."""
         padded = pad(x.flatten(3), (0, 1))
         if fill is not None:
             padded[..., -1] = fill.to(x.dtype)
         return padded.gather(3, self._moves[:, None].expand(*x.shape[:3], -1)).view(x.shape)
 
     def _interpolate(self, x: Tensor, fill: Tensor | None) -> Tensor:
-        """Bilinear interpolation, at the border between the image and the fill."""
+        """Bilinear interpolation, with the fill outside the image."""
         grid = self._grids.expand(len(x), -1, -1, -1, -1).flatten(0, 1)
-        above = None if fill is None else fill.to(grid.dtype)[:, None, None]
-        images = x.to(grid.dtype) if above is None else x.to(grid.dtype) - above
+        # grid_sample fills with zeros: subtract the fill before, and add it after.
+        level = None if fill is None else fill.to(grid.dtype)[:, None, None]
+        images = x.to(grid.dtype) if level is None else x.to(grid.dtype) - level
         moved = grid_sample(images.flatten(0, 1), grid, padding_mode="zeros", align_corners=False).view(x.shape)
-        if above is not None:
-            moved = moved + above
+        if level is not None:
+            moved = moved + level
         return moved.to(x.dtype) if x.is_floating_point() else moved.round().to(x.dtype)
 
 

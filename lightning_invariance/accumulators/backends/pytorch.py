@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators.backends.base import Wanted
-from lightning_invariance.accumulators.backends.scratch import chunk_length, chunks, scratch
+from lightning_invariance.accumulators.backends.chunks import chunk_length, chunks
 from lightning_invariance.accumulators.base import Rows, States, add_to
 from lightning_invariance.accumulators.column_means import first_states, widen_in_one_tile
 
@@ -43,9 +43,9 @@ def add_deviations(states: States, rows: Rows, wanted: Wanted) -> bool:
         row_spread += _spreads(values, squared).sum(0)
         deviations = _from_means(values, centres, offsets[0])
         sums = deviations.sum(0, dtype=torch.float64)
-        squares = _squares(deviations, 0).sub_(sums.square() / total)
+        squares = _squares(deviations, 0).addcmul_(sums, sums, value=-1 / total)
         column_spread += squares.sum(0, keepdim=True) if squared else squares
-        offsets += sums / total
+        offsets.add_(sums, alpha=1 / total)
     if wanted.response:
         add_to(states, changes=scaled_changes(rows, wanted.reference))
     return True
@@ -118,14 +118,14 @@ def _spreads(values: Tensor, squared: bool) -> Tensor:
 
 def _from_column(values: Tensor, column: int) -> Tensor:
     """Deviations of (n, m, ...) from one of the columns."""
-    return torch.sub(values, values[:, column : column + 1], out=scratch(values))
+    return values - values[:, column : column + 1]
 
 
 def _from_means(values: Tensor, centres: Tensor, offsets: Tensor) -> Tensor:
     """Deviations of (n, m, k) from the means, whose rounded sum c + o would cost float64 values some digits."""
     if values.dtype == torch.float64:
-        return torch.sub(values, centres, out=scratch(values)).sub_(offsets)
-    return torch.sub(values, centres + offsets, out=scratch(values))
+        return torch.sub(values, centres).sub_(offsets)
+    return values - (centres + offsets)
 
 
 def _squares(values: Tensor, axes: int | tuple[int, ...]) -> Tensor:
