@@ -8,7 +8,7 @@ import torch
 from ranks import Ranks
 
 from lightning_invariance.accumulators.backends import devices
-from lightning_invariance.measures.accumulating import AccumulatingMetric
+from lightning_invariance.measures.adapter import AccumulatingMetric
 from lightning_invariance.measures.base import Measure
 from lightning_invariance.measures.stratified import Stratified
 

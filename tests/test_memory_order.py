@@ -1,4 +1,4 @@
-"""Activations whose axes are in another order in memory, such as those of a model in the ``channels_last`` format."""
+"""Activations whose axes are in another order in memory, as in models that run with ``channels_last``."""
 
 from functools import cache
 

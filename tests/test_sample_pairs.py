@@ -14,8 +14,8 @@ from torch.utils.data import IterableDataset
 
 from lightning_invariance import InvarianceResult, TransformationSet, evaluate, functional, quarter_turns, rotations
 from lightning_invariance.accumulators import GroupedPairs
-from lightning_invariance.accumulators.base import Rows
 from lightning_invariance.accumulators.grouped_pairs import mean_and_error
+from lightning_invariance.accumulators.rows import Rows
 from lightning_invariance.measures import (
     DistanceSameEquivariance,
     NormalizedDistance,

@@ -3,7 +3,7 @@
 A custom measure names one of these, or its own subclass of :class:`Accumulator`.
 """
 
-from lightning_invariance.accumulators.base import Accumulator, Context, Rows, States
+from lightning_invariance.accumulators.base import Accumulator
 from lightning_invariance.accumulators.by_class import ByClass
 from lightning_invariance.accumulators.changes import Changes
 from lightning_invariance.accumulators.column_means import means_of
@@ -15,6 +15,7 @@ from lightning_invariance.accumulators.mapped_back import DirectDistances, Mappe
 from lightning_invariance.accumulators.matrix import Matrix
 from lightning_invariance.accumulators.paired import PairedDeviations
 from lightning_invariance.accumulators.peaks import Extremes, Firing, Peaks
+from lightning_invariance.accumulators.rows import Context, Rows, States
 from lightning_invariance.accumulators.subsample import ColumnPairs
 from lightning_invariance.accumulators.winners import Winners
 

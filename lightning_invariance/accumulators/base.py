@@ -4,111 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators.influences import FoundInfluences as FoundInfluences
-from lightning_invariance.accumulators.influences import Group
-from lightning_invariance.accumulators.influences import GroupShare as GroupShare
-from lightning_invariance.accumulators.influences import Influenced as Influenced
-from lightning_invariance.accumulators.influences import InfluenceKernel as InfluenceKernel
+from lightning_invariance.accumulators.influences import Group, GroupShare, Influenced, InfluenceKernel
+from lightning_invariance.accumulators.rows import Context, Rows, States
 from lightning_invariance.distributed import DTYPES
 from lightning_invariance.messages import given
-from lightning_invariance.transforms import TransformationSet
-
-#: The sums of one accumulator by name.
-States: TypeAlias = dict[str, Tensor]
-
-#: Types of networks in half precision, whose values float32 represents exactly; and all types of rows.
-HALF = {torch.float16, torch.bfloat16}
-TYPES = {torch.float32, torch.float64, *HALF}
-
-#: The state that counts rows; the package adds it to the states of every accumulator.
-N_SAMPLES = "n_samples"
-
-Value = TypeVar("Value")
-
-
-@dataclass(frozen=True)
-class Context:
-    """Properties of an evaluation that are known before the first row.
-
-    Attributes:
-        transformations: the columns of the ST matrix.
-        input_shape: shape of a network input without the batch axis; ``()`` if it is not known yet.
-        n_samples: number of samples of all processes together, whose ``indices`` are 0 to n − 1; None if unknown.
-        run: largest number of consecutive ``indices``, in rising order, that a process adds before another process
-            continues, see :func:`~lightning_invariance.distributed.places_of`. The order of samples is then random and
-            ``n_samples`` is known. 0 if samples come in any other order.
-    """
-
-    transformations: TransformationSet
-    input_shape: tuple[int, ...] = ()
-    n_samples: int | None = None
-    run: int = 0
-
-
-@dataclass(slots=True)
-class Rows:
-    """Rows of the ST matrix of every activation of one layer.
-
-    Attributes:
-        values: complete rows ``(samples, transformations, *activation_shape)`` in float32 or float64; also in float16
-            or bfloat16 for an accumulator with :attr:`~Accumulator.takes_half`.
-        indices: ``(samples,)`` in int64, on the CPU: the number of each sample; None for rows without numbers.
-        labels: ``(samples,)``, the class of each sample; None for data without labels.
-        before: number of rows added earlier.
-        memo: results for these rows that the accumulators of this layer reuse; see :meth:`once`.
-        block_memo: results for these samples that the accumulators of all layers reuse.
-        channel_axis: axis of the activation that holds the channels.
-    """
-
-    values: Tensor
-    indices: Tensor | None = None
-    labels: Tensor | None = None
-    before: int = 0
-    memo: dict[Hashable, Any] = field(default_factory=dict)
-    block_memo: dict[Hashable, Any] = field(default_factory=dict)
-    channel_axis: int = 0
-
-    @property
-    def flat(self) -> Tensor:
-        """``(samples, transformations, activations)``."""
-        return self.values.flatten(2) if self.values.ndim > 2 else self.values[..., None]
-
-    @property
-    def channels_first(self) -> Tensor:
-        """``(samples, transformations, channels, *positions)``."""
-        return self.values.movedim(2 + self.channel_axis, 2) if self.channel_axis else self.values
-
-    @property
-    def maps(self) -> Tensor:
-        """``(samples, transformations, channels, positions)``."""
-        values = self.channels_first
-        return values.flatten(3) if values.ndim > 3 else values.reshape(*values.shape[:2], -1, 1)
-
-    def widen(self) -> None:
-        """Convert float16 and bfloat16 values to float32, for all later readers of these rows."""
-        if self.values.dtype in HALF:
-            self.values = self.values.float()
-
-    def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """Compute a result that several accumulators of a layer need, at the first request only."""
-        if key not in self.memo:
-            self.memo[key] = make()
-        found: Value = self.memo[key]
-        return found
-
-    def some(self, samples: Tensor, before: int) -> Rows:
-        """Select rows by their positions ``(count,)``, on the CPU; ``before`` counts the rows added earlier."""
-        there = samples.to(self.values.device, non_blocking=True)
-        indices = None if self.indices is None else self.indices[samples]
-        labels = None if self.labels is None else self.labels[samples.to(self.labels.device)]
-        return Rows(self.values[there], indices, labels, before, channel_axis=self.channel_axis)
 
 
 class Accumulator(ABC):

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators.base import N_SAMPLES, Accumulator, Context, Rows, States
+from lightning_invariance.accumulators.base import Accumulator
 from lightning_invariance.accumulators.layer_state import merged
+from lightning_invariance.accumulators.rows import N_SAMPLES, Context, Rows, States
 
 
 @dataclass(frozen=True)

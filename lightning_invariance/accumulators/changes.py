@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from lightning_invariance.accumulators.backends.pytorch import changes_of_samples, scaled_changes
-from lightning_invariance.accumulators.base import Accumulator, Rows, States, add_to
+from lightning_invariance.accumulators.base import Accumulator, add_to
+from lightning_invariance.accumulators.rows import Rows, States
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators.backends.c_kernels import LIMITS
-from lightning_invariance.accumulators.base import States
+from lightning_invariance.accumulators.rows import States
 
 #: Columns have a common centre where the range of the first row is within this fraction of its first value.
 CLOSE = 1 / 4

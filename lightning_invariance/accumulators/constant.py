@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators.base import Accumulator, Rows, States
+from lightning_invariance.accumulators.base import Accumulator
+from lightning_invariance.accumulators.rows import Rows, States
 
 
 @dataclass(frozen=True)

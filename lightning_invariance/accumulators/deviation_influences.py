@@ -1,7 +1,7 @@
 r"""Influences of samples on values that are made of squared deviations, summed in C.
 
-For every activation :math:`\psi_i = w R_i + v C_i - b`, with the squared deviations within row i, and of row i from the
-means of the columns.
+For every activation :math:`\psi_i = w R_i + v C_i - b`, with R the squared deviations within row i, and C the squared
+deviations of row i from the means of the columns.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators.backends import c_kernels
-from lightning_invariance.accumulators.base import FoundInfluences, Influenced, Rows, States
 from lightning_invariance.accumulators.column_means import means_of
+from lightning_invariance.accumulators.influences import FoundInfluences, Influenced
+from lightning_invariance.accumulators.rows import Rows, States
 
 #: The range of mean squares that float32 holds with their digits, and of weights.
 SMALLEST, LARGEST = 1e-24, 1e30

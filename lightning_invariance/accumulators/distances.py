@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators.backends.pairs import absolute_differences, euclidean_distances
-from lightning_invariance.accumulators.base import Accumulator, Rows, States, add_to
+from lightning_invariance.accumulators.base import Accumulator, add_to
 from lightning_invariance.accumulators.deviations import MOST_VALUES
+from lightning_invariance.accumulators.rows import Rows, States
 
 #: A distance by name, or a function of two broadcast tensors; see :func:`distance_between`.
 Distance: TypeAlias = str | Callable[[Tensor, Tensor], Tensor]

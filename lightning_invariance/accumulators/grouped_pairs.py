@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators.base import Accumulator, Rows, States
+from lightning_invariance.accumulators.base import Accumulator
 from lightning_invariance.accumulators.distances import Distance, row_distances
 from lightning_invariance.accumulators.influences import Group, GroupShare
-from lightning_invariance.distributed import groups_of
+from lightning_invariance.accumulators.rows import Rows, States
+from lightning_invariance.data.rank_shares import groups_of
 
 #: Positions in the state ``groups``: number and rows of the incomplete group, Σ P, Σ P², and number of added groups.
 NUMBER, WAITING, PAIRS, SQUARED_PAIRS, ADDED = range(5)

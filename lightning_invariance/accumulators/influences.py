@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lightning_invariance.accumulators.base import Rows, States
+from lightning_invariance.accumulators.rows import Rows, States
 
 
 class Group(NamedTuple):

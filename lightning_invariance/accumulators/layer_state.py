@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators.base import N_SAMPLES, Accumulator, Rows, States, check_states, started
+from lightning_invariance.accumulators.base import Accumulator, check_states, started
+from lightning_invariance.accumulators.rows import N_SAMPLES, Rows, States
 from lightning_invariance.accumulators.sums import Sums, dead_of
 from lightning_invariance.messages import given
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from lightning_invariance.accumulators.base import Accumulator, Context, Rows, States, add_to
+from lightning_invariance.accumulators.base import Accumulator, add_to
 from lightning_invariance.accumulators.distances import Distance, distance_between, unit_maps, zero_maps
+from lightning_invariance.accumulators.rows import Context, Rows, States
 from lightning_invariance.transforms import TransformationSet
 
 #: A pixel counts as visible if at least this fraction of its value comes from inside the frame.

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_invariance.accumulators.base import Accumulator, Rows, States
+from lightning_invariance.accumulators.base import Accumulator
+from lightning_invariance.accumulators.rows import Rows, States
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators.base import N_SAMPLES, Accumulator, Context, Rows, States
+from lightning_invariance.accumulators.base import Accumulator
+from lightning_invariance.accumulators.rows import N_SAMPLES, Context, Rows, States
 
 #: Largest size of ``peaks`` for one layer, in bytes.
 MOST_PEAKS = 2**25

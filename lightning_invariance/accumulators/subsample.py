@@ -9,9 +9,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators.base import Accumulator, Context, Rows, States
+from lightning_invariance.accumulators.base import Accumulator
 from lightning_invariance.accumulators.distances import Distance
 from lightning_invariance.accumulators.grouped_pairs import GroupedPairs
+from lightning_invariance.accumulators.rows import Context, Rows, States
 
 #: The key of an empty place.
 EMPTY = torch.iinfo(torch.int64).max

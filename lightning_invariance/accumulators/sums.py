@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators.base import Accumulator, States
+from lightning_invariance.accumulators.base import Accumulator
+from lightning_invariance.accumulators.rows import States
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset,
 
 from lightning_invariance.data.batches import Samples, input_of, label_of
 from lightning_invariance.data.fingerprints import Fingerprint, fingerprint_of, keys_of
-from lightning_invariance.data.samplers import indices_of
-from lightning_invariance.distributed import share_of
+from lightning_invariance.data.rank_shares import share_of
+from lightning_invariance.data.user_samplers import indices_of
 from lightning_invariance.messages import given
 from lightning_invariance.random_state import isolated_random_state
 

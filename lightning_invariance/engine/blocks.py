@@ -10,7 +10,7 @@ from lightning_invariance.accumulators.layer_state import LayerState
 from lightning_invariance.data.loader import STBlock
 from lightning_invariance.engine.registry import INPUT, Registry, as_summed
 from lightning_invariance.model.channels import channel_axis_in, usual_channel_axis
-from lightning_invariance.model.layout import RAGGED, Finding, Layout
+from lightning_invariance.model.sample_axis import RAGGED, Finding, Layout
 
 
 class Blocks:

@@ -10,14 +10,15 @@ from typing import TypeAlias
 
 import torch
 
-from lightning_invariance.accumulators.base import Accumulator, Rows
+from lightning_invariance.accumulators.base import Accumulator
 from lightning_invariance.accumulators.layer_state import LayerState
+from lightning_invariance.accumulators.rows import Rows
 from lightning_invariance.engine.registry import INPUT, Registry
 from lightning_invariance.measures.base import names_accumulators
 from lightning_invariance.messages import number_of
 from lightning_invariance.model.channels import channel_axis_in, usual_channel_axis
-from lightning_invariance.model.layout import Finding, Layout
 from lightning_invariance.model.probe import Output
+from lightning_invariance.model.sample_axis import Finding, Layout
 
 #: What a layer returns for one input: shape, type, axis of the channels.
 Activation: TypeAlias = tuple[tuple[int, ...], torch.dtype, int]

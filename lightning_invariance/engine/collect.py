@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_invariance.accumulators.base import States
 from lightning_invariance.accumulators.layer_state import LayerState
-from lightning_invariance.engine.influence import Influence
+from lightning_invariance.accumulators.rows import States
 from lightning_invariance.engine.registry import INPUT, Registry
+from lightning_invariance.engine.sample_influences import Influence
 from lightning_invariance.measures import Measure
 from lightning_invariance.measures.base import names_accumulators
 from lightning_invariance.results.intervals import MIN_DEGREES_OF_FREEDOM, degrees_of_freedom

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_invariance.accumulators.base import TYPES, Context, Rows
 from lightning_invariance.accumulators.constant import with_dead
 from lightning_invariance.accumulators.layer_state import LayerState, memory_order
+from lightning_invariance.accumulators.rows import TYPES, Context, Rows
 from lightning_invariance.data.loader import STBlock
 from lightning_invariance.distributed import gather_objects, merge_over_ranks, rank_and_world_size
-from lightning_invariance.engine.influence import Influence
+from lightning_invariance.engine.sample_influences import Influence, has_influences
 from lightning_invariance.measures import Measure
 from lightning_invariance.measures.base import names_accumulators
-from lightning_invariance.model.layout import RAGGED
+from lightning_invariance.model.sample_axis import RAGGED
 from lightning_invariance.precision import summed_on
 from lightning_invariance.transforms import TransformationSet
 
@@ -38,15 +38,13 @@ class Registry:
         transformations: the columns of the ST matrix.
         expected: how many samples there will be, if known.
         run: how many samples in a row a process shows.
-        confidence: of intervals: how much each sample moves each value is then found in a second pass; None for none.
+        confidence: of intervals, which take a second pass; None for none.
 
     Attributes:
         layers: name → state, in the order in which the layers ran.
         left_out: layer → why it was not measured.
         metrics: layer → name → clone of a metric that is no :class:`Measure`.
         influences: layer → measure → influences of samples, in the second pass.
-        measures: see Args, with what is known of the evaluation. So are ``transformations``, ``expected`` and
-            ``confidence``.
         n_samples: number of complete rows.
         in_first_pass: whether the rows are shown for the first time.
         finished: whether every row was seen as often as the measures need.
@@ -74,7 +72,7 @@ class Registry:
         self._run = run
         self._memo: dict[Hashable, Any] = {}  # of the block, for all layers
         self._block: STBlock | None = None
-        self._prepare(())
+        self.know_input(())
         takes = (names_accumulators(measure) and measure.takes_any_channel_axis for measure in self.measures.values())
         # Several processes must agree on the order of values.
         self._keeps_memory_order = all(takes) and rank_and_world_size()[1] == 1
@@ -96,18 +94,27 @@ class Registry:
             if block.keys is not None:
                 self.sample_keys.update(zip(block.indices.tolist(), block.keys.tolist(), strict=True))
 
-    def know_input(self, input_shape: tuple[int, ...]) -> None:
-        """Tell measures the shape of the transformed input."""
-        if self.input_shape is None:
-            self._prepare(input_shape)
-
     @property
     def has_floor(self) -> bool:
         """Whether a measure wants its value for the network that returns its input."""
         return any(names_accumulators(measure) and measure.has_floor for measure in self.measures.values())
 
+    def know_input(self, input_shape: tuple[int, ...]) -> None:
+        """Tell measures what is known of the evaluation and, once, of the transformed input.
+
+        Raises:
+            ValueError: If a measure cannot work with the transformations.
+        """
+        if self.input_shape:
+            return
+        self.input_shape = input_shape or None
+        context = Context(self.transformations, input_shape, self.expected, self._run)
+        for measure in self.measures.values():
+            if names_accumulators(measure):
+                measure.prepare_for(context)
+
     def leave_out(self, layer: str, reason: str) -> None:
-        """Forget a layer that cannot be measured."""
+        """Forget a layer."""
         self.left_out[layer] = reason
         self.layers.pop(layer, None)
         self.metrics.pop(layer, None)
@@ -138,8 +145,8 @@ class Registry:
             layer: its state.
             st: ``(rows, columns, *activation_shape)`` with the axes of the activation in the layer's order.
         """
-        if (block := self._block) is None:
-            raise RuntimeError("Expected a block before its activations.")
+        block = self._block
+        assert block is not None  # noqa: S101 - see `start_block`
         rows = Rows(st, block.indices, block.labels, 0, {}, self._memo, layer.ordered_channel_axis)
         layer.add(rows)
         if not self.in_first_pass:
@@ -168,7 +175,8 @@ class Registry:
         home = summed_on(device)
         if len(gathered) > 1:
             self._add_unseen(all_shapes, next((shape for shape in input_shapes if shape is not None), ()), home)
-            self._merge(device)
+            of_layers = (self.influences.get(name, {}) for name in self.layers)
+            merge([*self.layers.values()], [each for found in of_layers for each in found.values()], device)
         if not self.in_first_pass:
             self.finished = True
             return
@@ -178,22 +186,9 @@ class Registry:
             self._begin_second_pass(name, home)
         self.finished = not any(map(self.wants, self.layers))
 
-    def _prepare(self, input_shape: tuple[int, ...]) -> None:
-        """Tell measures what is known.
-
-        Raises:
-            ValueError: If a measure cannot work with the transformations.
-        """
-        self.input_shape = input_shape or None
-        context = Context(self.transformations, input_shape, self.expected, self._run)
-        for measure in self.measures.values():
-            if names_accumulators(measure):
-                measure.prepare_for(context)
-
     def _new_layer(
         self, name: str, shape: tuple[int, ...], channel_axis: int, device: torch.device, order: tuple[int, ...] = ()
     ) -> LayerState:
-        """A layer before the first row."""
         applicable = self.applicable(name, shape)
         needs = [a for measure in applicable.values() if names_accumulators(measure) for a in measure.needs]
         needs = needs if name == INPUT else with_dead(needs)
@@ -217,12 +212,8 @@ class Registry:
             if measure.needs_again and sums.n_samples and measure.needs_second_pass(sums):
                 states = measure.second_pass(sums)
                 begun += [(accumulator, states) for accumulator in measure.needs_again]
-            if name != INPUT and self.has_intervals(measure):
-                in_groups = any(accumulator.in_groups for accumulator in measure.needs)
-                complete = not in_groups or sums.n_samples == self.n_samples  # else groups are not complete
-                enough = sums.n_samples >= max(2, measure.least_samples)
-                if complete and enough and sums.n_transformations >= measure.least_transformations:
-                    influences[key] = Influence(measure, sums)
+            if name != INPUT and self.has_intervals(measure) and has_influences(measure, sums, self.n_samples):
+                influences[key] = Influence(measure, sums)
         layer.begin_second_pass(begun, device)
         self.influences[name] = influences
 
@@ -234,7 +225,7 @@ class Registry:
     def _add_unseen(
         self, of_processes: Sequence[dict[str, Shape]], input_shape: tuple[int, ...], device: torch.device
     ) -> None:
-        """Make the layers that only other processes have seen, in one order everywhere."""
+        """Add the layers that only other processes have seen, in one order everywhere."""
         self.know_input(input_shape)
         order: dict[str, Shape] = {}
         for shapes in of_processes:
@@ -246,17 +237,16 @@ class Registry:
                 self._new_layer(name, *about, device)
         self.layers = {name: self.layers[name] for name in order}
 
-    def _merge(self, device: torch.device) -> None:
-        """Give the sums of this pass the merged states of all processes."""
-        layers = [*self.layers.values()]
-        influences = [each for name in self.layers for each in self.influences.get(name, {}).values()]
-        own = [layer.states() for layer in layers] + [influence.states for influence in influences]
-        merges = [layer.merged for layer in layers] + [influence.merged for influence in influences]
-        found = merge_over_ranks(own, merges, device)
-        for layer, states in zip(layers, found, strict=False):
-            layer.load(states)
-        for influence, states in zip(influences, found[len(layers) :], strict=True):
-            influence.states = states
+
+def merge(layers: Sequence[LayerState], influences: Sequence[Influence], device: torch.device) -> None:
+    """Give the sums of a pass the merged states of all processes."""
+    own = [layer.states() for layer in layers] + [influence.states for influence in influences]
+    merges = [layer.merged for layer in layers] + [influence.merged for influence in influences]
+    merged = merge_over_ranks(own, merges, device)
+    for layer, states in zip(layers, merged, strict=False):
+        layer.load(states)
+    for influence, states in zip(influences, merged[len(layers) :], strict=True):
+        influence.states = states
 
 
 def as_summed(st: Tensor) -> Tensor:

@@ -14,10 +14,11 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.prints import rank_zero_warn
 
-from lightning_invariance.accumulators.base import States, check_states, declares
+from lightning_invariance.accumulators.base import check_states, declares
+from lightning_invariance.accumulators.rows import States
 from lightning_invariance.accumulators.sums import Sums, dead_of
 from lightning_invariance.aggregation import aggregate_maps
-from lightning_invariance.measures.accumulating import AccumulatingMetric
+from lightning_invariance.measures.adapter import AccumulatingMetric
 from lightning_invariance.plots.style import draw_bars
 from lightning_invariance.precision import has_float64
 
@@ -32,9 +33,8 @@ class Measure(AccumulatingMetric):
     """Base of all measures: a ``torchmetrics.Metric`` of ST blocks whose states merge exactly.
 
     ``update`` and ``forward`` take ``st_block``, a real floating-point tensor ``(samples, transformations,
-    *activation_shape)``: complete rows of the ST matrix of every activation of one layer. ``indices`` and ``labels`` of
-    the samples are needed by some measures only. ``compute`` and ``forward`` return float64, one value for each
-    activation unless the measure says otherwise.
+    *activation_shape)``: complete rows of the ST matrix of every activation of one layer; some need ``indices`` or ``labels``
+    of the samples. ``compute`` and ``forward`` return a float64 value for each activation or channel.
 
     To write a measure, name its accumulators in ``needs`` and override :meth:`value`; they determine the states, and
     how these merge over batches and processes. For a second pass over the same rows, also name ``needs_again`` and
@@ -55,8 +55,7 @@ class Measure(AccumulatingMetric):
     #: Whether higher values are more invariant; None for values that say nothing of invariance by themselves.
     higher_is_better: bool | None = False
 
-    #: Whether the value is a ratio, in which 1 means that transformations matter as much as samples do. Plots draw all
-    #: ratios with one scale.
+    #: Whether the value is a ratio, in which 1 means that transformations matter as much as samples do.
     is_ratio: bool = False
 
     #: Unit of the value, for labels; empty for none.
@@ -79,8 +78,7 @@ class Measure(AccumulatingMetric):
     #: proportional to the sum of ``column_spread`` over the positions of each channel.
     has_response_intervals: ClassVar[bool] = False
 
-    #: Whether :meth:`value` accepts any ``sums.channel_axis``; otherwise channels come first. Not inherited: a subclass
-    #: may compute another value.
+    #: Whether :meth:`value` accepts any ``sums.channel_axis``. Not inherited: a subclass may compute another value.
     any_channel_axis: ClassVar[bool] = False
 
     @property

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_invariance.model.dependence import memory_of
+from lightning_invariance.model.input_dependence import memory_of
 from lightning_invariance.model.outputs import all_tensors_of
 from lightning_invariance.model.preserved import version_of
 from lightning_invariance.model.selection import plain_name

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_invariance.model.dependence import Dependence
 from lightning_invariance.model.hooks import Catcher
-from lightning_invariance.model.layout import CONSTANT, MIXED, PASSES, RANDOM, Finding, Outputs, Tolerance, compare
+from lightning_invariance.model.input_dependence import Dependence
+from lightning_invariance.model.sample_axis import CONSTANT, MIXED, PASSES, RANDOM, Finding, Outputs, Tolerance, compare
 from lightning_invariance.random_state import isolated_random_state
 
 #: Runs the network on some inputs of a batch, given their positions in it.

@@ -16,16 +16,10 @@ from lightning_invariance.evaluate import check_transformations, evaluate_with, 
 from lightning_invariance.measures import NormalizedVariance
 from lightning_invariance.model.selection import Layers, select_layers
 from lightning_invariance.monitor.history import History
-from lightning_invariance.monitor.logging import (
-    check_tags,
-    errors_as_warnings,
-    explain,
-    log_histograms,
-    log_pictures,
-    scalars,
-)
+from lightning_invariance.monitor.logging import check_tags, draw, errors_as_warnings, scalars
 from lightning_invariance.monitor.trainer import (
     callbacks_of,
+    check_validation_data,
     logger_step,
     options_in,
     refuse_split_models,
@@ -59,17 +53,15 @@ class InvarianceMonitor(Callback):
     Without validation it does so at the end of the training epoch. The training is bit for bit the one without it.
 
     **Logged metrics**, to every logger of the trainer, at the step of Lightning's validation metrics: the mean over the
-    finite values of each layer, ``{Measure}/{layer}``, and their mean over the layers, ``{Measure}_mean``.
-    ``EarlyStopping`` and ``ModelCheckpoint`` can monitor all of these. With ``every_n_epochs`` above 1 a validation
-    without a new value does not count against the patience of ``EarlyStopping``; give ``ModelCheckpoint`` an equal
-    ``every_n_epochs``, since it would rank later models by the last value.
+    finite values of each layer, ``{Measure}/{layer}``, and their mean over the layers, ``{Measure}_mean``, which
+    ``EarlyStopping`` and ``ModelCheckpoint`` can monitor. Give ``ModelCheckpoint`` an equal ``every_n_epochs``: it would
+    rank later models by the last value; ``EarlyStopping`` counts new values alone.
 
     **Logged images**, to loggers that accept images: ``{Measure}/heatmap``, layers × channels (the paper's figure 8);
     ``{Measure}/evolution``, layers × evaluations so far, under the accuracy or loss that the model logs; and
-    ``{Measure}/response``, the effect of each transformation on each layer, for measures with ``response=True``. A
-    failure to write is one warning, never an error. **In TensorBoard** also, once, a chart of all layers of each
-    measure (Custom Scalars; your own layout is kept) and the meaning of the tags (Text); with ``histograms=True`` the
-    distribution over channels, ``{Measure}/channels/{layer}``.
+    ``{Measure}/response``, the effect of each transformation on each layer, for measures with ``response=True``. **In
+    TensorBoard** also, once, a chart of all layers of each measure (Custom Scalars; your own layout is kept) and the
+    meaning of the tags (Text). A failure to write is one warning, never an error.
 
     Args:
         transformations: the set, such as ``rotations(16)``; at least two transformations.
@@ -80,13 +72,9 @@ class InvarianceMonitor(Callback):
         every_n_epochs: how often to evaluate, in epochs.
         max_samples: how many samples: a random choice, equal at every evaluation. None uses all.
         batch_size: largest number of transformed inputs in one forward pass, or ``"auto"``; see :func:`evaluate`.
-        forward: ``forward(model, x)``, or ``forward(model, x, batch)``, see :func:`evaluate`.
-        input_fn: picks x from a collated batch where :class:`STLoader` does not find it.
-        seed: of the choice of samples.
+        forward: as for :func:`evaluate`; so are ``input_fn``, ``seed``, ``channel_axis`` and ``operations``.
         name: added to the names of the measures, ``{Measure}_rotation``; needed where there are several monitors.
         histograms: whether TensorBoard gets the distribution over channels.
-        channel_axis: axis of the channels (units) in the activations of some layers; see :func:`evaluate`.
-        operations: whether to measure operations, too; see :func:`evaluate`.
         confidence: of intervals over samples, such as 0.95, which cost most measures a second pass: also logs
             ``{Measure}_low/{layer}`` and ``{Measure}_high/{layer}``, which TensorBoard draws as bands (Custom Scalars),
             and marks differences from the untrained network in the evolution picture. By default there are none.
@@ -94,11 +82,9 @@ class InvarianceMonitor(Callback):
             :func:`evaluate`. Logged as ``{Metric}_mean`` and ``{Metric}_worst``.
 
     Attributes:
-        history: the results so far, the untrained network first, each with ``epoch`` (−1 for the untrained network),
-            ``step`` and ``scores``, the metrics that the model logged in the same validation; ``epoch`` is None in
-            ``trainer.validate``. A training from the start begins a new history. A checkpoint contains it, with a value
-            for each channel of the first and the newest results (4 MB) and the mean of each layer of the others; in
-            memory, older results keep one value per channel when it exceeds 256 MB.
+        history: the results so far, the untrained network first, each with ``epoch`` (−1 for the untrained one; None
+            in ``trainer.validate``), ``step`` and ``scores``, the metrics of the model in that validation. A checkpoint
+            contains it; a training from the start begins a new one.
 
     Raises:
         ValueError: If ``every_n_epochs`` is below 1, ``confidence`` is not in (0, 1), a name contains characters
@@ -129,9 +115,8 @@ class InvarianceMonitor(Callback):
     ) -> None:
         super().__init__()
         check_transformations(transformations)
-        for argument, value, least in (("every_n_epochs", every_n_epochs, 1), ("max_samples", max_samples, 2)):
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise ValueError(f"Expected argument `{argument}` to be an int of at least {least}, but got {value}.")
+        _check_int("every_n_epochs", every_n_epochs, 1)
+        _check_int("max_samples", max_samples, 2)
         self.options = Options(
             layers=layers,
             batch_size=batch_size,
@@ -148,6 +133,8 @@ class InvarianceMonitor(Callback):
         self.measures = named_measures([NormalizedVariance(response=True)] if measures is None else measures)
         check_tags([*self.measures, *self.options.outputs, *([] if name is None else [name])])
         self.every_n_epochs, self.name, self.histograms = every_n_epochs, name, histograms
+        self._suffix = "" if name is None else f"_{name}"
+        self._tags = {measure: measure + self._suffix for measure in self.measures}  # measure → prefix of its tags
         self._history = History(self.options, self.measures, transformations)
         self._has_validated = self._has_new_result = self._has_explained = False
         self._is_fitting = True  # until :meth:`setup`
@@ -166,16 +153,9 @@ class InvarianceMonitor(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check names, data, layers and other callbacks before the training starts."""
         self._has_validated = False
-        names = [callback.name for callback in callbacks_of(trainer) if isinstance(callback, InvarianceMonitor)]
-        if names.count(self.name) > 1:
-            raise MisconfigurationException(
-                f"Expected InvarianceMonitors of different names in one trainer, but got {names}: set `name`."
-            )
-        if self.data is None and not trainer.enable_validation:
-            raise MisconfigurationException(
-                "InvarianceMonitor found no validation data in the trainer: give it `data`, or the trainer a validation"
-                " loader (and no `limit_val_batches=0`) and the model a `validation_step`."
-            )
+        _check_names([monitor.name for monitor in _monitors_of(trainer)])
+        if self.data is None:
+            check_validation_data(trainer)
         select_layers(pl_module, self.options.layers)
         warn_of_averaging(trainer, self)
         if self.every_n_epochs > 1:
@@ -188,8 +168,7 @@ class InvarianceMonitor(Callback):
         self._history.start_new_training()
         self._has_explained = False
         result = self._evaluate(trainer, pl_module, epoch=trainer.current_epoch - 1)
-        # `self.log` here would wait for the end of the epoch.
-        with errors_as_warnings(self._warned):
+        with errors_as_warnings(self._warned):  # `self.log` would wait for the end of the epoch
             for logger in trainer.loggers:
                 logger.log_metrics(scalars(result, self._tags, self._suffix), step=logger_step(trainer))
         self._draw(trainer)
@@ -208,8 +187,8 @@ class InvarianceMonitor(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the result of this validation, now that all metrics of the trainer are known."""
         if self._has_new_result:
-            monitors = [callback for callback in callbacks_of(trainer) if isinstance(callback, InvarianceMonitor)]
-            self.history[-1].scores = scores(trainer, [tag for monitor in monitors for tag in monitor._tags.values()])
+            own = [tag for monitor in _monitors_of(trainer) for tag in monitor._tags.values()]
+            self.history[-1].scores = scores(trainer, own)
             self._draw(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -242,10 +221,7 @@ class InvarianceMonitor(Callback):
 
     @property
     def earlier_histories(self) -> list[list[InvarianceResult]]:
-        """Histories set aside at a resume with other arguments, then at new trainings, the oldest of each first.
-
-        A checkpoint contains only the former.
-        """
+        """Histories set aside at a resume with other arguments (part of a checkpoint), then at new trainings."""
         return self._history.archived()
 
     def _evaluate_and_log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -267,26 +243,26 @@ class InvarianceMonitor(Callback):
     def _is_due(self, trainer: pl.Trainer) -> bool:
         return (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
-    @property
-    def _suffix(self) -> str:
-        return "" if self.name is None else f"_{self.name}"
-
-    @property
-    def _tags(self) -> dict[str, str]:
-        """Measure → prefix of its tags."""
-        return {measure: measure + self._suffix for measure in self.measures}
-
     def _draw(self, trainer: pl.Trainer) -> None:
         """Log pictures, text and histograms, on rank 0."""
         self._has_new_result = False
-        if not trainer.is_global_zero or not trainer.loggers:
-            return
-        if not self._has_explained:
+        if trainer.is_global_zero and trainer.loggers:
+            measures = {} if self._has_explained else self.measures
             self._has_explained = True
-            with errors_as_warnings(self._warned):
-                explain(trainer, self.history[-1], self._tags, self.measures, self._suffix)
-        with errors_as_warnings(self._warned):
-            log_pictures(trainer, self.history, self._tags)
-        if self.histograms:
-            with errors_as_warnings(self._warned):
-                log_histograms(trainer, self.history[-1], self._tags)
+            draw(trainer, self.history, self._tags, measures, self._suffix, self.histograms, self._warned)
+
+
+def _monitors_of(trainer: pl.Trainer) -> list[InvarianceMonitor]:
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, InvarianceMonitor)]
+
+
+def _check_names(names: Sequence[str | None]) -> None:
+    if len({*names}) < len(names):
+        raise MisconfigurationException(
+            f"Expected InvarianceMonitors of different names in one trainer, but got {names}: set `name`."
+        )
+
+
+def _check_int(argument: str, value: int | None, least: int) -> None:
+    if value is not None and (not isinstance(value, int) or value < least):
+        raise ValueError(f"Expected argument `{argument}` to be an int of at least {least}, but got {value}.")

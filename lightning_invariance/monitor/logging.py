@@ -105,6 +105,36 @@ def scalars(result: InvarianceResult, tags: Mapping[str, str], suffix: str = "")
     return found
 
 
+def draw(
+    trainer: pl.Trainer,
+    history: Sequence[InvarianceResult],
+    tags: Mapping[str, str],
+    measures: Mapping[str, Metric],
+    suffix: str,
+    histograms: bool,
+    warned: set[type],
+) -> None:
+    """Log the pictures of a history; a failure is a warning.
+
+    Args:
+        trainer: whose loggers.
+        history: results, the newest last.
+        tags: measure → prefix of its tags.
+        measures: measures whose tags are explained; none where they already are.
+        suffix: of the tag of the text, and of metrics of predictions.
+        histograms: whether to log the distribution over channels.
+        warned: classes of errors that were warned of.
+    """
+    if measures:
+        with errors_as_warnings(warned):
+            explain(trainer, history[-1], tags, measures, suffix)
+    with errors_as_warnings(warned):
+        log_pictures(trainer, history, tags)
+    if histograms:
+        with errors_as_warnings(warned):
+            log_histograms(trainer, history[-1], tags)
+
+
 def log_pictures(trainer: pl.Trainer, history: Sequence[InvarianceResult], tags: Mapping[str, str]) -> None:
     """Draw and log the pictures of the last result of a history."""
     latest, step = history[-1], logger_step(trainer)

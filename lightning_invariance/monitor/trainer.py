@@ -51,6 +51,15 @@ def refuse_split_models(trainer: pl.Trainer) -> None:
         )
 
 
+def check_validation_data(trainer: pl.Trainer) -> None:
+    """Raise for a trainer without validation."""
+    if not trainer.enable_validation:
+        raise MisconfigurationException(
+            "InvarianceMonitor found no validation data in the trainer: give it `data`, or the trainer a validation"
+            " loader (and no `limit_val_batches=0`) and the model a `validation_step`."
+        )
+
+
 def validation_data(trainer: pl.Trainer) -> Any:
     """Return the trainer's (first) validation loader, and set it up if needed."""
     if trainer.val_dataloaders is None:

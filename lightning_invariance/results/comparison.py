@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from lightning_invariance.messages import number_of, some
+from lightning_invariance.results.drawing import drawn
 from lightning_invariance.results.table import aligned, format_cell
 
 if TYPE_CHECKING:
@@ -123,9 +123,7 @@ class Comparison(Mapping[str, Difference]):
 
     def plot(self) -> Figure:
         """Draw the differences and their intervals: :func:`lightning_invariance.plots.compare`."""
-        plots = import_module("lightning_invariance.plots.comparison")  # by name: pictures know results
-        figure: Figure = plots.draw_comparison(self)
-        return figure
+        return drawn("comparison", "draw_comparison", self)
 
     def __str__(self) -> str:
         names = ["layer", "a", "b", "difference", "low", "high", "p"]

@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.messages import number_of
+from lightning_invariance.results.drawing import drawn
 from lightning_invariance.results.record import OutputValues, Record
 from lightning_invariance.results.table import LayerStatistics, Table
 from lightning_invariance.results.values import LayerValues
@@ -80,9 +80,7 @@ class InvarianceResult(LayerValues):
         Args:
             measure: its name; by default the first.
         """
-        plots = import_module("lightning_invariance.plots")  # by name: pictures know results, not the reverse
-        figure: Figure = plots.heatmap(self, measure)
-        return figure
+        return drawn("heatmap", "heatmap", self, measure)
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return the tables of all measures as one ``DataFrame`` (pandas must be installed).

@@ -144,17 +144,17 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]], Record):
             ValueError: If the result has no influences of samples on the measure, or ``confidence`` is not in (0, 1).
         """
         measure, level = self._known(measure), self._level(confidence)
-        influences = self._influences_of(measure)
+        influences = _influences_of(self, measure)
         keys = self.sample_keys.get(measure)
         repeated = 1 - len(torch.unique(keys)) / max(1, len(keys)) if keys is not None else 0.0
         unit = "samples" if keys is None or len(keys) == self.n_samples else "groups of samples"
         found, finite = Intervals(), [row for row in self._tables[measure] if math.isfinite(row.mean)]
         for row in self._tables[measure]:
             if row.layer in influences:
-                reasons = self._reasons_for_doubt(measure, row)
+                reasons = _reasons_for_doubt(self, measure, row)
                 found[row.layer] = interval_of(row.mean, influences[row.layer], level, *reasons, unit, repeated)
         # All layers weigh equally in the mean over layers, and in what makes its interval doubtful.
-        of_layers = torch.tensor([self._reasons_for_doubt(measure, row) for row in finite], dtype=torch.float64)
+        of_layers = torch.tensor([_reasons_for_doubt(self, measure, row) for row in finite], dtype=torch.float64)
         left_out, sparse, bias = (of_layers.view(-1, 3).sum(0) / max(1, len(finite))).tolist()
         of_network = network_influences(influences.get(row.layer) for row in finite)
         found.network = interval_of(self.mean(measure), of_network, level, left_out, sparse, bias, unit, repeated)
@@ -176,7 +176,7 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]], Record):
             KeyError: If there is no such layer.
         """
         measure = self._known(measure)
-        self._influences_of(measure)
+        _influences_of(self, measure)
         if not (errors := self.standard_errors.get(measure, {})):
             raise ValueError(
                 f"Expected a result with a standard error of {measure} for each unit, but this one was reduced to"
@@ -212,21 +212,6 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]], Record):
             raise ValueError("Expected an interval of a layer with a finite value and two samples, but there is none.")
         return max(samples_for(interval, self.n_samples, half_width, self._level(None)) for interval in known)
 
-    def _reasons_for_doubt(self, measure: str, row: LayerStatistics) -> tuple[float, float, float]:
-        """Return the arguments ``left_out``, ``sparse`` and ``bias`` of :func:`interval_of` for a layer."""
-        samples = self.reached.get(row.layer, self.n_samples)
-        sparse = self.sparse.get(measure, {}).get(row.layer, 0.0)
-        return row.share_left_out, sparse, self.biases.get(measure, 0.0) / max(1, samples)
-
-    def _influences_of(self, measure: str) -> dict[str, Tensor]:
-        if measure not in self.influences:
-            raise ValueError(
-                f"Expected a result with influences of samples on {measure}: measure with"
-                " `evaluate(..., confidence=0.95)`. Variances, distances, same-equivariances and Consistency have them;"
-                " other measures do not."
-            )
-        return self.influences[measure]
-
     def _level(self, confidence: float | None) -> float:
         return check_confidence((self.confidence or 0.95) if confidence is None else confidence)
 
@@ -243,3 +228,20 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]], Record):
             return next(iter(self._values))
         self[measure]  # raises a KeyError that lists the measures
         return measure
+
+
+def _reasons_for_doubt(record: Record, measure: str, row: LayerStatistics) -> tuple[float, float, float]:
+    """Return the arguments ``left_out``, ``sparse`` and ``bias`` of :func:`interval_of` for a layer."""
+    samples = record.reached.get(row.layer, record.n_samples)
+    sparse = record.sparse.get(measure, {}).get(row.layer, 0.0)
+    return row.share_left_out, sparse, record.biases.get(measure, 0.0) / max(1, samples)
+
+
+def _influences_of(record: Record, measure: str) -> dict[str, Tensor]:
+    if measure not in record.influences:
+        raise ValueError(
+            f"Expected a result with influences of samples on {measure}: measure with"
+            " `evaluate(..., confidence=0.95)`. Variances, distances, same-equivariances and Consistency have them;"
+            " other measures do not."
+        )
+    return record.influences[measure]

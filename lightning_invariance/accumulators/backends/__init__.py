@@ -2,7 +2,7 @@
 
 from lightning_invariance.accumulators.backends import c_deviations, devices, pytorch
 from lightning_invariance.accumulators.backends.base import Wanted
-from lightning_invariance.accumulators.base import Rows, States
+from lightning_invariance.accumulators.rows import Rows, States
 
 
 def add_deviations(states: States, rows: Rows, wanted: Wanted) -> None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from lightning_invariance.accumulators.base import Rows
+from lightning_invariance.accumulators.rows import Rows
 
 
 class Wanted(NamedTuple):

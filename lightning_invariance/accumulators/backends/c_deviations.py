@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lightning_invariance.accumulators.backends import c_kernels
 from lightning_invariance.accumulators.backends.base import Wanted, channels_of
-from lightning_invariance.accumulators.base import Rows, States
 from lightning_invariance.accumulators.column_means import first_states, narrow, widen
+from lightning_invariance.accumulators.rows import Rows, States
 
 #: Layers with fewer values a row than this have float64 means, which cost little there.
 FEWEST_FLOAT32_VALUES = 2**11

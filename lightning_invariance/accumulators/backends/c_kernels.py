@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators.base import FoundInfluences
+from lightning_invariance.accumulators.influences import FoundInfluences
 
 _kernels: ModuleType | None
 try:
@@ -37,7 +37,7 @@ class Limits(NamedTuple):
         far: float32 offsets are too coarse where the squared deviations of a column are below this part of its N
             squared offsets,
         rows_for_far: and N is at least this;
-        far_of_few: the same part for fewer rows.
+        far_of_few: this part takes the place of ``far`` for fewer rows.
     """
 
     smallest: float
@@ -96,7 +96,7 @@ def add_deviations(
         row_spread: ``(k,)`` in float64.
         column_spread: ``(1, k)`` in float64.
         centres: ``(k,)`` in float32 or float64.
-        offsets: ``(k / width, m, width)`` in the same type, where ``width`` is k or a multiple of :data:`WIDTH`.
+        offsets: ``(k / width, m, width)`` in the type of ``centres``; ``width`` is k or a multiple of :data:`WIDTH`.
         changes: to which changes are added, too.
 
     Returns:
@@ -104,7 +104,7 @@ def add_deviations(
         and nothing was changed.
 
     Raises:
-        ValueError: If the sums are not those of such rows.
+        ValueError: If the sums have other sizes.
     """
     n, m = x.shape[:2]
     dtype = offsets.dtype
@@ -202,7 +202,7 @@ def add_influences(
         weights: ``(3, k)`` in float32: w, v and b.
         counts: ``(k,)`` in int32: −1 for activations that count, 0 for others.
         squares: ``(k,)`` in float64, to which :math:`\sum_i \psi_i^2` is added.
-        fourths: the same for :math:`\sum_i \psi_i^4`.
+        fourths: ``(k,)`` in float64, to which :math:`\sum_i \psi_i^4` is added.
         of_changes: what changes are also wanted.
 
     Returns:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lightning_invariance.accumulators.backends.base import Wanted, channels_of
 from lightning_invariance.accumulators.backends.c_kernels import LIMITS
-from lightning_invariance.accumulators.base import Rows, States
 from lightning_invariance.accumulators.column_means import first_states, widen_in_one_tile
+from lightning_invariance.accumulators.rows import Rows, States
 
 #: Whether Triton is still to be tried: it is not everywhere, and needs a C compiler, for example.
 _tries_triton = True

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from lightning_invariance.accumulators.backends.base import Wanted
 from lightning_invariance.accumulators.backends.chunks import chunk_length, chunks
-from lightning_invariance.accumulators.base import Rows, States, add_to
+from lightning_invariance.accumulators.base import add_to
 from lightning_invariance.accumulators.column_means import first_states, widen_in_one_tile
+from lightning_invariance.accumulators.rows import Rows, States
 
 #: The range of float32 sums of squares that have not lost digits: its smallest normal number is 1e-38, its largest
 #: 3e38.

@@ -1,6 +1,6 @@
-"""The sums of a tile in float64, by programs of triton_kernels.py where float32 does not hold its squares.
+"""Sums of a tile in float64, which programs of triton_kernels.py take where float32 does not hold its squares.
 
-They read one column after another, which takes longer than the sums in float32.
+Columns are read one after another, which takes longer than the sums in float32.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Sums of squared deviations on a GPU in one kernel, which reads the activation once.
 
-Imported only where Triton is there, which comes with PyTorch for CUDA and ROCm. The sums are those of
-``csrc/deviations.c``, whose formulas and letters are used here: M is a column's mean rounded to float32, r its rounding
+Imported only where Triton is there, which comes with PyTorch for CUDA and ROCm. The formulas are derived in
+``csrc/deviations.c``, whose letters are used here: M is a column's mean rounded to float32, r its rounding
 error, D and Q the sums of deviations from M and of their squares.
 
 A program takes a tile of neighbouring activations through all rows and columns of a block. Offsets and squares are in
@@ -21,7 +21,7 @@ from lightning_invariance.accumulators.backends.triton_float64 import (
     columns_in_float64,
     rows_in_float64,
 )
-from lightning_invariance.accumulators.base import TYPES
+from lightning_invariance.accumulators.rows import TYPES
 
 #: The most values of a tile that a thread holds: they fit into its registers with four numbers for each. Fewer where
 #: some columns or activations of a tile are masked, or rows are longest, which takes registers too.
@@ -76,7 +76,7 @@ def add_deviations(
         centres: ``(k,)``.
         offsets: ``(1, m, k)``.
         range_of_squares: outside of it float32 may have lost digits of a sum of squares, or overflow.
-        changes: ``(m, channels)``, to which what each transformation changes is added; see ``changes.py``.
+        changes: ``(m, channels)``, to which what each transformation changes is added; see ``pytorch.py``.
         reference: the column that changes are taken from; None for the mean of the row.
         inner: how many neighbouring activations belong to one channel, before the next one's follow.
     """
@@ -113,7 +113,8 @@ def add_deviations(
 def tile_of(m: int, k: int, inner: int, with_changes: bool) -> tuple[int, int, int, int]:
     """Columns, width and warps of a tile, and how many neighbours are cut into tiles of their own.
 
-    Those are the positions of a channel, if it has enough, so that a tile adds up what its channel changes; else all.
+    Neighbours are the positions of a channel, if it has enough, so that a tile adds up what its channel changes; else
+    all activations.
     """
     positions = inner if with_changes and inner >= FEWEST_POSITIONS else k
     columns = max(2, triton.next_power_of_2(m))

@@ -8,7 +8,7 @@
 
 #include <string.h>
 
-/* Adds what changed of up to WIDTH activations under one transformation to their channels. */
+/* Adds the squared changes of up to WIDTH activations under one transformation to their channels. */
 INLINE void add_to_channels(const double *changed, double *channels, Py_ssize_t first, const job *j, int width)
 {
     Py_ssize_t channel = first / j->inner % j->channels, left = j->inner - first % j->inner;
@@ -26,7 +26,7 @@ INLINE void add_to_channels(const double *changed, double *channels, Py_ssize_t 
     }
 }
 
-/* Sums of neighbours, first those of a and then those of b. */
+/* Sums of pairs of neighbours: first the pairs of a, then the pairs of b. */
 INLINE void add_pairs(lanes *sums, const lanes *a, const lanes *b)
 {
 #ifdef __clang__
@@ -38,7 +38,7 @@ INLINE void add_pairs(lanes *sums, const lanes *a, const lanes *b)
 #endif
 }
 
-/* Adds what changed of WIDTH activations under each transformation to their channels. Where WIDTH neighbours
+/* Adds the squared changes of WIDTH activations under each transformation to their channels. Where WIDTH neighbours
  * belong to one channel, `changed[t][0]` holds all of them. */
 INLINE void add_changes(tile p, const job *j, lanes changed[][REGISTERS], enum changes changes)
 {
@@ -60,7 +60,7 @@ INLINE void add_changes(tile p, const job *j, lanes changed[][REGISTERS], enum c
         if (!halving)
             add_to_channels(values, channels, p.first, j, WIDTH);
         else
-            for (int l = 0, run; l < number; l += run) { /* the channels of a position, then those of the next one */
+            for (int l = 0, run; l < number; l += run) { /* the channels of a position, then of the next one */
                 const Py_ssize_t from = (channel + l) % j->channels, left = j->channels - from;
                 run = number - l < left ? number - l : (int)left;
                 for (int i = 0; i < run; i++)

@@ -22,9 +22,9 @@
  * exactly 0.
  *
  * Changes. With a_j taken from a reference column, sum a_j^2 / 2 over rows and over the positions of a channel is what
- * each transformation changes in it: the variance of the pair of columns. A row adds the same to R whichever column its
- * deviations are taken from. Without a reference it is m / (m - 1) sum (a_j - mean of a)^2, whose mean over j is the
- * variance; each row is then read once more, from the first cache.
+ * each transformation changes in it: the variance of the pair of columns. What a row adds to R does not depend on the
+ * column that its deviations are taken from. Without a reference, changes are m / (m - 1) sum (a_j - mean of a)^2,
+ * whose mean over j is the variance; each row is then read once more, from the first cache.
  *
  * WIDTH activations at a time go through all rows and columns, so that their sums stay in registers. Offsets may lie
  * WIDTH by WIDTH, (k / width, m, width), so that all that is needed at a time is close together in memory. */
@@ -95,8 +95,8 @@ INLINE int deviations_in_double(tile p, const job *j, int width, int wide)
     return !wide && far_apart(p.column_spread, offset_squares, j, width);
 }
 
-/* Moves the means of WIDTH activations to those of all rows: `sums` holds sum d_i of each column, `squares` the sum of
- * all d_i^2 and then C' - C. Without a centre r is 0. */
+/* Moves the means of WIDTH activations to the means of all rows: `sums` holds sum d_i of each column, `squares` the sum
+ * of all d_i^2 and then C' - C. Without a centre r is 0. */
 INLINE void move_means(tile p, const job *j, lanes means[][REGISTERS], lanes sums[][REGISTERS], const lanes *centre,
                        lanes *squares, lanes *offset_squares, int centred)
 {
@@ -181,8 +181,8 @@ INLINE void add_row(tile p, const job *j, Py_ssize_t i, const lanes *centre, lan
 
 /* The sums of WIDTH activations in float32, or in double where it does not hold the squares.
  *
- * `means`, `sums` and `changed` take 192 kB of the stack of each thread. OpenMP's have 2 MB at least on Linux; elsewhere
- * this runs in the calling thread. `changes` and `centred` are constants. */
+ * `means`, `sums` and `changed` take 192 kB of the stack of each thread. OpenMP's threads have at least 2 MB on Linux;
+ * elsewhere this runs in the calling thread. `changes` and `centred` are constants. */
 INLINE int deviations_of(tile p, const job *j, enum changes changes, int centred)
 {
     const lanes none = {0};
@@ -206,7 +206,7 @@ INLINE int deviations_of(tile p, const job *j, enum changes changes, int centred
         add_row(p, j, i, centre, means, sums, changed, row_spread, squares, rows_vary, columns_vary, changes, centred,
                 0);
     found = (bits)none;
-    for (int v = 0; v < REGISTERS; v++) { /* masked with INT32_MAX, the bits of -0 are those of 0 */
+    for (int v = 0; v < REGISTERS; v++) { /* masked with INT32_MAX, -0 has the bits of 0 */
         const bits held = (row_spread[v] <= j->limits.largest) & (squares[v] <= j->limits.largest); /* false for NaN */
         const bits lost_rows = ((rows_vary[v] & INT32_MAX) != 0) & (row_spread[v] < j->limits.smallest);
         const bits lost_columns = ((columns_vary[v] & INT32_MAX) != 0) & (squares[v] < j->limits.smallest);

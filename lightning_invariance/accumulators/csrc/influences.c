@@ -29,7 +29,8 @@ INLINE void influences_of(const job *j, Py_ssize_t a, double *on_sum, lanes *cha
     for (Py_ssize_t i = 0; i < j->n; i++) {
         const float *const row = j->x + i * m * k + a;
         const float *const reference = row + (with_changes ? j->reference * k : 0);
-        lanes first[REGISTERS], sum[REGISTERS], of_row[REGISTERS], of_columns[REGISTERS], factor[REGISTERS], total = none;
+        lanes first[REGISTERS], sum[REGISTERS], of_row[REGISTERS], of_columns[REGISTERS], factor[REGISTERS];
+        lanes total = none;
         float influence[WIDTH];
         for (int v = 0; v < REGISTERS; v++) {
             first[v] = *(const unaligned *)(reference + v * LANES);

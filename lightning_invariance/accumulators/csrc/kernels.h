@@ -1,9 +1,10 @@
 /* Sums over a block of rows of the ST matrix (Quiroga, section 2.2), with every value read once.
  *
- * A block x is (n, m, k) float32: n samples, m transformations and k activations, contiguous. In differences.c it may be
- * a part of a larger tensor, whose rows and columns lie further apart than they are long. deviations.c, differences.c and
- * influences.c hold one kind of sum each, with its derivation; tiles.h and changes.h hold what they share. module.c is
- * the boundary to Python: it checks all sizes before a pointer is used. backends/c_kernels.py calls it. */
+ * A block x is (n, m, k) float32: n samples, m transformations and k activations, contiguous. In differences.c it may
+ * be a part of a larger tensor, whose rows and columns lie further apart than they are long. deviations.c,
+ * differences.c and influences.c hold one kind of sum each, with its derivation; tiles.h and changes.h hold what they
+ * share. module.c is the boundary to Python: it checks all sizes before a pointer is used. backends/c_kernels.py calls
+ * it. */
 
 #ifndef LIGHTNING_INVARIANCE_KERNELS_H
 #define LIGHTNING_INVARIANCE_KERNELS_H

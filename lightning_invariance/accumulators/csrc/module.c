@@ -1,5 +1,5 @@
-/* The boundary to Python. Each function takes keyword arguments, as backends/c_kernels.py passes them, and checks that all
- * sizes fit together before a pointer is used. */
+/* The boundary to Python. Each function takes the keyword arguments that backends/c_kernels.py passes, and checks that
+ * all sizes fit together before a pointer is used. */
 
 #include "kernels.h"
 
@@ -107,7 +107,7 @@ static int is_whole(block x)
            && !__builtin_mul_overflow(x.n, row, &all) && all == x.length;
 }
 
-/* Whether a block is there and its last value, with rows and columns so far apart, is within the number of its values. */
+/* Whether a block is there and its last value, with rows and columns so far apart, within the number of its values. */
 static int is_within(block x, Py_ssize_t row, Py_ssize_t column)
 {
     Py_ssize_t rows, columns, all;
@@ -201,8 +201,8 @@ static PyObject *absolute_differences(PyObject *self, PyObject *args, PyObject *
 /* Without `factors` there are no changes and no spreads. */
 static PyObject *add_influences(PyObject *self, PyObject *args, PyObject *named)
 {
-    static char *names[] = {"block", "means", "weights", "counts", "squares", "fourths", "on_sum", "factors", "reference",
-                            "changes", "spreads", "threads", NULL};
+    static char *names[] = {"block", "means", "weights", "counts", "squares", "fourths", "on_sum", "factors",
+                            "reference", "changes", "spreads", "threads", NULL};
     block x;
     tensor means, weights, counts, squares, fourths, on_sum, factors, changes, spreads;
     Py_ssize_t reference, threads;

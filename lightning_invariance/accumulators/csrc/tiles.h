@@ -14,7 +14,7 @@ typedef bits unaligned_bits __attribute__((aligned(sizeof(int)), may_alias));
 
 /* Prefetches an address `distance` elements further into the second cache. A prefetch of an address past the end of an
  * array has no effect; arithmetic on uintptr_t is defined there, arithmetic on pointers would not be. */
-#define PREFETCH(pointer, distance, for_writing)                                                                        \
+#define PREFETCH(pointer, distance, for_writing) \
     __builtin_prefetch((const void *)((uintptr_t)(pointer) + (uintptr_t)(distance) * sizeof *(pointer)), for_writing, 2)
 
 INLINE int any(const bits *mask)
@@ -25,8 +25,8 @@ INLINE int any(const bits *mask)
     return found != 0;
 }
 
-/* sum a^2 - (sum a)^2 / m loses up to a factor m of its digits, where one column alone differs. Where it loses more than
- * this factor, the row is read once more: the sum is taken of deviations from its mean. */
+/* sum a^2 - (sum a)^2 / m loses up to a factor m of its digits, where one column alone differs. Where it loses more
+ * than this factor, the row is read once more, and deviations are taken from its mean. */
 enum { MOST_LOST = 20 };
 
 /* sum (a_t - mean of a)^2 of WIDTH activations of a row, where `spread` has lost digits; a_t deviates from `first`. */

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators import States
-from lightning_invariance.accumulators.base import FoundInfluences
+from lightning_invariance.accumulators.influences import FoundInfluences
 from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.measures import Measure
 

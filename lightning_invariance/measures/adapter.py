@@ -11,17 +11,10 @@ from torch.nn import Module
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_invariance.accumulators.base import (
-    N_SAMPLES,
-    TYPES,
-    Accumulator,
-    Context,
-    Rows,
-    States,
-    check_declaration,
-)
+from lightning_invariance.accumulators.base import Accumulator, check_declaration
 from lightning_invariance.accumulators.configuration import configuration_of
 from lightning_invariance.accumulators.layer_state import LayerState
+from lightning_invariance.accumulators.rows import N_SAMPLES, TYPES, Context, Rows, States
 from lightning_invariance.distributed import merge_over_ranks
 from lightning_invariance.precision import has_float64, summed_on
 from lightning_invariance.transforms import TransformationSet

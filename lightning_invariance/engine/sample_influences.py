@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators import Rows, States
-from lightning_invariance.accumulators.base import GroupShare, Influenced, InfluenceKernel, started
+from lightning_invariance.accumulators.base import started
+from lightning_invariance.accumulators.influences import GroupShare, Influenced, InfluenceKernel
 from lightning_invariance.accumulators.sums import Sums
-from lightning_invariance.engine.response_influence import ResponseInfluence, has_intervals
+from lightning_invariance.engine.response_influences import ResponseInfluence, has_intervals
 from lightning_invariance.measures import Measure
 
 
@@ -165,6 +166,14 @@ class Influence:
         """The states of two processes."""
         added = {name: a[name] + b[name] for name in a if name not in ("numbers", "on_mean")}
         return {**{name: torch.cat([a[name], b[name]]) for name in ("numbers", "on_mean")}, **added}
+
+
+def has_influences(measure: Measure, sums: Sums, n_samples: int) -> bool:
+    """Whether a layer has enough samples and transformations, and complete groups if the measure looks at groups."""
+    in_groups = any(accumulator.in_groups for accumulator in measure.needs)
+    enough = sums.n_samples >= max(2, measure.least_samples)
+    complete = not in_groups or sums.n_samples == n_samples
+    return complete and enough and sums.n_transformations >= measure.least_transformations
 
 
 def derivatives(measure: Measure, sums: Sums, names: Sequence[str]) -> States:
