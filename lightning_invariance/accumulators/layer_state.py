@@ -48,7 +48,6 @@ class LayerState:
         self._active = sorted(distinct(accumulators), key=lambda accumulator: not accumulator.takes_half)
         home = torch.device("cpu") if device is None else device
         self._states = {accumulator: started(accumulator, home) for accumulator in self._active}
-        self._n_of = dict.fromkeys(self._active, 0)
 
     @property
     def active(self) -> bool:
@@ -73,7 +72,7 @@ class LayerState:
                     f" {given(returned)}: write `states.update(...)`."
                 )
             if not rows.before:
-                check_states(accumulator, states, "add")  # later rows are added in the same way
+                check_states(accumulator, states, "add")  # later calls run the code of the first
         self._count(self._rows + rows.values.shape[0])
 
     def check(self) -> None:
@@ -114,7 +113,7 @@ class LayerState:
             holder = self._holder_of(accumulator)
             if holder is not None:
                 states.update({name: self._states[holder][name] for name in accumulator.empty()})
-                n_samples = self._n_of[holder]
+                n_samples = self._rows if holder in self._active else self.n_samples
         return Sums(states, n_samples, self.n_transformations, self.ordered_shape, self.ordered_channel_axis)
 
     def dead(self) -> Tensor | None:
@@ -161,7 +160,6 @@ class LayerState:
         self._rows = rows
         if not self.in_second_pass:
             self.n_samples = rows
-        self._n_of.update(dict.fromkeys(self._active, rows))
 
     @property
     def ordered_shape(self) -> tuple[int, ...]:
@@ -187,8 +185,7 @@ class LayerState:
         if not self.order or not by_activation:
             return values
         leading = values.ndim - len(self.shape)
-        axes = [*range(leading), *(leading + self.order.index(axis) for axis in range(len(self.shape)))]
-        return values.permute(axes).contiguous()
+        return values.movedim([*range(leading, values.ndim)], [leading + axis for axis in self.order]).contiguous()
 
 
 def memory_order(activation: Tensor, channel_axis: int) -> tuple[int, ...]:

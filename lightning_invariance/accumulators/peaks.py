@@ -128,7 +128,7 @@ class Firing(Accumulator):
         states["firing_rows"] = states["firing_rows"] + torch.stack(found)
 
     def merge(self, a: States, b: States) -> States:
-        """The states after the rows of both, which have the same thresholds."""
+        """The states after the rows of both, whose thresholds are equal."""
         return {"thresholds": a["thresholds"], "firing_rows": a["firing_rows"] + b["firing_rows"]}
 
 

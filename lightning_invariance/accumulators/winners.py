@@ -1,4 +1,4 @@
-"""The unit with the largest value, and how often two transformations have the same one."""
+"""Agreement of transformations on the channel with the largest value."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
@@ -130,21 +130,19 @@ def catch_activations(model: nn.Module, selection: Selection, consumer: Consumer
     The hooks are removed afterwards, also if forward or the consumer raises.
     """
     catcher = Catcher(selection, consumer)
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for name, module in selection.modules.items():
-            handles.append(module.register_forward_hook(catcher.hook(name)))
+            hooks.enter_context(module.register_forward_hook(catcher.hook(name)))
         for name, module in selection.containers.items():
-            handles.append(module.register_forward_pre_hook(catcher.enter))
-            handles.append(module.register_forward_hook(catcher.hook_of_container(name)))
+            hooks.enter_context(module.register_forward_pre_hook(catcher.enter))
+            hooks.enter_context(module.register_forward_hook(catcher.hook_of_container(name)))
         hooked = {*selection.modules.values(), *selection.containers.values()}
         within = {module for container in selection.containers.values() for module in container.modules()}
-        handles += [module.register_forward_hook(catcher.count) for module in within - hooked]
-        with nullcontext() if catcher.operations is None else catcher.operations.following(model):
-            yield catcher
-    finally:
-        for handle in handles:
-            handle.remove()
+        for module in within - hooked:
+            hooks.enter_context(module.register_forward_hook(catcher.count))
+        if catcher.operations is not None:
+            hooks.enter_context(catcher.operations.following(model))
+        yield catcher
 
 
 @contextmanager
@@ -156,8 +154,5 @@ def transformed_input(module: nn.Module, transform: Callable[[Tensor], Tensor]) 
             raise RuntimeError("Expected the module of argument `transform_at` to take a tensor as its first argument.")
         return (transform(args[0]), *args[1:])
 
-    handle = module.register_forward_pre_hook(replaced)
-    try:
+    with module.register_forward_pre_hook(replaced):
         yield
-    finally:
-        handle.remove()

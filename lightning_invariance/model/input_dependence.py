@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_invariance.model.outputs import all_tensors_of
 
 #: Kernels whose result depends on the shape of their argument, not on its values.
 OF_SHAPES = frozenset(
@@ -32,19 +33,16 @@ class Dependence(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ign
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a kernel; its results are dependent if one of its arguments is."""
         output = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ not in OF_SHAPES and any(self.holds(each) for each in _tensors((args, kwargs))):
-            results = _tensors(output)
+        arguments = (tensor for _, tensor in all_tensors_of((args, kwargs)))
+        if func.overloadpacket.__name__ not in OF_SHAPES and any(map(self.holds, arguments)):
+            results = [tensor for _, tensor in all_tensors_of(output)]
             self._kept += results
-            self._dependent |= {memory_of(each) for each in results}
+            self._dependent |= {memory_of(tensor) for tensor in results}
         return output
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor is computed from the inputs."""
         return memory_of(tensor) in self._dependent
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [each for each in _pytree.tree_leaves(tree) if isinstance(each, Tensor)]
 
 
 def memory_of(tensor: Tensor) -> int:

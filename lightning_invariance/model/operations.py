@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class Operations(TorchFunctionMode):
         name = "" if not self._running else getattr(func, "__name__", "")
         if not name or name in LEFT_OUT:
             return func(*args, **(kwargs or {}))
-        given = _tensors_in(args) + (_tensors_in(tuple(kwargs.values())) if kwargs else [])
+        given = [tensor for _, tensor in all_tensors_of((args, kwargs or {}))]
         versions = [version_of(tensor) for tensor in given]
         output = func(*args, **(kwargs or {}))
         if not given:
@@ -90,16 +90,12 @@ class Operations(TorchFunctionMode):
     @contextmanager
     def following(self, model: nn.Module) -> Iterator[None]:
         """Track which module of a model runs, within the context."""
-        handles = []
-        try:
+        with ExitStack() as hooks:
             for name, module in model.named_modules():
                 entering = self._entering(plain_name(name) or type(model).__name__)
-                handles.append(module.register_forward_pre_hook(entering, prepend=True))
-                handles.append(module.register_forward_hook(self._leaving, always_call=True))
+                hooks.enter_context(module.register_forward_pre_hook(entering, prepend=True))
+                hooks.enter_context(module.register_forward_hook(self._leaving, always_call=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _entering(self, name: str) -> Callable[[nn.Module, Any], None]:
         return lambda module, args: self._running.append(name)
@@ -114,15 +110,6 @@ class Operations(TorchFunctionMode):
             known = self._results.get(id(tensor))
             if known is not None and known[0]() is tensor and known[1] == version_of(tensor):
                 self.returned.add(known[2])
-
-
-def _tensors_in(values: Sequence[Any]) -> list[Tensor]:
-    """The tensors among arguments, and within lists among them, such as the argument of ``torch.cat``."""
-    found = [value for value in values if isinstance(value, Tensor)]
-    for value in values:
-        if type(value) in (list, tuple):
-            found += [each for each in value if isinstance(each, Tensor)]
-    return found
 
 
 def _whole(tensor: Tensor) -> Tensor:

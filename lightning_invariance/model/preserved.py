@@ -69,8 +69,8 @@ def unchanged_tensors(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for name, same in _equal(tensors, copies).items():
-            _restore(model, name, tensors[name], None if same else copies[name])
+        for name, unchanged in _equal(tensors, copies).items():
+            _restore(model, name, tensors[name], None if unchanged else copies[name])
     changed = [name for name in parameters if name not in copies and version_of(parameters[name]) != versions[name]]
     if changed:
         raise RuntimeError(

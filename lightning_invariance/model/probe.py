@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from lightning_invariance.model.hooks import Catcher
 from lightning_invariance.model.input_dependence import Dependence
-from lightning_invariance.model.sample_axis import CONSTANT, Finding, Outputs, example_inputs, probe
+from lightning_invariance.model.sample_axis import CONSTANT, MIXED, PASSES, RANDOM, Finding, Outputs, Tolerance, compare
 from lightning_invariance.random_state import isolated_random_state
 
 #: Runs the network on some inputs of a batch, given their positions in it.
@@ -43,7 +42,11 @@ class Probed(NamedTuple):
 
 
 def probe_batch(batch: Tensor, catcher: Catcher, call: Call, seed: int, takes_batch: bool) -> Probed:
-    """Run a network on copies of a few inputs of a batch.
+    """Find the layout of every layer by running a network on copies of a few inputs of a batch.
+
+    Two passes are compared. If values of a layer do not agree, a third pass over the inputs of the second decides
+    whether it is random. If values are equal for all inputs, or for other inputs with the rest of the batch unchanged,
+    a pass that tracks dependence decides whether they are computed from the input, as in a dead layer, or constant.
 
     Args:
         batch: the inputs, ``(batch, *input_shape)``.
@@ -55,10 +58,10 @@ def probe_batch(batch: Tensor, catcher: Catcher, call: Call, seed: int, takes_ba
     Raises:
         TypeError: Like every error in :data:`FAILURES`, if the network fails; the message has a hint.
     """
-    inputs, positions = example_inputs(batch)
+    inputs, positions = _example_inputs(batch)
     last: dict[str, Output] = {}
 
-    def outputs_of(numbers: Sequence[int], number: int, shift: int = 0) -> Outputs:
+    def outputs_of(numbers: Sequence[int], seed: int, shift: int = 0) -> Outputs:
         outputs: Outputs = {}
         chosen = list(numbers)
         shown = inputs.roll(shift, 0)[chosen] if shift else inputs[chosen]
@@ -67,7 +70,7 @@ def probe_batch(batch: Tensor, catcher: Catcher, call: Call, seed: int, takes_ba
             outputs[layer] = output.clone()  # later modules may change it in place
             last[layer] = torch.empty_like(output, device="meta"), axis, len(chosen)
 
-        with isolated_random_state(seed + number), catcher.recording(consumer):
+        with isolated_random_state(seed), catcher.recording(consumer):
             try:
                 call(shown, positions[chosen])
             except FAILURES as error:
@@ -76,22 +79,51 @@ def probe_batch(batch: Tensor, catcher: Catcher, call: Call, seed: int, takes_ba
                 raise
         return outputs
 
-    def independent() -> set[str]:
-        constant: set[str] = set()
-        dependence = Dependence(inputs)
-
-        def consumer(layer: str, output: Tensor, axis: int | None) -> None:
-            if not dependence.holds(output):
-                constant.add(layer)
-
-        with isolated_random_state(seed), catcher.recording(consumer), dependence:
-            call(inputs, positions)
-        return constant
-
-    found = probe(outputs_of, independent, partial(outputs_of, shift=1) if takes_batch else None)
+    first, second = PASSES
+    one, other = outputs_of(first, seed), outputs_of(second, seed + 1)
+    tolerance = Tolerance.of(one.values())
+    found, repeated = compare(one, other, tolerance)
+    mixed = [layer for layer, finding in found.items() if finding == MIXED]
+    if mixed:
+        again = outputs_of(second, seed + 2)
+        found |= {layer: RANDOM for layer in mixed if not tolerance.equal(other[layer], again.get(layer))}
+    if takes_batch:
+        changed = outputs_of(second, seed + 1, shift=1)
+        repeated |= {layer for layer, output in changed.items() if tolerance.equal(output, other.get(layer))}
+    if repeated:
+        with isolated_random_state(seed):
+            found |= dict.fromkeys(_independent(inputs, positions, catcher, call) & repeated, CONSTANT)
     if catcher.operations is not None:
         # Operations that do not depend on the input, such as masks and positions, are not reported as left out.
         constant = {name for name, finding in found.items() if finding == CONSTANT and "/" in name}
         catcher.operations.returned |= constant
         found = {name: finding for name, finding in found.items() if name not in catcher.operations.returned}
     return Probed(found, last)
+
+
+def _example_inputs(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose inputs of a batch for the passes, and return them with their positions; the first is among them.
+
+    For batches that are too small, it also permutes the values of an input to make further ones.
+    """
+    number = len(PASSES[0])
+    if len(inputs) >= number:
+        chosen = torch.linspace(0, len(inputs) - 1, number).round().long()
+        return inputs[chosen.to(inputs.device)], chosen
+    chosen = torch.arange(number) % len(inputs)
+    made = [inputs[i].flatten().roll(k // len(inputs)).view_as(inputs[i]) for k, i in enumerate(chosen.tolist())]
+    return torch.stack(made), chosen
+
+
+def _independent(inputs: Tensor, positions: Tensor, catcher: Catcher, call: Call) -> set[str]:
+    """The layers whose outputs are not computed from the inputs."""
+    constant: set[str] = set()
+    dependence = Dependence(inputs)
+
+    def consumer(layer: str, output: Tensor, axis: int | None) -> None:
+        if not dependence.holds(output):
+            constant.add(layer)
+
+    with catcher.recording(consumer), dependence:
+        call(inputs, positions)
+    return constant

@@ -1,8 +1,8 @@
-"""Detection of the batch axis in every layer's output, by two small forward passes."""
+"""Detection of the batch axis in every layer's output, from two small forward passes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -69,63 +69,22 @@ RANDOM = "random: equal inputs give different values"
 Outputs: TypeAlias = dict[str, Tensor]
 
 
-def example_inputs(inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Choose inputs of a batch for the passes, and return them with their positions; the first is among them.
+def compare(one: Outputs, other: Outputs, tolerance: Tolerance) -> tuple[dict[str, Finding], set[str]]:
+    """Compare the outputs of all layers for the two :data:`PASSES`.
 
-    For batches that are too small, it also permutes the values of an input to make further ones.
+    Returns:
+        The finding of each layer, and the layers whose values are equal for all inputs.
     """
-    number = len(PASSES[0])
-    if len(inputs) >= number:
-        chosen = torch.linspace(0, len(inputs) - 1, number).round().long()
-        return inputs[chosen.to(inputs.device)], chosen
-    chosen = torch.arange(number) % len(inputs)
-    made = [inputs[i].flatten().roll(k // len(inputs)).view_as(inputs[i]) for k, i in enumerate(chosen.tolist())]
-    return torch.stack(made), chosen
-
-
-def probe(
-    outputs_of: Callable[[Sequence[int], int], Outputs],
-    independent: Callable[[], set[str]],
-    of_other_inputs: Callable[[Sequence[int], int], Outputs] | None = None,
-) -> dict[str, Finding]:
-    """Find the layout of every layer that runs in two forward passes.
-
-    If values of a layer do not agree, a third pass over the inputs of the second decides whether it is random. If they
-    are equal for all inputs, or for other inputs, a pass that tracks dependence decides whether they are computed from
-    the input, as in a dead layer, or constant.
-
-    Args:
-        outputs_of: runs the model on inputs, given their numbers and a number for the seed of all randomness; returns
-            the outputs of its layers.
-        independent: runs the model and returns the layers whose outputs are not computed from the input.
-        of_other_inputs: like ``outputs_of``, on other inputs with the unchanged rest of the batch, to find layers that
-            depend on the rest alone; None if the model receives only the inputs.
-    """
-    first, second = PASSES
-    one, other = outputs_of(first, 0), outputs_of(second, 1)
-    tolerance = Tolerance.of(one.values())
     found: dict[str, Finding] = dict.fromkeys([*one, *other], RAGGED)  # for layers that run in one pass only
-    doubtful: Outputs = {}
     usual = _with_batch_first(one, other, tolerance)
-    repeated = {layer for layer, is_repeated in usual.items() if is_repeated}
     found |= dict.fromkeys(usual, Layout())
+    repeated = {layer for layer, is_repeated in usual.items() if is_repeated}
     for layer in (one.keys() & other.keys()) - usual.keys():
-        output = one.pop(layer)
-        found[layer] = layout = _finding_of(output, other[layer], tolerance)
-        values = layout.batch_first(output, len(first)) if isinstance(layout, Layout) else None
+        found[layer] = layout = _finding_of(one[layer], other[layer], tolerance)
+        values = layout.batch_first(one[layer], len(PASSES[0])) if isinstance(layout, Layout) else None
         if values is not None and bool(_is_repeated(values, values.dtype)):
             repeated.add(layer)
-        elif layout == MIXED:
-            doubtful[layer] = other[layer]
-    if doubtful:
-        again = outputs_of(second, 2)
-        found |= {name: RANDOM for name, output in doubtful.items() if not tolerance.equal(output, again.get(name))}
-    if of_other_inputs is not None:
-        changed = of_other_inputs(second, 1)
-        repeated |= {layer for layer, output in changed.items() if tolerance.equal(output, other.get(layer))}
-    if repeated:
-        found |= dict.fromkeys(independent() & repeated, CONSTANT)
-    return found
+    return found, repeated
 
 
 @dataclass(frozen=True)
@@ -156,12 +115,8 @@ class Tolerance:
         size = float(torch.cat([a.flatten(), b.flatten()]).nan_to_num(0, 0, 0).abs().amax()) if a.numel() else 0.0
         return torch.allclose(a, b, rtol=self.relative, atol=self.absolute * size, equal_nan=True)
 
-    def each_close(self, a: Tensor, b: Tensor) -> bool:
-        """Whether all slices along the first axis are pairwise close."""
-        return (a.numel() > 0 and bool(self.slices_close(_wide(a), _wide(b)))) or all(map(self.close, a, b))
-
     def slices_close(self, a: Tensor, b: Tensor) -> Tensor:
-        """:meth:`each_close` of float64 tensors that are not empty, as a scalar tensor; false for NaN and infinity."""
+        """Whether all slices along the first axis of float64 tensors are close; false for NaN and infinity."""
         a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
         of_each = b.abs()
         sizes = of_each.amax(1, keepdim=True)
@@ -220,7 +175,7 @@ def _finding_of(one: Tensor, other: Tensor, tolerance: Tolerance) -> Finding:
     for outer in sorted(outers, key=lambda outer: outer not in (1, slices)):  # slices on both sides are least likely
         layout = Layout(axis, outer, slices // outer)
         a, b = layout.batch_first(one, len(first)), layout.batch_first(other, len(second))
-        if a is not None and b is not None and tolerance.each_close(a[places], b):
+        if a is not None and b is not None and all(map(tolerance.close, a[places], b)):
             return layout
     if one.ndim == 1 and slices > 1:  # a list whose lengths happen to be multiples of the batch sizes
         return RAGGED
