@@ -64,7 +64,8 @@ class PairedDeviations(Accumulator):
         for values, *sums in zip(*split, strict=True):
             products, *found = _added(products, values, *sums)
             parts.append(found)
-        states.update({name: torch.cat(part, -1) for name, part in zip(names, zip(*parts, strict=True), strict=True)})
+        for name, part in zip(names, zip(*parts, strict=True), strict=True):
+            states[name] = part[0] if len(part) == 1 else torch.cat(part, -1)
         states["paired_products"] = products
         states["paired_moves"] = states["paired_moves"] | (x[:, 0] != states["paired_origin"]).any(0)
 

@@ -111,10 +111,13 @@ def _squared_changes(maps: Tensor, reference: int | None) -> Tensor:
 
 def _spreads(values: Tensor, squared: bool) -> Tensor:
     """The squared deviations within each row of (n, m, k), or its standard deviation: (n, k)."""
-    deviations = _from_column(values, 0)
-    deviations.sub_(deviations.mean(1, keepdim=True, dtype=torch.float64))
-    spreads = _squares(deviations, 1)
-    return spreads if squared else spreads.div_(values.shape[1] - 1).sqrt_()
+    deviations, m = _from_column(values, 0), values.shape[1]
+    if values.dtype == torch.float64:
+        spreads = _squares(deviations.sub_(deviations.mean(1, keepdim=True)), 1)
+    else:  # float64 sums hold all digits of float32 deviations, which the means of rows would round
+        sums = deviations.sum(1, dtype=torch.float64)
+        spreads = _squares(deviations, 1).addcmul_(sums, sums, value=-1 / m)
+    return spreads if squared else spreads.div_(m - 1).sqrt_()
 
 
 def _from_column(values: Tensor, column: int) -> Tensor:
@@ -126,7 +129,7 @@ def _from_means(values: Tensor, centres: Tensor, offsets: Tensor) -> Tensor:
     """Deviations of (n, m, k) from the means, whose rounded sum c + o would cost float64 values some digits."""
     if values.dtype == torch.float64:
         return torch.sub(values, centres).sub_(offsets)
-    return values - (centres + offsets)
+    return torch.sub(values, centres + offsets, out=torch.empty_like(values))
 
 
 def _squares(values: Tensor, axes: int | tuple[int, ...]) -> Tensor:
