@@ -33,8 +33,8 @@ class Measure(AccumulatingMetric):
     """Base of all measures: a ``torchmetrics.Metric`` of ST blocks whose states merge exactly.
 
     ``update`` and ``forward`` take ``st_block``, a real floating-point tensor ``(samples, transformations,
-    *activation_shape)``: complete rows of the ST matrix of every activation of a layer; some need ``indices`` or ``labels``
-    of the samples. ``compute`` and ``forward`` return a float64 value for each activation or channel.
+    *activation_shape)``: complete rows of the ST matrix of every activation of a layer; some need ``indices`` or
+    ``labels`` of the samples. ``compute`` and ``forward`` return a float64 value for each activation or channel.
 
     To write a measure, name its accumulators in ``needs`` and override :meth:`value`; they determine the states, and
     how these merge over batches and processes. For a second pass over the same rows, also name ``needs_again`` and

@@ -54,8 +54,8 @@ class InvarianceMonitor(Callback):
 
     **Logged metrics**, to every logger of the trainer, at the step of Lightning's validation metrics: the mean over the
     finite values of each layer, ``{Measure}/{layer}``, and their mean over the layers, ``{Measure}_mean``, which
-    ``EarlyStopping`` and ``ModelCheckpoint`` can monitor. Give ``ModelCheckpoint`` this ``every_n_epochs``: it would rank
-    later models by the last value; ``EarlyStopping`` counts new values alone.
+    ``EarlyStopping`` and ``ModelCheckpoint`` can monitor. Give ``ModelCheckpoint`` this ``every_n_epochs``: it would
+    rank later models by the last value; ``EarlyStopping`` counts new values alone.
 
     **Logged images**, to loggers that accept images: ``{Measure}/heatmap``, layers × channels (the paper's figure 8);
     ``{Measure}/evolution``, layers × evaluations so far, under the accuracy or loss that the model logs; and
