@@ -182,7 +182,7 @@ def test_other_means_are_float32():
 
 @needs_kernels
 def test_small_deviations_that_cancel_are_not_lost():
-    x = torch.zeros(8, 4, 128)
+    x = torch.zeros(8, 4, 640)  # so many that means are float32
     x[::2], x[1::2] = 1e-25, -1e-25  # the second block is as often above the mean as below
     torch.testing.assert_close(updated(SampleVariance(), x).compute(), sv(x), rtol=1e-5, atol=0)
 
