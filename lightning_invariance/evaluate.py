@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +24,6 @@ from lightning_invariance.model.selection import Layers, select_layers, unwrappe
 from lightning_invariance.results.result import InvarianceResult
 from lightning_invariance.results.warnings import warn_of
 from lightning_invariance.transforms import TransformationSet
-
-#: Model → the batch size that ``"auto"`` came to, where the memory did not suffice for the first one.
-_FITTING: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def evaluate(
@@ -152,8 +148,6 @@ def evaluate_with(
     check_transformations(transformations)
     model = unwrapped(model)
     walk = Walk(model, data, options)
-    if options.batch_size == "auto" and model in _FITTING:
-        walk = walk.with_batch_size(_FITTING[model])
     while True:
         try:
             # Results are plain tensors, also where the caller is in inference mode.
@@ -162,13 +156,14 @@ def evaluate_with(
         except torch.OutOfMemoryError:
             if options.batch_size != "auto" or walk.batch_size == 1:
                 raise
-        _FITTING[model] = walk.batch_size // 2
+        half = walk.batch_size // 2
         warnings.warn(
-            f"Memory did not suffice for batches of {walk.batch_size} inputs: they have {_FITTING[model]} from now on.",
+            f"Memory did not suffice for batches of {walk.batch_size} inputs: this evaluation takes {half}. Write"
+            f" `batch_size={half}` to begin with them.",
             UserWarning,
             stacklevel=level_of_user(),
         )
-        walk = walk.with_batch_size(_FITTING[model])
+        walk = walk.with_batch_size(half)
 
 
 def _measured(walk: Walk, transformations: TransformationSet, measures: Mapping[str, Metric]) -> InvarianceResult:

@@ -40,6 +40,13 @@ def given(value: Any) -> str:
     return text if len(text) <= FEW_CHARACTERS else text[:FEW_CHARACTERS] + "…"
 
 
+def check_int(argument: str, value: Any, least: int = 1) -> int:
+    """Return an int of at least ``least``; a ValueError for anything else."""
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"Expected argument `{argument}` to be an int of at least {least}, but got {value!r}.")
+    return value
+
+
 def level_of_user() -> int:
     """The ``stacklevel`` with which a warning of the caller names the first line outside of the package."""
     package, frame, level = __name__.partition(".")[0], sys._getframe(1), 1

@@ -159,7 +159,7 @@ def test_the_family_shares_its_sums_in_evaluate(monkeypatch):
         ({"distance": "manhattan"}, "`distance` to be one of .* but got 'manhattan'"),
         ({"over": "layer"}, "`over` to be .* but got 'layer'"),
         ({"distance": "cosine"}, "scalars, but got 'cosine'"),
-        ({"samples": 1}, "`samples` to be an int larger than 1, but got 1"),
+        ({"samples": 1}, "`samples` to be an int of at least 2, but got 1"),
     ],
 )
 def test_bad_arguments(arguments, message):

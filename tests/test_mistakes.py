@@ -49,7 +49,7 @@ def test_the_class_of_a_measure_instead_of_a_measure(make, measures):
 
 
 def test_a_number_as_text():
-    with pytest.raises(ValueError, match="larger than 0, but got '16'"):
+    with pytest.raises(ValueError, match="of at least 1, but got '16'"):
         rotations("16")
 
 

@@ -95,5 +95,5 @@ def test_bad_arguments():
         Stratified("NormalizedVariance", 3)
     with pytest.raises(ValueError, match="one pass"):
         Stratified(Goodfellow(), 3)
-    with pytest.raises(ValueError, match="`num_classes` to be an int larger than 0, but got 0"):
+    with pytest.raises(ValueError, match="`num_classes` to be an int of at least 1, but got 0"):
         Stratified(NormalizedVariance(), 0)

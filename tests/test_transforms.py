@@ -246,7 +246,7 @@ def test_sets_pickle():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: rotations(0), ValueError, "`n` to be an int larger than 0, but got 0"),
+        (lambda: rotations(0), ValueError, "`n` to be an int of at least 1, but got 0"),
         (lambda: rotations(), ValueError, "one of the arguments `n` and `angles`"),
         (lambda: rotations(angles=[]), ValueError, "at least one transformation"),
         (lambda: scales(factors=[1, 0]), ValueError, "above 0, but got 0"),

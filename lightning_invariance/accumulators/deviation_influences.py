@@ -41,7 +41,7 @@ class DeviationInfluences:
 
     @classmethod
     def of(cls, totals: States, about: Influenced, reference: int | None) -> DeviationInfluences | None:
-        """The kernel for a value, or None where C was not compiled, or float32 does not hold what is needed.
+        """The kernel for a value, or None where float32 does not hold what is needed.
 
         Args:
             totals: the sums of ``Deviations()``.
@@ -49,7 +49,7 @@ class DeviationInfluences:
             reference: the column that changes are taken from.
         """
         rows, columns, n = totals["row_spread"], totals["column_spread"][0], about.n_samples
-        if not c_kernels.is_compiled() or rows.dtype != torch.float64 or len(rows) != len(about.finite):
+        if rows.dtype != torch.float64 or len(rows) != len(about.finite):
             return None
         means, values = means_of(totals), n * about.n_transformations
         both = torch.stack([rows, columns]) / values

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -36,13 +35,11 @@ class ColumnPairs(Accumulator):
 
     Attributes:
         samples: number of samples that each column keeps, or in a group.
-        expected: number of samples in all, numbered from 0; 0 if unknown.
         distance: see :func:`~lightning_invariance.accumulators.distances.distance_between`.
         over: ``"activation"`` or ``"channel"``.
     """
 
     samples: int
-    expected: int = 0
     distance: Distance = "abs"
     over: str = "activation"
 
@@ -90,9 +87,9 @@ class ColumnPairs(Accumulator):
         return self.samples
 
     def prepared(self, context: Context) -> Accumulator:
-        """Form groups, or note the number of samples, so that samples that would be replaced later are never kept."""
+        """Form groups if samples come in runs."""
         if context.run < self.samples or context.n_samples is None:
-            return replace(self, expected=context.n_samples or 0)
+            return self
         return GroupedPairs(self.distance, self.over, self.samples, context.run, context.n_samples)
 
     def _choice(self, keys: Tensor, rows: Rows) -> Choice:
@@ -102,11 +99,7 @@ class ColumnPairs(Accumulator):
             return choose(keys, keys_of(indices_of_contents(rows.flat).cpu() ^ _mixed(arrived), len(keys)))
         before, choice = rows.block_memo.get(self, (None, None))
         if before is None or not torch.equal(before, keys):
-            candidates = keys_of(rows.indices, len(keys))
-            if self.expected:
-                last = last_key(self.expected, len(keys), self.samples)
-                candidates = torch.where(candidates <= last, candidates, EMPTY)
-            choice = choose(keys, candidates)
+            choice = choose(keys, keys_of(rows.indices, len(keys)))
             rows.block_memo[self] = keys.clone(), choice
         found: Choice = choice
         return found
@@ -116,12 +109,6 @@ def keys_of(indices: Tensor, columns: int) -> Tensor:
     """Hash each pair of sample and column to a key: ``(columns, samples)``."""
     column = torch.arange(columns, device=indices.device)
     return _mixed(_mixed(indices.long())[None, :] + column[:, None]) & EMPTY
-
-
-@lru_cache(maxsize=16)
-def last_key(n: int, columns: int, places: int) -> Tensor:
-    """The largest key that each column keeps after all samples 0 to n − 1: ``(columns, 1)``."""
-    return keys_of(torch.arange(n), columns).kthvalue(min(n, places), dim=1, keepdim=True).values
 
 
 def indices_of_contents(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_invariance.data.batches import Samples
 from lightning_invariance.data.fingerprints import warn_of_equal, warn_of_randomness
 from lightning_invariance.data.samples import Source
-from lightning_invariance.messages import given
+from lightning_invariance.messages import check_int, given
 from lightning_invariance.transforms import TransformationSet
 
 #: Samples that are loaded at a time, rounded down to whole blocks; the next ones load while a GPU computes.
@@ -103,10 +103,9 @@ class STLoader:
                 f"Expected argument `transformations` to be a TransformationSet, but got {given(transformations)};"
                 " make one of functions with `TransformationSet.from_callables`."
             )
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"Expected argument `batch_size` to be an int larger than 0, but got {batch_size}.")
-        if max_samples is not None and (not isinstance(max_samples, int) or max_samples < 1):
-            raise ValueError(f"Expected argument `max_samples` to be an int larger than 0, but got {max_samples}.")
+        check_int("batch_size", batch_size)
+        if max_samples is not None:
+            check_int("max_samples", max_samples)
         self.transformations = transformations
         self.batch_size = batch_size
         self.transform = transform
@@ -131,10 +130,7 @@ class STLoader:
         return self.rows * max(1, SAMPLES_PER_FETCH // self.rows)
 
     def resize(self, batch_size: int) -> None:
-        """Change the size of the following blocks; not for a stream.
-
-        During an iteration, only if a batch holds whole rows before and after.
-        """
+        """Change the size of the blocks, before an iteration; not for a stream."""
         self.batch_size, self.rows = batch_size, max(1, batch_size // len(self.transformations))
         self.source.fetch_together(self._fetched_together())
 
@@ -177,7 +173,7 @@ class STLoader:
             if rest is not None:
                 samples = rest + samples
             start = 0
-            while (end := start + self.rows) <= len(samples):  # which :meth:`resize` may change between two blocks
+            while (end := start + self.rows) <= len(samples):
                 yield samples[start:end]
                 start = end
             rest = samples[start:] if start < len(samples) else None

@@ -237,7 +237,7 @@ class _Rows:
         which, sample = numbers[:, 0] // count, numbers[:, 0] % count
         if self._module is None:
             return self._called(model, self._transformed(which, sample), sample)
-        with transformed_input(self._module, _Once(lambda x: self._each_transformed(x, which))):
+        with transformed_input(self._module, _once(lambda x: self._each_transformed(x, which))):
             return self._called(model, self.samples[sample], sample)
 
     def _called(self, model: nn.Module, x: Tensor, sample: Tensor) -> Any:
@@ -260,15 +260,11 @@ class _Rows:
         return parts[torch.cat([(which == j).nonzero()[:, 0] for j in rows]).argsort()]
 
 
-class _Once:
-    """A function of the input of a module that is applied the first time that the module runs."""
+def _once(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Apply a function to the input of a module the first time that the module runs."""
+    functions = iter([function])
+    return lambda x: next(functions, _unchanged)(x)
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self._function, self._called = function, False
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Apply it, or return x."""
-        if self._called:
-            return x
-        self._called = True
-        return self._function(x)
+def _unchanged(x: Tensor) -> Tensor:
+    return x

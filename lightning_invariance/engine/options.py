@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_invariance.messages import check_int
 from lightning_invariance.model.selection import Layers
 from lightning_invariance.results.intervals import check_confidence
 
@@ -17,22 +18,6 @@ from lightning_invariance.results.intervals import check_confidence
 @dataclass(frozen=True)
 class Options:
     """Options of an evaluation, as described at :func:`~lightning_invariance.evaluate`.
-
-    Attributes:
-        layers: which layers to measure.
-        batch_size: largest number of inputs in one forward pass, or ``"auto"``.
-        max_samples: how many samples.
-        device: where to run; None for where the model is.
-        forward: how to run the model.
-        input_fn: picks x from a batch.
-        transform_at: the module whose input is transformed; None for the network's.
-        channel_axis: layer or glob pattern → axis of the activation that holds the channels.
-        operations: also measure what functions and operators compute in forward.
-        state_budget: bytes that the states of all layers may take.
-        confidence: of intervals; None for none.
-        outputs: name → metric of predictions and targets, for each transformation.
-        seed: of all random choices.
-        progress: show a bar.
 
     Raises:
         ValueError: If ``batch_size`` or ``max_samples`` is too small, or ``confidence`` is not in (0, 1).
@@ -55,14 +40,10 @@ class Options:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.batch_size != "auto" and (not isinstance(self.batch_size, int) or self.batch_size < 1):
-            raise ValueError(
-                f'Expected argument `batch_size` to be an int of at least 1 or "auto", but got {self.batch_size!r}.'
-            )
-        if self.max_samples is not None and (not isinstance(self.max_samples, int) or self.max_samples < 1):
-            raise ValueError(
-                f"Expected argument `max_samples` to be an int of at least 1 or None, but got {self.max_samples!r}."
-            )
+        if self.batch_size != "auto":
+            check_int("batch_size", self.batch_size)
+        if self.max_samples is not None:
+            check_int("max_samples", self.max_samples)
         if self.confidence is not None:
             check_confidence(self.confidence)
         if self.channel_axis is not None and not isinstance(self.channel_axis, Mapping):

@@ -17,7 +17,6 @@ from lightning_invariance.data.batches import select_samples, takes_batch
 from lightning_invariance.data.fingerprints import Fingerprint, is_split
 from lightning_invariance.data.loader import STBlock, STLoader
 from lightning_invariance.distributed import errors_shared, gather_objects, rank_and_world_size
-from lightning_invariance.engine.batch_size import batch_size_for, first_batch_size
 from lightning_invariance.engine.blocks import Blocks
 from lightning_invariance.engine.budget import OverBudgetError, activations_of, check_memory
 from lightning_invariance.engine.options import Options
@@ -32,6 +31,11 @@ from lightning_invariance.precision import summed_on
 from lightning_invariance.random_state import isolated_random_state
 from lightning_invariance.results.result import OutputValues
 from lightning_invariance.transforms import TransformationSet
+
+#: Inputs of a batch where ``batch_size="auto"``: a number on the CPU; on an accelerator, which needs many of a small
+#: network to be busy, as many as have so many bytes in float32, at most ``MOST_INPUTS``; and from a stream, which is
+#: not looked at before, ``INPUTS_OF_STREAM``.
+INPUTS_ON_CPU, INPUT_BYTES, MOST_INPUTS, INPUTS_OF_STREAM = 128, 2**29, 2**14, 2**10
 
 #: A progress bar appears when a walk takes longer than this, in seconds.
 PROGRESS_DELAY = 3.0
@@ -53,7 +57,8 @@ class Walk:
         self.model = model
         self.data = data
         self.device = torch.device(options.device) if options.device is not None else device_of(model)
-        self.batch_size = first_batch_size(self.device) if options.batch_size == "auto" else options.batch_size
+        automatic = INPUTS_ON_CPU if self.device.type == "cpu" else INPUTS_OF_STREAM
+        self.batch_size = automatic if options.batch_size == "auto" else options.batch_size
         self.options = options
         self.selection = select_layers(model, options.layers, options.operations)
         at = options.transform_at
@@ -92,8 +97,9 @@ class Walk:
                 with_batch=takes_batch(self.options.forward) or bool(self.options.outputs),
                 run=run,
             )
-            if self.options.batch_size == "auto":
-                self.batch_size = batch_size_for(loader, self.device)
+            by_bytes = self.options.batch_size == "auto" and self.device.type != "cpu"
+            if by_bytes and (size := loader.source.bytes_of_input()) is not None:
+                self.batch_size = max(1, min(MOST_INPUTS, INPUT_BYTES // size))
                 loader.resize(self.batch_size)
             fingerprint = loader.source.fingerprint() if world_size > 1 else Fingerprint(None, None)
         if is_split(gather_objects(fingerprint)):

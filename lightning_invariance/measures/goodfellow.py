@@ -11,6 +11,7 @@ from lightning_invariance.accumulators import Accumulator, Deviations, Extremes,
 from lightning_invariance.accumulators.peaks import rounded_down
 from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.measures.base import Measure
+from lightning_invariance.messages import check_int
 
 
 class Goodfellow(Measure):
@@ -78,8 +79,7 @@ class Goodfellow(Measure):
                 'Expected argument `direction` to be "higher_is_invariant" or "lower_is_invariant",'
                 f" but got {direction!r}."
             )
-        if not isinstance(capacity, int) or capacity < 1:
-            raise ValueError(f"Expected argument `capacity` to be an int larger than 0, but got {capacity}.")
+        check_int("capacity", capacity)
         signs = (1, -1) if sign == "best" else (int(sign),)
         of_all: Accumulator = Deviations() if threshold == "normal" else Extremes(signs, capacity)
         super().__init__([of_all, Peaks(signs, capacity)], [Firing(signs, alpha, threshold)], **kwargs)

@@ -14,6 +14,7 @@ from lightning_invariance.accumulators.subsample import EMPTY
 from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.aggregation import aggregate_maps
 from lightning_invariance.measures.variance import sample_variance, transformation_variance
+from lightning_invariance.messages import check_int
 
 DISTANCES = ("abs", "squared", "euclidean", "cosine")
 
@@ -120,6 +121,5 @@ def pair_distances(distance: Distance, over: str, samples: int) -> PairDistances
             f'Expected argument `distance` to be "abs", "squared" or a function for `over="activation"`, whose values'
             f" are scalars, but got {distance!r}."
         )
-    if not isinstance(samples, int) or samples < 2:
-        raise ValueError(f"Expected argument `samples` to be an int larger than 1, but got {samples}.")
+    check_int("samples", samples, 2)
     return SquaredDistances(over) if distance == "squared" else PairDistances(distance, over, samples)

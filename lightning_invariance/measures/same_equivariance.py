@@ -16,6 +16,7 @@ from lightning_invariance.aggregation import aggregate_maps
 from lightning_invariance.measures.base import Measure, quotient
 from lightning_invariance.measures.pair_distances import pair_distances
 from lightning_invariance.measures.variance import sample_variance, transformation_variance
+from lightning_invariance.messages import check_int
 from lightning_invariance.transforms import TransformationSet
 
 
@@ -65,8 +66,7 @@ def back_mapping(
     """Check the arguments of the inverse mapping."""
     if normalized_by not in (None, "samples"):
         raise ValueError(f'Expected argument `normalized_by` to be None or "samples", but got {normalized_by!r}.')
-    if not isinstance(mask, int) or mask < 0:
-        raise ValueError(f"Expected argument `mask` to be a bool or an int of at least 0, but got {mask!r}.")
+    check_int("mask", mask, 0)
     if transformations is not None:
         check_inverses(transformations)
     return BackMapping(transformations, normalize, int(mask), input_size)

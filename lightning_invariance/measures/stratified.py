@@ -12,7 +12,7 @@ from torchmetrics.utilities.prints import rank_zero_warn
 from lightning_invariance.accumulators import ByClass
 from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.measures.base import Measure
-from lightning_invariance.messages import given
+from lightning_invariance.messages import check_int, given
 
 
 class Stratified(Measure):
@@ -55,8 +55,7 @@ class Stratified(Measure):
             raise TypeError(f"Expected argument `measure` to be a measure of this package, but got {given(measure)}.")
         if measure.needs_again:
             raise ValueError(f"Expected argument `measure` to need one pass, but got {measure!r}.")
-        if not isinstance(num_classes, int) or num_classes < 1:
-            raise ValueError(f"Expected argument `num_classes` to be an int larger than 0, but got {num_classes}.")
+        check_int("num_classes", num_classes)
         super().__init__([ByClass(measure.needs, num_classes)], **kwargs)
         self.num_classes, self.weighted = num_classes, weighted
         self.is_ratio, self.unit = measure.is_ratio, measure.unit

@@ -14,6 +14,7 @@ from torchmetrics import Metric
 from lightning_invariance.engine.options import Options
 from lightning_invariance.evaluate import check_transformations, evaluate_with, named_measures, named_metrics
 from lightning_invariance.measures import NormalizedVariance
+from lightning_invariance.messages import check_int
 from lightning_invariance.model.selection import Layers, select_layers
 from lightning_invariance.monitor.history import History
 from lightning_invariance.monitor.logging import check_tags, draw, errors_as_warnings, scalars
@@ -115,8 +116,9 @@ class InvarianceMonitor(Callback):
     ) -> None:
         super().__init__()
         check_transformations(transformations)
-        _check_int("every_n_epochs", every_n_epochs, 1)
-        _check_int("max_samples", max_samples, 2)
+        check_int("every_n_epochs", every_n_epochs)
+        if max_samples is not None:
+            check_int("max_samples", max_samples, 2)
         self.options = Options(
             layers=layers,
             batch_size=batch_size,
@@ -261,8 +263,3 @@ def _check_names(names: Sequence[str | None]) -> None:
         raise MisconfigurationException(
             f"Expected InvarianceMonitors of different names in one trainer, but got {names}: set `name`."
         )
-
-
-def _check_int(argument: str, value: int | None, least: int) -> None:
-    if value is not None and (not isinstance(value, int) or value < least):
-        raise ValueError(f"Expected argument `{argument}` to be an int of at least {least}, but got {value}.")

@@ -114,16 +114,9 @@ def draw(
     histograms: bool,
     warned: set[type],
 ) -> None:
-    """Log the pictures of a history; a failure is a warning.
+    """Log the pictures of a history, the newest result last; a failure is a warning.
 
-    Args:
-        trainer: whose loggers.
-        history: results, the newest last.
-        tags: measure → prefix of its tags.
-        measures: measures whose tags are explained; none where they already are.
-        suffix: of the tag of the text, and of metrics of predictions.
-        histograms: whether to log the distribution over channels.
-        warned: classes of errors that were warned of.
+    ``measures`` are those whose tags are to be explained: none where they already are.
     """
     if measures:
         with errors_as_warnings(warned):

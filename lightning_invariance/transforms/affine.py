@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_invariance.messages import level_of_user
+from lightning_invariance.messages import check_int, level_of_user
 from lightning_invariance.transforms.base import TransformationSet
 from lightning_invariance.transforms.resampling import Resampling
 
@@ -156,8 +156,7 @@ def rotations(
     if (n is None) == (angles is None):
         raise ValueError(f"Expected one of the arguments `n` and `angles`, but got n={n} and angles={angles}.")
     if angles is None:
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"Expected argument `n` to be an int larger than 0, but got {n!r}.")
+        n = check_int("n", n)
         angles = [360 * j / n for j in range(n)]
     if not all(map(math.isfinite, angles)):
         raise ValueError(f"Expected argument `angles` to hold finite numbers, but got {angles}.")

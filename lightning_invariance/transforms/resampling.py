@@ -22,18 +22,15 @@ class Resampling:
         # In array indices: index_in = linear @ index_out + offset.
         offset = sources[:, :2, 2] + centre - linear @ centre
         exact = _is_whole(linear).flatten(1).all(1) & _is_whole(offset).all(1)
-        self._exact, self._inexact = exact.nonzero()[:, 0].to(device), (~exact).nonzero()[:, 0].to(device)
+        self._exact, self._all_exact = exact.nonzero()[:, 0].to(device), bool(exact.all())
 
         index = _indices(linear[exact].round(), offset[exact].round(), height, width).long()
         inside = ((index >= 0) & (index < torch.tensor([width, height]))).all(-1)
         outside = height * width  # the index of one extra pixel that holds the fill
         self._moves = torch.where(inside, index[..., 1] * width + index[..., 0], outside).flatten(1).to(device)
 
-        # Selecting maps copies their images. If at most half are exact, interpolate all and overwrite the exact ones.
-        self._interpolate_all = 0 < 2 * int(exact.sum()) <= len(exact)
-        some = torch.ones_like(exact) if self._interpolate_all else ~exact
         size = torch.tensor([width, height], dtype=torch.float64)
-        grids = (2 * _indices(linear[some], offset[some], height, width) + 1) / size - 1
+        grids = (2 * _indices(linear, offset, height, width) + 1) / size - 1
         self._grids = grids.to(device, torch.float64 if like.dtype == torch.float64 else torch.float32)
 
     def __call__(self, x: Tensor, fill: Tensor | None = None) -> Tensor:
@@ -43,16 +40,11 @@ class Resampling:
             x: ``(batch, m, planes, height, width)``; map j is applied to ``x[:, j]``.
             fill: value outside the images, ``(planes,)``; None for zeros.
         """
-        if not len(self._inexact):
+        if self._all_exact:
             return self._move(x, fill)
-        if not len(self._exact):
-            return self._interpolate(x, fill)
-        if self._interpolate_all:
-            moved = self._interpolate(x, fill)
-        else:
-            moved = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            moved[:, self._inexact] = self._interpolate(x[:, self._inexact], fill)
-        moved[:, self._exact] = self._move(x[:, self._exact], fill)
+        moved = self._interpolate(x, fill)
+        if len(self._exact):
+            moved[:, self._exact] = self._move(x[:, self._exact], fill)
         return moved
 
     def _move(self, x: Tensor, fill: Tensor | None) -> Tensor:

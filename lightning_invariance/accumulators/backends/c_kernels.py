@@ -29,16 +29,7 @@ MOST_SORTED: int = getattr(_kernels, "MOST_SORTED", 64)
 
 
 class Limits(NamedTuple):
-    """When float32 is not good enough for sums of squares and means.
-
-    Attributes:
-        smallest: a sum of squares below this may have lost digits, if its terms are not 0.
-        largest: a sum of squares above this may overflow where it is multiplied.
-        far: float32 offsets are too coarse where the squared deviations of a column are below this part of its N
-            squared offsets,
-        rows_for_far: and N is at least this;
-        far_of_few: this part takes the place of ``far`` for fewer rows.
-    """
+    """When float32 is not good enough for sums of squares and means; see :data:`LIMITS` and ``csrc/kernels.h``."""
 
     smallest: float
     largest: float
@@ -67,11 +58,6 @@ class Changes(NamedTuple):
     sums: Tensor
     reference: int | None
     inner: int
-
-
-def is_compiled() -> bool:
-    """Whether there is C."""
-    return _kernels is not None
 
 
 def takes(x: Tensor) -> bool:

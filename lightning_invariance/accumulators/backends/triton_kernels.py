@@ -68,17 +68,9 @@ def add_deviations(
 ) -> None:
     """Add rows to the squared deviations and column means of those before, in place.
 
-    Args:
-        x: rows ``(n, m, k)`` of k activations that :func:`takes` is true of.
-        before: how many rows there were before.
-        row_spread: ``(k,)`` in float64, as all that follow.
-        column_spread: ``(1, k)``.
-        centres: ``(k,)``.
-        offsets: ``(1, m, k)``.
-        range_of_squares: outside of it float32 may have lost digits of a sum of squares, or overflow.
-        changes: ``(m, channels)``, to which what each transformation changes is added; see ``pytorch.py``.
-        reference: the column that changes are taken from; None for the mean of the row.
-        inner: how many neighbouring activations belong to one channel, before the next one's follow.
+    As :func:`~lightning_invariance.accumulators.backends.c_kernels.add_deviations`, for rows ``(n, m, k)`` that
+    :func:`takes` is true of, and offsets ``(1, m, k)``; all sums are float64. Outside of ``range_of_squares`` float32
+    may have lost digits of a sum of squares, or overflow.
     """
     x, (n, m, k) = x.contiguous(), x.shape
     columns, width, warps, positions = tile_of(m, k, inner, changes is not None)

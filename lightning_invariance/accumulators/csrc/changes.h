@@ -26,46 +26,18 @@ INLINE void add_to_channels(const double *changed, double *channels, Py_ssize_t 
     }
 }
 
-/* Sums of pairs of neighbours: first the pairs of a, then the pairs of b. */
-INLINE void add_pairs(lanes *sums, const lanes *a, const lanes *b)
-{
-#ifdef __clang__
-    *sums = __builtin_shufflevector(*a, *b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
-            + __builtin_shufflevector(*a, *b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-#else
-    const bits even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-    *sums = __builtin_shuffle(*a, *b, even) + __builtin_shuffle(*a, *b, even + 1);
-#endif
-}
-
 /* Adds the squared changes of WIDTH activations under each transformation to their channels. Where WIDTH neighbours
  * belong to one channel, `changed[t][0]` holds all of them. */
 INLINE void add_changes(tile p, const job *j, lanes changed[][REGISTERS], enum changes changes)
 {
-    const Py_ssize_t inner = changes == OF_ONE_CHANNEL ? LANES : j->inner;
-    const Py_ssize_t channel = p.first / j->inner % j->channels;
+    const int width = changes == OF_ONE_CHANNEL ? LANES : WIDTH;
     for (Py_ssize_t t = 0; t < j->m; t++) {
-        double *const channels = p.changes + t * j->channels, values[WIDTH];
-        const int halving = WIDTH % inner == 0; /* then tiles begin with a channel, and `inner` is a power of 2 */
-        lanes sums[REGISTERS];
-        memcpy(sums, changed[t], sizeof sums);
-        for (Py_ssize_t left = inner; halving && left > 1; left /= 2)
-            for (int v = 0; v < REGISTERS; v += 2) /* sums of `left` neighbours come first; what follows is not used */
-                add_pairs(sums + v / 2, sums + v, sums + v + 1);
         float narrow[WIDTH];
-        memcpy(narrow, sums, sizeof narrow);
-        for (int l = 0; l < WIDTH; l++)
+        double values[WIDTH];
+        memcpy(narrow, changed[t], (size_t)width * sizeof(float));
+        for (int l = 0; l < width; l++)
             values[l] = narrow[l];
-        const int number = changes == OF_ONE_CHANNEL ? 1 : WIDTH / (int)(inner < WIDTH ? inner : WIDTH);
-        if (!halving)
-            add_to_channels(values, channels, p.first, j, WIDTH);
-        else
-            for (int l = 0, run; l < number; l += run) { /* the channels of a position, then of the next one */
-                const Py_ssize_t from = (channel + l) % j->channels, left = j->channels - from;
-                run = number - l < left ? number - l : (int)left;
-                for (int i = 0; i < run; i++)
-                    channels[from + i] += values[l + i] * j->factor;
-            }
+        add_to_channels(values, p.changes + t * j->channels, p.first, j, width);
     }
 }
 
