@@ -2,13 +2,9 @@
 
 import math
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from lightning_invariance.accumulators import Rows
-from lightning_invariance.accumulators.layer_state import LayerState
 
 #: Operations that launch nothing.
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "lift_fresh"}
@@ -45,19 +41,3 @@ class Counted(TorchDispatchMode):
                 self.bytes += sum(map(size_of, moved))
                 self.names.append(func._schema.name.removeprefix("aten::"))
         return found
-
-
-def counted(measure, block: Tensor) -> Counted:
-    """Count the kernels and bytes that a measure needs for the third block of a layer on a device.
-
-    Args:
-        measure: a measure.
-        block: ``(samples, transformations, *activation_shape)``, of which the shape and type count.
-    """
-    n, block = len(block), block.to("meta")
-    layer = LayerState(measure.needs, tuple(block.shape[2:]), n_transformations=block.shape[1], device=block.device)
-    for i in range(2):
-        layer.add(Rows(block, torch.arange(i * n, (i + 1) * n)))
-    with Counted() as found:
-        layer.add(Rows(block, torch.arange(2 * n, 3 * n)))
-    return found

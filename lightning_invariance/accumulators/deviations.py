@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators.backends import add_deviations, c_kernels
+from lightning_invariance.accumulators.backends import add_deviations
 from lightning_invariance.accumulators.backends.base import Wanted
 from lightning_invariance.accumulators.backends.pytorch import changes_of_samples, deviations_of_samples
 from lightning_invariance.accumulators.base import Accumulator
@@ -18,9 +18,6 @@ from lightning_invariance.accumulators.column_means import means_of, narrow
 from lightning_invariance.accumulators.deviation_influences import DeviationInfluences
 from lightning_invariance.accumulators.influences import Influenced, InfluenceKernel
 from lightning_invariance.accumulators.rows import N_SAMPLES, Context, Rows, States
-
-#: Rows times columns of one step, which bounds the rounding of a float32 sum.
-MOST_VALUES = c_kernels.MOST_COLUMNS
 
 
 @dataclass(frozen=True)

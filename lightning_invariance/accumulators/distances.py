@@ -10,9 +10,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_invariance.accumulators.backends.c_kernels import MOST_COLUMNS
 from lightning_invariance.accumulators.backends.pairs import absolute_differences, euclidean_distances
 from lightning_invariance.accumulators.base import Accumulator, add_to
-from lightning_invariance.accumulators.deviations import MOST_VALUES
 from lightning_invariance.accumulators.rows import Rows, States
 
 #: A distance by name, or a function of two broadcast tensors; see :func:`distance_between`.
@@ -44,7 +44,7 @@ class RowDistances(Accumulator):
 
     def add(self, states: States, rows: Rows) -> None:
         """Add the distances of rows."""
-        for some in torch.split(self._values(rows), max(1, MOST_VALUES // rows.values.shape[1])):
+        for some in torch.split(self._values(rows), max(1, MOST_COLUMNS // rows.values.shape[1])):
             add_to(states, row_distances=row_distances(some, self.distance, self.over))
 
     def merge(self, a: States, b: States) -> States:
