@@ -239,7 +239,7 @@ def test_the_kernels_of_triton_pass_the_tests_of_the_sums():
         timeout=600,
     )
     assert found.returncode == 0, found.stdout[-5000:] + found.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", found.stdout)[1]) >= 60
+    assert int(re.search(r"(\d+) passed", found.stdout)[1]) >= 50
 
 
 #: Tests of measures that are run on a GPU where there is one, without tests that pretend to be elsewhere, and tests of
