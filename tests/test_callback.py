@@ -123,13 +123,6 @@ def test_the_csv_logger_gets_files(tmp_path):
     assert Image.open(tmp_path / "csv" / pictures[0]).size[0] > 300
 
 
-def test_no_logger_and_fast_dev_run(tmp_path):
-    monitor = InvarianceMonitor(rotations(4))
-    fit(tmp_path, monitor, epochs=1)
-    assert len(monitor.history) == 2
-    fit(tmp_path, InvarianceMonitor(rotations(4)), fast_dev_run=True)
-
-
 def test_validate_measures_once(tmp_path):
     monitor = InvarianceMonitor(rotations(4))
     metrics = trainer_of(tmp_path, monitor).validate(Net(), DataLoader(DATA, 8), verbose=False)[0]

@@ -53,15 +53,6 @@ def test_quarter_turns_of_the_identity_and_of_a_symmetric_network_score_exactly_
 
 
 @pytest.mark.parametrize("measure", BOTH)
-def test_a_network_that_is_not_symmetric_scores_above_zero(measure):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)).double()
-    result = evaluate(model, images(), quarter_turns(), measure())
-    assert (result[measure.__name__]["0"] > 0.01).all()
-    assert (result.floor[measure.__name__] == 0).all()
-
-
-@pytest.mark.parametrize("measure", BOTH)
 def test_a_circular_network_scores_zero_inside_the_mask_of_translations(measure):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), nn.ReLU()).double()
@@ -105,25 +96,6 @@ def test_the_mask_worked_out_by_hand():
     assert value.isnan().tolist() == [[[True, True, False, False, False, True]]]
     value = functional.variance_same_equivariance(st[..., :1, :].expand(2, 2, 1, 3, 6), t, mask=True)
     assert value.tolist() == [0]
-
-
-def test_values_worked_out_by_hand():
-    t = flips()[:2]  # the identity and left-right
-    x = torch.tensor([[3.0, 4.0]]).view(1, 1, 1, 2)
-    maps = torch.stack([x, x], 1)  # a network that gives the same map for both: mapped back (3, 4) and (4, 3)
-    metric = {
-        "variance": VarianceSameEquivariance(t, normalize=False),
-        "unit": VarianceSameEquivariance(t),
-        "pixels": VarianceSameEquivariance(t, normalize=False, over="activation"),
-        "distance": DistanceSameEquivariance(t, normalize=False),
-        "abs": DistanceSameEquivariance(t, normalize=False, over="activation"),
-    }
-    found = {name: (m.update(maps), m.compute())[1].flatten().tolist() for name, m in metric.items()}
-    assert found["variance"] == pytest.approx([1.0])  # 0.5 for each pixel
-    assert found["unit"] == pytest.approx([1 / 25])
-    assert found["pixels"] == pytest.approx([0.5, 0.5])
-    assert found["distance"] == pytest.approx([2**0.5 / 2])  # (0 + √2 + √2 + 0) / 4
-    assert found["abs"] == pytest.approx([0.5, 0.5])
 
 
 def test_the_floor_is_the_measure_of_the_identity_network():

@@ -22,7 +22,7 @@ def measured(st, size=100, **arguments):
     return metric.compute()
 
 
-def invariant_and_noise(n=4000, m=10):
+def invariant_and_noise(n=100, m=10):
     generator = torch.Generator().manual_seed(0)
     invariant = torch.randn(n, 1, generator=generator).expand(n, m)
     return torch.stack([invariant, torch.randn(n, m, generator=generator)], 2)
@@ -52,27 +52,9 @@ def test_the_better_sign_is_taken():
 
 
 @pytest.mark.parametrize("threshold", ["normal", "quantile"])
-def test_an_invariant_unit_and_noise_are_far_apart(threshold):
-    invariant, noise = measured(invariant_and_noise(), threshold=threshold, capacity=1000).tolist()
-    assert invariant == pytest.approx(100, rel=0.25)  # 1 / alpha
-    assert noise == pytest.approx(1 / (1 - 0.99**10), rel=0.1)  # 10.5
-
-
-def test_the_normal_threshold_is_the_normal_quantile():
-    st = invariant_and_noise()
-    metric = Goodfellow(alpha=0.1)
-    metric.update(st)
-    metric.end_pass()
-    metric.update(st)
-    level = 1.2815515655 * st.double().std((0, 1)) + st.double().mean((0, 1))
-    rows = (st > level).any(1).sum(0)
-    torch.testing.assert_close(metric.compute(), len(st) / rows.double())
-
-
-@pytest.mark.parametrize("threshold", ["normal", "quantile"])
 @pytest.mark.parametrize("sign", [1, -1, "best"])
 def test_one_pass_and_two_give_the_same(threshold, sign):
-    st = invariant_and_noise(n=100)
+    st = invariant_and_noise()
     once, twice = Goodfellow(0.05, threshold, sign), Goodfellow(0.05, threshold, sign, capacity=99)
     for metric in (once, twice):
         for rows in st.split(30):

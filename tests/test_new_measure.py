@@ -7,13 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.data import TensorDataset
 from torchmetrics import MetricCollection
-from trainings import fit
 
-from lightning_invariance import InvarianceMonitor, evaluate, plots, rotations
+from lightning_invariance import evaluate, rotations
 from lightning_invariance.accumulators import Accumulator, Deviations
 from lightning_invariance.measures import Measure, Stratified
 from lightning_invariance.testing import MeasureTester
@@ -69,36 +67,6 @@ def test_in_evaluate_and_for_each_class(batch_size):
     classes = [definition(cube(IMAGES[label == LABELS])) for label in range(2)]
     torch.testing.assert_close(result["classes"]["3"], torch.stack(classes).mean(0), rtol=1e-9, atol=0)
     assert result.ratios == {"range": True, "classes": True}
-
-
-def test_in_tables_and_pictures():
-    result = measured()
-    assert result.table("range")[3].shape == (4,)
-    assert plots.heatmap(result, "range").axes
-    assert plots.layers(result, "range").axes
-
-
-def test_in_the_callback(tmp_path):
-    monitor = InvarianceMonitor(rotations(4), measures=[NormalizedRange()])
-    fit(tmp_path, monitor, epochs=1)
-    assert [result.epoch for result in monitor.history] == [-1, 0]
-    assert all(np.isfinite(result.mean("NormalizedRange")) for result in monitor.history)
-
-
-def on_a_rank():
-    metric = NormalizedRange()
-    if dist.get_rank() == 1:
-        metric.update(cube(IMAGES))
-    result = measured()
-    return {"by hand": metric.compute(), "range": result["range"]["3"], "classes": result["classes"]["3"]}
-
-
-def test_in_three_processes_two_of_which_have_no_rows(ranks):
-    alone = measured()
-    for found in ranks(on_a_rank):
-        torch.testing.assert_close(found["by hand"], definition(cube(IMAGES)), rtol=1e-9, atol=0)
-        for name in ("range", "classes"):
-            torch.testing.assert_close(found[name], alone[name]["3"], rtol=1e-9, atol=0)
 
 
 @dataclass(frozen=True)

@@ -83,16 +83,6 @@ def test_any_batches_and_sizes_of_values(batch_size, images):
     assert found == pytest.approx(expected, rel=1e-9 if images.dtype == torch.float64 else 1e-4, abs=0)
 
 
-def test_it_merges():
-    st = torch.randn(11, 4, 3, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    whole, one, other = (NormalizedVariance(response=True) for _ in range(3))
-    whole.update(st)
-    one.update(st[:4])
-    other.update(st[4:])
-    other.merge_state(one)
-    torch.testing.assert_close(other.response(), whole.response(), rtol=1e-12, atol=0)
-
-
 def test_which_sets_know_their_identity():
     assert rotations(16).identity == 0
     assert scales().identity == 5

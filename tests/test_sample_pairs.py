@@ -84,13 +84,6 @@ def test_smaller_groups_lie_within_larger_ones():
     torch.testing.assert_close(found["3"]["3"], defined(cube, smaller), rtol=1e-9, atol=0)
 
 
-def test_up_to_a_group_of_samples_it_is_exact():
-    model, images = network(), IMAGES[:16]
-    found = evaluate(model, images, TURNS, NormalizedDistance(), batch_size=12, progress=False)["NormalizedDistance"]
-    expected = functional.normalized_distance(activations_of(model, images))
-    torch.testing.assert_close(found["3"], expected, rtol=1e-9, atol=0)
-
-
 def test_maps_that_are_mapped_back_are_grouped_too_whatever_else_is_measured():
     model, turns = network()[:1], quarter_turns()
     measure = DistanceSameEquivariance(distance="abs", normalize=False, normalized_by="samples", samples=7)

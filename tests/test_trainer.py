@@ -407,30 +407,3 @@ def test_channels_last_and_inference_mode():
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     run = values(last, images, forward=lambda m, x: m(x.contiguous(memory_format=torch.channels_last)))
     assert_same(run, expected, rtol=1e-4, atol=1e-6)
-
-
-# Which data
-
-
-def noise(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(4))
-
-
-def test_sound():
-    shifts = {f"shift {s}": lambda x, s=s: x.roll(s, -1) for s in (0, 4, 8)}
-    gains = {f"gain {g}": lambda x, g=g: g * x for g in (0.5, 2.0)}
-    network = nn.Sequential(nn.Conv1d(1, 4, 5, padding=2, padding_mode="circular"), nn.AdaptiveAvgPool1d(1))
-    by_shift = evaluate(network, noise(20, 1, 32), TransformationSet.from_callables(shifts))["NormalizedVariance"]
-    by_gain = evaluate(network, noise(20, 1, 32), TransformationSet.from_callables(gains))["NormalizedVariance"]
-    assert by_shift["0"].mean() > 0.5
-    assert by_shift["1"].max() < 1e-9  # the mean over a circle does not depend on where it begins
-    assert by_gain["1"].min() > 1e-3
-
-
-def test_its_state_is_plain_data(tmp_path):
-    watching = monitor()
-    fit(tmp_path, watching, epochs=1)
-    torch.save(watching.state_dict(), tmp_path / "state.pt")
-    again = monitor()
-    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert [result.per_layer() for result in again.history] == [result.per_layer() for result in watching.history]

@@ -238,11 +238,6 @@ def test_sets_of_different_kinds_combine():
     assert t.parameters == {"angle": [0, 90, 180, 270]}
 
 
-def test_sets_pickle():
-    t, x = combine(rotations(3), scales()), images()
-    assert torch.equal(pickle.loads(pickle.dumps(t))(x), t(x))
-
-
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
