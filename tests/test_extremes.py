@@ -105,7 +105,8 @@ def test_one_bad_value_spoils_its_own_activation_only(name, data):
     assert not value[place[2]].isfinite()
     others = [i for i in range(k) if i != place[2]]
     expected = definition(cube.double())
-    torch.testing.assert_close(value[others], expected[others], rtol=1e-4, atol=0, equal_nan=True)
+    rounding = 1e-12 if name == "effect" else 0  # a difference of sums in proportion to their size
+    torch.testing.assert_close(value[others], expected[others], rtol=1e-4, atol=rounding, equal_nan=True)
 
 
 @pytest.mark.parametrize("measure", [make for make, _ in MEASURES.values()])
