@@ -13,7 +13,7 @@ import torch
 from lightning_invariance.accumulators.base import Accumulator
 from lightning_invariance.accumulators.layer_state import LayerState
 from lightning_invariance.accumulators.rows import Rows
-from lightning_invariance.engine.registry import INPUT, Registry
+from lightning_invariance.engine.registry import INPUT, Registry, wants_intervals
 from lightning_invariance.measures.base import names_accumulators
 from lightning_invariance.messages import number_of
 from lightning_invariance.model.channels import channel_axis_in, usual_channel_axis
@@ -144,7 +144,7 @@ def needed_bytes(
                     sizes[about] = state_bytes(accumulator, activation, m, registry.expected or MOST_ROWS, device)
                 shared[accumulator] = sizes[about]
                 by_measure[key] = by_measure.get(key, 0) + sizes[about]
-            if name != INPUT and registry.has_intervals(measure):
+            if name != INPUT and wants_intervals(measure, registry.confidence):
                 size = math.prod(activation[0]) * (INFLUENCE + MEAN * m)
                 by_measure[key] = by_measure.get(key, 0) + size
                 total += size

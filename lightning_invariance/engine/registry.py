@@ -50,6 +50,7 @@ class Registry:
         finished: whether every row was seen as often as the measures need.
         input_shape: of the transformed input.
         sample_keys: number of a sample → its key, where blocks carry them.
+        has_floor: whether a measure wants its value for the network that returns its input.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Registry:
         self.n_samples, self.in_first_pass, self.finished = 0, True, False
         self.input_shape: tuple[int, ...] | None = None
         self.sample_keys: dict[int, int] = {}
+        self.has_floor = any(names_accumulators(m) and m.has_floor for m in self.measures.values())
         self._run = run
         self._memo: dict[Hashable, Any] = {}  # of the block, for all layers
         self._block: STBlock | None = None
@@ -93,11 +95,6 @@ class Registry:
             self.n_samples += len(block.inputs)
             if block.keys is not None:
                 self.sample_keys.update(zip(block.indices.tolist(), block.keys.tolist(), strict=True))
-
-    @property
-    def has_floor(self) -> bool:
-        """Whether a measure wants its value for the network that returns its input."""
-        return any(names_accumulators(measure) and measure.has_floor for measure in self.measures.values())
 
     def know_input(self, input_shape: tuple[int, ...]) -> None:
         """Tell measures what is known of the evaluation and, once, of the transformed input.
@@ -212,15 +209,11 @@ class Registry:
             if measure.needs_again and sums.n_samples and measure.needs_second_pass(sums):
                 states = measure.second_pass(sums)
                 begun += [(accumulator, states) for accumulator in measure.needs_again]
-            if name != INPUT and self.has_intervals(measure) and has_influences(measure, sums, self.n_samples):
+            wanted = name != INPUT and wants_intervals(measure, self.confidence)
+            if wanted and has_influences(measure, sums, self.n_samples):
                 influences[key] = Influence(measure, sums)
         layer.begin_second_pass(begun, device)
         self.influences[name] = influences
-
-    def has_intervals(self, measure: Measure) -> bool:
-        """Whether the influences of samples on a measure are wanted and can be found."""
-        wanted = self.confidence is not None and measure.has_intervals
-        return wanted and all(accumulator.has_shares or accumulator.in_groups for accumulator in measure.needs)
 
     def _add_unseen(
         self, of_processes: Sequence[dict[str, Shape]], input_shape: tuple[int, ...], device: torch.device
@@ -236,6 +229,12 @@ class Registry:
             if name not in self.layers:
                 self._new_layer(name, *about, device)
         self.layers = {name: self.layers[name] for name in order}
+
+
+def wants_intervals(measure: Measure, confidence: float | None) -> bool:
+    """Whether the influences of samples on a measure are wanted and can be found."""
+    wanted = confidence is not None and measure.has_intervals
+    return wanted and all(accumulator.has_shares or accumulator.in_groups for accumulator in measure.needs)
 
 
 def merge(layers: Sequence[LayerState], influences: Sequence[Influence], device: torch.device) -> None:

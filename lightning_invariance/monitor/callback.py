@@ -72,15 +72,13 @@ class InvarianceMonitor(Callback):
         layers: which layers, by default every leaf; see :func:`layer_names`.
         every_n_epochs: how often to evaluate, in epochs.
         max_samples: how many samples: a random choice, equal at every evaluation. None uses all.
-        batch_size: largest number of transformed inputs in one forward pass, or ``"auto"``; see :func:`evaluate`.
-        forward: as for :func:`evaluate`; so are ``input_fn``, ``seed``, ``channel_axis`` and ``operations``.
+        batch_size: see :func:`evaluate`, as for ``forward``, ``input_fn``, ``seed``, ``channel_axis``, ``operations``.
         name: added to the names of the measures, ``{Measure}_rotation``; needed where there are several monitors.
         histograms: whether TensorBoard gets the distribution over channels.
         confidence: of intervals over samples, such as 0.95, which cost most measures a second pass: also logs
             ``{Measure}_low/{layer}`` and ``{Measure}_high/{layer}``, which TensorBoard draws as bands (Custom Scalars),
             and marks differences from the untrained network in the evolution picture. By default there are none.
-        outputs: metrics of predictions and targets, such as an accuracy, of the network under each transformation; see
-            :func:`evaluate`. Logged as ``{Metric}_mean`` and ``{Metric}_worst``.
+        outputs: metrics of predictions, see :func:`evaluate`; logged as ``{Metric}_mean`` and ``{Metric}_worst``.
 
     Attributes:
         history: the results so far, the untrained network first, each with ``epoch`` (−1 for the untrained one; None
@@ -160,8 +158,7 @@ class InvarianceMonitor(Callback):
             check_validation_data(trainer)
         select_layers(pl_module, self.options.layers)
         warn_of_averaging(trainer, self)
-        if self.every_n_epochs > 1:
-            warn_of_old_values(trainer, self._tags, self.every_n_epochs)
+        warn_of_old_values(trainer, self._tags, self.every_n_epochs)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate the untrained network."""
@@ -180,7 +177,7 @@ class InvarianceMonitor(Callback):
         if trainer.sanity_checking:
             return
         is_fitting = trainer.state.fn == "fit"
-        if self._is_due(trainer) or not self._has_validated or not is_fitting:
+        if _is_due(trainer, self.every_n_epochs) or not self._has_validated or not is_fitting:
             self._has_validated = self._has_validated or is_fitting
             self._evaluate_and_log(trainer, pl_module)
         else:
@@ -195,12 +192,12 @@ class InvarianceMonitor(Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Spare the patience of ``EarlyStopping`` in epochs without validation and evaluation."""
-        if not trainer.enable_validation and not self._is_due(trainer):
+        if not trainer.enable_validation and not _is_due(trainer, self.every_n_epochs):
             spare_patience(trainer, self._tags)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate at the end of an epoch that has no validation."""
-        if not trainer.enable_validation and self._is_due(trainer):
+        if not trainer.enable_validation and _is_due(trainer, self.every_n_epochs):
             self._evaluate_and_log(trainer, pl_module)
             self._draw(trainer)
 
@@ -242,9 +239,6 @@ class InvarianceMonitor(Callback):
         self._has_new_result = True
         return result
 
-    def _is_due(self, trainer: pl.Trainer) -> bool:
-        return (trainer.current_epoch + 1) % self.every_n_epochs == 0
-
     def _draw(self, trainer: pl.Trainer) -> None:
         """Log pictures, text and histograms, on rank 0."""
         self._has_new_result = False
@@ -252,6 +246,10 @@ class InvarianceMonitor(Callback):
             measures = {} if self._has_explained else self.measures
             self._has_explained = True
             draw(trainer, self.history, self._tags, measures, self._suffix, self.histograms, self._warned)
+
+
+def _is_due(trainer: pl.Trainer, every_n_epochs: int) -> bool:
+    return (trainer.current_epoch + 1) % every_n_epochs == 0
 
 
 def _monitors_of(trainer: pl.Trainer) -> list[InvarianceMonitor]:
