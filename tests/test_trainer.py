@@ -407,3 +407,12 @@ def test_channels_last_and_inference_mode():
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     run = values(last, images, forward=lambda m, x: m(x.contiguous(memory_format=torch.channels_last)))
     assert_same(run, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_its_state_is_plain_data(tmp_path):
+    watching = monitor()
+    fit(tmp_path, watching, epochs=1)
+    torch.save(watching.state_dict(), tmp_path / "state.pt")
+    again = monitor()
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert [result.per_layer() for result in again.history] == [result.per_layer() for result in watching.history]
