@@ -72,7 +72,7 @@ def images(count: int) -> TensorDataset:
 @contextmanager
 def timed(times: dict[str, float]) -> Iterator[None]:
     """Add up the seconds of evaluations and of pictures while the context lasts."""
-    originals = {"evaluations": callback.evaluate_with, "pictures and logs": callback.log_pictures}
+    originals = {"evaluations": callback.evaluate_with, "pictures and logs": callback.draw}
 
     def wrapped(name: str) -> Any:
         def run(*args: Any, **options: Any) -> Any:
@@ -84,11 +84,11 @@ def timed(times: dict[str, float]) -> Iterator[None]:
 
         return run
 
-    callback.evaluate_with, callback.log_pictures = (wrapped(name) for name in originals)
+    callback.evaluate_with, callback.draw = (wrapped(name) for name in originals)
     try:
         yield
     finally:
-        callback.evaluate_with, callback.log_pictures = originals.values()
+        callback.evaluate_with, callback.draw = originals.values()
 
 
 def train(count: int, epochs: int, monitor: InvarianceMonitor | None) -> float:
