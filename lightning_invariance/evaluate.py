@@ -214,8 +214,8 @@ def layer_names(
             - a dict from module name to the name for results, curves and pictures.
             - patterns of operations, ``"layer1.0/add"`` or ``"layer*/add"``: what functions and operators compute in
               the forward of a module, see ``operations`` of :func:`evaluate`.
-        example: inputs, at least two different ones; the model runs on them twice. Then the names are those of a
-            result: without layers that do not run or cannot be measured, with operations, and with the further layers
+        example: inputs, at least two different ones; the model runs on them twice. A result has these
+            names: without layers that do not run or cannot be measured, with operations, and with the further layers
             of modules that run k times in one forward pass (``name``, ``name#1``, …, ``name#{k-1}``) or return a tuple,
             list or dict (``name[0]``, ``name[key]``, …). Without an example only modules without children are known.
         operations: with an example, whether to name what functions and operators compute, too.
