@@ -1,6 +1,6 @@
 """Default arguments give the same bits in every process, under any load, and after a kill.
 
-``python tests/test_determinism.py evaluate|train FOLDER`` runs in a process of its own.
+``python tests/test_determinism.py evaluate|train FOLDER THREADS`` runs in a process of its own.
 """
 
 import contextlib
@@ -96,8 +96,10 @@ def busy_threads(count):
             thread.join()
 
 
-def run(*arguments):
-    return subprocess.run([sys.executable, __file__, *map(str, arguments)], capture_output=True, text=True, timeout=240)
+def run(what, folder):
+    """Run in another process with as many threads: a training rounds otherwise with more of them."""
+    command = [sys.executable, __file__, what, str(folder), str(torch.get_num_threads())]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
 def assert_same_bits(one, other):
@@ -220,7 +222,8 @@ def test_nothing_of_the_process_changes(tmp_path):
     assert pages_of_activations() > pages / 2  # freed memory returns to the system as it did
 
 
-def main(what, folder):
+def main(what, folder, threads):
+    torch.set_num_threads(threads)
     if what == "train":
         train(folder, DiesInEpoch1())
     with busy_threads(2):
@@ -228,4 +231,4 @@ def main(what, folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
