@@ -19,8 +19,8 @@ from lightning_invariance.engine.walk import Walk
 from lightning_invariance.measures import NormalizedVariance
 from lightning_invariance.measures.base import names_accumulators
 from lightning_invariance.messages import given, level_of_user
-from lightning_invariance.model.preserved import ONE_AT_A_TIME
 from lightning_invariance.model.selection import Layers, select_layers, unwrapped
+from lightning_invariance.model.snapshot import ONE_AT_A_TIME
 from lightning_invariance.results.result import InvarianceResult
 from lightning_invariance.results.warnings import warn_of
 from lightning_invariance.transforms import TransformationSet
@@ -297,7 +297,8 @@ def check_model(model: Any) -> None:
             f"Expected argument `model` to be a torch.nn.Module, but got {type(model).__name__}: call"
             " `evaluate(model, data, transformations)`, in this order."
         )
-    if any(tensor.is_meta for tensors in (model.parameters(), model.buffers()) for tensor in tensors):
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate loads them in time
+    if not offloaded and any(tensor.is_meta for tensors in (model.parameters(), model.buffers()) for tensor in tensors):
         raise ValueError(
             "Expected argument `model` to hold values, but some of its parameters are on the meta device: load weights"
             " first, such as with `model.load_state_dict(weights, assign=True)`."

@@ -406,32 +406,32 @@ def test_automatic_batch_size_halves_until_it_fits_and_changes_no_value():
         evaluate(model, images, rotations(4), forward=lambda *_: forward(model, images), batch_size="auto")
 
 
+#: Addresses of arrays that are alive, and their number at each call of a :class:`Tracked`.
+ARRAYS, COUNTS = set(), []
+
+
 class Tracked(nn.Module):
     """Returns memory that is seen to be freed: torch keeps the array as long as any tensor uses it."""
 
-    def __init__(self, arrays, counts):
-        super().__init__()
-        self.arrays, self.counts = arrays, counts
-
     def forward(self, x):
-        self.counts.append(len(self.arrays))  # including the input's array
+        COUNTS.append(len(ARRAYS))  # including the input's array
         array = np.empty(tuple(x.shape), np.float32)
-        self.arrays.add(array.ctypes.data)
-        weakref.finalize(array, self.arrays.discard, array.ctypes.data)
+        ARRAYS.add(array.ctypes.data)
+        weakref.finalize(array, ARRAYS.discard, array.ctypes.data)
         return torch.from_numpy(array).copy_(x)
 
 
 @pytest.mark.filterwarnings("ignore:NaN")  # of distances without a pair
 @pytest.mark.parametrize("layers", [None, "9"])
 def test_activations_of_one_layer_are_alive_at_a_time(layers):
-    arrays, counts = set(), []
-    model = nn.Sequential(*(Tracked(arrays, counts) for _ in range(10)))
+    COUNTS.clear()
+    model = nn.Sequential(*(Tracked() for _ in range(10)))
     x = rotations(4)(torch.rand(8, 1, 8, 8)).flatten(0, 1)
     with torch.no_grad():
         model(x)
-    bare = counts.copy()
-    counts.clear()
+    bare = COUNTS.copy()
+    COUNTS.clear()
     measures = [NormalizedVariance(), NormalizedDistance(), Goodfellow(), VarianceSameEquivariance()]
     evaluate(model, torch.rand(32, 1, 8, 8), rotations(4), measures, layers=layers, batch_size=32)
-    assert counts == (2 + 4) * bare  # two passes of the probe, and four batches
-    assert not arrays
+    assert COUNTS == (2 + 4) * bare  # two passes of the probe, and four batches
+    assert not ARRAYS

@@ -85,15 +85,15 @@ def test_buffers_and_parameters_are_restored():
     assert model.calls == 0
 
 
-def test_a_parameter_of_a_model_too_large_to_copy_must_stay(monkeypatch):
-    monkeypatch.setattr("lightning_invariance.model.preserved.LARGEST_COPY", 10)
+def test_a_parameter_that_is_too_large_to_copy_must_stay(monkeypatch):
+    monkeypatch.setattr("lightning_invariance.model.snapshot.LARGEST_COPY", 0)
 
     class InPlace(Counting):
         def forward(self, x):
             self.factor.mul_(0.5)
             return self.conv(x)
 
-    with pytest.raises(RuntimeError, match="leave parameters as they are, but it changed factor: measure a copy"):
+    with pytest.raises(RuntimeError, match="leave large tensors as they are, but it changed factor of shape"):
         evaluate(InPlace(), IMAGES, TURNS, progress=False)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.messages import level_of_user
+from lightning_invariance.model.outputs import plain
 from lightning_invariance.random_state import isolated_random_state
 from lightning_invariance.transforms import TransformationSet
 
@@ -32,13 +33,14 @@ def fingerprint_of(n_samples: int | None, first: Callable[[], Tensor], seed: int
     digests = set()
     for _ in range(2):
         with isolated_random_state(seed):
-            values = first().detach().cpu().contiguous().view(torch.uint8)  # numpy has no bfloat16
+            values = plain(first()).detach().cpu().contiguous().view(torch.uint8)  # numpy has no bfloat16
         digests.add(hashlib.sha256(values.numpy().tobytes()).hexdigest())
     return Fingerprint(n_samples, digests.pop() if len(digests) == 1 else None)
 
 
 def keys_of(samples: Tensor) -> Tensor:
     """Compute a 64-bit hash of the content of each sample, ``(n,)``; floating-point samples count in float32."""
+    samples = plain(samples)
     samples = samples.float() if samples.is_floating_point() else samples
     values = samples.detach().cpu().contiguous().flatten(1).view(torch.uint8).numpy()
     digests = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in values)
@@ -60,6 +62,7 @@ def warn_of_randomness(transformations: TransformationSet, sample: Tensor, seed:
 
 def warn_of_equal(transformations: TransformationSet, inputs: Tensor) -> None:
     """Warn if all columns of inputs ``(rows, columns, ...)`` are equal, unless the inputs are constant."""
+    inputs = plain(inputs)
     varies = bool((inputs != inputs.flatten()[0]).any())  # transformations do not change a constant image
     if inputs.shape[1] > 1 and varies and bool((inputs == inputs[:, :1]).all()):
         warnings.warn(

@@ -67,22 +67,22 @@ class Blocks:
         self._start_input(inputs, block)
         return inputs.flatten(0, 1)
 
-    def consume(self, layer: str, output: Tensor, channel_axis: int | None) -> None:
+    def consume(self, layer: str, output: Tensor | str, channel_axis: int | None) -> None:
         """Add what a layer made of the block's inputs, if it can be measured.
 
         Args:
             layer: its name.
-            output: what it returned.
+            output: what it returned, or why that cannot be measured.
             channel_axis: of the channels, counted from the end, where the module says it.
         """
         if not self._open or self._block is None or self.findings is None:
             return
-        finding = self.findings.get(layer)
-        if finding is None:
+        finding = output if isinstance(output, str) else self.findings.get(layer)
+        if finding is None and isinstance(output, Tensor):
             self.unknown.append((layer, output.clone(), channel_axis))  # later modules may change it in place
         elif isinstance(finding, str):
             self._registry.leave_out(layer, finding)
-        else:
+        elif isinstance(finding, Layout) and isinstance(output, Tensor):
             self._consume(layer, finding, output, channel_axis, self._block)
 
     def consume_unknown(self, findings: Mapping[str, Finding]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,11 +22,11 @@ from lightning_invariance.engine.budget import OverBudgetError, activations_of, 
 from lightning_invariance.engine.options import Options
 from lightning_invariance.engine.output_metrics import OutputMetrics
 from lightning_invariance.engine.registry import Registry
-from lightning_invariance.model.hooks import Catcher, catch_activations, transformed_input
-from lightning_invariance.model.preserved import device_of, evaluation_mode, on_device, unchanged_tensors
+from lightning_invariance.model.hooks import SCRIPTED, Catcher, Consumer, catch_activations, transformed_input
 from lightning_invariance.model.probe import Output, probe_batch
 from lightning_invariance.model.sample_axis import CONSTANT, Finding, Layout
 from lightning_invariance.model.selection import module_of, select_layers
+from lightning_invariance.model.snapshot import device_of, evaluation_mode, on_device
 from lightning_invariance.precision import summed_on
 from lightning_invariance.random_state import isolated_random_state
 from lightning_invariance.results.result import OutputValues
@@ -122,7 +122,10 @@ class Walk:
         blocks = Blocks(registry, self.options.channel_axis, within=self.transformed_module is not None)
         if self.options.outputs:
             self._output_metrics = OutputMetrics(self.options.outputs, loader.transformations, self.device, confidence)
-        with self._prepared(blocks), catch_activations(self.model, self.selection, blocks.consume) as catcher:
+        for name, module in self.selection.modules.items():
+            if isinstance(module, torch.jit.ScriptModule):
+                registry.leave_out(name, SCRIPTED)
+        with self._catching(blocks.consume, blocks.enter) as catcher:
             while not registry.finished:
                 loader.source.with_keys = confidence is not None and registry.in_first_pass
                 self._pass(loader, about, blocks, catcher, registry)
@@ -174,9 +177,9 @@ class Walk:
     def names(self, example: Tensor) -> list[str]:
         """The layers that can be measured on some inputs, in the order in which they run."""
         order: dict[str, None] = {}
-        caught = catch_activations(self.model, self.selection, lambda layer, output, axis: order.update({layer: None}))
+        caught = self._catching(lambda layer, output, axis: order.update({layer: None}))
         block = STBlock(example.to(self.device)[:, None], None, slice(0, 1), torch.arange(len(example)))
-        with isolated_random_state(self.options.seed), self._prepared(None), caught as catcher:
+        with isolated_random_state(self.options.seed), caught as catcher:
             found = self._probed(block, catcher)
             with catcher.forward_pass():
                 self._call(block, block.inputs.flatten(0, 1))
@@ -195,18 +198,23 @@ class Walk:
             self.model, x, select_samples(block.batch, rows, of_row if positions is None else of_row[positions])
         )
 
-    def _prepared(self, blocks: Blocks | None) -> ExitStack:
-        """The model in eval mode on its device, without gradients; everything is put back afterwards."""
+    @contextmanager
+    def _catching(self, consumer: Consumer, enter: Callable[[Tensor], Tensor] | None = None) -> Iterator[Catcher]:
+        """The model in eval mode on its device, with hooks; everything is put back afterwards.
+
+        Args:
+            consumer: receives the outputs of layers.
+            enter: transforms what reaches the module of ``transform_at``.
+        """
         with ExitStack() as stack:
             stack.enter_context(on_device(self.model, self.device))
-            stack.enter_context(unchanged_tensors(self.model))
-            stack.enter_context(evaluation_mode(self.model))
+            before = stack.enter_context(evaluation_mode(self.model))
             stack.enter_context(torch.no_grad())
             # A compiled graph silently skips hooks that were added later.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            if blocks is not None and self.transformed_module is not None:
-                stack.enter_context(transformed_input(self.transformed_module, blocks.enter))
-            return stack.pop_all()
+            if enter is not None and self.transformed_module is not None:
+                stack.enter_context(transformed_input(self.transformed_module, enter))
+            yield stack.enter_context(catch_activations(self.model, before, self.selection, consumer))
 
 
 def with_progress(loader: STLoader, about: str, show: bool) -> Iterator[STBlock]:

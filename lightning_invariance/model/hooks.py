@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
@@ -15,9 +15,13 @@ from lightning_invariance.model.channels import channel_axis_of
 from lightning_invariance.model.operations import Operations
 from lightning_invariance.model.outputs import tensors_of
 from lightning_invariance.model.selection import Selection
+from lightning_invariance.model.snapshot import Snapshot
 
-#: Receives the name of a layer, an output tensor, and its channel axis, counted from the end; None if unknown.
-Consumer: TypeAlias = Callable[[str, Tensor, int | None], None]
+#: Receives the name of a layer, an output tensor or why it cannot be measured, and the channel axis, counted from the
+#: end; None if unknown.
+Consumer: TypeAlias = Callable[[str, Tensor | str, int | None], None]
+
+SCRIPTED = "scripted: runs outside of Python, where no hook sees it"
 
 
 class Catcher:
@@ -26,7 +30,12 @@ class Catcher:
     Args:
         selection: the modules and operations.
         consumer: receives every output.
+
+    Attributes:
+        state: of the model, put back after every forward pass.
     """
+
+    state: Snapshot
 
     def __init__(self, selection: Selection, consumer: Consumer) -> None:
         self._consumer = consumer
@@ -42,22 +51,29 @@ class Catcher:
         self._channel_axes: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     @contextmanager
-    def forward_pass(self) -> Iterator[None]:
-        """Treat everything that runs in this context as one forward pass."""
+    def forward_pass(self, thorough: bool = False) -> Iterator[None]:
+        """Treat everything that runs in this context as one forward pass, after which the model is as before.
+
+        Args:
+            thorough: see :meth:`~lightning_invariance.model.snapshot.Snapshot.restore`.
+        """
         self._start()
-        if self.operations is None:
-            yield
-            return
-        self.operations.start_forward()
-        with self.operations:
-            yield
+        try:
+            if self.operations is None:
+                yield
+                return
+            self.operations.start_forward()
+            with self.operations:
+                yield
+        finally:
+            self.state.restore(thorough)
 
     @contextmanager
     def recording(self, consumer: Consumer) -> Iterator[None]:
         """Pass the outputs of one forward pass to another consumer."""
         usual, self._consumer = self._consumer, consumer
         try:
-            with self.forward_pass():
+            with self.forward_pass(thorough=True):
                 yield
         finally:
             self._consumer = usual
@@ -101,15 +117,17 @@ class Catcher:
             self._give(operation, pattern, None, args, output)
 
     def _give(self, layer: str, origin: str, module: nn.Module | None, args: Any, output: Any) -> None:
-        """Pass every tensor of an output to the consumer, whose operations must not count as operations of the model.
-
-        Disabling function modes is faster than to ignore every function of the consumer.
-        """
-        with nullcontext() if self.operations is None else torch._C.DisableTorchFunction():
+        """Pass every tensor of an output to the consumer, whose sums no autocast and no function mode may change."""
+        with torch._C.DisableTorchFunction():
             for place, tensor in tensors_of(output):
                 self._selection.origins.setdefault(layer + place, origin)
+                if isinstance(tensor, str):
+                    self._consumer(layer + place, tensor, None)
+                    continue
                 axis = self._channel_axis(module, args, tensor)
-                self._consumer(layer + place, tensor.detach() if tensor.requires_grad else tensor, axis)
+                kind = tensor.device.type
+                with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+                    self._consumer(layer + place, tensor.detach() if tensor.requires_grad else tensor, axis)
 
     def _channel_axis(self, module: nn.Module | None, args: Any, output: Tensor) -> int | None:
         """The channel axis of an output; a module that keeps the shape of its input also keeps its channel axis."""
@@ -124,25 +142,32 @@ class Catcher:
 
 
 @contextmanager
-def catch_activations(model: nn.Module, selection: Selection, consumer: Consumer) -> Iterator[Catcher]:
+def catch_activations(
+    model: nn.Module, before: Snapshot, selection: Selection, consumer: Consumer
+) -> Iterator[Catcher]:
     """Call ``consumer(layer, output, channel_axis)`` for every output of the selected modules within the context.
 
-    The hooks are removed afterwards, also if forward or the consumer raises.
+    The hooks are removed afterwards, also if forward or the consumer raises. ``before`` is an earlier snapshot.
     """
     catcher = Catcher(selection, consumer)
+    within = {module for container in selection.containers.values() for module in container.modules()}
+    hooked = {*selection.modules.values(), *selection.containers.values()}
     with ExitStack() as hooks:
-        for name, module in selection.modules.items():
+        for name, module in _hookable(selection.modules.items()):
             hooks.enter_context(module.register_forward_hook(catcher.hook(name)))
-        for name, module in selection.containers.items():
+        for name, module in _hookable(selection.containers.items()):
             hooks.enter_context(module.register_forward_pre_hook(catcher.enter))
             hooks.enter_context(module.register_forward_hook(catcher.hook_of_container(name)))
-        hooked = {*selection.modules.values(), *selection.containers.values()}
-        within = {module for container in selection.containers.values() for module in container.modules()}
-        for module in within - hooked:
+        for _, module in _hookable(("", module) for module in within - hooked):
             hooks.enter_context(module.register_forward_hook(catcher.count))
         if catcher.operations is not None:
             hooks.enter_context(catcher.operations.following(model))
+        catcher.state = Snapshot(model, before)
         yield catcher
+
+
+def _hookable(named: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, module) for name, module in named if not isinstance(module, torch.jit.ScriptModule))
 
 
 @contextmanager

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_invariance.model.input_dependence import memory_of
 from lightning_invariance.model.outputs import all_tensors_of
-from lightning_invariance.model.preserved import version_of
 from lightning_invariance.model.selection import plain_name
+from lightning_invariance.model.snapshot import version_of
 
 #: Receives the name of an operation, its arguments and its output.
 OperationConsumer: TypeAlias = Callable[[str, tuple[Any, ...], Any], None]
@@ -92,6 +93,8 @@ class Operations(TorchFunctionMode):
         """Track which module of a model runs, within the context."""
         with ExitStack() as hooks:
             for name, module in model.named_modules():
+                if isinstance(module, torch.jit.ScriptModule):
+                    continue
                 entering = self._entering(plain_name(name) or type(model).__name__)
                 hooks.enter_context(module.register_forward_pre_hook(entering, prepend=True))
                 hooks.enter_context(module.register_forward_hook(self._leaving, always_call=True))

@@ -20,12 +20,27 @@ Call: TypeAlias = Callable[[Tensor, Tensor], Any]
 Output: TypeAlias = tuple[Tensor, int | None, int]
 
 #: Errors of a model that is called in the wrong way, to whose message a hint can be added.
-FAILURES = (TypeError, NotImplementedError, RuntimeError, IndexError, AttributeError, ValueError)
+FAILURES = (
+    TypeError,
+    NotImplementedError,
+    RuntimeError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    ValueError,
+    AssertionError,
+)
 
 HINT = (
     "The model was called with x of shape {}. If it is not called as `model(x)`, give `forward=lambda model, x: ...`,"
     " or `forward=lambda model, x, batch: ...` where it needs more of the batch; if x is another part of a batch,"
     " `input_fn=`; if it needs other samples, `data=`."
+)
+
+
+GRADIENTS = (
+    "The model needs gradients in forward, but runs without them: write `with torch.enable_grad():` in it and"
+    " `x = x.detach().requires_grad_()`, or do so in a function that is given as `forward=`."
 )
 
 
@@ -60,22 +75,27 @@ def probe_batch(batch: Tensor, catcher: Catcher, call: Call, seed: int, takes_ba
     """
     inputs, positions = _example_inputs(batch)
     last: dict[str, Output] = {}
+    refused: dict[str, Finding] = {}
 
     def outputs_of(numbers: Sequence[int], seed: int, shift: int = 0) -> Outputs:
         outputs: Outputs = {}
         chosen = list(numbers)
         shown = inputs.roll(shift, 0)[chosen] if shift else inputs[chosen]
 
-        def consumer(layer: str, output: Tensor, axis: int | None) -> None:
+        def consumer(layer: str, output: Tensor | str, axis: int | None) -> None:
+            if isinstance(output, str):
+                refused[layer] = output
+                return
             outputs[layer] = output.clone()  # later modules may change it in place
             last[layer] = torch.empty_like(output, device="meta"), axis, len(chosen)
 
-        with isolated_random_state(seed), catcher.recording(consumer):
+        with isolated_random_state(seed, catcher.state.generators), catcher.recording(consumer):
             try:
                 call(shown, positions[chosen])
             except FAILURES as error:
                 if type(error) in FAILURES:
-                    raise type(error)(f"{error}\n{HINT.format(tuple(shown.shape))}") from error
+                    hint = GRADIENTS if "require grad" in str(error) else HINT.format(tuple(shown.shape))
+                    raise type(error)(f"{error}\n{hint}") from error
                 raise
         return outputs
 
@@ -83,6 +103,7 @@ def probe_batch(batch: Tensor, catcher: Catcher, call: Call, seed: int, takes_ba
     one, other = outputs_of(first, seed), outputs_of(second, seed + 1)
     tolerance = Tolerance.of(one.values())
     found, repeated = compare(one, other, tolerance)
+    found |= refused
     mixed = [layer for layer, finding in found.items() if finding == MIXED]
     if mixed:
         again = outputs_of(second, seed + 2)
@@ -91,7 +112,7 @@ def probe_batch(batch: Tensor, catcher: Catcher, call: Call, seed: int, takes_ba
         changed = outputs_of(second, seed + 1, shift=1)
         repeated |= {layer for layer, output in changed.items() if tolerance.equal(output, other.get(layer))}
     if repeated:
-        with isolated_random_state(seed):
+        with isolated_random_state(seed, catcher.state.generators):
             found |= dict.fromkeys(_independent(inputs, positions, catcher, call) & repeated, CONSTANT)
     if catcher.operations is not None:
         # Operations that do not depend on the input, such as masks and positions, are not reported as left out.
@@ -120,8 +141,8 @@ def _independent(inputs: Tensor, positions: Tensor, catcher: Catcher, call: Call
     constant: set[str] = set()
     dependence = Dependence(inputs)
 
-    def consumer(layer: str, output: Tensor, axis: int | None) -> None:
-        if not dependence.holds(output):
+    def consumer(layer: str, output: Tensor | str, axis: int | None) -> None:
+        if isinstance(output, Tensor) and not dependence.holds(output):
             constant.add(layer)
 
     with catcher.recording(consumer), dependence:
