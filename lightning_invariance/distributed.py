@@ -13,6 +13,9 @@ from torch import Tensor
 #: The types that tensors may have.
 DTYPES = (torch.float64, torch.float32, torch.int64, torch.int32, torch.bool)
 
+#: Marks an error that reports the error of another process.
+OF_ANOTHER = "of_another_process"
+
 Tensors: TypeAlias = dict[str, Tensor]
 
 
@@ -33,8 +36,21 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+class Shared:
+    """What the processes tell each other at the end of :func:`errors_shared`.
+
+    Attributes:
+        value: of this process.
+        values: of all processes, in the order of ranks.
+    """
+
+    def __init__(self) -> None:
+        self.value: Any = None
+        self.values: list[Any] = []
+
+
 @contextmanager
-def errors_shared() -> Iterator[None]:
+def errors_shared() -> Iterator[Shared]:
     """Raise an error of one process in all of them at the end of the context: the others would wait for it for ever.
 
     Raises:
@@ -42,17 +58,33 @@ def errors_shared() -> Iterator[None]:
             of memory. The one that failed raises its error itself.
     """
     error: Exception | None = None
+    shared = Shared()
     try:
-        yield
+        yield shared
     except Exception as raised:
+        if hasattr(raised, OF_ANOTHER):  # which has told all of them
+            raise
         error = raised
-    messages = gather_objects(None if error is None else repr(error))
+    shared.values = _exchanged(shared.value, error)
+
+
+def any_process(value: bool) -> bool:
+    """Whether a value is true in any process; within :func:`errors_shared`, whose errors it raises."""
+    return any(_exchanged(value))
+
+
+def _exchanged(value: Any, error: Exception | None = None) -> list[Any]:
+    """A value from every process, in the order of ranks; raises the error of this process or of another one."""
+    gathered = gather_objects((None if error is None else repr(error), value))
     if error is not None:
         raise error
-    for rank, message in enumerate(messages):
+    for rank, (message, _) in enumerate(gathered):
         if message is not None:
             kind = torch.OutOfMemoryError if message.startswith("OutOfMemoryError") else RuntimeError
-            raise kind(f"Expected all processes to finish the walk, but rank {rank} failed: {message}")
+            found = kind(f"Expected all processes to finish the walk, but rank {rank} failed: {message}")
+            setattr(found, OF_ANOTHER, True)
+            raise found
+    return [value for _, value in gathered]
 
 
 def merge_over_ranks(

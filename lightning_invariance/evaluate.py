@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_invariance.distributed import rank_and_world_size
+from lightning_invariance.distributed import gather_objects, rank_and_world_size
 from lightning_invariance.engine.budget import OverBudgetError
 from lightning_invariance.engine.collect import collect
 from lightning_invariance.engine.column_chunks import in_column_chunks
@@ -176,6 +176,7 @@ def _measured(walk: Walk, transformations: TransformationSet, measures: Mapping[
     except OverBudgetError as over:
         result = in_column_chunks(walk, measures, loader, over)
     result.outputs = walk.outputs()
+    result.n_skipped = sum(gather_objects(loader.source.own_skipped))
     check_number(result.n_samples)
     ran = [*result.layers, *(layer for layers in result.skipped.values() for layer in layers)]
     walk.selection.check_measured(ran, result.left_out)

@@ -433,5 +433,5 @@ def test_activations_of_one_layer_are_alive_at_a_time(layers):
     COUNTS.clear()
     measures = [NormalizedVariance(), NormalizedDistance(), Goodfellow(), VarianceSameEquivariance()]
     evaluate(model, torch.rand(32, 1, 8, 8), rotations(4), measures, layers=layers, batch_size=32)
-    assert COUNTS == (2 + 4) * bare  # two passes of the probe, and four batches
+    assert (2 + 4) * bare == COUNTS  # two passes of the probe, and four batches
     assert not ARRAYS

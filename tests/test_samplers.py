@@ -96,8 +96,9 @@ def test_a_random_sampler_draws_the_same_samples_at_every_call():
     assert torch.equal(generator.get_state(), before)
 
 
-def test_a_sampler_without_an_end_is_refused():
-    with pytest.raises(ValueError, match="a sampler with a length, but got Endless: pass a dataset"):
+def test_of_a_sampler_without_an_end_the_first_samples_are_taken():
+    assert samples_of(DataLoader(DATA, 3, sampler=Endless()), max_samples=7) == [0] * 7
+    with pytest.raises(ValueError, match="`max_samples` with an iterable dataset that has no length"):
         samples_of(DataLoader(DATA, sampler=Endless()))
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_invariance.model.outputs import all_tensors_of
+
 #: Keys under which a dict may hold the input, and the label.
 INPUT_KEYS = ("image", "images", "img", "x", "input", "inputs", "pixel_values", "data")
 LABEL_KEYS = ("label", "labels", "y", "target", "targets", "class")
@@ -47,13 +49,19 @@ class Samples:
         batch = joined(self.batch, other.batch, len(self), len(other))
         return Samples(torch.cat([self.inputs, other.inputs]), labels, batch, keys)
 
+    def fits(self, other: Samples) -> bool:
+        """Return whether other samples have inputs and entries of the same sizes."""
+        mine, others = ([t.shape[1:] for _, t in all_tensors_of((s.inputs, s.batch))] for s in (self, other))
+        return mine == others
+
     def to(self, device: torch.device) -> Samples:
         """Move the inputs and the batch to a device; labels and keys stay where they are."""
+        return replace(self, inputs=on_device(self.inputs, device), batch=on_device(self.batch, device))
 
-        def moved(value: Any) -> Any:
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else None
 
-        return replace(self, inputs=moved(self.inputs), batch=_mapped(moved, self.batch))
+def on_device(batch: Any, device: torch.device) -> Any:
+    """Move all tensors of a batch to a device."""
+    return _mapped(lambda value: value.to(device, non_blocking=True) if isinstance(value, Tensor) else None, batch)
 
 
 def input_of(batch: Any, input_fn: Callable[..., Tensor] | None) -> Tensor:

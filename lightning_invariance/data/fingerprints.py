@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_invariance.messages import level_of_user
 from lightning_invariance.model.outputs import plain
-from lightning_invariance.random_state import isolated_random_state
+from lightning_invariance.random_state import Generator, isolated_random_state
 from lightning_invariance.transforms import TransformationSet
 
 
@@ -28,12 +28,17 @@ class Fingerprint(NamedTuple):
     first: str | None
 
 
-def fingerprint_of(n_samples: int | None, first: Callable[[], Tensor], seed: int) -> Fingerprint:
-    """Make the fingerprint of data, given a function that loads the first sample."""
+def fingerprint_of(
+    n_samples: int | None, first: Callable[[], Tensor | None], seed: int, own: Sequence[Generator]
+) -> Fingerprint:
+    """Make the fingerprint of data, given a function that loads the first sample, and generators of the data's own."""
     digests = set()
     for _ in range(2):
-        with isolated_random_state(seed):
-            values = plain(first()).detach().cpu().contiguous().view(torch.uint8)  # numpy has no bfloat16
+        with isolated_random_state(seed, own):
+            found = first()
+        if found is None:
+            return Fingerprint(n_samples, None)
+        values = plain(found).detach().cpu().contiguous().view(torch.uint8)  # numpy has no bfloat16
         digests.add(hashlib.sha256(values.numpy().tobytes()).hexdigest())
     return Fingerprint(n_samples, digests.pop() if len(digests) == 1 else None)
 

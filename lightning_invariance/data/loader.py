@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_invariance.data.batches import Samples
+from lightning_invariance.data.batches import Samples, on_device
 from lightning_invariance.data.fingerprints import warn_of_equal, warn_of_randomness
 from lightning_invariance.data.samples import Source
 from lightning_invariance.messages import check_int, given
@@ -39,6 +39,11 @@ class STBlock(NamedTuple):
     indices: Tensor
     batch: Any = None
     keys: Tensor | None = None
+
+    def to(self, device: torch.device) -> STBlock:
+        """Return the block with its inputs, labels and batch on a device."""
+        labels = None if self.labels is None else self.labels.to(device)
+        return self._replace(inputs=self.inputs.to(device), labels=labels, batch=on_device(self.batch, device))
 
 
 class STLoader:
@@ -170,6 +175,9 @@ class STLoader:
         for samples in self.source.batches():
             if self.device is not None:
                 samples = samples.to(self.device)
+            if rest is not None and not rest.fits(samples):
+                yield rest
+                rest = None
             if rest is not None:
                 samples = rest + samples
             start = 0

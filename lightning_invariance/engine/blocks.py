@@ -110,8 +110,8 @@ class Blocks:
             axis = known.channel_axis if known else channel_axis_in(layer, shape, channel_axis, self._channel_axes)
             fits = self._add(layer, values.reshape(rows, columns, *shape), axis, block)
         if not fits and self.findings is not None:
-            self.findings[layer] = RAGGED
-            self._registry.leave_out(layer, RAGGED)
+            self.findings[layer] = self._registry.left_out.setdefault(layer, RAGGED)
+            self._registry.leave_out(layer, self._registry.left_out[layer])
 
     def _add(self, name: str, st: Tensor, channel_axis: int, block: STBlock) -> bool:
         """Add complete rows, or a part of one, ``(rows, columns, *activation_shape)``; whether the shape is known."""

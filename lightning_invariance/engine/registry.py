@@ -18,7 +18,7 @@ from lightning_invariance.distributed import gather_objects, merge_over_ranks, r
 from lightning_invariance.engine.sample_influences import Influence, has_influences
 from lightning_invariance.measures import Measure
 from lightning_invariance.measures.base import names_accumulators
-from lightning_invariance.model.sample_axis import RAGGED
+from lightning_invariance.model.sample_axis import RAGGED, ragged
 from lightning_invariance.precision import summed_on
 from lightning_invariance.transforms import TransformationSet
 
@@ -130,7 +130,7 @@ class Registry:
             order = memory_order(st[0, 0], channel_axis) if self._keeps_memory_order else ()
             layer = self._new_layer(name, shape, channel_axis, summed_on(st.device), order)
         if layer is None or shape != layer.shape:
-            self.leave_out(name, RAGGED)
+            self.leave_out(name, RAGGED if layer is None else ragged(layer.shape, shape))
             return None
         return layer
 
@@ -165,7 +165,10 @@ class Registry:
         shapes = {name: (layer.shape, layer.channel_axis) for name, layer in self.layers.items()}
         gathered = gather_objects((shapes, self.n_samples, self.input_shape, self.left_out, self.sample_keys))
         all_shapes, numbers, input_shapes, *_ = zip(*gathered, strict=True)
-        for *_, left_out, keys in reversed(gathered):  # the first process has the last word on reasons
+        for of_process, *_, left_out, keys in reversed(gathered):  # the first process has the last word on reasons
+            for layer, (shape, _) in of_process.items():
+                if layer in self.layers and self.layers[layer].shape != shape:
+                    self.leave_out(layer, ragged(self.layers[layer].shape, shape))
             for layer, reason in left_out.items():
                 self.leave_out(layer, reason)
             self.sample_keys.update(keys)

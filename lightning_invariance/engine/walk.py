@@ -16,7 +16,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 from lightning_invariance.data.batches import select_samples, takes_batch
 from lightning_invariance.data.fingerprints import Fingerprint, is_split
 from lightning_invariance.data.loader import STBlock, STLoader
-from lightning_invariance.distributed import errors_shared, gather_objects, rank_and_world_size
+from lightning_invariance.distributed import any_process, errors_shared, gather_objects, rank_and_world_size
 from lightning_invariance.engine.blocks import Blocks
 from lightning_invariance.engine.budget import OverBudgetError, activations_of, check_memory
 from lightning_invariance.engine.options import Options
@@ -36,6 +36,8 @@ from lightning_invariance.transforms import TransformationSet
 #: network to be busy, as many as have so many bytes in float32, at most ``MOST_INPUTS``; and from a stream, which is
 #: not looked at before, ``INPUTS_OF_STREAM``.
 INPUTS_ON_CPU, INPUT_BYTES, MOST_INPUTS, INPUTS_OF_STREAM = 128, 2**29, 2**14, 2**10
+
+CPU = torch.device("cpu")
 
 #: A progress bar appears when a walk takes longer than this, in seconds.
 PROGRESS_DELAY = 3.0
@@ -133,26 +135,46 @@ class Walk:
         return registry
 
     def _pass(self, loader: STLoader, about: str, blocks: Blocks, catcher: Catcher, registry: Registry) -> None:
-        """Show every row once."""
-        over: OverBudgetError | None = None
+        """Show every row once.
+
+        All processes run the model equally often, since it may wait for the others: where there are no more blocks, the
+        last one is shown again and does not count.
+        """
+        left, block, shown = with_progress(loader, about, self.options.progress), None, None
         # Random transformations are equal in every pass.
-        with errors_shared(), isolated_random_state(self.options.seed):
-            try:
-                for block in with_progress(loader, about, self.options.progress):
-                    self._measure(block, blocks, catcher, registry)
-            except OverBudgetError as error:  # a process without samples does not know of it
-                over = error
-        if found := [each.args for each in gather_objects(over) if each is not None]:
-            raise OverBudgetError(*max(found))
+        with isolated_random_state(self.options.seed, loader.source.generators):
+            while True:
+                with errors_shared() as shared:
+                    try:
+                        if shown is not None:
+                            self._measure(shown, blocks, catcher, registry, counts=block is not None)
+                        block = next(left, None)
+                        shared.value = block is not None
+                    except OverBudgetError as error:  # a process without samples does not know of it
+                        shared.value = error.args
+                if over := [value for value in shared.values if isinstance(value, tuple)]:
+                    raise OverBudgetError(*max(over))
+                if not any(shared.values):
+                    return
+                if shown is None and not all(shared.values):
+                    first = next(each for each in gather_objects(block and block.to(CPU)) if each is not None)
+                    shown = first.to(self.device)
+                shown = block or shown
 
     def outputs(self) -> dict[str, OutputValues]:
         """The values of the metrics of predictions and targets in the last run; every process must ask."""
         return {} if self._output_metrics is None else self._output_metrics.values()
 
-    def _measure(self, block: STBlock, blocks: Blocks, catcher: Catcher, registry: Registry) -> None:
+    def _measure(
+        self, block: STBlock, blocks: Blocks, catcher: Catcher, registry: Registry, counts: bool = True
+    ) -> None:
         """Run the model on a block, after a probe if there was none or the block reaches other layers."""
         if self._findings is None:
-            self._findings = self._probed(block, catcher)
+            self._findings = self._probed(block, catcher, any_process)
+        if not counts:
+            with catcher.forward_pass():
+                self._call(block, block.inputs.flatten(0, 1))
+            return
         first_of_run = blocks.findings is None
         blocks.findings = self._findings
         blocks.start_block(block)
@@ -167,10 +189,10 @@ class Walk:
             blocks.consume_unknown(self._probed(block, catcher))
         blocks.end_block()
 
-    def _probed(self, block: STBlock, catcher: Catcher) -> dict[str, Finding]:
+    def _probed(self, block: STBlock, catcher: Catcher, agree: Callable[[bool], bool] = bool) -> dict[str, Finding]:
         """Where the inputs of a batch stand in the output of each layer."""
         call, x = partial(self._call, block), block.inputs.flatten(0, 1)
-        found = probe_batch(x, catcher, call, self.options.seed, takes_batch(self.options.forward))
+        found = probe_batch(x, catcher, call, self.options.seed, takes_batch(self.options.forward), agree)
         self._outputs.update(found.outputs)
         return found.findings
 

@@ -56,7 +56,9 @@ class Probed(NamedTuple):
     outputs: dict[str, Output]
 
 
-def probe_batch(batch: Tensor, catcher: Catcher, call: Call, seed: int, takes_batch: bool) -> Probed:
+def probe_batch(
+    batch: Tensor, catcher: Catcher, call: Call, seed: int, takes_batch: bool, agree: Callable[[bool], bool]
+) -> Probed:
     """Find the layout of every layer by running a network on copies of a few inputs of a batch.
 
     Two passes are compared. If values of a layer do not agree, a third pass over the inputs of the second decides
@@ -69,6 +71,7 @@ def probe_batch(batch: Tensor, catcher: Catcher, call: Call, seed: int, takes_ba
         call: runs the network.
         seed: seed of all randomness.
         takes_batch: whether the network also receives the rest of the batch.
+        agree: tells whether any process needs a further pass, given whether this one does: all run equally many.
 
     Raises:
         TypeError: Like every error in :data:`FAILURES`, if the network fails; the message has a hint.
@@ -105,13 +108,13 @@ def probe_batch(batch: Tensor, catcher: Catcher, call: Call, seed: int, takes_ba
     found, repeated = compare(one, other, tolerance)
     found |= refused
     mixed = [layer for layer, finding in found.items() if finding == MIXED]
-    if mixed:
+    if agree(bool(mixed)):
         again = outputs_of(second, seed + 2)
         found |= {layer: RANDOM for layer in mixed if not tolerance.equal(other[layer], again.get(layer))}
     if takes_batch:
         changed = outputs_of(second, seed + 1, shift=1)
         repeated |= {layer for layer, output in changed.items() if tolerance.equal(output, other.get(layer))}
-    if repeated:
+    if agree(bool(repeated)):
         with isolated_random_state(seed, catcher.state.generators):
             found |= dict.fromkeys(_independent(inputs, positions, catcher, call) & repeated, CONSTANT)
     if catcher.operations is not None:

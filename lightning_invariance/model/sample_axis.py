@@ -63,10 +63,18 @@ Finding: TypeAlias = Layout | str
 
 CONSTANT = "constant: does not depend on the input"
 MIXED = "mixed: depends on other samples of the batch"
-RAGGED = "ragged: output size varies between samples"
+RAGGED = "ragged: the length of the output varies between samples"
 RANDOM = "random: equal inputs give different values"
 
 Outputs: TypeAlias = dict[str, Tensor]
+
+
+def ragged(one: tuple[int, ...], other: tuple[int, ...]) -> str:
+    """The reason why a layer whose activations have several shapes is left out."""
+    axes = [axis for axis, (a, b) in enumerate(zip(one, other, strict=False)) if a != b]
+    if len(one) != len(other) or len(axes) != 1:
+        return f"{RAGGED} (shapes {one} and {other})"
+    return f"{RAGGED} (axis {axes[0]}: {one[axes[0]]} and {other[axes[0]]})"
 
 
 def compare(one: Outputs, other: Outputs, tolerance: Tolerance) -> tuple[dict[str, Finding], set[str]]:

@@ -86,7 +86,11 @@ class Selection:
         if not ran:
             raise RuntimeError(
                 "Expected at least one layer that can be measured, but "
-                + (f"all were left out: {summary_of(left_out)}." if left_out else f"none ran. {NOTHING_RAN}")
+                + (
+                    f"all were left out: {summary_of(left_out)}. {_one_of(left_out)}."
+                    if left_out
+                    else f"none ran. {NOTHING_RAN}"
+                )
             )
 
 
@@ -218,6 +222,11 @@ def _known(name: str, modules: Mapping[str, nn.Module]) -> str:
         return name
     hint = instead_of(name, modules, "The model has")
     raise ValueError(f"Expected argument `layers` to name layers of the model, but it has no layer {name!r}. {hint}")
+
+
+def _one_of(left_out: Mapping[str, str]) -> str:
+    layer, reason = next(iter(left_out.items()))
+    return f"Layer {layer!r} is {reason}"
 
 
 def summary_of(left_out: Mapping[str, str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +13,10 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_invariance.data.batches import input_of, takes_batch
+from lightning_invariance.data.samples import Batches
 from lightning_invariance.engine.options import Options
 
 #: Strategies that split the model over processes. Names, since `lightning.pytorch` and `pytorch_lightning` each have
@@ -66,10 +68,35 @@ def validation_data(trainer: pl.Trainer) -> Any:
         trainer.validating = True
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
         trainer.training = True
-    loaders = trainer.val_dataloaders
+    loop = trainer.validate_loop if trainer.state.fn == "validate" else trainer.fit_loop.epoch_loop.val_loop
+    combined = loop._combined_loader
+    if combined is not None and combined._mode != "sequential":
+        return JointBatches(combined)
+    loaders: Any = trainer.val_dataloaders
     while isinstance(loaders, Mapping | list | tuple):
         loaders = next(iter(loaders.values() if isinstance(loaders, Mapping) else loaders))
-    return loaders
+    return loaders if isinstance(loaders, DataLoader) else Batches(loaders)
+
+
+class JointBatches(Batches):
+    """The batches of several loaders at a time.
+
+    Args:
+        combined: a ``CombinedLoader``.
+    """
+
+    def __init__(self, combined: Any) -> None:
+        super().__init__(combined.iterables)
+        self._combined = combined
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch for batch, *_ in self._anew())
+
+    def __len__(self) -> int:
+        return len(iter(self._anew()))
+
+    def _anew(self) -> Any:
+        return type(self._combined)(self._combined.iterables, self._combined._mode)
 
 
 def options_in(trainer: pl.Trainer, model: pl.LightningModule, options: Options, own_data: bool) -> Options:

@@ -47,6 +47,7 @@ class Record:
     """Attributes of an :class:`~lightning_invariance.InvarianceResult` besides its values; explained there."""
 
     n_samples: int = 0
+    n_skipped: int = 0
     transformations: list[str] = field(default_factory=list)
     parameters: dict[str, list[float]] = field(default_factory=dict)
     epoch: int | None = None

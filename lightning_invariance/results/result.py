@@ -43,6 +43,8 @@ class InvarianceResult(LayerValues):
 
     Attributes:
         n_samples: how many samples were measured.
+        n_skipped: how many samples were missing: None, or dropped by a ``collate_fn``. A batch that is None counts as
+            one.
         transformations: labels of the transformations.
         parameters: their parameters, a list for each name.
         epoch: epoch of the training at which it was measured; -1 is the untrained network.

@@ -30,6 +30,8 @@ def _about_layers(result: InvarianceResult, channel_axes: Iterable[str]) -> Iter
                 f"Expected argument `channel_axis` to name layers that ran, but none fits {pattern!r}."
                 f" {instead_of(pattern, known)}"
             )
+    if result.n_skipped:
+        yield f"{number_of(result.n_skipped, 'sample')} of the data are missing (None) and do not count."
     if result.left_out:
         yield f"{_layers(len(result.left_out))} left out: {summary_of(result.left_out)}. `result.left_out` says why."
     if result.reached:
