@@ -75,8 +75,8 @@ def evaluate(
         input_fn: picks x from a collated batch, where :class:`STLoader` does not find it.
         transform_at: name of a module whose input is transformed instead of the network's (paper, figure 1 b and d):
             its first argument, a tensor with the batch first. Only what runs from there on is measured.
-        operations: also measure what functions and operators compute in forward: ``layer1.0/add`` is the sum in the
-            forward of ``layer1.0``, ``features/relu#1`` the second ``relu`` in that of ``features``. Views, and what
+        operations: also measure what functions and operators compute in forward: ``layer1.0-add`` is the sum in the
+            forward of ``layer1.0``, ``features-relu#1`` the second ``relu`` in that of ``features``. Views, and what
             a measured module returns, are left out. Some of them are chosen with patterns in ``layers``.
         state_budget: bytes that the states of all layers may take. Where the means of the columns of a large set do not
             fit, variances are computed from chunks of the ST matrix instead, some transformations or some samples at
@@ -213,7 +213,7 @@ def layer_names(
             - module types, such as ``nn.Conv2d`` or your own block class.
             - a predicate ``(name, module) -> bool``, asked for every module but the model itself.
             - a dict from module name to the name for results, curves and pictures.
-            - patterns of operations, ``"layer1.0/add"`` or ``"layer*/add"``: what functions and operators compute in
+            - patterns of operations, ``"layer1.0-add"`` or ``"layer*-add"``: what functions and operators compute in
               the forward of a module, see ``operations`` of :func:`evaluate`.
         example: inputs, at least two different ones; the model runs on them twice. A result has these
             names: without layers that do not run or cannot be measured, with operations, and with the further layers
@@ -239,7 +239,7 @@ def layer_names(
         >>> layer_names(model)
         ['0', '1', '2']
         >>> layer_names(model, example=torch.randn(2, 1, 5, 5), operations=True)
-        ['Net/relu', '0', '1', '2', 'Net/add']
+        ['Net-relu', '0', '1', '2', 'Net-add']
     """
     if example is None:
         if operations:

@@ -43,14 +43,14 @@ class Residual(nn.Module):
         self.act, self.head = nn.ReLU(inplace=True), nn.Linear(8, 2)
 
     def forward(self, x):
-        y = keep("Residual/relu", F.relu(keep("conv1", self.conv1(x)), inplace=True))
+        y = keep("Residual-relu", F.relu(keep("conv1", self.conv1(x)), inplace=True))
         z = keep("act", self.act(keep("bn", self.bn(y))))
         z = keep("conv2", self.conv2(z))
         z += y
-        keep("Residual/add", z)
+        keep("Residual-add", z)
         z = keep("act#1", self.act(z))
-        z = keep("Residual/cat", torch.cat([z, keep("Residual/gelu", F.gelu(z))], 1))
-        z = keep("Residual/adaptive_avg_pool2d", F.adaptive_avg_pool2d(z, 1))
+        z = keep("Residual-cat", torch.cat([z, keep("Residual-gelu", F.gelu(z))], 1))
+        z = keep("Residual-adaptive_avg_pool2d", F.adaptive_avg_pool2d(z, 1))
         return keep("head", self.head(z.flatten(1)))
 
 
@@ -64,13 +64,13 @@ class Windows(nn.Module):
 
     def forward(self, x):
         y = keep("norm", self.norm(keep("embed", self.embed(x)).permute(0, 2, 3, 1)))
-        y = keep("Windows/roll", torch.roll(y, (1, 1), (1, 2)))
+        y = keep("Windows-roll", torch.roll(y, (1, 1), (1, 2)))
         b = len(y)
         windows = y.view(b, 4, 2, 4, 2, 4).transpose(2, 3).reshape(b * 16, 4, 4)  # 16 windows of 4 pixels
         q, k, v = keep("qkv", self.qkv(windows)).chunk(3, -1)
-        scores = keep("Windows/matmul", q @ k.transpose(1, 2))
-        scores = keep("Windows/add", scores + self.table(torch.ones(1, 2, dtype=x.dtype)).view(1, 4, 4))
-        mixed = keep("Windows/matmul#1", keep("Windows/softmax", scores.softmax(-1)) @ v)
+        scores = keep("Windows-matmul", q @ k.transpose(1, 2))
+        scores = keep("Windows-add", scores + self.table(torch.ones(1, 2, dtype=x.dtype)).view(1, 4, 4))
+        mixed = keep("Windows-matmul#1", keep("Windows-softmax", scores.softmax(-1)) @ v)
         return keep("out", self.out(mixed)).view(b, 4, 4, 2, 2, 4)
 
 
@@ -97,9 +97,9 @@ class SliceMajor(nn.Module):
 
     def forward(self, x):
         patches = torch.cat([x[..., i : i + 4, j : j + 4] for i in (0, 4) for j in (0, 4)])
-        y = keep("local", self.local(keep("SliceMajor/cat", patches)))
-        y = keep("SliceMajor/mean", y.mean((2, 3)))
-        together = keep("SliceMajor/cat#1", torch.cat(y.chunk(4), 1))
+        y = keep("local", self.local(keep("SliceMajor-cat", patches)))
+        y = keep("SliceMajor-mean", y.mean((2, 3)))
+        together = keep("SliceMajor-cat#1", torch.cat(y.chunk(4), 1))
         return keep("out", self.out(together))
 
 
@@ -116,8 +116,8 @@ class TimeFirst(nn.Module):
         attended, weights = self.attention(y, y, y)
         keep("attention[0]", attended)
         keep("attention[1]", weights)
-        y = keep("norm", self.norm(keep("TimeFirst/add", y + attended)))
-        return keep("TimeFirst/add#1", y + keep("TimeFirst/relu", F.relu(keep("mlp", self.mlp(y)))))
+        y = keep("norm", self.norm(keep("TimeFirst-add", y + attended)))
+        return keep("TimeFirst-add#1", y + keep("TimeFirst-relu", F.relu(keep("mlp", self.mlp(y)))))
 
 
 class Language(nn.Module):
@@ -129,10 +129,10 @@ class Language(nn.Module):
 
     def forward(self, x):
         y = keep("tokens", self.tokens(x))
-        y = keep("Language/add", y + self.positions(torch.arange(6))[None])
+        y = keep("Language-add", y + self.positions(torch.arange(6))[None])
         mask = torch.full((6, 6), -torch.inf, dtype=y.dtype).triu(1)
-        scores = keep("Language/add#1", keep("Language/matmul", y @ y.transpose(1, 2)) + mask)
-        y = keep("Language/matmul#1", keep("Language/softmax", F.softmax(scores, -1)) @ y)
+        scores = keep("Language-add#1", keep("Language-matmul", y @ y.transpose(1, 2)) + mask)
+        y = keep("Language-matmul#1", keep("Language-softmax", F.softmax(scores, -1)) @ y)
         state = None
         for step in range(3):
             state = self.cell(y[:, step], state)
@@ -148,10 +148,10 @@ class Flow(nn.Module):
         self.encode, self.update = nn.Conv2d(3, 4, 4, stride=4), nn.Linear(4, 2)
 
     def forward(self, x):
-        both = torch.cat([x, keep("Flow/flip", x.flip(-1))])
-        one, other = keep("encode", self.encode(keep("Flow/cat", both))).chunk(2)
+        both = torch.cat([x, keep("Flow-flip", x.flip(-1))])
+        one, other = keep("encode", self.encode(keep("Flow-cat", both))).chunk(2)
         pairs = torch.einsum("bchw,bcij->bhwij", one, other)
-        return keep("update", self.update(keep("Flow/einsum", pairs).flatten(1, 2).flatten(2)))
+        return keep("update", self.update(keep("Flow-einsum", pairs).flatten(1, 2).flatten(2)))
 
 
 class Video(nn.Module):
@@ -178,12 +178,12 @@ class Graph(nn.Module):
         nodes = x.transpose(1, 2).flatten(2).flatten(0, 1)  # 8 rows of each image
         start = torch.arange(8).repeat(b) + 8 * torch.arange(b).repeat_interleave(8)
         end = (torch.arange(8) + 1).remainder(8).repeat(b) + 8 * torch.arange(b).repeat_interleave(8)
-        sent = keep("Graph/index_select", keep("message", self.message(nodes)).index_select(0, start))
+        sent = keep("Graph-index_select", keep("message", self.message(nodes)).index_select(0, start))
         got = torch.zeros(8 * b, 5, dtype=x.dtype).index_add(0, end, sent)
-        got = keep("Graph/relu", keep("Graph/index_add", got).relu())
+        got = keep("Graph-relu", keep("Graph-index_add", got).relu())
         of_graph = torch.arange(b).repeat_interleave(8)
         pooled = torch.zeros(b, 5, dtype=x.dtype).index_add(0, of_graph, got)
-        return keep("out", self.out(keep("Graph/index_add#1", pooled)))
+        return keep("out", self.out(keep("Graph-index_add#1", pooled)))
 
 
 class Detector(nn.Module):
@@ -195,7 +195,7 @@ class Detector(nn.Module):
 
     def forward(self, x):
         y = keep("conv", self.conv(x)).flatten(2).transpose(1, 2)
-        y = keep("Detector/add", y + self.anchors(torch.ones(4, 2, dtype=x.dtype)))
+        y = keep("Detector-add", y + self.anchors(torch.ones(4, 2, dtype=x.dtype)))
         regions = y[y[..., 0] > y[..., 0].mean()]
         return self.box(regions)
 
@@ -213,7 +213,7 @@ class Experts(nn.Module):
         sorted_tokens = self.expert(tokens[order])  # mixed: where a token stands depends on the others
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order))
-        return keep("Experts/getitem#1", sorted_tokens[back])
+        return keep("Experts-getitem#1", sorted_tokens[back])
 
 
 @dataclass
@@ -240,7 +240,7 @@ class Spectral(nn.Module):
         keep("transform[values][real]", found.values.real)
         keep("transform[values][imag]", found.values.imag)
         keep("transform[size]", found.size)
-        return keep("Spectral/log1p", found.size.log1p())
+        return keep("Spectral-log1p", found.size.log1p())
 
 
 NETWORKS = {
@@ -253,8 +253,8 @@ NETWORKS = {
     Flow: {},
     Video: {},
     Graph: {},
-    Detector: {"anchors": "constant", "box": "ragged", "Detector/getitem": "ragged", "Detector/mean": "mixed"},
-    Experts: {"expert": "mixed", "Experts/getitem": "mixed"},
+    Detector: {"anchors": "constant", "box": "ragged", "Detector-getitem": "ragged", "Detector-mean": "mixed"},
+    Experts: {"expert": "mixed", "Experts-getitem": "mixed"},
     Spectral: {},
 }
 

@@ -43,8 +43,8 @@ class Net(nn.Module):
         return attention.mean(1) * scale
 
 
-NAMES = [f"blocks.{i}/{name}" for i in (0, 1) for name in ("relu", "sub", "relu#1", "add")]
-NAMES += ["Net/matmul", "Net/softmax", "Net/mean", "Net/mul"]
+NAMES = [f"blocks.{i}-{name}" for i in (0, 1) for name in ("relu", "sub", "relu#1", "add")]
+NAMES += ["Net-matmul", "Net-softmax", "Net-mean", "Net-mul"]
 MODULES = ["stem", "blocks.0.conv", "blocks.0.act", "blocks.1.conv", "blocks.1.act"]
 
 
@@ -53,17 +53,17 @@ def test_operations_are_named_by_the_running_module_and_a_count(inplace):
     result = evaluate(Net(inplace).double(), IMAGES, TURNS, operations=True, progress=False)
     assert set(result.layers) == {*NAMES, *MODULES}
     assert result.left_out == {}
-    assert result.channel_axis["blocks.0/add"] == 0
+    assert result.channel_axis["blocks.0-add"] == 0
 
 
 def test_patterns_choose_them_without_the_flag():
-    result = evaluate(Net(), IMAGES.float(), TURNS, layers=["blocks.*/add", "stem"], progress=False)
-    assert result.layers == ["stem", "blocks.0/add", "blocks.1/add"]
+    result = evaluate(Net(), IMAGES.float(), TURNS, layers=["blocks.*-add", "stem"], progress=False)
+    assert result.layers == ["stem", "blocks.0-add", "blocks.1-add"]
     assert evaluate(Net(), IMAGES.float(), TURNS, layers="blocks.1/relu#1", progress=False).layers == [
-        "blocks.1/relu#1"
+        "blocks.1-relu#1"
     ]
-    with pytest.raises(RuntimeError, match=r"'blocks.0/div' to run .*ran are 'stem'"):
-        evaluate(Net(), IMAGES.float(), TURNS, layers=["blocks.0/div", "stem"], progress=False)
+    with pytest.raises(RuntimeError, match=r"'blocks.0-div' to run .*ran are 'stem'"):
+        evaluate(Net(), IMAGES.float(), TURNS, layers=["blocks.0-div", "stem"], progress=False)
 
 
 def test_nothing_of_it_stays_and_modules_have_the_values_they_have_without():
@@ -92,10 +92,10 @@ def test_a_module_within_which_none_runs_is_a_leaf():
         result = evaluate(Attention().double(), IMAGES, TURNS, layers=layers, progress=False)
         assert set(result.layers) == leaves
         result = evaluate(Attention().double(), IMAGES, TURNS, layers=layers, operations=True, progress=False)
-        assert set(result.layers) == {*leaves, "Attention/add"}
-    result = evaluate(Attention().double(), IMAGES, TURNS, layers="*/*", progress=False)
-    attention = {f"attention/multi_head_attention_forward[{place}]" for place in (0, 1)}
-    assert set(result.layers) == {*attention, "Attention/add"}
+        assert set(result.layers) == {*leaves, "Attention-add"}
+    result = evaluate(Attention().double(), IMAGES, TURNS, layers="*-*", progress=False)
+    attention = {f"attention-multi_head_attention_forward[{place}]" for place in (0, 1)}
+    assert set(result.layers) == {*attention, "Attention-add"}
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in Attention().modules())
 
 
@@ -120,8 +120,8 @@ def test_the_output_of_a_measured_module_in_another_shape_is_no_operation():
     attention = Attention(8, 2, batch_first=True)
     model = nn.Sequential(nn.Flatten(2), nn.Linear(64, 8), attention, Turned(), Half(), RealPart()).double()
     names = layer_names(model, example=IMAGES[:4], operations=True)
-    parts = ["5/fft_fft[real]", "5/fft_fft[imag]"]
-    assert names == ["0", "1", "2", "3/exp", "3", "4/sin", "4", *parts, "5"]
+    parts = ["5-fft_fft[real]", "5-fft_fft[imag]"]
+    assert names == ["0", "1", "2", "3-exp", "3", "4-sin", "4", *parts, "5"]
 
 
 def test_a_module_within_which_others_run_is_none():
@@ -134,7 +134,7 @@ def test_names_are_known_beforehand_with_an_example():
     net = Net().double()
     names = layer_names(net, example=IMAGES[:2], operations=True)
     assert names == evaluate(net, IMAGES, TURNS, operations=True, progress=False).layers
-    assert layer_names(net, ["blocks.*/add"], IMAGES[:5]) == ["blocks.0/add", "blocks.1/add"]
+    assert layer_names(net, ["blocks.*-add"], IMAGES[:5]) == ["blocks.0-add", "blocks.1-add"]
     assert layer_names(net, example=IMAGES[:3], forward=lambda model, x: model.stem(x)) == ["stem"]
     with pytest.raises(ValueError, match="`example` with `operations=True`"):
         layer_names(net, operations=True)

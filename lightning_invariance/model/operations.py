@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_invariance.model.input_dependence import memory_of
 from lightning_invariance.model.outputs import all_tensors_of
-from lightning_invariance.model.selection import plain_name
+from lightning_invariance.model.selection import OF, plain_name
 from lightning_invariance.model.snapshot import version_of
 
 #: Receives the name of an operation, its arguments and its output.
@@ -36,7 +36,7 @@ LEFT_OUT = frozenset(
 class Operations(TorchFunctionMode):
     """While active, observes every function of tensors, and names it after the innermost running module.
 
-    ``x + y`` in the forward of ``layer1.0`` is ``layer1.0/add``, the second one of a forward pass ``layer1.0/add#1``. A
+    ``x + y`` in the forward of ``layer1.0`` is ``layer1.0-add``, the second one of a forward pass ``layer1.0-add#1``. A
     function that calls others, such as multi-head attention, is one operation. Views and copies are left out, and from
     the second forward pass on results that a measured module returns.
 
@@ -44,11 +44,13 @@ class Operations(TorchFunctionMode):
         consumer: receives name, arguments and output of each operation directly after it, before the output can change.
 
     Attributes:
+        names: of all operations so far.
         returned: names of operations whose results a measured module returned.
     """
 
     def __init__(self, consumer: OperationConsumer) -> None:
         super().__init__()
+        self.names: set[str] = set()
         self.returned: set[str] = set()
         self._consumer = consumer
         self._running: list[str] = []
@@ -78,10 +80,11 @@ class Operations(TorchFunctionMode):
             memory = {memory_of(tensor) for tensor in given}
             outputs = [tensor for tensor in outputs if memory_of(tensor) not in memory]  # without views
         if outputs:
-            key = f"{self._running[-1]}/{_plain(name)}"
+            key = f"{self._running[-1]}{OF}{_plain(name)}"
             call = self._calls.get(key, 0)
             self._calls[key] = call + 1
             operation = key if call == 0 else f"{key}#{call}"
+            self.names.add(operation)
             if operation not in self.returned:
                 for tensor in map(_whole, outputs):
                     self._results[id(tensor)] = weakref.ref(tensor), version_of(tensor), operation

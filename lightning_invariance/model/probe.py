@@ -119,7 +119,8 @@ def probe_batch(
             found |= dict.fromkeys(_independent(inputs, positions, catcher, call) & repeated, CONSTANT)
     if catcher.operations is not None:
         # Operations that do not depend on the input, such as masks and positions, are not reported as left out.
-        constant = {name for name, finding in found.items() if finding == CONSTANT and "/" in name}
+        names = {name for name in found if name.partition("[")[0] in catcher.operations.names}
+        constant = {name for name in names if found[name] == CONSTANT}
         catcher.operations.returned |= constant
         found = {name: finding for name, finding in found.items() if name not in catcher.operations.returned}
     return Probed(found, last)

@@ -29,6 +29,9 @@ WRAPPED = ("_orig_mod", "_forward_module")
 #: The name that ``torch.nn.utils.parametrize`` gives to modules that compute weights.
 PARAMETRIZED = "parametrizations"
 
+#: Stands between the name of a module and the name of an operation. No logger takes it for a folder.
+OF = "-"
+
 NOTHING_RAN = (
     "The hooks of the selected modules never fired: scripted, traced or exported models have none, and neither has"
     " `module.forward(x)`, which must be `module(x)`."
@@ -44,7 +47,7 @@ class Selection:
         requests: what the user wrote → the layer names it selected; empty if all leaf modules are selected by default.
         containers: name → module with children, which is a layer if none of its children runs, such as an
             ``nn.MultiheadAttention``, whose ``out_proj`` only holds weights.
-        operations: patterns of the names of operations, such as ``"layer*/add"``.
+        operations: patterns of the names of operations, such as ``"layer*-add"``.
         origins: layer → the selected name it comes from, for layers that ran; filled while the model runs.
     """
 
@@ -133,9 +136,10 @@ def select_layers(model: nn.Module, layers: Layers = None, operations: bool = Fa
     of_operations: list[str] = []
     if isinstance(layers, Iterable) and not isinstance(layers, Mapping):
         items = list(layers)
-        of_operations = [item for item in items if isinstance(item, str) and "/" in item]
+        of_operations = [item for item in items if isinstance(item, str) and _is_of_operation(item, model)]
         layers = [item for item in items if item not in of_operations]
     selection = Selection({}, {}) if of_operations and not layers else _select_modules(model, layers)
+    of_operations = [item.replace("/", OF) for item in of_operations]
     selection.requests |= {pattern: [pattern] for pattern in of_operations}
     selection.operations = [*of_operations, "*"] if operations else of_operations
     return selection
@@ -188,6 +192,11 @@ def _select_modules(model: nn.Module, layers: Layers) -> Selection:
         requests[pattern] += matching
         containers |= {name: others[name] for name in matching}
     return Selection({name: module for name, module in modules.items() if name in chosen}, requests, containers)
+
+
+def _is_of_operation(item: str, model: nn.Module) -> bool:
+    """Whether an item names operations: as ``layer1.0-add``, which no module is called, or as ``layer1.0/add``."""
+    return "/" in item or (OF in item and not any(fnmatchcase(name, item) for name in named_modules(model)))
 
 
 def _is_leaf(module: nn.Module) -> bool:

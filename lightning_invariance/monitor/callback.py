@@ -26,6 +26,7 @@ from lightning_invariance.monitor.trainer import (
     refuse_split_models,
     scores,
     spare_patience,
+    validates_often,
     validation_data,
     warn_of_averaging,
     warn_of_old_values,
@@ -51,7 +52,9 @@ class InvarianceMonitor(Callback):
 
     It evaluates the untrained network before the first epoch, and then at the end of validation every
     ``every_n_epochs`` epochs (``(epoch + 1) % every_n_epochs == 0``), and always at the first validation of a run.
-    Without validation it does so at the end of the training epoch. The training is bit for bit the one without it.
+    Where an epoch has several validations it counts them instead of epochs, and evaluates at the first of every
+    ``every_n_epochs``. Without validation it does so at the end of the training epoch. The training is bit for bit the
+    one without it.
 
     **Logged metrics**, to every logger of the trainer, at the step of Lightning's validation metrics: the mean over the
     finite values of each layer, ``{Measure}/{layer}``, and their mean over the layers, ``{Measure}_mean``, which
@@ -70,7 +73,7 @@ class InvarianceMonitor(Callback):
             :class:`~lightning_invariance.measures.NormalizedVariance` with ``response=True``.
         data: dataset, loader or tensor; by default the trainer's (first) validation loader.
         layers: which layers, by default every leaf; see :func:`layer_names`.
-        every_n_epochs: how often to evaluate, in epochs.
+        every_n_epochs: how often to evaluate, in epochs, or in validations where an epoch has several.
         max_samples: how many samples: a random choice, equal at every evaluation. None uses all.
         batch_size: see :func:`evaluate`, as for ``forward``, ``input_fn``, ``seed``, ``channel_axis``, ``operations``.
         name: added to the names of the measures, ``{Measure}_rotation``; needed where there are several monitors.
@@ -137,6 +140,7 @@ class InvarianceMonitor(Callback):
         self._tags = {measure: measure + self._suffix for measure in self.measures}  # measure → prefix of its tags
         self._history = History(self.options, self.measures, transformations)
         self._has_validated = self._has_new_result = self._has_explained = False
+        self._validations = 0  # of the training so far
         self._is_fitting = True  # until :meth:`setup`
         self._warned: set[type] = set()  # classes of errors while logging
 
@@ -165,6 +169,7 @@ class InvarianceMonitor(Callback):
         if self.history and trainer.global_step:  # resumed, or trained further
             return
         self._history.start_new_training()
+        self._validations = 0
         self._has_explained = False
         result = self._evaluate(trainer, pl_module, epoch=trainer.current_epoch - 1)
         with errors_as_warnings(self._warned):  # `self.log` would wait for the end of the epoch
@@ -177,7 +182,12 @@ class InvarianceMonitor(Callback):
         if trainer.sanity_checking:
             return
         is_fitting = trainer.state.fn == "fit"
-        if _is_due(trainer, self.every_n_epochs) or not self._has_validated or not is_fitting:
+        if validates_often(trainer):
+            is_due = self._validations % self.every_n_epochs == 0
+        else:
+            is_due = _is_due(trainer, self.every_n_epochs) or not self._has_validated
+        self._validations += is_fitting
+        if is_due or not is_fitting:
             self._has_validated = self._has_validated or is_fitting
             self._evaluate_and_log(trainer, pl_module)
         else:
@@ -203,7 +213,7 @@ class InvarianceMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history as plain data of bounded size."""
-        return self._history.state_dict()
+        return {**self._history.state_dict(), "validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the history of a checkpoint, or begin a new one if it was measured with other arguments.
@@ -211,6 +221,7 @@ class InvarianceMonitor(Callback):
         A checkpoint that is restored only for a validation or test does not replace the history of a training.
         """
         if self._is_fitting or not self.history:
+            self._validations = state_dict.get("validations", 0)
             self._history.load_state_dict(state_dict)
 
     @property

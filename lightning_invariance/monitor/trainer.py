@@ -62,6 +62,12 @@ def check_validation_data(trainer: pl.Trainer) -> None:
         )
 
 
+def validates_often(trainer: pl.Trainer) -> bool:
+    """Return whether an epoch has several validations, or the training has no epochs."""
+    between: float = trainer.val_check_batch or math.inf
+    return trainer.check_val_every_n_epoch is None or between < trainer.num_training_batches
+
+
 def validation_data(trainer: pl.Trainer) -> Any:
     """Return the trainer's (first) validation loader, and set it up if needed."""
     if trainer.val_dataloaders is None:

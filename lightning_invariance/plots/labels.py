@@ -23,8 +23,8 @@ LETTER, LINE = 0.6, 1.3
 #: Layers are labelled by block only if this share of them lies in blocks that have room for a label.
 MIN_SHARE_IN_BLOCKS = 0.85
 
-#: The parts of a layer's name: modules end with a dot, and a module that performs an operation ends with a slash.
-PART = re.compile(r"[^./]+[./]?")
+#: The parts of a layer's name: modules end with a dot, and a module that performs an operation ends with a dash.
+PART = re.compile(r"[^.-]+[.-]?")
 
 #: Marks beside the names of layers.
 REACHED, INFINITE = "*", "∞"
