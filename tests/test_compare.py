@@ -345,6 +345,10 @@ def test_results_that_do_not_compare_are_refused():
         compare(a, without)
     with pytest.raises(ValueError, match="same transformations"):
         compare(a, result_of(1.0, x, turns=rotations(6)))
+    gray, white = (result_of(1.0, x, turns=rotations(4, fill=fill)) for fill in (0.5, 1.0))
+    for other in (a, white):
+        with pytest.raises(ValueError, match="same transformations, but got other parameters: angle .*, fill"):
+            compare(gray, other)
     with pytest.raises(ValueError, match="Expected results of NormalizedVariance"):
         compare(a, a, "NormalizedVariance")
     with pytest.raises(ValueError, match="several of each"):

@@ -87,6 +87,7 @@ OTHERS = {
     "more samples": {"max_samples": 9},
     "operations": {"operations": True},
     "another set": {"transformations": scales()},
+    "another fill": {"transformations": rotations(4, fill=0.5)},
 }
 
 

@@ -10,7 +10,17 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
-from lightning_invariance import InvarianceMonitor, TransformationSet, evaluate, plots, rotations, scales, translations
+from lightning_invariance import (
+    InvarianceMonitor,
+    TransformationSet,
+    evaluate,
+    flips,
+    plots,
+    quarter_turns,
+    rotations,
+    scales,
+    translations,
+)
 from lightning_invariance.measures import Goodfellow, NormalizedVariance, Stratified
 
 IMAGES = torch.rand(12, 3, 8, 8)
@@ -125,19 +135,24 @@ def test_a_warning_of_nan_names_a_handful_of_layers():
 
 
 @pytest.mark.parametrize("shape", [(4, 28, 28, 1), (4, 8, 12, 3)])
-def test_images_with_channels_last_are_noticed(shape):
-    with pytest.warns(UserWarning, match=r"looks like channels last: give `x.permute\(0, 3, 1, 2\)`") as caught:
-        rotations(2)(torch.rand(shape))
-    assert [w.filename for w in caught] == [__file__]
-
-
-@pytest.mark.parametrize("shape", [(4, 1, 100), (4, 2, 100, 1)])
-def test_signals_are_noticed(shape):
-    with pytest.warns(UserWarning, match=r"looks like signals along one axis: .*from_callables"):
+def test_images_with_channels_last_are_refused(shape):
+    with pytest.raises(ValueError, match=r"looks like channels last: give `x.movedim\(-1, -3\)`"):
         rotations(2)(torch.rand(shape))
 
 
-@pytest.mark.parametrize("shape", [(4, 1, 28, 28), (4, 64, 3, 3), (4, 3, 5, 4), (4, 3, 1, 1)])
+@pytest.mark.parametrize("shape", [(4, 1, 100), (4, 2, 100, 1), (4, 256, 3), (4, 12), (4, 1, 128)])
+@pytest.mark.parametrize("make", [lambda: rotations(8), translations, scales, quarter_turns, flips])
+def test_points_signals_and_tokens_are_refused_before_the_network_runs(shape, make):
+    with pytest.raises(ValueError, match=r"Expected images \(batch, channels, height, width\), .*from_callables"):
+        evaluate(Forbidden(), torch.rand(shape), make(), progress=False)
+
+
+class Forbidden(nn.Module):
+    def forward(self, x):
+        raise AssertionError("the network ran")
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 28, 28), (4, 64, 3, 3), (4, 3, 5, 4), (4, 3, 1, 1), (2, 3, 4, 8, 8)])
 def test_images_with_channels_first_are_not(shape):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -259,7 +259,7 @@ def test_sets_of_different_kinds_combine():
         (lambda: TransformationSet.from_callables({"a": abs}, parameters={"p": [1, 2]}), ValueError, "1 values"),
         (lambda: TransformationSet.from_callables({"a": abs}).inverse(torch.ones(1, 1)), ValueError, "has none"),
         (lambda: rotations(4).inverse(images()), ValueError, r"\(batch, 4, ...\), but got \(2, 3, 9, 9\)"),
-        (lambda: rotations(4)(torch.ones(4, 4)), ValueError, r"batch of images .* got \(4, 4\)"),
+        (lambda: rotations(4)(torch.ones(4, 4)), ValueError, r"Expected images .* got \(4, 4\)"),
         (lambda: quarter_turns()(images(4, 5)), ValueError, r"square images.*\(4, 5\)"),
         (
             lambda: TransformationSet.from_callables({"a": torch.neg, "b": lambda x: x[:, :2]})(images()),

@@ -40,6 +40,7 @@ class History:
         self._configuration = {
             "measures": [f"{name}: {_described(measure)}" for name, measure in measures.items()],
             "transformations": list(transformations.labels),
+            "parameters": transformations.parameters,
             "layers": _described(options.layers),
             "operations": options.operations,
             "max_samples": options.max_samples,

@@ -268,9 +268,19 @@ def _check_alike(results: Sequence[InvarianceResult], measure: str) -> None:
                 f"Expected results of the same transformations, but got {some(results[0].transformations)} and"
                 f" {some(result.transformations)}."
             )
+        other = [name for name, values in result.parameters.items() if results[0].parameters.get(name) != values]
+        if result.parameters.keys() != results[0].parameters.keys() or other:
+            raise ValueError(
+                "Expected results of the same transformations, but got other parameters:"
+                f" {_parameters(results[0])} and {_parameters(result)}."
+            )
         units = [each.units.get(measure, "") or "no unit" for each in (results[0], result)]
         if units[0] != units[1] and "distance" not in units:  # of a distance that is a function of the user
             raise ValueError(
                 f"Expected results of {measure} with the same arguments, such as `squared`, but got values"
                 f" in units of {units[0]} and of {units[1]}."
             )
+
+
+def _parameters(result: InvarianceResult) -> str:
+    return ", ".join(f"{name} {some(f'{value:g}' for value in values)}" for name, values in result.parameters.items())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_invariance.messages import check_int, level_of_user
+from lightning_invariance.messages import check_int
 from lightning_invariance.transforms.base import TransformationSet
 from lightning_invariance.transforms.resampling import Resampling
 
@@ -29,8 +28,8 @@ class AffineSet(TransformationSet):
     """Affine maps of images about their centre, applied with one bilinear resampling.
 
     Maps from pixel centres to pixel centres (a quarter turn of a square, a flip, a shift by whole pixels) only move
-    pixels and are exact; other maps interpolate. Inputs are ``(batch, channels, height, width)``, or any shape with
-    ``(height, width)`` last. Results for integer inputs are rounded to the input's type.
+    pixels and are exact; other maps interpolate. Inputs are ``(batch, channels, height, width)``, or have more axes
+    before ``(height, width)``. Results for integer inputs are rounded to the input's type.
 
     Args:
         matrices: ``(m, 3, 3)``, homogeneous maps of positions in pixels: ``p_after = matrix @ p_before``, with the
@@ -50,12 +49,14 @@ class AffineSet(TransformationSet):
         square: bool = False,
         fill: float | Sequence[float] = 0.0,
     ) -> None:
-        super().__init__(labels, parameters)
+        self.fill = _checked_fill(fill)
+        numbers = range(1, len(self.fill) + 1) if any(self.fill) else []
+        fills = {f"fill {k}" if k > 1 else "fill": [self.fill[k - 1]] * len(labels) for k in numbers}
+        super().__init__(labels, {**(parameters or {}), **fills})
         if matrices.shape != (len(self), 3, 3):
             raise ValueError(f"Expected matrices of shape ({len(self)}, 3, 3), but got {tuple(matrices.shape)}.")
         self.matrices = matrices.to(torch.float64)
         self.square = square
-        self.fill = _checked_fill(fill)
         identities = (self.matrices == torch.eye(3, dtype=torch.float64)).flatten(1).all(1).nonzero()
         self.identity = int(identities[0]) if len(identities) else None
         self._cached_resamplings: dict[Hashable, Resampling] = {}
@@ -66,9 +67,8 @@ class AffineSet(TransformationSet):
         return (*self.labels, self.square, self.fill, *self.matrices.flatten().tolist())
 
     def _apply(self, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
-        if x.ndim < 3:
-            raise ValueError(f"Expected a batch of images (batch, channels, height, width), but got {tuple(x.shape)}.")
-        _warn_of_no_images(x, input_size)
+        if input_size is None:  # feature maps may have any shape
+            _check_images(x)
         self._check_square(x)
         # A view: all columns read one copy of the images.
         columns = x.reshape(1, 1, -1, *x.shape[-2:]).expand(-1, len(self), -1, -1, -1)
@@ -234,18 +234,13 @@ def _check_sizes(argument: str, sizes: Sequence[float]) -> None:
             raise ValueError(f"Expected argument `{argument}` to hold numbers above 0, but got {size}.")
 
 
-def _warn_of_no_images(x: Tensor, input_size: tuple[int, int] | None) -> None:
-    """Warn where inputs look like ``(batch, height, width, channels)`` or signals; feature maps may have any shape."""
-    if input_size is not None:
-        return
-    if x.ndim == 4 and x.shape[-1] in (1, 3, 4) and min(x.shape[1:3]) > 4:
-        hint = "channels last: give `x.permute(0, 3, 1, 2)`"
-    elif min(x.shape[-2:]) == 1 < max(x.shape[-2:]):
-        hint = "signals along one axis: make a set for these with `TransformationSet.from_callables`"
+def _check_images(x: Tensor) -> None:
+    """Raise for points, signals, tokens, and images with the channels last."""
+    if x.ndim >= 4 and x.shape[-1] in (1, 3, 4) and min(x.shape[-3:-1]) > 4:
+        hint = ", which looks like channels last: give `x.movedim(-1, -3)`"
+    elif x.ndim < 4 or min(x.shape[-2:]) == 1 < max(x.shape[-2:]):
+        hint = ": make a set for points, signals or tokens with `TransformationSet.from_callables`"
+        hint += ", and give images without channels as `x.unsqueeze(1)`" if x.ndim == 3 else ""
     else:
         return
-    warnings.warn(
-        f"Expected images (batch, channels, height, width), but got {tuple(x.shape)}, which looks like {hint}.",
-        UserWarning,
-        stacklevel=level_of_user(),
-    )
+    raise ValueError(f"Expected images (batch, channels, height, width), but got {tuple(x.shape)}{hint}.")

@@ -222,15 +222,16 @@ class CallableSet(TransformationSet):
 
     def _apply(self, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
         # Each function gets a copy, which it may change in place.
-        return self._stack([_applied(function, x.clone(), input_size) for function in self._functions], x)
+        functions = zip(self.labels, self._functions, strict=True)
+        return self._stack([_applied(label, function, x.clone(), input_size) for label, function in functions], x)
 
     def is_random(self, x: Tensor) -> bool:
         """Whether a second call of the functions with this batch returns other values."""
         return not torch.equal(self(x), self(x))
 
     def _invert(self, st: Tensor, input_size: tuple[int, int] | None) -> Tensor:
-        inverses = self._inverses or []
-        mapped = [_applied(inverse, st[:, j].clone(), input_size) for j, inverse in enumerate(inverses)]
+        inverses = zip(self.labels, self._inverses or [], strict=True)
+        mapped = [_applied(label, f, st[:, j].clone(), input_size) for j, (label, f) in enumerate(inverses)]
         return self._stack(mapped, st)
 
     def _select(self, columns: list[int]) -> CallableSet:
@@ -253,9 +254,18 @@ class CallableSet(TransformationSet):
         return torch.stack(results, dim=1)
 
 
-def _applied(function: BatchFunction, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
+def _applied(label: str, function: BatchFunction, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
     """Call a function, with the input size only if it declares ``takes_input_size``."""
-    return function(x, input_size) if getattr(function, "takes_input_size", False) else function(x)
+    described = _described(x)
+    try:
+        return function(x, input_size) if getattr(function, "takes_input_size", False) else function(x)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise RuntimeError(
+            f"Expected transformation {label!r} to transform a batch {described}, but it raised"
+            f" {type(error).__name__}: {error}"
+        ) from error
 
 
 def _described(x: Any) -> str:

@@ -63,6 +63,8 @@ def _combined_parameters(sets: Sequence[TransformationSet], columns: Sequence[Se
     parameters: dict[str, list[float]] = {}
     for position, transformations in enumerate(sets):
         for name, values in transformations.parameters.items():
+            if name in parameters and name.startswith("fill"):  # all affine sets have one
+                continue
             unique = name if name not in parameters else f"{name} {position + 1}"
             parameters[unique] = [values[column[position]] for column in columns]
     return parameters

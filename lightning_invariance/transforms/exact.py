@@ -27,8 +27,8 @@ def flips() -> AffineSet:
 
     Example:
         >>> import torch
-        >>> flips()[1](torch.tensor([[[[1.0, 2.0]]]])).tolist()
-        [[[[2.0, 1.0]]]]
+        >>> flips()[1](torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])).tolist()
+        [[[[2.0, 1.0], [4.0, 3.0]]]]
     """
     signs = [[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]]
     matrices = torch.stack([torch.diag(torch.tensor([*sign, 1.0], dtype=torch.float64)) for sign in signs])
