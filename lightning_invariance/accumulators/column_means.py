@@ -14,14 +14,23 @@ from lightning_invariance.accumulators.rows import States
 CLOSE = 1 / 4
 
 
-def first_states(first: Tensor, columns: int = 1, tiles: int = 1) -> States:
-    """States without rows whose means are the first row ``(m, k)``: constant columns then deviate by exactly 0.
+def first_states(x: Tensor, dtype: torch.dtype, columns: int = 1, tiles: int = 1) -> States:
+    """States without rows whose means are about the means of the rows that are added first.
+
+    Sums about another value, such as the first row, would lose digits where only this row differs. Constant columns
+    have their value for a mean, from which they deviate by exactly 0.
 
     Args:
-        first: the row, in the type of the means.
+        x: the rows that are added first, ``(n, m, k)``.
+        dtype: of the means.
         columns: how many sums ``column_spread`` has for each activation, 1 or m.
         tiles: of the offsets.
     """
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    first = wide[0].to(dtype)
+    if len(x) > 1:
+        means = first + (wide - wide[0]).mean(0).to(dtype)
+        first = torch.where(means.isfinite(), means, first)
     low, high = first.amin(0), first.amax(0)
     # The differences of close numbers are exact. Columns that are not close have no centre.
     centres = torch.where(high - low <= CLOSE * first[0].abs(), first[0], 0)

@@ -41,8 +41,9 @@ def add_deviations(states: States, rows: Rows, wanted: Wanted) -> bool:
 
 
 def _first_states(x: Tensor, dtype: torch.dtype) -> States:
-    k = x.shape[2]
-    return first_states(x[0].to(dtype), tiles=k // c_kernels.WIDTH if k % c_kernels.WIDTH == 0 else 1)
+    _, m, k = x.shape
+    first_step = x[: min(c_kernels.MOST_ROWS, c_kernels.MOST_COLUMNS // m)]
+    return first_states(first_step, dtype, tiles=k // c_kernels.WIDTH if k % c_kernels.WIDTH == 0 else 1)
 
 
 def _changes_in(states: States, rows: Rows, wanted: Wanted) -> c_kernels.Changes | None:

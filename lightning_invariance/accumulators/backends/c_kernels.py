@@ -25,6 +25,7 @@ WIDTH: int = getattr(_kernels, "WIDTH", 64)
 
 #: The most columns of :func:`add_deviations` and :func:`add_influences`, and of :func:`absolute_differences`.
 MOST_COLUMNS: int = getattr(_kernels, "MOST_VALUES", 256)
+MOST_ROWS: int = getattr(_kernels, "MOST_ROWS", 16)
 MOST_SORTED: int = getattr(_kernels, "MOST_SORTED", 64)
 
 

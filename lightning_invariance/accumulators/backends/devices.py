@@ -27,7 +27,7 @@ def add_deviations(states: States, rows: Rows, wanted: Wanted) -> bool:
     if kernels is None:
         return False
     if not states["centres"].numel():
-        states.update(first_states(x[0].double()))
+        states.update(first_states(x, torch.float64))
     widen_in_one_tile(states)
     channels, inner = channels_of(rows)
     if wanted.response and not states["changes"].numel():

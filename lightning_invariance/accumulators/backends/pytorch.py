@@ -34,7 +34,7 @@ def add_deviations(states: States, rows: Rows, wanted: Wanted) -> bool:
     rows.widen()
     x, squared = rows.flat, wanted.squared
     if not states["centres"].numel():
-        states.update(first_states(x[0].double(), columns=1 if squared else x.shape[1]))
+        states.update(first_states(x, torch.float64, columns=1 if squared else x.shape[1]))
     widen_in_one_tile(states)
     names, length, total = ("row_spread", "column_spread", "centres", "offsets"), chunk_length(x), rows.before + len(x)
     parts = [torch.split(tensor, length, -1) for tensor in (x, *(states[name] for name in names))]

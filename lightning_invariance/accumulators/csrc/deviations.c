@@ -26,6 +26,10 @@
  * column that its deviations are taken from. Without a reference, changes are m / (m - 1) sum (a_j - mean of a)^2,
  * whose mean over j is the variance; each row is then read once more, from the first cache.
  *
+ * The first step begins with the means of its rows. Later ones take at most MOST_ROWS rows, and no more than there were
+ * before, so that a mean moves at most half of the way to the new rows: Q is at most twice C', and no digits cancel. The
+ * squares of each row are added up first.
+ *
  * WIDTH activations at a time go through all rows and columns, so that their sums stay in registers. Offsets may lie
  * WIDTH by WIDTH, (k / width, m, width), so that all that is needed at a time is close together in memory. */
 
@@ -128,8 +132,9 @@ INLINE void add_row(tile p, const job *j, Py_ssize_t i, const lanes *centre, lan
     const float *const row = p.x + i * p.row_stride;
     const float inverse = 1 / (float)j->m;
     const lanes none = {0};
-    lanes first[REGISTERS], sum[REGISTERS], sum_of_squares[REGISTERS];
+    lanes first[REGISTERS], sum[REGISTERS], sum_of_squares[REGISTERS], of_row[REGISTERS];
     for (int v = 0; v < REGISTERS; v++) {
+        of_row[v] = none;
         first[v] = *(const unaligned *)(row + (changes ? j->reference * p.column_stride : 0) + v * LANES);
         sum[v] = sum_of_squares[v] = none;
     }
@@ -151,7 +156,7 @@ INLINE void add_row(tile p, const job *j, Py_ssize_t i, const lanes *centre, lan
             else if (changes == OF_ONE_CHANNEL)
                 of_channel += square;
             sums[t][v] = begins ? d : sums[t][v] + d;
-            squares[v] += d * d;
+            of_row[v] += d * d;
             columns_vary[v] |= (bits)d;
         }
         if (changes == OF_ONE_CHANNEL && !centred)
@@ -175,6 +180,7 @@ INLINE void add_row(tile p, const job *j, Py_ssize_t i, const lanes *centre, lan
     keep_digits(row, p.column_stride, j->m, first, sum, sum_of_squares, spread);
     for (int v = 0; v < REGISTERS; v++) {
         row_spread[v] += spread[v];
+        squares[v] += of_row[v];
         rows_vary[v] |= (bits)sum[v];
     }
 }

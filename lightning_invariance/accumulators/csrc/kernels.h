@@ -16,6 +16,7 @@
 #define REGISTERS 4     /* at a time, so that the processor adds to several sums at once */
 #define WIDTH (LANES * REGISTERS)
 #define MOST_VALUES 256 /* rows times columns of one step: bounds the rounding of a float32 sum */
+#define MOST_ROWS 16    /* rows of one step, for the same reason */
 #define MOST_SORTED 64  /* columns of a row that is sorted in the first cache */
 #define SHARE 1024      /* activations that a thread takes at a time at least, a multiple of WIDTH */
 

@@ -160,9 +160,11 @@ static PyObject *add_deviations(PyObject *self, PyObject *args, PyObject *named)
     j.changes = apart(changes.values, parts, m * channels);
     if (changes.values && !j.changes)
         return NULL;
+    const Py_ssize_t most = MOST_VALUES / m < MOST_ROWS ? MOST_VALUES / m : MOST_ROWS;
     for (Py_ssize_t left = n; left > 0; left -= j.n, j.x += j.n * m * k) {
-        j.n = left <= MOST_VALUES / m ? left : MOST_VALUES / m;
         j.before = j.total;
+        j.n = j.before > 0 && j.before < (double)most ? (Py_ssize_t)j.before : most;
+        j.n = left < j.n ? left : j.n;
         j.total += (double)j.n;
         run(&j, threads);
     }
@@ -264,6 +266,7 @@ PyMODINIT_FUNC PyInit__kernels(void)
 {
     PyObject *made = PyModule_Create(&module);
     if (made && (PyModule_AddIntMacro(made, WIDTH) || PyModule_AddIntMacro(made, MOST_VALUES)
+                 || PyModule_AddIntMacro(made, MOST_ROWS)
                  || PyModule_AddIntMacro(made, MOST_SORTED))) {
         Py_DECREF(made);
         return NULL;
