@@ -173,21 +173,21 @@ def test_sums_and_changes_of_any_activation_are_the_definition(shape, axis, refe
 
 
 def test_rows_may_be_added_on_a_device_after_others_on_the_cpu_and_a_merge(monkeypatch):
-    st = torch.rand(24, 4, 6400, generator=torch.Generator().manual_seed(0))  # as wide as float32 means are kept for
+    st = torch.rand(30, 4, 6400, generator=torch.Generator().manual_seed(0))  # as wide as float32 means are kept for
     accumulator, parts = Deviations(response=True, reference=0), []
-    for some in st.split(8):
+    for some in st.split(10):
         states, n = accumulator.empty(), 0
-        for block in some[:6].split(3):
+        for block in some[:8].split(4):
             accumulator.add(states, Rows(block, before=n))
             n += len(block)
         parts.append({**states, "n_samples": torch.tensor(n)})
-    states = accumulator.merge({**accumulator.merge(*parts[:2]), "n_samples": torch.tensor(12)}, parts[2])
+    states = accumulator.merge({**accumulator.merge(*parts[:2]), "n_samples": torch.tensor(16)}, parts[2])
     assert states["offsets"].dtype == torch.float32
     assert len(states["offsets"]) > 1
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(torch.Tensor, "is_cpu", property(lambda self: False), raising=False)
-        for n, some in enumerate(st.split(8)):
-            accumulator.add(states, Rows(some[6:], before=18 + 2 * n))
+        for n, some in enumerate(st.split(10)):
+            accumulator.add(states, Rows(some[8:], before=24 + 2 * n))
     x = st.double()
     torch.testing.assert_close(
         states["row_spread"], (x - x.mean(1, keepdim=True)).square().sum((0, 1)), rtol=1e-6, atol=0

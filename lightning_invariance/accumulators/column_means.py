@@ -32,8 +32,9 @@ def first_states(x: Tensor, dtype: torch.dtype, columns: int = 1, tiles: int = 1
         means = first + (wide - wide[0]).mean(0).to(dtype)
         first = torch.where(means.isfinite(), means, first)
     low, high = first.amin(0), first.amax(0)
-    # The differences of close numbers are exact. Columns that are not close have no centre.
-    centres = torch.where(high - low <= CLOSE * first[0].abs(), first[0], 0)
+    # The differences of close numbers are exact. Columns that are not close have no centre. Where the values are
+    # float32 a centre is, too, so that :func:`narrow` does not change it.
+    centres = torch.where(high - low <= CLOSE * first[0].abs(), first[0].to(wide.dtype).to(dtype), 0)
     squares = torch.zeros(columns, first.shape[1], dtype=torch.float64, device=first.device)
     offsets = (first - centres).view(len(first), tiles, -1).movedim(1, 0).contiguous()
     return {"row_spread": squares[0].clone(), "column_spread": squares, "centres": centres, "offsets": offsets}
@@ -61,8 +62,9 @@ def _in_one_tile(offsets: Tensor) -> Tensor:
 
 
 def narrow(states: States, n: int) -> None:
-    """Make the means float32, where that is not too coarse for the squared deviations of n rows."""
-    far = LIMITS.far if n >= LIMITS.rows_for_far else LIMITS.far_of_few
+    """Make the means float32, where n rows tell that it is not too coarse for their squared deviations."""
+    if n < LIMITS.rows_for_far:
+        return
     spread, squares = states["column_spread"].sum(0), states["offsets"].double().square().sum(1).flatten()
-    if not bool(((spread > 0) & (spread < far * n * squares)).any()):
+    if not bool(((spread > 0) & (spread < LIMITS.far * n * squares)).any()):
         states.update({name: states[name].float() for name in ("centres", "offsets")})

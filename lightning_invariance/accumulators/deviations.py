@@ -40,13 +40,11 @@ class Deviations(Accumulator):
         squared: whether variances or standard deviations are averaged.
         response: whether ``changes`` are kept.
         reference: the column that changes are taken from; None for the mean of the row.
-        exact: whether means and all sums are float64, for values that are small differences of these.
     """
 
     squared: bool = True
     response: bool = False
     reference: int | None = None
-    exact: bool = False
 
     takes_half = True
     any_channel_axis = True
@@ -59,7 +57,7 @@ class Deviations(Accumulator):
 
     def add(self, states: States, rows: Rows) -> None:
         """Add rows."""
-        add_deviations(states, rows, Wanted(self.squared, self.response, self.reference, self.exact))
+        add_deviations(states, rows, Wanted(self.squared, self.response, self.reference))
 
     def merge(self, a: States, b: States) -> States:
         r"""The states after the rows of both (Chan, Golub and LeVeque 1983, the paper's reference 20).
@@ -99,8 +97,8 @@ class Deviations(Accumulator):
         return replace(self, reference=context.transformations.identity) if self.response else self
 
     def includes(self, other: Accumulator) -> bool:
-        """One with a response also serves measures without, and an exact one those that need not be."""
-        if not isinstance(other, Deviations) or self.exact < other.exact or self.response < other.response:
+        """One with a response also serves measures without."""
+        if not isinstance(other, Deviations) or self.response < other.response:
             return False
         return self.squared == other.squared and (self.reference == other.reference or not other.response)
 

@@ -23,11 +23,12 @@ from lightning_invariance.model.sample_axis import Finding, Layout
 #: What a layer returns for one input: shape, type, axis of the channels.
 Activation: TypeAlias = tuple[tuple[int, ...], torch.dtype, int]
 
-#: For layers whose rows have more bytes than this, the size of the sums is extrapolated from a part of the activations.
-LARGEST_ROW = 2**28
+#: The size of sums is computed for so many rows, after which they have their types, and for up to ``MOST_ROWS`` where
+#: they grow with the number of rows.
+FEW_ROWS, MOST_ROWS = 8, 1024
 
-#: The size of sums that grow with the number of rows is computed for at most so many rows.
-MOST_ROWS = 1024
+#: For layers whose rows have more bytes than this, the size of the sums is extrapolated from a part of the activations.
+LARGEST_ROW = 2**26
 
 #: Bytes for each activation of the influences of samples (sums, derivatives, weights), and of a column mean in float32.
 INFLUENCE, MEAN = 48, 4
@@ -167,11 +168,13 @@ def state_bytes(accumulator: Accumulator, activation: Activation, m: int, n: int
     shape, dtype, axis = activation
     parts = -(-math.prod(shape) // max(1, LARGEST_ROW // (m * dtype.itemsize))) if shape else 1
     some = shape if parts == 1 else (*shape[:-1], -(-shape[-1] // parts))
-    rows = torch.zeros((), dtype=dtype, device=device).expand(2, m, *some)  # one does not tell how far apart values are
-    numbers = torch.arange(2)
+    rows = torch.zeros((), dtype=dtype, device=device).expand(FEW_ROWS, m, *some)
+    numbers = torch.arange(FEW_ROWS)
     layer, size = LayerState([accumulator], some, axis, device=device), -1
-    for before in range(0, min(n, MOST_ROWS) if accumulator.grows else 1, 2):
-        layer.add(Rows(rows, before + numbers, numbers % 1, channel_axis=axis))
+    most = min(n, MOST_ROWS) if accumulator.grows else FEW_ROWS
+    for before in range(0, most, FEW_ROWS):
+        some_rows = min(FEW_ROWS, most - before)
+        layer.add(Rows(rows[:some_rows], before + numbers[:some_rows], numbers[:some_rows] % 1, channel_axis=axis))
         if size == (size := layer.nbytes):
             break
     return size if parts == 1 else size * shape[-1] // some[-1]

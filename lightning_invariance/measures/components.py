@@ -4,25 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators import Deviations, means_of
+from lightning_invariance.accumulators import Deviations, PairedDeviations
 from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.measures.base import Measure
 
 
 def mean_squares(sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean squares R of samples, C of transformations and E of their interaction, each ``(activations,)``.
+    """The mean squares R of samples, C of transformations and E of their interaction, each ``(activations,)``."""
+    n = sums.n_samples
+    of_transformations, of_interaction = paired_mean_squares(sums)
+    interaction = sums["paired_error"].clamp_min(0)
+    of_samples = (sums["column_spread"][0] - interaction).clamp_min(0)
+    return of_samples / (n - 1), of_transformations, of_interaction
 
-    They need ``Deviations(exact=True)``, since E is a difference of its sums.
+
+def paired_mean_squares(sums: Sums) -> tuple[Tensor, Tensor]:
+    """The mean squares C of transformations and E of their interaction with samples, each ``(activations,)``.
+
+    They come from differences within rows, and keep their digits where columns lie far apart.
     """
     n, m = sums.n_samples, sums.n_transformations
-    means = means_of(sums.states)
+    means = sums["paired_means"] - sums["paired_means"][0]  # so that C is exactly 0 for equal columns
     between = n * (means - means.mean(0)).square().sum(0)
-    interaction = (sums["row_spread"] - between).clamp_min(0)
-    of_samples = (sums["column_spread"][0] - interaction).clamp_min(0)
-    return of_samples / (n - 1), between / (m - 1), interaction / ((n - 1) * (m - 1))
+    return between / (m - 1), sums["paired_error"].clamp_min(0) / ((n - 1) * (m - 1))
 
 
 class IntraclassCorrelation(Measure):
@@ -42,8 +48,8 @@ class IntraclassCorrelation(Measure):
     components of transformations, samples and interaction, as estimated from the mean squares. It is above 1 exactly
     where the main effect of the transformations exceeds the main effect of the samples.
 
-    The value has ``activation_shape``. It is NaN for activations that never change and, with a warning, for fewer than
-    two samples or transformations.
+    The value has ``activation_shape``. It is NaN for activations that never change, or (but for ICC(A,1)) only with the
+    transformation, and with a warning for fewer than two samples or transformations.
 
     Args:
         agreement: compute ICC(A,1) instead of ICC(C,1).
@@ -58,7 +64,7 @@ class IntraclassCorrelation(Measure):
     """
 
     any_channel_axis = True
-    needs = (Deviations(exact=True),)
+    needs = (Deviations(), PairedDeviations())
     higher_is_better = True
     least_samples = 2
 
@@ -75,7 +81,7 @@ class IntraclassCorrelation(Measure):
         total = r + (m - 1) * e
         if self.agreement:
             total = total + m / n * (c - e)
-        return torch.where(Deviations().dead(sums.states), torch.nan, (r - e) / total)
+        return (r - e) / total
 
 
 class MainEffect(Measure):
@@ -100,12 +106,11 @@ class MainEffect(Measure):
     """
 
     any_channel_axis = True
-    needs = (Deviations(exact=True),)
+    needs = (PairedDeviations(),)
     higher_is_better = None
     least_samples = 2
 
     def value(self, sums: Sums) -> Tensor:
-        """(C / n) / TV of every activation."""
-        effect = mean_squares(sums)[1] / sums.n_samples
-        variance = sums["row_spread"] / (sums.n_samples * (sums.n_transformations - 1))
-        return torch.where(variance == 0, torch.nan, (effect / variance).clamp(0, 1))
+        """C / (C + (n − 1) E) of every activation."""
+        effect, interaction = paired_mean_squares(sums)
+        return effect / (effect + (sums.n_samples - 1) * interaction)

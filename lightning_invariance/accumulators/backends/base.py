@@ -30,13 +30,11 @@ class Wanted(NamedTuple):
         squared: whether variances or standard deviations are averaged.
         response: whether to sum what each transformation changes.
         reference: the column that changes are taken from; None for the mean of the row.
-        exact: whether means and all sums are float64.
     """
 
     squared: bool = True
     response: bool = False
     reference: int | None = None
-    exact: bool = False
 
 
 def channels_of(rows: Rows) -> tuple[int, int]:

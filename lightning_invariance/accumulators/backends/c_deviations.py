@@ -22,10 +22,11 @@ def add_deviations(states: States, rows: Rows, wanted: Wanted) -> bool:
     n, m, k = x.shape
     if not wanted.squared or not c_kernels.takes(x) or m > c_kernels.MOST_COLUMNS:
         return False
-    may_narrow = m * k >= FEWEST_FLOAT32_VALUES and not wanted.exact
+    may_narrow = m * k >= FEWEST_FLOAT32_VALUES
     begins = not states["centres"].numel()
-    if begins:  # a single row does not tell how far columns are apart
-        states.update(_first_states(x, torch.float32 if may_narrow and n > 1 else torch.float64))
+    enough = c_kernels.LIMITS.rows_for_far  # fewer rows do not tell how far columns are apart
+    if begins:
+        states.update(_first_states(x, torch.float32 if may_narrow and n >= enough else torch.float64))
     changes = _changes_in(states, rows, wanted)
     far = _add(states, x, before, changes)
     if far and begins:  # the sums have lost digits
@@ -35,7 +36,7 @@ def add_deviations(states: States, rows: Rows, wanted: Wanted) -> bool:
         _add(states, x, before, changes)
     elif far:
         widen(states)
-    elif may_narrow and before <= 1 < before + n and states["offsets"].dtype == torch.float64:
+    elif may_narrow and before < enough <= before + n and states["offsets"].dtype == torch.float64:
         narrow(states, before + n)
     return far is not None
 

@@ -36,15 +36,14 @@ class Limits(NamedTuple):
     largest: float
     far: float
     rows_for_far: int
-    far_of_few: float
 
 
 #: A sum over rows of squares smaller than ``smallest`` may hold terms that float32 has rounded to 0, and one above
 #: ``largest`` may leave float32 (3e38) where it is multiplied. Rounding float32 offsets o of N rows costs about
 #: (6e-8 o)² N of a column's squared deviations: where these are below 1e-4 N o², that would be more than 4e-11 of
 #: them, a thousandth of what the values themselves lose, and the means become float64. Fewer than 8 rows may be alike
-#: by chance, but not below 1e-9 N o², where rounding costs up to 4e-6 of them.
-LIMITS = Limits(smallest=1e-24, largest=1e30, far=1e-4, rows_for_far=8, far_of_few=1e-9)
+#: by chance: their means are float64.
+LIMITS = Limits(smallest=1e-24, largest=1e30, far=1e-4, rows_for_far=8)
 
 
 class Changes(NamedTuple):

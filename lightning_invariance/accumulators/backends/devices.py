@@ -23,7 +23,7 @@ _tries_triton = True
 def add_deviations(states: States, rows: Rows, wanted: Wanted) -> bool:
     """Add rows, if Triton takes them; see ``base.py``."""
     x = rows.flat
-    kernels = _kernels_for(x) if wanted.squared and not wanted.exact else None
+    kernels = _kernels_for(x) if wanted.squared else None
     if kernels is None:
         return False
     if not states["centres"].numel():

@@ -39,7 +39,7 @@ def add_deviations(states: States, rows: Rows, wanted: Wanted) -> bool:
     names, length, total = ("row_spread", "column_spread", "centres", "offsets"), chunk_length(x), rows.before + len(x)
     parts = [torch.split(tensor, length, -1) for tensor in (x, *(states[name] for name in names))]
     for values, row_spread, column_spread, centres, offsets in zip(*parts, strict=True):
-        if values.is_cpu or wanted.exact:
+        if values.is_cpu:
             values = values.double()
         row_spread += _spreads(values, squared).sum(0)
         deviations = _from_means(values, centres, offsets[0])

@@ -40,7 +40,7 @@
 
 INLINE int far_apart(const double *column_spread, const float *offset_squares, const job *j, int width)
 {
-    const double part = j->total >= j->limits.rows_for_far ? j->limits.far : j->limits.far_of_few;
+    const double part = j->total >= j->limits.rows_for_far ? j->limits.far : 0;
     int far = 0;
     for (int l = 0; l < width; l++)
         far |= (column_spread[l] > 0) & (column_spread[l] < part * j->total * offset_squares[l]);

@@ -34,8 +34,7 @@ typedef struct limits {
     float smallest; /* a sum of squares below this may have lost digits, if its terms are not 0 */
     float largest;  /* a sum of squares above this may overflow where it is multiplied */
     double far;     /* float32 offsets are too coarse where C < far * N * sum o_j^2 ... */
-    double rows_for_far; /* ... and N is at least this ... */
-    double far_of_few;   /* ... or by this part for fewer rows */
+    double rows_for_far; /* ... and N is at least this: fewer may be alike by chance */
 } limits;
 
 typedef struct job {

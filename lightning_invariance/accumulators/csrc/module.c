@@ -132,10 +132,10 @@ static PyObject *add_deviations(PyObject *self, PyObject *args, PyObject *named)
     limits limits;
     Py_ssize_t before, width, inner, reference, threads;
     int wide;
-    if (!PyArg_ParseTupleAndKeywords(args, named, "O&nO&O&O&O&np(ffddd)O&nnn", names, read_block, &x, &before,
+    if (!PyArg_ParseTupleAndKeywords(args, named, "O&nO&O&O&O&np(ffdd)O&nnn", names, read_block, &x, &before,
                                      read_tensor, &row_spread, read_tensor, &column_spread, read_tensor, &centres,
                                      read_tensor, &offsets, &width, &wide, &limits.smallest, &limits.largest,
-                                     &limits.far, &limits.rows_for_far, &limits.far_of_few, read_tensor, &changes,
+                                     &limits.far, &limits.rows_for_far, read_tensor, &changes,
                                      &inner, &reference, &threads))
         return NULL;
     const Py_ssize_t n = x.n, m = x.m, k = x.k, channels = changes.length / (m > 0 ? m : 1);
