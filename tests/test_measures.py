@@ -185,8 +185,8 @@ def test_constant_units_have_no_correlation_and_no_effect():
     assert IntraclassCorrelation()(constant).isnan().all()
     assert MainEffect()(constant).isnan().all()
     shifted = torch.arange(5.0)[:, None, None] + torch.arange(4.0)[:, None]
-    assert_close(IntraclassCorrelation()(shifted), torch.tensor(1.0, dtype=torch.float64))
-    assert_close(MainEffect()(shifted), torch.tensor(1.0, dtype=torch.float64))
+    assert_close(IntraclassCorrelation()(shifted).squeeze(), torch.tensor(1.0, dtype=torch.float64))
+    assert_close(MainEffect()(shifted).squeeze(), torch.tensor(1.0, dtype=torch.float64))
     with pytest.raises(ValueError, match="agreement"):
         IntraclassCorrelation("yes")
 

@@ -145,7 +145,7 @@ def test_activations_are_measured_where_they_lie(then, monkeypatch):
     add = c_kernels.add_deviations
 
     def watched(x, *args):
-        if len(x) == 8:  # not the rows of zeros from which the memory of the sums is told
+        if bool(x.any()):  # not the rows of zeros from which the memory of the sums is told
             in_place.append(x.is_contiguous() and x.data_ptr() == returned[-1])
         return add(x, *args)
 

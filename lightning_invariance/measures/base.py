@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, TypeGuard
+from functools import wraps
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from matplotlib.axes import Axes
@@ -170,7 +171,19 @@ class Measure(AccumulatingMetric):
                 " update with all blocks again."
             )
         value = self.evaluated(self.sums())
+        self._value_shape = value.shape
         return (value if has_float64(self.device) else value.float()).to(self.device)
+
+    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        """Let a value keep its shape: torchmetrics makes ``()`` of ``(1,)``."""
+        wrapped = super()._wrap_compute(compute)
+
+        @wraps(compute)
+        def shaped(*args: Any, **kwargs: Any) -> Any:
+            value = wrapped(*args, **kwargs)
+            return value.view(self._value_shape) if isinstance(value, Tensor) and value.numel() == 1 else value
+
+        return shaped
 
     def response(self) -> Tensor | None:
         """:meth:`response_of` the blocks so far."""

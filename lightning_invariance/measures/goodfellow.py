@@ -135,4 +135,5 @@ class Goodfellow(Measure):
             raise ValueError(
                 f"Expected argument `capacity` to be larger than alpha·n·m = {rank}, but got {self.capacity}."
             )
-        return sums["extremes"][:, rank].clone()
+        highest = sums["extremes"][:, 0]  # NaN where a value is NaN, wherever it stands
+        return torch.where(highest.isnan(), highest, sums["extremes"][:, rank])

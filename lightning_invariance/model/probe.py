@@ -10,7 +10,18 @@ from torch import Tensor
 
 from lightning_invariance.model.hooks import Catcher
 from lightning_invariance.model.input_dependence import Dependence
-from lightning_invariance.model.sample_axis import CONSTANT, MIXED, PASSES, RANDOM, Finding, Outputs, Tolerance, compare
+from lightning_invariance.model.sample_axis import (
+    COMPANIONS,
+    CONSTANT,
+    MIXED,
+    PASSES,
+    RANDOM,
+    Finding,
+    Outputs,
+    Tolerance,
+    compare,
+    is_changed,
+)
 from lightning_invariance.random_state import isolated_random_state
 
 #: Runs the network on some inputs of a batch, given their positions in it.
@@ -61,9 +72,10 @@ def probe_batch(
 ) -> Probed:
     """Find the layout of every layer by running a network on copies of a few inputs of a batch.
 
-    Two passes are compared. If values of a layer do not agree, a third pass over the inputs of the second decides
-    whether it is random. If values are equal for all inputs, or for other inputs with the rest of the batch unchanged,
-    a pass that tracks dependence decides whether they are computed from the input, as in a dead layer, or constant.
+    Two passes are compared. If values of a layer agree less well than rounding explains, a pass with another input
+    beside tells whether they depend on it. If they do not agree, a pass over the inputs of the second decides whether
+    the layer is random. If values are equal for all inputs, or for other inputs with the rest of the batch unchanged, a
+    pass that tracks dependence decides whether they are computed from the input, as in a dead layer, or constant.
 
     Args:
         batch: the inputs, ``(batch, *input_shape)``.
@@ -105,8 +117,10 @@ def probe_batch(
     first, second = PASSES
     one, other = outputs_of(first, seed), outputs_of(second, seed + 1)
     tolerance = Tolerance.of(one.values())
-    found, repeated = compare(one, other, tolerance)
+    found, repeated, doubted = compare(one, other, tolerance)
     found |= refused
+    beside = outputs_of(COMPANIONS, seed + 1) if agree(bool(doubted)) else {}
+    found |= {layer: MIXED for layer in doubted if is_changed(found[layer], other[layer], beside.get(layer))}
     mixed = [layer for layer, finding in found.items() if finding == MIXED]
     if agree(bool(mixed)):
         again = outputs_of(second, seed + 2)
