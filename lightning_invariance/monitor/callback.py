@@ -16,7 +16,7 @@ from lightning_invariance.evaluate import check_transformations, evaluate_with, 
 from lightning_invariance.measures import NormalizedVariance
 from lightning_invariance.messages import check_int
 from lightning_invariance.model.selection import Layers, select_layers
-from lightning_invariance.monitor.history import History
+from lightning_invariance.monitor.history import Handover, History
 from lightning_invariance.monitor.logging import check_tags, draw, errors_as_warnings, scalars
 from lightning_invariance.monitor.trainer import (
     callbacks_of,
@@ -24,6 +24,7 @@ from lightning_invariance.monitor.trainer import (
     logger_step,
     options_in,
     refuse_split_models,
+    runs_in_child,
     scores,
     spare_patience,
     validates_often,
@@ -139,6 +140,7 @@ class InvarianceMonitor(Callback):
         self._suffix = "" if name is None else f"_{name}"
         self._tags = {measure: measure + self._suffix for measure in self.measures}  # measure → prefix of its tags
         self._history = History(self.options, self.measures, transformations)
+        self._handover = Handover(self)
         self._has_validated = self._has_new_result = self._has_explained = False
         self._validations = 0  # of the training so far
         self._is_fitting = True  # until :meth:`setup`
@@ -224,9 +226,16 @@ class InvarianceMonitor(Callback):
             self._validations = state_dict.get("validations", 0)
             self._history.load_state_dict(state_dict)
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Hand the history over to the process that called ``fit``, if that is another one."""
+        if trainer.is_global_zero and runs_in_child(trainer):
+            self._handover.give(self.state_dict())
+
     @property
     def history(self) -> list[InvarianceResult]:
         """The results so far."""
+        if (state := self._handover.take()) is not None:
+            self._history.load_state_dict(state)
         return self._history.results
 
     @property

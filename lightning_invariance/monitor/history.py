@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
+import tempfile
+import uuid
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,6 +85,32 @@ class History:
             "The checkpoint holds a history that InvarianceMonitor measured with other measures, layers,"
             " transformations or samples: a new one begins, and the other is kept in `earlier_histories`."
         )
+
+
+class Handover:
+    """A file by which a process that trains gives the history to the process that made the monitor.
+
+    Args:
+        owner: the monitor, with which the file goes away.
+    """
+
+    def __init__(self, owner: Any) -> None:
+        self._process = os.getpid()
+        self._path = Path(tempfile.gettempdir()) / f"lightning_invariance_{uuid.uuid4().hex}.pt"
+        weakref.finalize(owner, self._path.unlink, missing_ok=True)
+
+    def give(self, state: Mapping[str, Any]) -> None:
+        """Write the file, where another process made the monitor."""
+        if os.getpid() != self._process:
+            torch.save(state, self._path)
+
+    def take(self) -> dict[str, Any] | None:
+        """Return what the file holds, once; None where there is none."""
+        if os.getpid() != self._process or not self._path.exists():
+            return None
+        state: dict[str, Any] = torch.load(self._path, weights_only=True)
+        self._path.unlink()
+        return state
 
 
 def _packed(history: Sequence[InvarianceResult]) -> dict[str, Any]:

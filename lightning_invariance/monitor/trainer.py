@@ -68,6 +68,12 @@ def validates_often(trainer: pl.Trainer) -> bool:
     return trainer.check_val_every_n_epoch is None or between < trainer.num_training_batches
 
 
+def runs_in_child(trainer: pl.Trainer) -> bool:
+    """Return whether the training runs in a process that ends with it, as under ``ddp_spawn`` and ``ddp_fork``."""
+    launchers = type(trainer.strategy.launcher).__mro__
+    return "_MultiProcessingLauncher" in [cls.__name__ for cls in launchers]
+
+
 def validation_data(trainer: pl.Trainer) -> Any:
     """Return the trainer's (first) validation loader, and set it up if needed."""
     if trainer.val_dataloaders is None:
