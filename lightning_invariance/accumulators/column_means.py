@@ -31,13 +31,17 @@ def first_states(x: Tensor, dtype: torch.dtype, columns: int = 1, tiles: int = 1
     if len(x) > 1:
         means = first + (wide - wide[0]).mean(0).to(dtype)
         first = torch.where(means.isfinite(), means, first)
-    low, high = first.amin(0), first.amax(0)
-    # The differences of close numbers are exact. Columns that are not close have no centre. Where the values are
-    # float32 a centre is, too, so that :func:`narrow` does not change it.
-    centres = torch.where(high - low <= CLOSE * first[0].abs(), first[0].to(wide.dtype).to(dtype), 0)
     squares = torch.zeros(columns, first.shape[1], dtype=torch.float64, device=first.device)
-    offsets = (first - centres).view(len(first), tiles, -1).movedim(1, 0).contiguous()
-    return {"row_spread": squares[0].clone(), "column_spread": squares, "centres": centres, "offsets": offsets}
+    return {"row_spread": squares[0].clone(), "column_spread": squares, **_centred(first, wide.dtype, dtype, tiles)}
+
+
+def _centred(means: Tensor, of_centres: torch.dtype, dtype: torch.dtype, tiles: int) -> States:
+    """Centres, whose values a type holds, and offsets in tiles, for means ``(m, k)``."""
+    low, high = means.amin(0), means.amax(0)
+    # The differences of close numbers are exact. Columns that are not close have no centre.
+    centres = torch.where(high - low <= CLOSE * means[0].abs(), means[0].to(of_centres).to(means.dtype), 0)
+    offsets = (means - centres).view(len(means), tiles, -1).movedim(1, 0)
+    return {"centres": centres.to(dtype), "offsets": offsets.to(dtype).contiguous()}
 
 
 def means_of(states: Mapping[str, Tensor]) -> Tensor:
@@ -65,6 +69,7 @@ def narrow(states: States, n: int) -> None:
     """Make the means float32, where n rows tell that it is not too coarse for their squared deviations."""
     if n < LIMITS.rows_for_far:
         return
-    spread, squares = states["column_spread"].sum(0), states["offsets"].double().square().sum(1).flatten()
+    found = _centred(means_of(states), torch.float32, torch.float32, len(states["offsets"]))
+    spread, squares = states["column_spread"].sum(0), found["offsets"].double().square().sum(1).flatten()
     if not bool(((spread > 0) & (spread < LIMITS.far * n * squares)).any()):
-        states.update({name: states[name].float() for name in ("centres", "offsets")})
+        states.update(found)
