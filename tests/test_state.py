@@ -2,6 +2,7 @@
 
 import copy
 from collections import deque
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,6 +31,11 @@ def around(middle):
 
 class Holder:
     n = 0
+
+
+@dataclass(slots=True)
+class Slots:
+    n: int = 0
 
 
 def more(owner, name):
@@ -64,6 +70,7 @@ PLACES = {
     "new attribute": lambda m: more(m, "later"),
     "class": lambda m: more(type(m), "of_class"),
     "object": lambda m: more(m.holder, "n"),
+    "slots": lambda m: more(m.slots, "n"),
     "namespace": lambda m: more(m.namespace, "n"),
     "list": lambda m: longer(m.list),
     "deque": lambda m: longer(m.deque),
@@ -90,7 +97,7 @@ class Remembers(nn.Module):
         super().__init__()
         self.where, self.number, self.list, self.dict, self.deque = where, 0, [], {0: 0}, deque(maxlen=9)
         self.nested, self.array, self.tensor = {"in": [({0: 0},)]}, np.zeros(3), torch.zeros(2)
-        self.holder, self.namespace = Holder(), SimpleNamespace(n=0)
+        self.holder, self.slots, self.namespace = Holder(), Slots(), SimpleNamespace(n=0)
         self.metric, self.metrics, self.hidden = MeanMetric(), [MeanMetric()], [nn.BatchNorm1d(3)]
         self.register_buffer("buffer", torch.zeros(1))
         self.weight = nn.Parameter(torch.zeros(()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -108,7 +108,7 @@ class Snapshot:
         self._seen: dict[int, Any] = {}
         self._empty: list[Any] = []
         self._filled: list[tuple[Any, Any, tuple[Any, ...]]] = []  # container, copy, its entries
-        self._classes: list[tuple[type, dict[str, Any]]] = []
+        self._attributes: list[tuple[Any, Mapping[str, Any]]] = []  # of classes, and of objects with slots
         self._tensors: list[Tensor] = []
         found = [root]
         while found:
@@ -147,9 +147,13 @@ class Snapshot:
             if not _unchanged(container.values() if isinstance(container, dict) else container, entries):
                 container.clear()
                 (container.extend if isinstance(container, list | deque) else container.update)(copy)
-        for cls, attributes in self._classes:
-            if not _unchanged(vars(cls).values(), attributes.values()):
-                _reset(cls, attributes)
+        for owner, attributes in self._attributes:
+            now = _attributes_of(owner)
+            if not _unchanged(now.values(), attributes.values()):
+                for name in now.keys() - attributes.keys():
+                    delattr(owner, name)
+                for name in [name for name, value in attributes.items() if now.get(name, _nothing) is not value]:
+                    setattr(owner, name, attributes[name])
 
     def _keep(self, value: Any) -> Iterable[Any]:
         """Keep the state of one object; return the objects that it holds."""
@@ -180,8 +184,10 @@ class Snapshot:
         for cls in type(value).__mro__:
             if not _is_foreign(cls) and id(cls) not in self._seen:
                 self._seen[id(cls)] = cls
-                self._classes.append((cls, dict(vars(cls))))
-        return (vars(value),)
+                self._attributes.append((cls, dict(vars(cls))))
+        if slots := _attributes_of(value):
+            self._attributes.append((value, slots))
+        return (*slots.values(), getattr(value, "__dict__", None))
 
     def _keep_entries(self, container: Any) -> Iterable[Any]:
         entries = tuple(container.values() if isinstance(container, dict) else container)
@@ -193,7 +199,7 @@ class Snapshot:
 
     def _is_part(self, value: Any) -> bool:
         """Whether an object belongs to the model."""
-        if isinstance(value, type | ModuleType) or not hasattr(value, "__dict__"):
+        if isinstance(value, type | ModuleType):
             return False
         if isinstance(value, nn.Module):
             return not any(
@@ -312,12 +318,17 @@ def _unchanged(now: Collection[Any], entries: Collection[Any]) -> bool:
     return len(now) == len(entries) and (len(entries) > MOST_ENTRIES or all(map(is_, now, entries)))
 
 
-def _reset(cls: type, attributes: dict[str, Any]) -> None:
-    for name in vars(cls).keys() - attributes.keys():
-        delattr(cls, name)
-    for name, value in attributes.items():
-        if vars(cls).get(name, _nothing) is not value:
-            setattr(cls, name, value)
+def _attributes_of(owner: Any) -> Mapping[str, Any]:
+    """The attributes of a class, or those of an object that its classes keep in slots."""
+    if isinstance(owner, type):
+        return vars(owner)
+    slots = (slot for cls in type(owner).__mro__ for slot in _slots_of(cls))
+    return {slot: getattr(owner, slot) for slot in slots if hasattr(owner, slot)}
+
+
+def _slots_of(cls: type) -> Iterable[str]:
+    slots = () if _is_foreign(cls) else vars(cls).get("__slots__", ())
+    return [slots] if isinstance(slots, str) else [slot for slot in slots if slot not in ("__dict__", "__weakref__")]
 
 
 def _contents(cell: Any) -> Any:
