@@ -56,7 +56,8 @@ def evaluate(
     Args:
         model: any module; called as ``model(x)`` unless ``forward`` is given. A compiled model runs uncompiled, since a
             compiled graph skips hooks; its graphs stay as they are.
-        data: ``Dataset``, ``DataLoader`` or tensor. Samples are ``x``, ``(x, y)`` or dicts; see :class:`STLoader`.
+        data: ``Dataset``, ``DataLoader``, tensor, or anything that gives batches. Samples are ``x``, ``(x, y)`` or
+            dicts; see :class:`STLoader`.
         transformations: the columns of the ST matrix, at least two, such as ``rotations(16)``.
         measures: metrics that are updated with ST blocks ``(samples, transformations, *activation_shape)``, from
             ``lightning_invariance.measures`` or your own. The result names them by class, or by key for a dict. By

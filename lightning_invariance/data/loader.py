@@ -56,12 +56,13 @@ class STLoader:
     Args:
         data: a map-style or iterable ``Dataset``, a ``DataLoader``, or a tensor of inputs. Samples are a tensor ``x``,
             a pair ``(x, y)``, or a dict with the input under ``image``, ``x``, ``input``, ``pixel_values`` or the like
-            (or as its only tensor). A loader of a map-style dataset is used for its sampler or batch sampler,
-            ``collate_fn`` and workers, but not for its batches; distributed samplers of Lightning are unwrapped.
+            (or as its only tensor). A plain loader of a map-style dataset is used for its sampler, ``collate_fn`` and
+            workers, but not for its batches; distributed samplers of Lightning are unwrapped. Other loaders, and
+            anything else that can be iterated more than once, give batches that are taken as they are.
         transformations: the columns.
         batch_size: largest number of transformed inputs in a block.
         max_samples: how many samples to use: a random choice without regard to classes, equal at every call and for
-            every batch size. None uses all. Of an iterable dataset, the first samples are used.
+            every batch size. None uses all. Of data that are iterated as they are, the first samples are used.
         input_fn: picks x from a collated batch, where the above does not find it.
         device: where to transform; by default where the samples are.
         seed: of the choice of samples.
@@ -77,8 +78,9 @@ class STLoader:
         n_samples: number of samples of all processes; None for a stream.
 
     Raises:
-        ValueError: If ``batch_size`` or ``max_samples`` is too small, there are no samples, an iterable dataset comes
-            without ``max_samples``, or (when iterating) samples hold no input or inputs of different sizes.
+        ValueError: If ``batch_size`` or ``max_samples`` is too small, there are no samples, data that are iterated have
+            no length and come without ``max_samples``, or (when iterating) samples hold no input.
+        TypeError: If ``data`` holds no samples, or can be iterated only once.
 
     Example:
         >>> import torch
