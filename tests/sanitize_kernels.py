@@ -120,15 +120,16 @@ def check(generator: random.Random) -> None:
 
 def check_influences(x: torch.Tensor, m: int, k: int) -> None:
     """Influences against their definition."""
-    means, weights = torch.randn(m, k), torch.rand(3, k)
+    means, weights = torch.randn(m, k), torch.rand(4, k) / torch.tensor([1, 1, 1, 100])[:, None]
     counts = -(torch.rand(k) > 0.2).int()
     squares, fourths = torch.zeros(k, dtype=torch.float64), torch.zeros(k, dtype=torch.float64)
     of_changes = c_kernels.ChangesOfSamples(torch.rand(k), m // 2) if k % 2 else None
     found = c_kernels.add_influences(x, means, weights, counts, squares, fourths, of_changes)
     on_sum = found.on_sum
-    wide, (w, v, b) = x.double(), weights.double()
+    wide, (w, v, b, s) = x.double(), weights.double()
     of_rows = (wide - wide.mean(1, keepdim=True)).square().sum(1)
-    psi = torch.where(counts < 0, w * of_rows + v * (wide - means).square().sum(1) - b, 0.0)
+    of_columns = (wide - means).square().sum(1)
+    psi = torch.where(counts < 0, (w * of_rows + v * of_columns - b) / (1 - s * of_columns).clamp_min(0.05), 0.0)
     if psi.numel() and psi.isfinite().all() and psi.abs().max() < 1e8:  # float32 holds the squares
         rounding = 1e-5 * psi.abs().max().item()
         torch.testing.assert_close(on_sum, psi.sum(1), rtol=1e-4, atol=k * rounding)

@@ -348,7 +348,7 @@ def test_c_refuses_distances_and_influences_of_other_sizes():
         "differences": [((total.data_ptr(), 128), "other sizes")],
     }
     assert_refused(c_kernels._kernels.absolute_differences, fine, wrong)
-    means, weights = torch.rand(16, 128), torch.rand(3, 128)
+    means, weights = torch.rand(16, 128), torch.rand(4, 128)
     squares, fourths = torch.zeros(2, 128, dtype=torch.float64)
     counts, on_sum = -torch.ones(128, dtype=torch.int32), torch.zeros(4, dtype=torch.float64)
     factors, changes, spread = torch.rand(128), torch.zeros(4, 16, dtype=torch.float64), torch.zeros(4, 128)

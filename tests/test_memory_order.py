@@ -119,6 +119,7 @@ def test_standard_errors_responses_and_influences_stand_where_they_belong(dtype)
     rows, columns = x.var(1, ddof=1), ((x - x.mean(0)) ** 2).mean(1) * N / (N - 1)
     ratio = rows.mean(0) / columns.mean(0)
     psi = {"TV": rows - rows.mean(0), "NV": (rows - ratio * columns) / columns.mean(0)}
+    psi["NV"] /= 1 - columns / columns.sum(0) * N / (N - 1)
     exact = dtype == torch.float64
     for name, of_units in psi.items():
         errors = torch.from_numpy(np.sqrt((of_units**2).sum(0) / (N * (N - 1))))

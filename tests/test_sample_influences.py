@@ -128,15 +128,16 @@ def test_deviations_of_samples_add_up_to_the_sums(squared):
 def test_sums_in_c_are_the_definition(n, m, k):
     """Where there are more values than at once, in more than one step."""
     generator = torch.Generator().manual_seed(n + k)
-    x, means, weights = (torch.rand(*size, generator=generator) for size in ((n, m, k), (m, k), (3, k)))
+    x, means, weights = (torch.rand(*size, generator=generator) for size in ((n, m, k), (m, k), (4, k)))
+    weights[3] /= 50 * m  # the last ones leave more than the least part
     counts, factors = -(torch.rand(k, generator=generator) > 0.2).int(), torch.rand(k, generator=generator)
     squares, fourths = torch.zeros(2, k, dtype=torch.float64)
     found = c_kernels.add_influences(
         x, means, weights, counts, squares, fourths, c_kernels.ChangesOfSamples(factors, m - 2)
     )
-    wide, mean, (w, v, b) = x.double().numpy(), means.double().numpy(), weights.double().numpy()
+    wide, mean, (w, v, b, s) = x.double().numpy(), means.double().numpy(), weights.double().numpy()
     spreads = ((wide - mean) ** 2).sum(1)
-    psi = np.where(counts < 0, w * m * wide.var(1) + v * spreads - b, 0)
+    psi = np.where(counts < 0, (w * m * wide.var(1) + v * spreads - b) / (1 - s * spreads), 0)
     np.testing.assert_allclose(found.on_sum.numpy(), psi.sum(1), rtol=1e-5)
     np.testing.assert_allclose(squares.numpy(), (psi**2).sum(0), rtol=1e-4)
     np.testing.assert_allclose(fourths.numpy(), (psi**4).sum(0), rtol=1e-4)

@@ -1,7 +1,7 @@
 r"""Influences of samples on values that are made of squared deviations, summed in C.
 
-For every activation :math:`\psi_i = w R_i + v C_i - b`, with R the squared deviations within row i, and C the squared
-deviations of row i from the means of the columns.
+For every activation :math:`\psi_i = (w R_i + v C_i - b) / (1 - s C_i)`, with R the squared deviations within row i, and
+C the squared deviations of row i from the means of the columns. For s see ``engine/sample_influences.py``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class DeviationInfluences:
 
     Attributes:
         means: of the columns, ``(m, k)`` in float32.
-        weights: ``(3, k)`` in float32: w, v and b.
+        weights: ``(4, k)`` in float32: w, v, b and s.
         counts: ``(k,)`` in int32: −1 for activations that count, 0 for others.
         changes: factors of the response, and the column that changes are taken from; None without a response.
     """
@@ -60,7 +60,10 @@ class DeviationInfluences:
         found = about.derivative(["row_spread", "column_spread"])
         zeros = torch.zeros_like(rows)
         of_rows, of_columns = found.get("row_spread", zeros), found.get("column_spread", zeros[None])[0]
-        weights = torch.stack([n * of_rows, n * of_columns, of_rows * rows + of_columns * columns])
+        leverage = zeros
+        if about.is_quotient:
+            leverage = torch.where(columns > 0, n / (n - 1) / columns, 0.0)
+        weights = torch.stack([n * of_rows, n * of_columns, of_rows * rows + of_columns * columns, leverage])
         if bool((weights.abs() > LARGEST).any()):
             return None
         changes = None

@@ -49,6 +49,7 @@ class Influenced(NamedTuple):
         factors: ``(activations,)`` in float32, by which changes are multiplied in the response of the measure; None
             if they are not constant or the response is not needed.
         with_response: whether influences on the response are needed.
+        is_quotient: whether the value divides by the squared deviations from the column means.
     """
 
     n_samples: int
@@ -57,6 +58,7 @@ class Influenced(NamedTuple):
     finite: Tensor
     factors: Tensor | None
     with_response: bool
+    is_quotient: bool
 
 
 class FoundInfluences(NamedTuple):

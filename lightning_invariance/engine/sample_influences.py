@@ -1,9 +1,15 @@
-r"""Influence of each sample on the value of each unit and of each layer: the infinitesimal jackknife.
+r"""Influence of each sample on the value of each unit and of each layer: the jackknife.
 
 A value :math:`\theta = f(S)` is made of sums :math:`S = \sum_i s_i` over n samples. If sample i weighs a little more,
 the value changes by its influence :math:`\psi_i = n \frac{\partial f}{\partial S} (s_i - S / n)`, and its standard
-error over samples is :math:`\sqrt{\sum_i \psi_i^2 / (n (n - 1))}`. Autograd gives the derivative, a second pass the
-shares :math:`s_i`. Where a measure looks at samples in groups, whole groups take the place of samples.
+error over samples is :math:`\sqrt{\sum_i \psi_i^2 / (n (n - 1))}` (infinitesimal jackknife). Autograd gives the
+derivative, a second pass the shares :math:`s_i`. Where a measure looks at samples in groups, whole groups take the
+place of samples.
+
+Where a value divides by C, the sum of the squared deviations :math:`c_i` from means, leaving sample i out takes
+:math:`\frac{n}{n - 1} c_i` from C, and changes the value by :math:`\psi_i / (1 - h_i)` with the leverage
+:math:`h_i = \frac{n}{n - 1} \frac{c_i}{C}` (jackknife), up to terms of order :math:`\psi_i / n`. The mean of these
+influences is minus the bias of order 1 / n of the value.
 """
 
 from __future__ import annotations
@@ -22,6 +28,9 @@ from lightning_invariance.accumulators.influences import GroupShare, Influenced,
 from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.engine.response_influences import ResponseInfluence, has_intervals
 from lightning_invariance.measures import Measure
+
+#: The least part of a denominator that the value without a sample is divided by, so that rounding does not decide it.
+LEAST_LEFT = 0.05
 
 
 class Influence:
@@ -90,6 +99,11 @@ class Influence:
                 self._add(torch.tensor([group.number]), shares, found.groups, part, found)
 
     @property
+    def has_bias(self) -> bool:
+        """Whether the mean of the influences is minus the bias of the value, instead of 0."""
+        return self._measure.denominator is not None
+
+    @property
     def group_of(self) -> Callable[[Tensor], Tensor] | None:
         """Gives the number of the group of each sample; None where samples count one by one."""
         return None if self._grouped is None else self._grouped.group_of
@@ -106,6 +120,7 @@ class Influence:
             self._finite,
             factors,
             self._response is not None,
+            self._measure.denominator is not None,
         )
         return self._single[0].influence_kernel(self._sums.states, about)
 
@@ -148,6 +163,11 @@ class Influence:
             moved = (shares[name] - expected * self._sums[name]).mul_(weight)
             influence = influence + of_units(moved, self._sums, len(self.states["squares"]), self._channels_first)
         influence = n * influence
+        if (below := self._measure.denominator) is not None:
+            units = influence.shape[1]
+            parts = (each.flatten(1) for each in (shares[below], self._sums[below][None]))
+            taken, whole = (of_units(part, self._sums, units, self._channels_first) for part in parts)
+            influence = influence / (1 - n / (n - 1) * taken / whole).nan_to_num(1.0).clamp_min(LEAST_LEFT)
         if not self._all_finite:
             influence = torch.where(self._finite, influence, 0.0)
         squares = influence.square()

@@ -72,6 +72,10 @@ class Measure(AccumulatingMetric):
     #: Whether the value is a smooth function of sums over samples, and so has standard errors and intervals.
     has_intervals: ClassVar[bool] = False
 
+    #: State of squared deviations from column means by whose sum the value divides: standard errors then leave samples
+    #: out one by one. None for other values, whose standard errors are linear in the samples.
+    denominator: str | None = None
+
     #: n times the relative bias of the value of n samples, as far as it follows from the definition.
     relative_bias: float = 0.0
 

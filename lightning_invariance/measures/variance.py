@@ -183,6 +183,11 @@ class NormalizedVariance(MeasureOfVariances):
     has_response_intervals = True
     least_samples = 2
 
+    @property
+    def denominator(self) -> str | None:  # type: ignore[override]
+        """The sum of the sample variance, where the value is a quotient of sums."""
+        return "column_spread" if self.squared and self.aggregate in (None, "mean") else None
+
     def of_variances(self, transformation: Tensor, sample: Tensor) -> Tensor:
         """TV / SV."""
         return quotient(transformation, sample)

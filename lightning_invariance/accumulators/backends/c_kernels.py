@@ -179,13 +179,13 @@ def add_influences(
 ) -> FoundInfluences | None:
     r"""Add what samples change in values that are made of squared deviations.
 
-    For every activation :math:`\psi_i = w R_i + v C_i - b`, with the squared deviations within row i and of row i from
-    the means of the columns.
+    For every activation :math:`\psi_i = (w R_i + v C_i - b) / (1 - s C_i)`, with the squared deviations within row i
+    and from the means of the columns.
 
     Args:
         x: rows ``(n, m, ...)`` of k activations.
         means: of the columns, ``(m, k)`` in float32.
-        weights: ``(3, k)`` in float32: w, v and b.
+        weights: ``(4, k)`` in float32: w, v, b and s.
         counts: ``(k,)`` in int32: −1 for activations that count, 0 for others.
         squares: ``(k,)`` in float64, to which :math:`\sum_i \psi_i^2` is added.
         fourths: ``(k,)`` in float64, to which :math:`\sum_i \psi_i^4` is added.

@@ -1,7 +1,7 @@
 /* The influence of each sample on what is made of squared deviations, once all sums are known.
  *
- * psi_i = w sum_j (x_ij - mean of row i)^2 + v sum_j (x_ij - mu_j)^2 - b for every activation, with a w, a v and a b of
- * its own. add_influences sums psi_i^2 and psi_i^4 over samples for each activation (squares, fourths), and psi_i over
+ * psi_i = (w sum_j (x_ij - mean of row i)^2 + v c_i - b) / (1 - s c_i) with c_i = sum_j (x_ij - mu_j)^2 for every
+ * activation, with a w, a v, a b and an s of its own; 1 - s c_i is LEAST_LEFT at least. add_influences sums psi_i^2 and psi_i^4 over samples for each activation (squares, fourths), and psi_i over
  * activations for each sample (on_sum). Deviations within a row are taken from one of its values, as in deviations.c.
  *
  * With changes, also sum_u f_u (x_iju - x_iru)^2 over activations u for each sample and column j, r being a reference
@@ -10,6 +10,8 @@
 #include "tiles.h"
 
 #include <string.h>
+
+#define LEAST_LEFT .05f /* as in sample_influences.py */
 
 /* The influences on WIDTH activations. Adding up the lanes of `changed` (n, m) gives the changes; `with_changes` is a
  * constant. */
@@ -61,7 +63,11 @@ INLINE void influences_of(const job *j, Py_ssize_t a, double *on_sum, lanes *cha
             const Py_ssize_t at = a + v * LANES;
             const lanes w = *(const unaligned *)(j->weights + at), u = *(const unaligned *)(j->weights + k + at);
             const lanes expected = *(const unaligned *)(j->weights + 2 * k + at);
-            lanes psi = w * spread[v] + u * of_columns[v] - expected;
+            const lanes s = *(const unaligned *)(j->weights + 3 * k + at), least = none + LEAST_LEFT;
+            const lanes rest = 1 - s * of_columns[v];
+            const bits enough = rest > least;
+            const lanes left = (lanes)(((bits)rest & enough) | ((bits)least & ~enough));
+            lanes psi = (w * spread[v] + u * of_columns[v] - expected) / left;
             psi = (lanes)((bits)psi & *(const unaligned_bits *)(j->counts + at));
             if (with_changes)
                 *(unaligned *)(j->spreads + i * k + at) = of_columns[v];
@@ -103,8 +109,9 @@ INLINE void influence_of_one(const job *j, Py_ssize_t a, double *on_sum, lanes *
             j->spreads[i * k + a] = (float)of_columns;
         if (!j->counts[a])
             continue;
-        const double psi = j->weights[a] * (of_row - sum * sum / (double)m) + j->weights[k + a] * of_columns
-                           - j->weights[2 * k + a];
+        const double left = 1 - j->weights[3 * k + a] * of_columns;
+        const double psi = (j->weights[a] * (of_row - sum * sum / (double)m) + j->weights[k + a] * of_columns
+                            - j->weights[2 * k + a]) / (left > LEAST_LEFT ? left : LEAST_LEFT);
         on_sum[i] += psi;
         j->squares[a] += psi * psi;
         j->fourths[a] += psi * psi * psi * psi;

@@ -65,7 +65,7 @@ typedef struct job {
     double *differences; /* (k,), or (n, k) of each row */
     int of_rows;
     /* of add_influences */
-    const float *means, *weights; /* (m, k); (3, k): w, v and b */
+    const float *means, *weights; /* (m, k); (4, k): w, v, b and s */
     const int *counts;            /* (k,): all bits where an activation counts, else none */
     double *squares, *fourths;    /* (k,) */
     double *on_sum;               /* (parts, rows) */

@@ -218,7 +218,7 @@ static PyObject *add_influences(PyObject *self, PyObject *args, PyObject *named)
         return refuse("the block is missing or has another number of values");
     if (m > MOST_VALUES)
         return refuse("the block has too many columns");
-    if (!holds(means, m * k) || weights.length % 3 || !holds(weights, weights.length) || weights.length / 3 != k
+    if (!holds(means, m * k) || weights.length % 4 || !holds(weights, weights.length) || weights.length / 4 != k
         || !holds(counts, k) || !holds(squares, k) || !holds(fourths, k) || !holds(on_sum, n))
         return refuse("the means, the weights or the sums are missing or of other sizes");
     if (factors.values
