@@ -19,8 +19,8 @@ from lightning_invariance.engine.walk import Walk
 from lightning_invariance.measures import NormalizedVariance
 from lightning_invariance.measures.base import names_accumulators
 from lightning_invariance.messages import given, level_of_user
+from lightning_invariance.model.evaluation_mode import ONE_AT_A_TIME
 from lightning_invariance.model.selection import Layers, select_layers, unwrapped
-from lightning_invariance.model.snapshot import ONE_AT_A_TIME
 from lightning_invariance.results.result import InvarianceResult
 from lightning_invariance.results.warnings import warn_of
 from lightning_invariance.transforms import TransformationSet

@@ -22,11 +22,11 @@ from lightning_invariance.engine.budget import OverBudgetError, activations_of, 
 from lightning_invariance.engine.options import Options
 from lightning_invariance.engine.output_metrics import OutputMetrics
 from lightning_invariance.engine.registry import Registry
+from lightning_invariance.model.evaluation_mode import device_of, evaluation_mode, on_device
 from lightning_invariance.model.hooks import SCRIPTED, Catcher, Consumer, catch_activations, transformed_input
 from lightning_invariance.model.probe import Output, probe_batch
 from lightning_invariance.model.sample_axis import CONSTANT, Finding, Layout
 from lightning_invariance.model.selection import module_of, select_layers
-from lightning_invariance.model.snapshot import device_of, evaluation_mode, on_device
 from lightning_invariance.precision import summed_on
 from lightning_invariance.random_state import isolated_random_state
 from lightning_invariance.results.result import OutputValues

@@ -1,12 +1,10 @@
-"""Snapshots of everything that a forward pass may change in a model, and contexts that put it back."""
+"""Snapshots of everything that a forward pass may change in a model, to put it back."""
 
 from __future__ import annotations
 
 import sys
-import threading
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from operator import is_
@@ -21,10 +19,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_invariance.random_state import Generator
 
-#: Allows one evaluation at a time: the eager stance and the random generators belong to the whole process, and hooks
-#: see every forward pass of a model.
-ONE_AT_A_TIME = threading.RLock()
-
 #: Bytes of tensors that a snapshot copies, the smallest first. Changes of the others are only detected.
 LARGEST_COPY = 2**29
 
@@ -36,9 +30,6 @@ FOREIGN = {"lightning", "pytorch_lightning", "lightning_fabric", __name__.partit
 
 #: What loads samples, which is not part of a model either.
 OF_DATA = (Dataset, DataLoader, Sampler)
-
-#: Methods of a LightningModule that act on its trainer.
-ON_TRAINER = ("log", "log_dict", "print", "toggle_optimizer", "untoggle_optimizer")
 
 ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, range)
 
@@ -152,7 +143,7 @@ class Snapshot:
             if not _unchanged(now.values(), attributes.values()):
                 for name in now.keys() - attributes.keys():
                     delattr(owner, name)
-                for name in [name for name, value in attributes.items() if now.get(name, _nothing) is not value]:
+                for name in [name for name, value in attributes.items() if now.get(name, now) is not value]:
                     setattr(owner, name, attributes[name])
 
     def _keep(self, value: Any) -> Iterable[Any]:
@@ -224,50 +215,6 @@ class Snapshot:
         return found
 
 
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[Snapshot]:
-    """Put every module into eval mode, with no gradients and no logs; the state before, which is put back afterwards.
-
-    Modules that do more in ``train`` than to set a flag are asked to undo it.
-    """
-    before = Snapshot(model)
-    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
-    try:
-        for module in model.modules():
-            if "LightningModule" in (cls.__name__ for cls in type(module).__mro__):
-                vars(module).update(dict.fromkeys(ON_TRAINER, _nothing))
-        for parameter, _ in before.parameters:
-            parameter.grad = None
-        _to_eval(model)
-        yield before
-    finally:
-        for module, training in modes:
-            if training and _does_more(module):
-                module.train()
-        before.restore(thorough=True)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of the first parameter or buffer with values; the CPU for a model without any."""
-    tensors = (t for found in (model.parameters(), model.buffers()) for t in found)
-    tensor = next((t for t in tensors if not t.is_meta), None)
-    return torch.device("cpu") if tensor is None else tensor.device
-
-
-@contextmanager
-def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Move the model to a device, and back afterwards."""
-    before = device_of(model)
-    if before == device:
-        yield
-        return
-    model.to(device)
-    try:
-        yield
-    finally:
-        model.to(before)
-
-
 def version_of(tensor: Tensor) -> int:
     """Number of in-place changes of a tensor; 0 for inference tensors, which do not count them."""
     return 0 if tensor.is_inference() else tensor._version
@@ -276,25 +223,6 @@ def version_of(tensor: Tensor) -> int:
 def address_of(tensor: Tensor) -> int:
     """Where the values of a tensor lie; 0 for layouts without one place."""
     return tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided else 0
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Do nothing, whatever is given."""
-
-
-def _does_more(module: nn.Module) -> bool:
-    return not isinstance(module, torch.jit.ScriptModule) and type(module).train is not nn.Module.train
-
-
-def _to_eval(module: nn.Module) -> None:
-    """Like ``module.eval()``, but frozen parts of it, which have no mode, are passed over."""
-    if _does_more(module) or type(module).eval is not nn.Module.eval:
-        module.eval()
-        return
-    if hasattr(module, "training"):
-        module.training = False
-    for child in module.children():
-        _to_eval(child)
 
 
 def _is_foreign(cls: type) -> bool:
