@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_invariance.distributed import gather_objects, rank_and_world_size
+from lightning_invariance.distributed import rank_and_world_size
 from lightning_invariance.engine.budget import OverBudgetError
 from lightning_invariance.engine.collect import collect
 from lightning_invariance.engine.column_chunks import in_column_chunks
@@ -170,15 +170,11 @@ def evaluate_with(
 def _measured(walk: Walk, transformations: TransformationSet, measures: Mapping[str, Metric]) -> InvarianceResult:
     """Walk over the ST matrix, or over chunks of it where the sums of one walk would take too much memory."""
     loader = walk.loader(transformations, _run_of(measures))
-    if loader.n_samples is not None:
-        check_number(loader.n_samples)
     try:
         result = collect(walk.run(measures, loader))
     except OverBudgetError as over:
         result = in_column_chunks(walk, measures, loader, over)
     result.outputs = walk.outputs()
-    result.n_skipped = sum(gather_objects(loader.source.own_skipped))
-    check_number(result.n_samples)
     ran = [*result.layers, *(layer for layers in result.skipped.values() for layer in layers)]
     walk.selection.check_measured(ran, result.left_out)
     if rank_and_world_size()[0] == 0:
@@ -322,9 +318,3 @@ def check_transformations(transformations: TransformationSet) -> None:
         raise ValueError(
             f"Expected argument `transformations` to hold at least two transformations, but got {transformations!r}."
         )
-
-
-def check_number(n_samples: int) -> None:
-    """Raise for a number of samples of which nothing varies."""
-    if n_samples < 2:
-        raise ValueError(f"Expected at least two samples, but got {n_samples}: a variance needs two.")

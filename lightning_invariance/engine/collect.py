@@ -67,6 +67,7 @@ def collect(registry: Registry) -> InvarianceResult:
         values,
         dead={name: record.dead for name, record in records.items() if record.dead is not None},
         n_samples=registry.n_samples,
+        n_skipped=registry.n_skipped,
         floor=floor,
         response=_by_measure(records, "responses"),
         response_bounds=_by_measure(records, "response_bounds"),

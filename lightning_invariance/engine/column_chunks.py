@@ -81,6 +81,7 @@ def in_column_chunks(
         values,
         dead={layer: (tv[some][layer] == 0) & (sv[some][layer] == 0) for layer in layers},
         n_samples=about.n_samples,
+        n_skipped=about.n_skipped,
         left_out={**about_rows.left_out, **about.left_out},
         channel_axis=axes,
     )

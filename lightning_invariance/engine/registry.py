@@ -45,7 +45,7 @@ class Registry:
         left_out: layer → why it was not measured.
         metrics: layer → name → clone of a metric that is no :class:`Measure`.
         influences: layer → measure → influences of samples, in the second pass.
-        n_samples: number of complete rows.
+        n_samples, n_skipped: number of complete rows, and of missing samples.
         in_first_pass: whether the rows are shown for the first time.
         finished: whether every row was seen as often as the measures need.
         input_shape: of the transformed input.
@@ -67,7 +67,7 @@ class Registry:
         self.left_out: dict[str, str] = {}
         self.metrics: dict[str, dict[str, Metric]] = {}
         self.influences: dict[str, dict[str, Influence]] = {}
-        self.n_samples, self.in_first_pass, self.finished = 0, True, False
+        self.n_samples, self.n_skipped, self.in_first_pass, self.finished = 0, 0, True, False
         self.input_shape: tuple[int, ...] | None = None
         self.sample_keys: dict[int, int] = {}
         self.has_floor = any(names_accumulators(m) and m.has_floor for m in self.measures.values())
@@ -160,11 +160,18 @@ class Registry:
         """Whether anything is done with rows of a layer in the pass at hand."""
         return self.in_first_pass or self.layers[name].active or bool(self.influences.get(name))
 
-    def end_pass(self, device: torch.device) -> None:
-        """Join what the processes have seen in one pass, and begin a second one if a measure needs it."""
+    def end_pass(self, device: torch.device, n_skipped: int) -> None:
+        """Join what the processes have seen in one pass, and begin a second one if a measure needs it.
+
+        Args:
+            device: where the sums are.
+            n_skipped: number of missing samples in this process.
+        """
         shapes = {name: (layer.shape, layer.channel_axis) for name, layer in self.layers.items()}
-        gathered = gather_objects((shapes, self.n_samples, self.input_shape, self.left_out, self.sample_keys))
-        all_shapes, numbers, input_shapes, *_ = zip(*gathered, strict=True)
+        gathered = gather_objects(
+            (shapes, self.n_samples, self.input_shape, n_skipped, self.left_out, self.sample_keys)
+        )
+        all_shapes, numbers, input_shapes, skipped, *_ = zip(*gathered, strict=True)
         for of_process, *_, left_out, keys in reversed(gathered):  # the first process has the last word on reasons
             for layer, (shape, _) in of_process.items():
                 if layer in self.layers and self.layers[layer].shape != shape:
@@ -180,7 +187,7 @@ class Registry:
         if not self.in_first_pass:
             self.finished = True
             return
-        self.n_samples = sum(numbers)
+        self.n_samples, self.n_skipped = sum(numbers), sum(skipped)
         self.in_first_pass = False
         for name in self.layers:
             self._begin_second_pass(name, home)

@@ -104,6 +104,8 @@ class Walk:
                 self.batch_size = max(1, min(MOST_INPUTS, INPUT_BYTES // size))
                 loader.resize(self.batch_size)
             fingerprint = loader.source.fingerprint() if world_size > 1 else Fingerprint(None, None)
+            if loader.n_samples is not None:
+                check_number(loader.n_samples)
         if is_split(gather_objects(fingerprint)):
             loader.source.take_own_stream()
         return loader
@@ -118,6 +120,7 @@ class Walk:
 
         Raises:
             OverBudgetError: If the sums of all layers take more than the budget.
+            ValueError: If there are fewer than two samples.
         """
         confidence = self.options.confidence
         registry = Registry(measures, loader.transformations, loader.n_samples, loader.source.run, confidence)
@@ -131,7 +134,8 @@ class Walk:
             while not registry.finished:
                 loader.source.with_keys = confidence is not None and registry.in_first_pass
                 self._pass(loader, about, blocks, catcher, registry)
-                registry.end_pass(self.device)
+                registry.end_pass(self.device, loader.source.own_skipped)
+        check_number(registry.n_samples)
         return registry
 
     def _pass(self, loader: STLoader, about: str, blocks: Blocks, catcher: Catcher, registry: Registry) -> None:
@@ -237,6 +241,12 @@ class Walk:
             if enter is not None and self.transformed_module is not None:
                 stack.enter_context(transformed_input(self.transformed_module, enter))
             yield stack.enter_context(catch_activations(self.model, before, self.selection, consumer))
+
+
+def check_number(n_samples: int) -> None:
+    """Raise for a number of samples of which nothing varies."""
+    if n_samples < 2:
+        raise ValueError(f"Expected at least two samples, but got {n_samples}: a variance needs two.")
 
 
 def with_progress(loader: STLoader, about: str, show: bool) -> Iterator[STBlock]:
