@@ -1,5 +1,7 @@
 """Loaders with batches of their own, outputs that cannot be measured, and numbers that depended on the batch size."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
 
 from lightning_invariance import InvarianceMonitor, TransformationSet, evaluate, rotations
-from lightning_invariance.measures import Goodfellow, IntraclassCorrelation, MainEffect, NormalizedVariance
+from lightning_invariance.measures import Anova, Goodfellow, IntraclassCorrelation, MainEffect, NormalizedVariance
 
 GAINS = TransformationSet.from_callables({"same": lambda x: x, "half": lambda x: 0.5 * x, "shifted": lambda x: x + 1})
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
@@ -368,3 +370,13 @@ def test_a_layer_that_depends_on_the_batch_by_less_than_rounding_may_is_left_out
 
     result = evaluate(nn.Sequential(nn.Linear(8, 8), Adaptive()), X, GAINS, progress=False)
     assert {layer: why.partition(":")[0] for layer, why in result.left_out.items()} == {"1": "mixed"}
+
+
+def test_f_of_units_that_hardly_vary_beside_their_mean_is_exact():
+    x = 0.5 + 1e-13 * torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for unit, f in enumerate(Anova(statistic="f")(x).tolist()):
+        cells = [[Fraction(float(x[i, j, unit])) for i in range(6)] for j in range(4)]
+        means = [sum(column) / 6 for column in cells]
+        between = 6 * sum((mean - sum(means) / 4) ** 2 for mean in means) / 3
+        within = sum((cell - mean) ** 2 for column, mean in zip(cells, means, strict=True) for cell in column) / 20
+        assert f == pytest.approx(float(between / within), rel=1e-12)

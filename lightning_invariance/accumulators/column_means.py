@@ -49,6 +49,11 @@ def means_of(states: Mapping[str, Tensor]) -> Tensor:
     return _in_one_tile(states["offsets"]).double() + states["centres"]
 
 
+def differences_of(states: Mapping[str, Tensor]) -> Tensor:
+    """The means of the columns up to one number for each activation, ``(m, k)`` in float64: they keep more digits."""
+    return _in_one_tile(states["offsets"]).double()
+
+
 def widen(states: States) -> None:
     """Make the means float64."""
     for name in ("centres", "offsets"):

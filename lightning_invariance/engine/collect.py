@@ -178,8 +178,8 @@ class SampleKeys:
             keys = torch.zeros_like(numbers).index_add_(0, group, keys)
         own, found = (influence.states[state].cpu() for state in ("numbers", "on_mean"))
         on_mean = torch.full((len(numbers),), torch.nan, dtype=torch.float64)
-        # Of a value that is no quotient the mean is 0 but for the rounding of the sums.
-        on_mean[torch.searchsorted(numbers, own)] = found if influence.has_bias else found - found.mean()
+        # The mean is 0 but for the rounding of the sums, and for the bias of a quotient.
+        on_mean[torch.searchsorted(numbers, own)] = found - found.mean()
         self.of_measures[measure] = keys
         return on_mean
 

@@ -8,8 +8,7 @@ place of samples.
 
 Where a value divides by C, the sum of the squared deviations :math:`c_i` from means, leaving sample i out takes
 :math:`\frac{n}{n - 1} c_i` from C, and changes the value by :math:`\psi_i / (1 - h_i)` with the leverage
-:math:`h_i = \frac{n}{n - 1} \frac{c_i}{C}` (jackknife), up to terms of order :math:`\psi_i / n`. The mean of these
-influences is minus the bias of order 1 / n of the value.
+:math:`h_i = \frac{n}{n - 1} \frac{c_i}{C}` (jackknife), up to terms of order :math:`\psi_i / n`.
 """
 
 from __future__ import annotations
@@ -97,11 +96,6 @@ class Influence:
                 shares, self._group = {**self._group, **found.shares}, {}
                 part = group.size / self._sums.n_samples
                 self._add(torch.tensor([group.number]), shares, found.groups, part, found)
-
-    @property
-    def has_bias(self) -> bool:
-        """Whether the mean of the influences is minus the bias of the value, instead of 0."""
-        return self._measure.denominator is not None
 
     @property
     def group_of(self) -> Callable[[Tensor], Tensor] | None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_invariance.accumulators import Deviations, PairedDeviations, means_of
+from lightning_invariance.accumulators import Deviations, PairedDeviations
+from lightning_invariance.accumulators.column_means import differences_of
 from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.measures.base import Measure
 from lightning_invariance.measures.f_distribution import CORRECTIONS, f_survival, rejected
@@ -100,7 +101,7 @@ class Anova(Measure):
 
     def _statistic(self, sums: Sums, statistic: str) -> Tensor:
         n, m = sums.n_samples, sums.n_transformations
-        means = sums["paired_means"] if self.paired else means_of(sums)
+        means = sums["paired_means"] if self.paired else differences_of(sums)
         means = means - means[0]  # so that `between` is exactly 0 for equal columns
         between = n * (means - means.mean(0)).square_().sum(0)
         if not self.paired:  # sums of equal columns may differ by rounding

@@ -3,8 +3,7 @@ r"""Confidence intervals over samples, computed from the influence of each sampl
 With influences :math:`\psi_i` of n independent samples (or groups of samples) the standard error is
 :math:`\sqrt{\sum_i \psi_i^2 / (n (n - 1))}`. Its precision depends on the kurtosis b of the influences: it has
 :math:`\nu = 2 n / (b - 1) - 1` degrees of freedom, n − 1 where they are normal, and few where few samples dominate it.
-The bounds are quantiles of Student's t with ν degrees of freedom, about the value plus the mean of the influences,
-which is minus its bias where the influences leave out one sample at a time, and else 0.
+The bounds are quantiles of Student's t with ν degrees of freedom.
 """
 
 from __future__ import annotations
@@ -42,8 +41,7 @@ class Interval:
 
     Attributes:
         value: the estimate.
-        low, high: the bounds ``value − bias ± t · standard_error``; the bias, of order 1 / samples, is estimated for
-            quotients of sums, and else 0.
+        low, high: the bounds ``value ± t · standard_error``.
         standard_error: of the value.
         freedom: degrees of freedom of the standard error.
         doubt: why the interval may be too narrow; empty where there is no reason.
@@ -101,8 +99,7 @@ def interval_of(
     n = len(psi)
     if n < 2 or not math.isfinite(value):
         return Interval(value, math.nan, math.nan, math.nan, math.nan, "undefined")
-    shift = float(psi.mean())
-    psi = psi - shift
+    psi = psi - psi.mean()
     error = float((psi.square().sum() / (n * (n - 1))).sqrt())
     freedom = float(degrees_of_freedom(n, psi.square().sum(), psi.pow(4).sum()))
     half = t_quantile(confidence, freedom) * error
@@ -113,7 +110,7 @@ def interval_of(
     doubts += [f"few samples decide {sparse:.0%} of the units"] if sparse > MAX_SPARSE and error > 0 else []
     doubts += [f"{left_out:.0%} left out"] if left_out > MAX_LEFT_OUT else []
     doubts += [f"differs by {bias:.1%} from that of many samples"] if abs(bias * value) > MAX_BIAS * error else []
-    return Interval(value, value + shift - half, value + shift + half, error, freedom, ", ".join(doubts))
+    return Interval(value, value - half, value + half, error, freedom, ", ".join(doubts))
 
 
 def influences_of_all(influences: Tensor) -> Tensor:
