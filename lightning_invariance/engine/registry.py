@@ -36,8 +36,7 @@ class Registry:
         measures: name → metric. Of a :class:`Measure` the accumulators are updated; of any other metric every layer
             gets a clone, which is updated with the block.
         transformations: the columns of the ST matrix.
-        expected: how many samples there will be, if known.
-        run: how many samples in a row a process shows.
+        expected, run: how many samples there will be, if known, and how many in a row a process shows.
         confidence: of intervals, which take a second pass; None for none.
 
     Attributes:
@@ -46,9 +45,8 @@ class Registry:
         metrics: layer → name → clone of a metric that is no :class:`Measure`.
         influences: layer → measure → influences of samples, in the second pass.
         n_samples, n_skipped: number of complete rows, and of missing samples.
-        in_first_pass: whether the rows are shown for the first time.
-        finished: whether every row was seen as often as the measures need.
-        input_shape: of the transformed input.
+        in_first_pass, finished: whether rows are shown for the first time, and whether the measures need no more.
+        input_shape: of the transformed input; None before it is known.
         sample_keys: number of a sample → its key, where blocks carry them.
         has_floor: whether a measure wants its value for the network that returns its input.
     """
@@ -62,7 +60,7 @@ class Registry:
         confidence: float | None = None,
     ) -> None:
         self.measures = {key: deepcopy(measure) for key, measure in measures.items()}
-        self.transformations, self.expected, self.confidence = transformations, expected, confidence
+        self.transformations, self.confidence, self.expected, self._run = transformations, confidence, expected, run
         self.layers: dict[str, LayerState] = {}
         self.left_out: dict[str, str] = {}
         self.metrics: dict[str, dict[str, Metric]] = {}
@@ -71,7 +69,6 @@ class Registry:
         self.input_shape: tuple[int, ...] | None = None
         self.sample_keys: dict[int, int] = {}
         self.has_floor = any(names_accumulators(m) and m.has_floor for m in self.measures.values())
-        self._run = run
         self._memo: dict[Hashable, Any] = {}  # of the block, for all layers
         self._block: STBlock | None = None
         self.know_input(())
@@ -152,7 +149,7 @@ class Registry:
             return
         for metric in self.metrics[name].values():
             rows.widen()
-            kept = rows.values.clone()  # the metric may keep it, while later modules change activations in place
+            kept = rows.values.clone()  # which the metric may keep, while later modules change it in place
             known = {key: v for key in ("indices", "labels") if (v := getattr(block, key)) is not None}
             metric.update(kept, **metric._filter_kwargs(**known))
 
@@ -161,12 +158,7 @@ class Registry:
         return self.in_first_pass or self.layers[name].active or bool(self.influences.get(name))
 
     def end_pass(self, device: torch.device, n_skipped: int) -> None:
-        """Join what the processes have seen in one pass, and begin a second one if a measure needs it.
-
-        Args:
-            device: where the sums are.
-            n_skipped: number of missing samples in this process.
-        """
+        """Join what the processes have seen, and missed, in one pass, and begin a second one if a measure needs it."""
         shapes = {name: (layer.shape, layer.channel_axis) for name, layer in self.layers.items()}
         gathered = gather_objects(
             (shapes, self.n_samples, self.input_shape, n_skipped, self.left_out, self.sample_keys)
@@ -203,9 +195,7 @@ class Registry:
         self.layers[name], self.metrics[name] = layer, {}
         for key, measure in applicable.items():
             if not names_accumulators(measure):
-                metric = deepcopy(measure)
-                metric.reset()
-                self.metrics[name][key] = metric.to(device)
+                self.metrics[name][key] = _clone(measure, device)
         return layer
 
     def _begin_second_pass(self, name: str, device: torch.device) -> None:
@@ -239,6 +229,12 @@ class Registry:
             if name not in self.layers:
                 self._new_layer(name, *about, device)
         self.layers = {name: self.layers[name] for name in order}
+
+
+def _clone(metric: Metric, device: torch.device) -> Metric:
+    found = deepcopy(metric)
+    found.reset()
+    return found.to(device)
 
 
 def wants_intervals(measure: Measure, confidence: float | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -18,6 +19,17 @@ from lightning_invariance.accumulators.rows import N_SAMPLES, TYPES, Context, Ro
 from lightning_invariance.distributed import merge_over_ranks
 from lightning_invariance.precision import has_float64, summed_on
 from lightning_invariance.transforms import TransformationSet
+
+
+def keeping_shape(metric: Any, compute: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``compute`` whose value of one number has the shape that the metric notes as ``_value_shape``."""
+
+    @wraps(compute)
+    def shaped(*args: Any, **kwargs: Any) -> Any:
+        value = compute(*args, **kwargs)
+        return value.view(metric._value_shape) if isinstance(value, Tensor) and value.numel() == 1 else value
+
+    return shaped
 
 
 class AccumulatingMetric(Metric):
@@ -133,6 +145,10 @@ class AccumulatingMetric(Metric):
         # Without these, compute would return a cached value, or warn of a missing update.
         self._computed = None
         self._update_count += getattr(incoming_state, "_update_count", 1)
+
+    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        """Let a value keep its shape: torchmetrics makes ``()`` of ``(1,)``."""
+        return keeping_shape(self, super()._wrap_compute(compute))
 
     def _add_rows(self, st_block: Tensor, indices: Tensor | None, labels: Tensor | None) -> None:
         values = checked_block(st_block)

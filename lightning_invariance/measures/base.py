@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
-from typing import Any, ClassVar, TypeGuard
+from typing import ClassVar, TypeGuard
 
 import torch
 from matplotlib.axes import Axes
@@ -63,8 +62,7 @@ class Measure(AccumulatingMetric):
     unit: str = ""
 
     #: With fewer samples or transformations the value is NaN, with a warning.
-    least_samples: int = 1
-    least_transformations: int = 2
+    least_samples, least_transformations = 1, 2
 
     #: Whether results include the value of a network that returns its input, ``result.floor``.
     has_floor: ClassVar[bool] = False
@@ -72,8 +70,7 @@ class Measure(AccumulatingMetric):
     #: Whether the value is a smooth function of sums over samples, and so has standard errors and intervals.
     has_intervals: ClassVar[bool] = False
 
-    #: State of squared deviations from column means by whose sum the value divides: standard errors then leave samples
-    #: out one by one. None for other values, whose standard errors are linear in the samples.
+    #: State of squared deviations by whose sum the value divides, if any: standard errors leave samples out of it.
     denominator: str | None = None
 
     #: n times the relative bias of the value of n samples, as far as it follows from the definition.
@@ -89,15 +86,13 @@ class Measure(AccumulatingMetric):
     @property
     def takes_any_channel_axis(self) -> bool:
         """Whether blocks in another memory order, such as channels last, can be added without a copy."""
-        accumulators = (*self.needs, *self.needs_again)
-        return all(declares(each, "any_channel_axis") for each in (self, *accumulators))
+        return all(declares(each, "any_channel_axis") for each in (self, *self.needs, *self.needs_again))
 
     @abstractmethod
     def value(self, sums: Sums) -> Tensor:
         """Compute the value of every activation from the states of ``needs`` (and of ``needs_again``) by name.
 
-        Returns:
-            A tensor of :meth:`value_shape`, or flat with as many values. It is converted to float64.
+        It is a tensor of :meth:`value_shape`, or flat with as many values, and is converted to float64.
         """
 
     def value_shape(self, sums: Sums) -> tuple[int, ...]:
@@ -174,20 +169,8 @@ class Measure(AccumulatingMetric):
                 f"{type(self).__name__} needs two passes for {int(self.n_samples)} samples: call `end_pass()`, and"
                 " update with all blocks again."
             )
-        value = self.evaluated(self.sums())
-        self._value_shape = value.shape
+        self._value_shape = (value := self.evaluated(self.sums())).shape
         return (value if has_float64(self.device) else value.float()).to(self.device)
-
-    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
-        """Let a value keep its shape: torchmetrics makes ``()`` of ``(1,)``."""
-        wrapped = super()._wrap_compute(compute)
-
-        @wraps(compute)
-        def shaped(*args: Any, **kwargs: Any) -> Any:
-            value = wrapped(*args, **kwargs)
-            return value.view(self._value_shape) if isinstance(value, Tensor) and value.numel() == 1 else value
-
-        return shaped
 
     def response(self) -> Tensor | None:
         """:meth:`response_of` the blocks so far."""
