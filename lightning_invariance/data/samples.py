@@ -73,7 +73,7 @@ class Source:
             self._options |= {name: getattr(data, name) for name in OPTIONS}
             self._options["collate_fn"] = Collate(data.collate_fn)
             data = as_it_is(data) if indices is None else data.dataset
-        elif not isinstance(data, IterableDataset) and hasattr(data, "__getitem__") and not _are_batches(data):
+        elif not isinstance(data, IterableDataset) and _is_indexable(data) and not _are_batches(data):
             data = TensorDataset(data) if isinstance(data, Tensor) else data
             indices = range(len(data))
         self._first: Callable[[], Iterable[Any]] = self._iterated
@@ -174,7 +174,8 @@ class Source:
 
     def _iterated(self) -> Iterator[Any]:
         """The batches of data that are iterated as they are; samples of an iterable dataset are collated first."""
-        with isolated_random_state(self._seed, self.generators):  # most samplers draw their order at the beginning
+        # Most samplers draw their order at the beginning. The later batches draw other numbers than the first one.
+        with isolated_random_state(self._seed + 1, self.generators):
             rest = islice(self._iterable, self._length)
             first = list(islice(rest, 1))
         items = chain(first, rest)
@@ -235,6 +236,8 @@ def _is_batch(item: Any) -> bool:
         inputs = input_of(item, None)
     except ValueError:
         return False
+    if inputs.ndim == 3 and len(inputs) in (1, 3, 4):  # an image whose targets are as many as its channels
+        return False
     target = target_of(item, len(inputs))
     return target is not None and (type(item) is list or (target.ndim == 1 and not target.is_floating_point()))
 
@@ -242,6 +245,10 @@ def _is_batch(item: Any) -> bool:
 def _are_batches(data: Any) -> bool:
     """Return whether a list holds batches instead of samples."""
     return isinstance(data, list | tuple) and len(data) > 0 and _is_batch(next(filter(_is_there, data), None))
+
+
+def _is_indexable(data: Any) -> bool:
+    return hasattr(data, "__getitem__") and isinstance(data, Sized)
 
 
 def _is_there(item: Any) -> bool:
@@ -270,5 +277,5 @@ def _check_data(data: Any) -> None:
             f"Expected argument `data` to be a Dataset, a DataLoader or a tensor, but got {given(data)}, which can be"
             " iterated only once: give a list, or an object with `__iter__`."
         )
-    if not hasattr(data, "__iter__") and not (hasattr(data, "__getitem__") and isinstance(data, Sized)):
+    if not hasattr(data, "__iter__") and not _is_indexable(data):
         raise TypeError(f"Expected argument `data` to be a Dataset, a DataLoader or a tensor, but got {given(data)}.")

@@ -247,7 +247,7 @@ def _unchanged(now: Collection[Any], entries: Collection[Any]) -> bool:
 
 
 def _attributes_of(owner: Any) -> Mapping[str, Any]:
-    """The attributes of a class, or those of an object that its classes keep in slots."""
+    """Name → value: all attributes of a class, or the slots of an object."""
     if isinstance(owner, type):
         return vars(owner)
     slots = (slot for cls in type(owner).__mro__ for slot in _slots_of(cls))
