@@ -1,7 +1,10 @@
 """Loaders with batches of their own, outputs that cannot be measured, and numbers that depended on the batch size."""
 
+import random
 from fractions import Fraction
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,8 +15,15 @@ from torch.func import vmap
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
 
-from lightning_invariance import InvarianceMonitor, TransformationSet, evaluate, rotations
-from lightning_invariance.measures import Anova, Goodfellow, IntraclassCorrelation, MainEffect, NormalizedVariance
+from lightning_invariance import InvarianceMonitor, STLoader, TransformationSet, evaluate, rotations
+from lightning_invariance.measures import (
+    Anova,
+    Goodfellow,
+    IntraclassCorrelation,
+    MainEffect,
+    NormalizedDistance,
+    NormalizedVariance,
+)
 
 GAINS = TransformationSet.from_callables({"same": lambda x: x, "half": lambda x: 0.5 * x, "shifted": lambda x: x + 1})
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
@@ -380,3 +390,67 @@ def test_f_of_units_that_hardly_vary_beside_their_mean_is_exact():
         between = 6 * sum((mean - sum(means) / 4) ** 2 for mean in means) / 3
         within = sum((cell - mean) ** 2 for column, mean in zip(cells, means, strict=True) for cell in column) / 20
         assert f == pytest.approx(float(between / within), rel=1e-12)
+
+
+class Noisy(Dataset):
+    """Samples with noise of a generator of its own, in one of several places."""
+
+    def __init__(self, kind):
+        torch_generator, numpy_generator = torch.Generator().manual_seed(0), np.random.default_rng(0)
+        python_generator = random.Random(0)
+        self.draw = {
+            "torch": lambda: torch.rand(1, generator=torch_generator),
+            "numpy": lambda g=numpy_generator: torch.tensor([g.random()], dtype=torch.float32),
+            "python": partial(lambda g: torch.tensor([g.random()]), python_generator),
+        }[kind]
+
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, i):
+        return X[i] + self.draw()
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "python"])
+def test_generators_of_a_dataset_are_put_back(kind):
+    one, other = Noisy(kind), Noisy(kind)
+    evaluate(network(), one, GAINS, progress=False)
+    evaluate(network(), DataLoader(one, batch_sampler=[[0, 1], [2, 3]]), GAINS, progress=False)
+    assert torch.equal(one.draw(), other.draw())
+
+
+def test_later_batches_of_a_random_dataset_draw_other_numbers_than_the_first():
+    batches = DataLoader(Noisy("torch"), batch_sampler=[[0, 1], [2, 3], [0, 1]])
+    x = torch.cat([block.inputs[:, 0] for block in STLoader(batches, GAINS, 64)])
+    noise = x[:, 0] - X[[0, 1, 2, 3, 0, 1], 0]
+    assert len(set(noise.tolist())) == 6
+
+
+def test_an_image_with_as_many_targets_as_channels_is_a_sample():
+    images = [(torch.rand(3, 8, 8), torch.tensor([0, 1, 1])) for _ in range(6)]
+    assert [len(block.inputs) for block in STLoader(images, rotations(2), 64)] == [6]
+
+
+def test_what_can_be_iterated_only_once_is_refused():
+    with pytest.raises(TypeError, match="can be iterated only once: give a list"):
+        evaluate(network(), iter(DataLoader(DATA, 8)), GAINS, max_samples=16)
+
+
+def test_sums_are_not_taken_in_the_precision_of_autocast():
+    measure = NormalizedDistance("euclidean", over="channel")
+    maps, net = 1 + 0.3 * torch.randn(32, 5, 4, 4, generator=torch.Generator().manual_seed(0)), nn.Sequential(nn.Tanh())
+    expected = evaluate(net, maps, GAINS, measure, progress=False)["NormalizedDistance"]["0"]
+    with torch.autocast("cpu", torch.bfloat16):
+        around = evaluate(net, maps, GAINS, measure, progress=False)["NormalizedDistance"]["0"]
+    torch.testing.assert_close(around, expected, rtol=1e-6, atol=0)
+
+
+def test_weights_that_are_loaded_for_a_forward_pass_may_be_on_meta():
+    model, weight = network(), network()[0].weight
+    model[0]._hf_hook = object()  # as accelerate marks modules
+    model[0].weight = nn.Parameter(weight.detach().to("meta"))
+    model[0].forward = lambda x: nn.functional.linear(x, weight, model[0].bias)
+    assert_same_values(evaluate(model, X, GAINS, progress=False), evaluate(network(), X, GAINS, progress=False), 1e-6)
+    del model[0]._hf_hook
+    with pytest.raises(ValueError, match="on the meta device: load weights first"):
+        evaluate(model, X, GAINS, progress=False)

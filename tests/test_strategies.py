@@ -54,6 +54,12 @@ def test_every_process_has_the_values_of_one(tmp_path, launcher):
     assert len(logged.Scalars("NormalizedVariance_mean")) == 3
 
 
+def test_the_history_reaches_the_process_that_called_fit(tmp_path):
+    done = run([], "ddp_fork", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert torch.load(tmp_path / "caller.pt") == [-1, 0, 1]
+
+
 def test_an_error_on_one_process_ends_the_job_with_that_error(tmp_path):
     done = run([], "ddp", tmp_path, "fail")
     assert done.returncode != 0
