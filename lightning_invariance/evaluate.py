@@ -40,6 +40,7 @@ def evaluate(
     input_fn: Callable[..., Tensor] | None = None,
     transform_at: str | None = None,
     operations: bool = False,
+    include_input: bool = False,
     state_budget: int | None = None,
     confidence: float | None = None,
     outputs: Metric | Sequence[Metric] | Mapping[str, Metric] | None = None,
@@ -61,7 +62,7 @@ def evaluate(
         transformations: the columns of the ST matrix, at least two, such as ``rotations(16)``.
         measures: metrics that are updated with ST blocks ``(samples, transformations, *activation_shape)``, from
             ``lightning_invariance.measures`` or your own. The result names them by class, or by key for a dict. By
-            default :class:`~lightning_invariance.measures.NormalizedVariance`.
+            default :class:`~lightning_invariance.measures.NormalizedVariance` with ``response=True``.
         layers: which layers to measure; by default every leaf module. Names, glob patterns, module types, a predicate,
             or a dict that renames: see :func:`layer_names`.
         batch_size: largest number of transformed inputs in one forward pass. ``"auto"`` is 128 on the CPU, and on an
@@ -79,9 +80,12 @@ def evaluate(
         operations: also measure what functions and operators compute in forward: ``layer1.0-add`` is the sum in the
             forward of ``layer1.0``, ``features-relu#1`` the second ``relu`` in that of ``features``. Views, and what
             a measured module returns, are left out. Some of them are chosen with patterns in ``layers``.
+        include_input: also measure the transformed input itself, as the first row, ``"input"``: the value to compare
+            the layers with. It counts in no mean over layers, and is missing where inputs are integers or, within
+            ``state_budget``, chunks are measured.
         state_budget: bytes that the states of all layers may take. Where the means of the columns of a large set do not
             fit, variances are computed from chunks of the ST matrix instead, some transformations or some samples at
-            a time: the same values from twice as many forward passes, and more passes over the data. By default
+            a time: the same values, without responses, from twice as many forward passes. By default
             2 GiB for rows longer than a batch, and else the memory that is free.
         confidence: of intervals over samples, such as 0.95: the standard error of every unit, and how much each sample
             moves the mean of each layer, of the variances, distances and same-equivariances, from a second pass. See
@@ -127,6 +131,7 @@ def evaluate(
         input_fn=input_fn,
         transform_at=transform_at,
         operations=operations,
+        include_input=include_input,
         state_budget=state_budget,
         confidence=confidence,
         outputs=named_metrics(outputs),
@@ -176,7 +181,9 @@ def _measured(walk: Walk, transformations: TransformationSet, measures: Mapping[
         result = in_column_chunks(walk, measures, loader, over)
     result.outputs = walk.outputs()
     ran = [*result.layers, *(layer for layers in result.skipped.values() for layer in layers)]
+    ran = [layer for layer in ran if layer != result.input_layer]
     walk.selection.check_measured(ran, result.left_out)
+    result.set_layer_types(walk.selection.types_of(ran))
     if rank_and_world_size()[0] == 0:
         warn_of(result, walk.options.channel_axis or ())
     return result
@@ -252,7 +259,7 @@ def layer_names(
 
 def named_measures(measures: Sequence[Metric] | Mapping[str, Metric] | None) -> dict[str, Metric]:
     """Name → measure, checked; by default the normalised variance."""
-    return named_metrics([NormalizedVariance()] if measures is None else measures, "measures")
+    return named_metrics([NormalizedVariance(response=True)] if measures is None else measures, "measures")
 
 
 def named_metrics(

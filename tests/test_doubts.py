@@ -45,7 +45,7 @@ def test_dead_and_infinite_units():
     assert "33% left out" in result.interval().network.doubt
 
 
-def test_a_value_whose_definition_depends_on_the_number_of_samples_is_marked(tmp_path):
+def test_intervals_leave_out_the_bias_of_a_value_whose_definition_depends_on_the_number_of_samples(tmp_path):
     """Distances of a sample to itself are 1 / n of all, so that SD is (n - 1) / n of its value for many samples."""
     columns = TransformationSet.from_callables([lambda x, j=j: x[:, j] for j in range(4)])
     measures = [TransformationDistance(), SampleDistance(), NormalizedDistance(), NormalizedVariance()]

@@ -34,7 +34,7 @@ class Deviations(Accumulator):
 
     With ``squared=False``, ``row_spread`` is the sum of the rows' standard deviations, and ``column_spread`` ``(m, k)``
     is kept for each column. With ``response``, ``changes`` ``(m, channels)`` tells what each transformation changes;
-    see :func:`~lightning_invariance.accumulators.backends.pytorch.scaled_changes`.
+    see :func:`~lightning_invariance.accumulators.backends.pytorch.changes_of_samples`.
 
     Attributes:
         squared: whether variances or standard deviations are averaged.

@@ -95,9 +95,12 @@ class Blocks:
 
     def _start_input(self, inputs: Tensor, block: STBlock) -> None:
         """Use the transformed inputs ``(rows, columns, *input_shape)``, which are a layer for measures with a floor."""
-        self._registry.know_input(tuple(inputs.shape[2:]))
+        shape = tuple(inputs.shape[2:])
+        self._registry.know_input(shape)
         if self._registry.has_floor:
-            self._add(INPUT, inputs, usual_channel_axis(tuple(inputs.shape[2:])), block)
+            self._add(INPUT, inputs, usual_channel_axis(shape), block)
+        if self._registry.input_layer and inputs.is_floating_point():
+            self._add(self._registry.input_layer, inputs, usual_channel_axis(shape), block)
 
     def _consume(self, layer: str, layout: Layout, output: Tensor, channel_axis: int | None, block: STBlock) -> None:
         rows, columns = block.inputs.shape[:2]

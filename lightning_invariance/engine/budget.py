@@ -130,10 +130,11 @@ def needed_bytes(
     total, m = 0, len(registry.transformations)
     sizes: dict[tuple[Accumulator, Activation], int] = {}
     device = device if device.type == "cpu" else torch.device("meta")  # where tensors have a size and no values
-    if registry.input_shape is not None:  # of measures that have a floor
+    if registry.input_shape is not None:
         shape = registry.input_shape
         dtype = next((dtype for _, dtype, _ in activations.values()), torch.float32)
-        activations = {**activations, INPUT: (shape, dtype, usual_channel_axis(shape))}
+        names = [INPUT, registry.input_layer] if registry.input_layer else [INPUT]
+        activations = {**activations, **dict.fromkeys(names, (shape, dtype, usual_channel_axis(shape)))}
     for name, activation in activations.items():
         shared: dict[Accumulator, int] = {}
         for key, measure in registry.applicable(name, activation[0]).items():

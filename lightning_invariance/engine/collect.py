@@ -28,6 +28,7 @@ class LayerRecord:
 
     Attributes:
         values: measure → value in float64. So are the others, where a measure has them.
+        by_class: value of each class.
         responses: what each transformation does to the layer.
         response_bounds: lower and upper bounds of the response.
         standard_errors: of each value; NaN where the value is not finite.
@@ -38,6 +39,7 @@ class LayerRecord:
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
+    by_class: dict[str, Tensor] = field(default_factory=dict)
     responses: dict[str, list[float]] = field(default_factory=dict)
     response_bounds: dict[str, list[list[float]]] = field(default_factory=dict)
     standard_errors: dict[str, Tensor] = field(default_factory=dict)
@@ -68,7 +70,9 @@ def collect(registry: Registry) -> InvarianceResult:
         dead={name: record.dead for name, record in records.items() if record.dead is not None},
         n_samples=registry.n_samples,
         n_skipped=registry.n_skipped,
+        input_layer=registry.input_layer if registry.input_layer in records else "",
         floor=floor,
+        by_class=_by_measure(records, "by_class"),
         response=_by_measure(records, "responses"),
         response_bounds=_by_measure(records, "response_bounds"),
         standard_errors=_by_measure(records, "standard_errors"),
@@ -104,6 +108,8 @@ def _record_of(registry: Registry, name: str, layer: LayerState, samples: Sample
         by_activation, value = measure.is_by_activation(sums), measure.evaluated(sums, measure.of_layer).detach()
         value = layer.in_shape(value.to("cpu", torch.float64), by_activation)
         record.values[key] = value
+        if (classes := measure.by_class(sums)) is not None:
+            record.by_class[key] = layer.in_shape(classes.to("cpu", torch.float64), by_activation)
         if (response := measure.response_of(sums)) is not None:
             record.responses[key] = response.tolist()
         if sums.n_samples and (error := measure.standard_error(sums)) is not None:
@@ -201,6 +207,7 @@ def make_result(
     return InvarianceResult(
         values,
         transformations=transformations.labels,
+        identity="" if transformations.identity is None else transformations.labels[transformations.identity],
         parameters=transformations.parameters,
         higher_is_better={name: measure.higher_is_better for name, measure in measures.items()},
         ratios={name: isinstance(measure, Measure) and measure.is_ratio for name, measure in measures.items()},

@@ -7,7 +7,6 @@ variance. Each chunk is one ordinary walk, so that memory does not grow with the
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -25,7 +24,6 @@ from lightning_invariance.engine.walk import Walk
 from lightning_invariance.measures import SampleVariance
 from lightning_invariance.measures.base import names_accumulators
 from lightning_invariance.measures.variance import MeasureOfVariances
-from lightning_invariance.messages import level_of_user
 from lightning_invariance.model.hooks import transformed_input
 from lightning_invariance.random_state import isolated_random_state
 from lightning_invariance.results.result import InvarianceResult
@@ -63,7 +61,7 @@ def in_column_chunks(
             f" activations take at least {over.activations * (VECTORS * len(kinds) + each)}."
         )
     columns = min(columns, walk.batch_size)
-    options = replace(walk.options, state_budget=None, batch_size=walk.batch_size)
+    options = replace(walk.options, state_budget=None, batch_size=walk.batch_size, include_input=False)
     by_kind = {str(squared): SampleVariance(squared) for squared in kinds}
     by_columns = _over_columns(Walk(walk.model, walk.data, options), by_kind, loader.transformations, columns)
     sv, about = _mean(by_columns)
@@ -108,8 +106,6 @@ def _checked(
                 " TransformationVariance, SampleVariance and NormalizedVariance can do with less."
             )
         found[name] = measure
-    if any(measure.with_response for measure in found.values()):
-        warnings.warn("Responses are left out within `state_budget`.", UserWarning, stacklevel=level_of_user())
     return found
 
 
@@ -148,6 +144,7 @@ def _over_samples(
         transform_at=None,
         max_samples=None,
         state_budget=None,
+        include_input=False,
     )
     transpose = Walk(walk.model, torch.arange(len(transformations))[:, None], inner)
     for block in _iterated(samples, options.seed):

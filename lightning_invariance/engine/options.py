@@ -33,6 +33,7 @@ class Options:
     transform_at: str | None = None
     channel_axis: Mapping[str, int] | None = None
     operations: bool = False
+    include_input: bool = False
     state_budget: int | None = None
     confidence: float | None = None
     outputs: Mapping[str, Metric] = field(default_factory=dict)

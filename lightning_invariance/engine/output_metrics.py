@@ -50,7 +50,7 @@ class OutputMetrics:
         self._clones: dict[str, list[Metric]] = {}
         self._by_sample: dict[str, _BySample] = {}
         self._confidence = confidence
-        self._may_move, m = transformations.invertible, len(transformations)
+        self._may_move, self._labels, m = transformations.invertible, transformations.labels, len(transformations)
         for name, metric in metrics.items():
             metric = deepcopy(metric)
             metric.reset()
@@ -102,7 +102,7 @@ class OutputMetrics:
                     f"Expected metrics in argument `outputs` to have one value, but {name} has {values[0]!r}: average"
                     " over classes."
                 )
-            found[name] = OutputValues([float(value) for value in values], clones[0].higher_is_better)
+            found[name] = OutputValues([float(v) for v in values], self._labels, clones[0].higher_is_better)
             if name in self._by_sample and self._confidence is not None:
                 of_samples = torch.cat(gather_objects(self._by_sample[name].values()))
                 bounds = clones[0].plot_lower_bound, clones[0].plot_upper_bound

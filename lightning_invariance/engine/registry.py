@@ -38,6 +38,7 @@ class Registry:
         transformations: the columns of the ST matrix.
         expected, run: how many samples there will be, if known, and how many in a row a process shows.
         confidence: of intervals, which take a second pass; None for none.
+        input_layer: name of the layer that is the transformed input; empty if it is not measured.
 
     Attributes:
         layers: name → state, in the order in which the layers ran.
@@ -58,7 +59,9 @@ class Registry:
         expected: int | None = None,
         run: int = 0,
         confidence: float | None = None,
+        input_layer: str = "",
     ) -> None:
+        self.input_layer = input_layer
         self.measures = {key: deepcopy(measure) for key, measure in measures.items()}
         self.transformations, self.confidence, self.expected, self._run = transformations, confidence, expected, run
         self.layers: dict[str, LayerState] = {}

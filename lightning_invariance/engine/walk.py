@@ -39,6 +39,9 @@ INPUTS_ON_CPU, INPUT_BYTES, MOST_INPUTS, INPUTS_OF_STREAM = 128, 2**29, 2**14, 2
 
 CPU = torch.device("cpu")
 
+#: Name of the layer that is the transformed input.
+INPUT_LAYER = "input"
+
 #: A progress bar appears when a walk takes longer than this, in seconds.
 PROGRESS_DELAY = 3.0
 
@@ -123,7 +126,8 @@ class Walk:
             ValueError: If there are fewer than two samples.
         """
         confidence = self.options.confidence
-        registry = Registry(measures, loader.transformations, loader.n_samples, loader.source.run, confidence)
+        run, input_layer = loader.source.run, self._input_layer()
+        registry = Registry(measures, loader.transformations, loader.n_samples, run, confidence, input_layer)
         blocks = Blocks(registry, self.options.channel_axis, within=self.transformed_module is not None)
         if self.options.outputs:
             self._output_metrics = OutputMetrics(self.options.outputs, loader.transformations, self.device, confidence)
@@ -164,6 +168,12 @@ class Walk:
                     first = next(each for each in gather_objects(block and block.to(CPU)) if each is not None)
                     shown = first.to(self.device)
                 shown = block or shown
+
+    def _input_layer(self) -> str:
+        """The name of the layer that is the transformed input, which no module has; empty without it."""
+        if not self.options.include_input:
+            return ""
+        return "network input" if INPUT_LAYER in self.selection.modules else INPUT_LAYER
 
     def outputs(self) -> dict[str, OutputValues]:
         """The values of the metrics of predictions and targets in the last run; every process must ask."""

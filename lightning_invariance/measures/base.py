@@ -123,6 +123,10 @@ class Measure(AccumulatingMetric):
         """The contribution of each transformation to the value of the layer, ``(m,)``; None for none."""
         return None
 
+    def by_class(self, sums: Sums) -> Tensor | None:
+        """The value of each class of samples, ``(num_classes, *value_shape)``; None for measures without classes."""
+        return None
+
     def standard_error(self, sums: Sums) -> Tensor | None:
         """The standard error of an estimated :meth:`value`, in the same shape; None where the value is exact."""
         return None

@@ -140,7 +140,7 @@ class VarianceSameEquivariance(SameEquivariance):
     def of_maps(self, sums: Sums) -> Tensor:
         """The transformation variance of ST', possibly divided by its sample variance."""
         if self.whole_maps:
-            return sums["changes"].sum(0) / (sums.n_samples * sums.n_transformations)
+            return sums["map_spread"] / (sums.n_samples * (sums.n_transformations - 1))
         aggregate = None if self.over == "activation" else "sum"
         value = aggregate_maps(transformation_variance(sums), aggregate)
         if self.normalized_by is not None:
@@ -148,9 +148,12 @@ class VarianceSameEquivariance(SameEquivariance):
         return value
 
     def response_of(self, sums: Sums) -> Tensor | None:
-        """The contribution of each transformation, ``(m,)``, whose mean is the mean of the value over channels.
+        """How much each transformation changes the maps that were mapped back, ``(m,)``.
 
-        None for ``over="activation"`` or ``normalized_by="samples"``.
+        Half the mean squared distance between a map and its value under the identity, averaged over channels: 0 where
+        the map moves as the input does. For a set without a known identity, the contribution of each transformation,
+        whose mean is the mean of the value over channels. None for ``over="activation"`` or
+        ``normalized_by="samples"``.
         """
         if not self.whole_maps or not sums.n_samples:
             return None

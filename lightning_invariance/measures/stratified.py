@@ -20,8 +20,8 @@ class Stratified(Measure):
 
     The stratified measure of the paper (section 3), with the ``labels`` of the samples, in one pass. The value is the
     mean over the classes for which the measure is defined, in the shape, range and direction of the measure;
-    :meth:`per_class` returns the value of each class. A class with fewer than two samples is NaN, left out of the mean,
-    and named in a warning.
+    :meth:`per_class` returns the value of each class, as ``result.by_class`` of an evaluation does. A class with fewer
+    than two samples is NaN, left out of the mean, and named in a warning.
 
     Args:
         measure: a :class:`Measure` of one pass, such as ``NormalizedVariance()``. It is copied.
@@ -85,11 +85,11 @@ class Stratified(Measure):
 
     def per_class(self) -> Tensor:
         """The value of each class, ``(num_classes, *shape)``; NaN, with a warning, for fewer than two samples."""
-        return self._of_classes(self.sums())
+        return self.by_class(self.sums())
 
     def value(self, sums: Sums) -> Tensor:
         """The mean over the classes whose value is not NaN."""
-        values = self._of_classes(sums)
+        values = self.by_class(sums)
         counts = sums["class_samples"].double()
         weight = counts if self.weighted else torch.ones_like(counts)
         weights = weight.view(-1, *[1] * (values.ndim - 1)).to(values.device) * ~values.isnan()
@@ -100,7 +100,8 @@ class Stratified(Measure):
         """Delegates to the wrapped measure."""
         return self._measure[0].value_shape(sums)
 
-    def _of_classes(self, sums: Sums) -> Tensor:
+    def by_class(self, sums: Sums) -> Tensor:
+        """The value of each class; NaN, with a warning, for fewer than two samples."""
         measure, by_class = self._measure[0], ByClass(self._measure[0].needs, self.num_classes)
         nan = torch.full(measure.value_shape(sums), torch.nan, dtype=torch.float64)
         values, few = [], []

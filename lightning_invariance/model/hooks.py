@@ -28,10 +28,11 @@ class Catcher:
     """Passes the outputs of selected modules to a consumer, inside the forward hook, before they can be changed.
 
     Args:
-        selection: the modules and operations.
+        selection: see the attribute.
         consumer: receives every output.
 
     Attributes:
+        selection: the modules and operations.
         state: of the model, put back after every forward pass.
     """
 
@@ -40,7 +41,7 @@ class Catcher:
     def __init__(self, selection: Selection, consumer: Consumer) -> None:
         self._consumer = consumer
         self.operations = Operations(self._operation) if selection.operations else None
-        self._selection = selection
+        self.selection = selection
         self._start()
 
     def _start(self) -> None:
@@ -111,7 +112,7 @@ class Catcher:
         return leave
 
     def _operation(self, operation: str, args: tuple[Any, ...], output: Any) -> None:
-        patterns = self._selection.operations
+        patterns = self.selection.operations
         pattern = next((p for p in patterns if p == operation or fnmatchcase(operation, p)), None)
         if pattern is not None:
             self._give(operation, pattern, None, args, output)
@@ -120,7 +121,7 @@ class Catcher:
         """Pass every tensor of an output to the consumer, whose sums no autocast and no function mode may change."""
         with torch._C.DisableTorchFunction():
             for place, tensor in tensors_of(output):
-                self._selection.origins.setdefault(layer + place, origin)
+                self.selection.origins.setdefault(layer + place, origin)
                 if isinstance(tensor, str):
                     self._consumer(layer + place, tensor, None)
                     continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -16,7 +16,9 @@ from lightning_invariance.model.sample_axis import (
     MIXED,
     PASSES,
     RANDOM,
+    REPEATED,
     Finding,
+    Layout,
     Outputs,
     Tolerance,
     compare,
@@ -90,10 +92,12 @@ def probe_batch(
     """
     inputs, positions = _example_inputs(batch)
     last: dict[str, Output] = {}
+    repeats = Repeats()
     refused: dict[str, Finding] = {}
 
     def outputs_of(numbers: Sequence[int], seed: int, shift: int = 0) -> Outputs:
         outputs: Outputs = {}
+        repeats.start()
         chosen = list(numbers)
         shown = inputs.roll(shift, 0)[chosen] if shift else inputs[chosen]
 
@@ -101,6 +105,7 @@ def probe_batch(
             if isinstance(output, str):
                 refused[layer] = output
                 return
+            repeats.look_at(layer, output)
             outputs[layer] = output.clone()  # later modules may change it in place
             last[layer] = torch.empty_like(output, device="meta"), axis, len(chosen)
 
@@ -137,7 +142,46 @@ def probe_batch(
         constant = {name for name in names if found[name] == CONSTANT}
         catcher.operations.returned |= constant
         found = {name: finding for name, finding in found.items() if name not in catcher.operations.returned}
-    return Probed(found, last)
+    return Probed(found | repeats.among(found, catcher.selection.asks_for), last)
+
+
+class Repeats:
+    """Finds outputs that are an earlier output of the same forward pass again, or a view of all of it.
+
+    Such as of ``nn.Dropout``, ``nn.Identity`` and ``nn.Flatten`` in eval mode. A view with more axes, such as of
+    ``nn.Unflatten``, is no repeat: it has axes that the earlier output lacks.
+
+    Attributes:
+        found: layer → the earlier layer.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[str, str] = {}
+        self._seen: dict[tuple[int, int], tuple[str, Tensor, int]] = {}  # tensors, so that no memory is used again
+
+    def start(self) -> None:
+        """Begin a forward pass."""
+        self._seen.clear()
+
+    def look_at(self, layer: str, output: Tensor) -> None:
+        """Compare the output of a layer with the earlier ones."""
+        if type(output) is not Tensor or output.is_inference() or 0 in output.stride():
+            return
+        memory, version = (output.data_ptr(), output.numel()), output._version  # which changes where it is written to
+        earlier, shown, then = self._seen.setdefault(memory, (layer, output, version))
+        if earlier == layer or version != then or output.ndim > shown.ndim:
+            self._seen[memory] = layer, output, version
+        else:
+            self.found.setdefault(layer, earlier)
+
+    def among(self, findings: Mapping[str, Finding], asked_for: Callable[[str], bool]) -> dict[str, Finding]:
+        """Layer → reason, of layers that repeat another one that can be measured and that nobody asked for."""
+        return {
+            layer: f"{REPEATED}: returns the output of {earlier!r} again"
+            for layer, earlier in self.found.items()
+            if isinstance(findings.get(layer), Layout) and isinstance(findings.get(earlier), Layout)
+            if not asked_for(layer)
+        }
 
 
 def _example_inputs(inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,6 +71,7 @@ Finding: TypeAlias = Layout | str
 CONSTANT = "constant: does not depend on the input"
 MIXED = "mixed: depends on other samples of the batch"
 RAGGED = "ragged: the length of the output varies between samples"
+REPEATED = "repeated"
 RANDOM = "random: equal inputs give different values"
 
 Outputs: TypeAlias = dict[str, Tensor]

@@ -62,6 +62,20 @@ class Selection:
         form = layer.partition("[")[0]
         return self.origins.get(layer) or (form.rpartition("#")[0] if "#" in form else form)
 
+    def asks_for(self, layer: str) -> bool:
+        """Whether the user asked for a layer, by its name, type or a predicate rather than by a pattern."""
+        origin = self.origin_of(layer)
+        return any(origin in names and not _has_wildcards(request) for request, names in self.requests.items())
+
+    def types_of(self, layers: Iterable[str]) -> dict[str, str]:
+        """Layer → class of its module, or name of the operation."""
+        found: dict[str, str] = {}
+        for layer in layers:
+            origin = self.origin_of(layer)
+            module = self.modules.get(origin, self.containers.get(origin))
+            found[layer] = layer.rpartition(OF)[2].partition("#")[0] if module is None else type(module).__name__
+        return found
+
     def check_measured(self, measured: Iterable[str], left_out: Mapping[str, str]) -> None:
         """Check that every request was measured.
 
@@ -204,7 +218,11 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def _is_pattern(item: str, modules: Mapping[str, nn.Module]) -> bool:
-    return item not in modules and any(sign in item for sign in "*?[")
+    return item not in modules and _has_wildcards(item)
+
+
+def _has_wildcards(item: str) -> bool:
+    return any(sign in item for sign in "*?[")
 
 
 def _resolve(item: Any, modules: Mapping[str, nn.Module]) -> list[str]:

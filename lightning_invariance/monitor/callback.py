@@ -13,10 +13,9 @@ from torchmetrics import Metric
 
 from lightning_invariance.engine.options import Options
 from lightning_invariance.evaluate import check_transformations, evaluate_with, named_measures, named_metrics
-from lightning_invariance.measures import NormalizedVariance
 from lightning_invariance.messages import check_int
 from lightning_invariance.model.selection import Layers, select_layers
-from lightning_invariance.monitor.history import Handover, History
+from lightning_invariance.monitor.history import Evaluations, Handover, History
 from lightning_invariance.monitor.logging import check_tags, draw, errors_as_warnings, scalars
 from lightning_invariance.monitor.trainer import (
     callbacks_of,
@@ -58,15 +57,17 @@ class InvarianceMonitor(Callback):
     one without it.
 
     **Logged metrics**, to every logger of the trainer, at the step of Lightning's validation metrics: the mean over the
-    finite values of each layer, ``{Measure}/{layer}``, and their mean over the layers, ``{Measure}_mean``, which
-    ``EarlyStopping`` and ``ModelCheckpoint`` can monitor. Give ``ModelCheckpoint`` this ``every_n_epochs``: it would
-    rank later models by the last value; ``EarlyStopping`` counts new values alone.
+    finite values of each layer, ``{Measure}/{layer}``; the value of the last layer that runs, ``{Measure}_last``; and
+    the mean over the layers, ``{Measure}_mean``. ``EarlyStopping`` and ``ModelCheckpoint`` can monitor the last two:
+    watch ``_last``, since the mean over all layers hardly moves when only the last layers become invariant. Give
+    ``ModelCheckpoint`` this ``every_n_epochs``: it would rank later models by the last value; ``EarlyStopping`` counts
+    new values alone.
 
     **Logged images**, to loggers that accept images: ``{Measure}/heatmap``, layers × channels (the paper's figure 8);
     ``{Measure}/evolution``, layers × evaluations so far, under the accuracy or loss that the model logs; and
     ``{Measure}/response``, the effect of each transformation on each layer, for measures with ``response=True``. **In
-    TensorBoard** also, once, a chart of all layers of each measure (Custom Scalars; your own layout is kept) and the
-    meaning of the tags (Text). A failure to write is one warning, never an error.
+    TensorBoard** also, once, charts of a few layers of each measure (Custom Scalars; your own layout is kept) and the
+    meaning of the tags and of the values (Text). A failure to write is one warning, never an error.
 
     Args:
         transformations: the set, such as ``rotations(16)``; at least two transformations.
@@ -77,10 +78,12 @@ class InvarianceMonitor(Callback):
         every_n_epochs: how often to evaluate, in epochs, or in validations where an epoch has several.
         max_samples: how many samples: a random choice, equal at every evaluation. None uses all.
         batch_size: see :func:`evaluate`, as for ``forward``, ``input_fn``, ``seed``, ``channel_axis``, ``operations``.
+        include_input: whether the first row of every table and picture is the transformed input itself, ``"input"``.
         name: added to the names of the measures, ``{Measure}_rotation``; needed where there are several monitors.
         histograms: whether TensorBoard gets the distribution over channels.
+        limits: the ends of the colours of heatmap and evolution, by default those of the training so far.
         confidence: of intervals over samples, such as 0.95, which cost most measures a second pass: also logs
-            ``{Measure}_low/{layer}`` and ``{Measure}_high/{layer}``, which TensorBoard draws as bands (Custom Scalars),
+            ``values/{Measure}_low/{layer}`` and ``_high/{layer}``, which TensorBoard draws as bands (Custom Scalars),
             and marks differences from the untrained network in the evolution picture. By default there are none.
         outputs: metrics of predictions, see :func:`evaluate`; logged as ``{Metric}_mean`` and ``{Metric}_worst``.
 
@@ -111,8 +114,10 @@ class InvarianceMonitor(Callback):
         seed: int = 0,
         name: str | None = None,
         histograms: bool = False,
+        limits: tuple[float, float] | None = None,
         channel_axis: Mapping[str, int] | None = None,
         operations: bool = False,
+        include_input: bool = True,
         confidence: float | None = None,
         outputs: Metric | Sequence[Metric] | Mapping[str, Metric] | None = None,
     ) -> None:
@@ -129,19 +134,21 @@ class InvarianceMonitor(Callback):
             input_fn=input_fn,
             channel_axis=channel_axis,
             operations=operations,
+            include_input=include_input,
             confidence=confidence,
             outputs=named_metrics(outputs),
             seed=seed,
         )
         self.data, self.transformations = data, transformations
-        self.measures = named_measures([NormalizedVariance(response=True)] if measures is None else measures)
+        self.measures = named_measures(measures)
         check_tags([*self.measures, *self.options.outputs, *([] if name is None else [name])])
-        self.every_n_epochs, self.name, self.histograms = every_n_epochs, name, histograms
+        self.every_n_epochs, self.name, self.histograms, self.limits = every_n_epochs, name, histograms, limits
         self._suffix = "" if name is None else f"_{name}"
         self._tags = {measure: measure + self._suffix for measure in self.measures}  # measure → prefix of its tags
         self._history = History(self.options, self.measures, transformations)
         self._handover = Handover(self)
-        self._has_validated = self._has_new_result = self._has_explained = False
+        self._has_validated = self._has_new_result = False
+        self._explained_in: str | None = None  # folder of logs whose tags are explained
         self._validations = 0  # of the training so far
         self._is_fitting = True  # until :meth:`setup`
         self._warned: set[type] = set()  # classes of errors while logging
@@ -172,7 +179,7 @@ class InvarianceMonitor(Callback):
             return
         self._history.start_new_training()
         self._validations = 0
-        self._has_explained = False
+        self._explained_in = None
         result = self._evaluate(trainer, pl_module, epoch=trainer.current_epoch - 1)
         with errors_as_warnings(self._warned):  # `self.log` would wait for the end of the epoch
             for logger in trainer.loggers:
@@ -215,7 +222,8 @@ class InvarianceMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history as plain data of bounded size."""
-        return {**self._history.state_dict(), "validations": self._validations}
+        about = {"validations": self._validations, "explained_in": self._explained_in}
+        return {**self._history.state_dict(), **about}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the history of a checkpoint, or begin a new one if it was measured with other arguments.
@@ -224,6 +232,7 @@ class InvarianceMonitor(Callback):
         """
         if self._is_fitting or not self.history:
             self._validations = state_dict.get("validations", 0)
+            self._explained_in = state_dict.get("explained_in")
             self._history.load_state_dict(state_dict)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -232,14 +241,14 @@ class InvarianceMonitor(Callback):
             self._handover.give(self.state_dict())
 
     @property
-    def history(self) -> list[InvarianceResult]:
+    def history(self) -> Evaluations:
         """The results so far."""
         if (state := self._handover.take()) is not None:
             self._history.load_state_dict(state)
         return self._history.results
 
     @property
-    def earlier_histories(self) -> list[list[InvarianceResult]]:
+    def earlier_histories(self) -> list[Evaluations]:
         """Histories set aside at a resume with other arguments (part of a checkpoint), then at new trainings."""
         return self._history.archived()
 
@@ -263,9 +272,11 @@ class InvarianceMonitor(Callback):
         """Log pictures, text and histograms, on rank 0."""
         self._has_new_result = False
         if trainer.is_global_zero and trainer.loggers:
-            measures = {} if self._has_explained else self.measures
-            self._has_explained = True
-            draw(trainer, self.history, self._tags, measures, self._suffix, self.histograms, self._warned)
+            folder = str(trainer.log_dir)
+            measures = {} if self._explained_in == folder else self.measures
+            self._explained_in = folder
+            looks = self._suffix, self.histograms, self._warned, self.limits
+            draw(trainer, self.history, self._tags, measures, *looks)
 
 
 def _is_due(trainer: pl.Trainer, every_n_epochs: int) -> bool:

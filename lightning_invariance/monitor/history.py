@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -20,13 +20,44 @@ from torchmetrics import Metric
 
 from lightning_invariance.engine.options import Options
 from lightning_invariance.results.result import InvarianceResult
+from lightning_invariance.results.table import aligned, format_cell
 from lightning_invariance.transforms import TransformationSet
+
+if TYPE_CHECKING:
+    import pandas
 
 #: Bytes of a checkpoint for evaluations with a value for each channel; others keep the means of their layers.
 CHECKPOINT_BYTES = 4 * 2**20
 
 #: Approximate bytes of one table row in a checkpoint.
 BYTES_PER_ROW = 700
+
+
+class Evaluations(list[InvarianceResult]):
+    """The evaluations of a training, the untrained network first."""
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return the tables of all evaluations as one ``DataFrame`` (pandas must be installed).
+
+        A row for each evaluation, measure and layer; the columns are ``epoch``, ``step`` and the columns of
+        :meth:`InvarianceResult.to_pandas`. The first epoch at which each layer is below 0.5:
+        ``frame[frame["mean"] < 0.5].groupby("layer")["epoch"].min()``.
+        """
+        import pandas
+
+        frames = [result.to_pandas().assign(epoch=result.epoch, step=result.step) for result in self]
+        if not frames:
+            return pandas.DataFrame()
+        found = pandas.concat(frames, ignore_index=True)
+        return found[["epoch", "step", *(name for name in found if name not in ("epoch", "step"))]]
+
+    def __repr__(self) -> str:
+        rows = [
+            [format_cell(cell) for cell in (result.epoch, result.step, *(result.mean(measure) for measure in result))]
+            for result in self
+        ]
+        heading = ["epoch", "step", *(f"{measure}_mean" for measure in (self[0] if self else ()))]
+        return aligned([heading, *rows], left=0)
 
 
 class History:
@@ -39,7 +70,7 @@ class History:
     """
 
     def __init__(self, options: Options, measures: Mapping[str, Metric], transformations: TransformationSet) -> None:
-        self.results: list[InvarianceResult] = []
+        self.results = Evaluations()
         self._of_other_arguments: list[dict[str, Any]] = []  # part of a checkpoint
         self._of_other_trainings: list[dict[str, Any]] = []  # not part of a checkpoint, which is of one training
         self._configuration = {
@@ -53,7 +84,7 @@ class History:
 
     def add(self, result: InvarianceResult, budget: int) -> None:
         """Add an evaluation; reduce older ones to channels where all values take more bytes than the budget."""
-        kept: list[InvarianceResult] = []
+        kept = Evaluations()
         for each in (result, *reversed(self.results)):
             budget -= sum(values.nbytes for layers in each.values() for values in layers.values())
             kept.insert(0, each if budget >= 0 or each is result else each.reduced())
@@ -63,9 +94,9 @@ class History:
         """Archive the results and start an empty history."""
         if self.results:
             self._of_other_trainings.append(_packed(self.results))
-            self.results = []
+            self.results = Evaluations()
 
-    def archived(self) -> list[list[InvarianceResult]]:
+    def archived(self) -> list[Evaluations]:
         """Return the histories of other arguments and of other trainings, the oldest of each first."""
         return [_unpacked(state) for state in (*self._of_other_arguments, *self._of_other_trainings)]
 
@@ -80,7 +111,7 @@ class History:
             self.results = _unpacked(state)
             return
         self._of_other_arguments.append({key: state[key] for key in state if key != "earlier"})
-        self.results = []
+        self.results = Evaluations()
         rank_zero_warn(
             "The checkpoint holds a history that InvarianceMonitor measured with other measures, layers,"
             " transformations or samples: a new one begins, and the other is kept in `earlier_histories`."
@@ -128,9 +159,9 @@ def _packed(history: Sequence[InvarianceResult]) -> dict[str, Any]:
     return {"history": [*first, *newest], "means": _means(history[1 : len(history) - len(newest)])}
 
 
-def _unpacked(state: Mapping[str, Any]) -> list[InvarianceResult]:
+def _unpacked(state: Mapping[str, Any]) -> Evaluations:
     whole = [InvarianceResult.from_state_dict(each) for each in state["history"]]
-    return [*whole[:1], *_of_means(state["means"], whole), *whole[1:]]
+    return Evaluations([*whole[:1], *_of_means(state["means"], whole), *whole[1:]])
 
 
 def _described(argument: Any) -> str:
@@ -171,5 +202,14 @@ def _of_means(means: Mapping[str, Any], whole: Sequence[InvarianceResult]) -> It
             measure: {layer: table["values"][i, j : j + 1] for j, layer in enumerate(table["layers"])}
             for measure, table in means["tables"].items()
         }
-        common = ("transformations", "parameters", "higher_is_better", "ratios", "units")
+        common = (
+            "transformations",
+            "parameters",
+            "higher_is_better",
+            "ratios",
+            "units",
+            "input_layer",
+            "layer_types",
+            "identity",
+        )
         yield InvarianceResult(values, **about, **{name: getattr(whole[0], name) for name in common})

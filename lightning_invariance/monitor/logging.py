@@ -30,9 +30,25 @@ from torchmetrics import Metric
 from lightning_invariance.monitor.images import is_dummy, log_image
 from lightning_invariance.monitor.trainer import logger_step
 from lightning_invariance.plots import evolution, heatmap, response
-from lightning_invariance.plots.common import limits_of, render
+from lightning_invariance.plots.common import evenly, limits_of, limits_of_ratios, render
 from lightning_invariance.results.intervals import MAX_LEFT_OUT
 from lightning_invariance.results.result import InvarianceResult
+
+#: Section of the curves that one looks up.
+DETAILS = "values"
+
+#: Width and height of a logged picture, in inches.
+SIZE = (6.4, 4.4)
+
+#: The largest number of layers in a chart, which are told apart by colour.
+MOST_IN_CHART = 6
+
+#: Meaning of the values of a ratio, for the page in TensorBoard.
+SCALE = (
+    "0.3 means: the transformations cause 30 % of the variance that another sample causes. 0 is invariant; at 1,"
+    " transformations matter as much as samples do; more than 1 means that the layer tells transformations apart better"
+    " than samples."
+)
 
 #: Characters that some loggers drop from the name of a curve, such as MLflow's the # of ``relu#1``.
 DROPPED = re.compile(r"[^\w./ -]")
@@ -82,24 +98,31 @@ def _experiments(trainer: pl.Trainer) -> list[Any]:
 
 
 def scalars(result: InvarianceResult, tags: Mapping[str, str], suffix: str = "") -> dict[str, float]:
-    """Return tag → value: means, bounds of intervals, fractions of infinite and dead units above 1 %, and outputs."""
+    """Return tag → value: of each layer, the last one and the mean, outputs, and what one looks up in a section apart.
+
+    In the section ``values``, which TensorBoard sorts after the curves of most models: bounds of intervals, and where
+    more than 1 % of the units are infinite or dead their fraction and the mean of the live ones.
+    """
     found: dict[str, float] = {}
     for measure, tag in tags.items():
         names = curves(result[measure])
         for row in result.table(measure):
-            for kind, fraction in (("infinite", row.share_infinite), ("dead", row.share_dead)):
-                if fraction > MAX_LEFT_OUT:
-                    found[f"{tag}_{kind}/{names[row.layer]}"] = fraction
             found[f"{tag}/{names[row.layer]}"] = row.mean
+            details: dict[str, float] = {}
+            if row.share_infinite > MAX_LEFT_OUT:
+                details["infinite"] = row.share_infinite
+            if row.share_dead > MAX_LEFT_OUT:
+                details |= {"dead": row.share_dead, "live": row.live_mean}
             if math.isfinite(row.low):
-                found[f"{tag}_low/{names[row.layer]}"] = row.low
-                found[f"{tag}_high/{names[row.layer]}"] = row.high
+                details |= {"low": row.low, "high": row.high}
+            found |= {f"{DETAILS}/{tag}_{kind}/{names[row.layer]}": value for kind, value in details.items()}
+        found |= {f"{tag}_last": row.mean for row in result.table(measure)[-1:]}
         found[f"{tag}_mean"] = result.mean(measure)
     for metric, values in result.outputs.items():
         found[f"{metric}{suffix}_mean"] = values.mean
         for end, bound in (("low", values.mean_low), ("high", values.mean_high)):
             if bound is not None and math.isfinite(bound):
-                found[f"{metric}{suffix}_mean_{end}"] = bound
+                found[f"{DETAILS}/{metric}{suffix}_mean_{end}"] = bound
         if math.isfinite(values.worst):
             found[f"{metric}{suffix}_worst"] = values.worst
     return found
@@ -113,6 +136,7 @@ def draw(
     suffix: str,
     histograms: bool,
     warned: set[type],
+    limits: tuple[float, float] | None = None,
 ) -> None:
     """Log the pictures of a history, the newest result last; a failure is a warning.
 
@@ -122,31 +146,38 @@ def draw(
         with errors_as_warnings(warned):
             explain(trainer, history[-1], tags, measures, suffix)
     with errors_as_warnings(warned):
-        log_pictures(trainer, history, tags)
+        log_pictures(trainer, history, tags, limits)
     if histograms:
         with errors_as_warnings(warned):
             log_histograms(trainer, history[-1], tags)
 
 
-def log_pictures(trainer: pl.Trainer, history: Sequence[InvarianceResult], tags: Mapping[str, str]) -> None:
-    """Draw and log the pictures of the last result of a history."""
+def log_pictures(
+    trainer: pl.Trainer,
+    history: Sequence[InvarianceResult],
+    tags: Mapping[str, str],
+    limits: tuple[float, float] | None = None,
+) -> None:
+    """Draw and log the pictures of the last result of a history, in a size that can be read as a thumbnail."""
     latest, step = history[-1], logger_step(trainer)
     for measure, tag in tags.items():
         if not latest[measure]:  # it is not defined for any layer
             continue
-        limits = _fixed_limits(history[0], measure)
-        log_image(trainer, f"{tag}/heatmap", render(heatmap(latest, measure, limits=limits)), step)
-        log_image(trainer, f"{tag}/evolution", render(evolution(history, measure, limits=limits)), step)
+        common: dict[str, Any] = {"title": tag, "size": SIZE}
+        ends = limits or _limits_of_training(history, measure)
+        figures = {"heatmap": heatmap(latest, measure, limits=ends, **common)}
+        figures["evolution"] = evolution(history, measure, limits=limits, **common)
         if measure in latest.response:
-            log_image(trainer, f"{tag}/response", render(response(latest, measure, limits=limits)), step)
+            figures["response"] = response(latest, measure, **common)
+        for kind, figure in figures.items():
+            log_image(trainer, f"{tag}/{kind}", render(figure), step)
 
 
-def _fixed_limits(first: InvarianceResult, measure: str) -> tuple[float, float] | None:
-    """Return one colour scale for a training: the limits of its first result, ten times wider on each side."""
-    if first.ratios.get(measure, False):  # ratios have a fixed scale
-        return None
-    found = limits_of([v for layer in first[measure] for v in first.per_channel(measure, layer).tolist()])
-    return found and (found[0] / 10, found[1] * 10)
+def _limits_of_training(history: Sequence[InvarianceResult], measure: str) -> tuple[float, float] | None:
+    """Return the ends of the colours, from the channels of the first and the latest result."""
+    ends = [result for result in (history[0], history[-1]) if measure in result]
+    values = [v for result in ends for layer in result[measure] for v in result.per_channel(measure, layer).tolist()]
+    return limits_of_ratios(values) if history[0].ratios.get(measure, False) else limits_of(values)
 
 
 def log_histograms(trainer: pl.Trainer, result: InvarianceResult, tags: Mapping[str, str]) -> None:
@@ -169,7 +200,7 @@ def explain(
     measures: Mapping[str, Metric],
     suffix: str = "",
 ) -> None:
-    """Write a page that explains the tags, and charts of all layers of each measure, to TensorBoard."""
+    """Write a page that explains the tags, and charts of each measure, to TensorBoard."""
     for experiment in _experiments(trainer):
         if hasattr(experiment, "add_text"):
             text = _text(result, tags, measures, suffix)
@@ -183,13 +214,16 @@ def explain(
 
 
 def _category(tag: str, result: InvarianceResult, measure: str) -> Category:
-    """Make the charts of a measure: lines of all layers, bands where there are intervals, and the mean."""
-    names = [f"/{name}" for name in curves(result[measure]).values()]
-    charts = [_chart("all layers", [tag + name for name in names]), _chart("mean over the layers", [f"{tag}_mean"])]
+    """Make the charts of a measure: a few layers from first to last, with bands, and the last layer and the mean."""
+    of_layers = [f"/{name}" for name in curves(result[measure]).values()]
+    names = [of_layers[i] for i in evenly(len(of_layers), MOST_IN_CHART)]
+    title = "layers, first to last" if len(names) == len(of_layers) else f"{len(names)} layers, first to last"
+    charts = [_chart(title, [tag + name for name in names])]
+    charts.append(_chart("last layer, and mean over the layers", [f"{tag}_last", f"{tag}_mean"]))
     if _has_intervals(result, measure):
-        bands = [(tag + name, f"{tag}_low{name}", f"{tag}_high{name}") for name in names]
+        bands = [(tag + name, f"{DETAILS}/{tag}_low{name}", f"{DETAILS}/{tag}_high{name}") for name in names]
         series = [MarginChartContent.Series(value=value, lower=low, upper=high) for value, low, high in bands]
-        title = f"all layers, {result.confidence:.0%} intervals"
+        title = f"{title}, {result.confidence:.0%} intervals"
         charts.insert(1, Chart(title=title, margin=MarginChartContent(series=series)))
     return Category(title=tag, chart=charts)
 
@@ -225,34 +259,40 @@ def _known_layout(writer: Any) -> dict[str, Category]:
 def _text(result: InvarianceResult, tags: Mapping[str, str], measures: Mapping[str, Metric], suffix: str) -> str:
     """Return the samples, the transformations, the meaning of the tags, and the layers in Markdown."""
     labels = result.transformations
+    first = result.input_layer
     shown = labels if len(labels) <= 32 else [*labels[:16], "…", labels[-1]]
     meanings: dict[str, str] = {}
     for measure, tag in tags.items():
         about = (inspect.getdoc(type(measures[measure])) or "").split("\n")[0]
         if (higher := result.higher_is_better.get(measure)) is not None:
             about += f" {'Higher' if higher else 'Lower'} is more invariant."
+        about += f" {SCALE}" if result.ratios.get(measure) else ""
         meanings[f"`{tag}/LAYER`"] = f"{about} The mean over the finite values of the layer's activations."
-        meanings[f"`{tag}_mean`"] = f"The mean of `{tag}/LAYER` over the layers."
-        meanings[f"`{tag}_infinite/LAYER`, `{tag}_dead/LAYER`"] = (
-            "The fraction of its units that are infinite, and so not in the mean; or never change. Only above 1 %."
+        meanings[f"`{tag}_last`"] = "The last layer that runs: the curve to watch, and to stop on."
+        meanings[f"`{tag}_mean`"] = f"The mean of `{tag}/LAYER` over the layers{f', without `{first}`' * bool(first)}."
+        meanings[f"`{DETAILS}/{tag}_dead/LAYER`, `…_live/LAYER`, `…_infinite/LAYER`"] = (
+            "The fraction of its units that never change, the mean without these, and the fraction that are infinite,"
+            " and so not in the mean. Only where such units are more than 1 %."
         )
         if _has_intervals(result, measure):
-            meanings[f"`{tag}_low/LAYER`, `{tag}_high/LAYER`"] = (
+            meanings[f"`{DETAILS}/{tag}_low/LAYER`, `…_high/LAYER`"] = (
                 f"The bounds of the {result.confidence:.0%} confidence interval over samples of `{tag}/LAYER`."
             )
         meanings[f"`{tag}/heatmap`"] = "A column for each layer, a cell for each channel."
         meanings[f"`{tag}/evolution`"] = "A row for each layer, a column for each evaluation so far."
         if measure in result.response:
-            meanings[f"`{tag}/response`"] = "The effect of each transformation on each layer."
+            meanings[f"`{tag}/response`"] = "How much each transformation changes each layer; 0 for no change."
     for metric, values in result.outputs.items():
         about = f"{metric} of the network's predictions"
         meanings[f"`{metric}{suffix}_mean`"] = f"{about}, the mean over the transformations."
         if math.isfinite(values.worst):
             meanings[f"`{metric}{suffix}_worst`"] = f"{about} under the transformation where it is worst."
     rows = [row for measure in tags for row in result.table(measure)]
-    shapes = {row.layer: " × ".join(map(str, row.shape)) or "scalar" for row in rows}
+    shapes = {row.layer: f"{row.type} {' × '.join(map(str, row.shape)) or 'scalar'}".strip() for row in rows}
     parts = [f"{result.n_samples} samples × {len(labels)} transformations: {', '.join(shown)}."]
-    for heading, table in ((("tag", "meaning"), meanings), (("layer", "shape"), shapes)):
+    if first:
+        parts.append(f"`{first}` is the transformed input of the network itself: the value to compare the layers with.")
+    for heading, table in ((("tag", "meaning"), meanings), (("layer", "type and shape"), shapes)):
         parts.append("\n".join(f"| {left} | {right} |" for left, right in (heading, ("---", "---"), *table.items())))
     return "\n\n".join(parts)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +17,12 @@ from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from lightning_invariance.messages import given
+from lightning_invariance.messages import given, number_of
 from lightning_invariance.plots.labels import INFINITE, REACHED, in_legend, shorten, without_prefix, wrap
 from lightning_invariance.plots.style import NAN
 from lightning_invariance.results.intervals import MAX_LEFT_OUT
 from lightning_invariance.results.result import InvarianceResult
+from lightning_invariance.results.table import LayerStatistics
 
 #: One result, or several: by the text of the legend, or in a sequence, numbered from 1.
 Results = InvarianceResult | Mapping[str, InvarianceResult] | Sequence[InvarianceResult]
@@ -30,8 +31,12 @@ Results = InvarianceResult | Mapping[str, InvarianceResult] | Sequence[Invarianc
 LINE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = "os^DvPX"
 
-#: The fixed scale of measures that are ratios: around 1, transformations matter as much as samples do.
-RANGE_OF_RATIOS = (0.01, 10.0)
+#: The colours of ratios lie between 1 / k and k: at 1 transformations matter as much as samples do. k is the smallest
+#: for which all but this share of the values lie inside, and in this range.
+BEYOND, NARROWEST, WIDEST = 0.02, 1.25, 100.0
+
+#: Neighbouring layers whose values agree within this relative difference share a row: rounding differs between them.
+ALIKE = 1e-4
 
 #: The height of axes above others, the largest size of a figure and the longest colour bar, in inches.
 ABOVE, LARGEST, LONGEST_BAR = 1.5, 15.0, 4.0
@@ -40,38 +45,66 @@ ABOVE, LARGEST, LONGEST_BAR = 1.5, 15.0, 4.0
 MOST_IN_LEGEND = 12
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """A figure of a size in inches that pyplot does not know; its layout makes room for all labels."""
+class Scale(NamedTuple):
+    """Colours of values."""
+
+    norm: Normalize
+    colours: Colormap
+
+
+def new_figure(width: float, height: float, size: tuple[float, float] | None = None) -> Figure:
+    """A figure of a size in inches, or of the size that the user wants, whose layout makes room for all labels."""
+    width, height = size or (width, height)
     figure = Figure(figsize=(min(width, LARGEST), min(height, LARGEST)), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def new_axes(width: float, height: float, above: str | None) -> tuple[Figure, Axes | None, Axes]:
+def axes_in(ax: Axes | None, width: float, height: float, size: tuple[float, float] | None) -> tuple[Figure, Axes]:
+    """The axes to draw into and their figure: the user's, or in a new figure."""
+    if ax is None:
+        figure = new_figure(width, height, size)
+        return figure, figure.add_subplot()
+    return ax.get_figure(root=True), ax  # type: ignore[return-value]
+
+
+def inches_of(axes: Axes) -> tuple[float, float]:
+    """The width and height of axes, before the layout makes room for labels."""
+    box = axes.get_position()
+    width, height = axes.get_figure(root=True).get_size_inches()  # type: ignore[union-attr]
+    return float(box.width * width), float(box.height * height)
+
+
+def new_axes(
+    width: float, height: float, above: str | None, size: tuple[float, float] | None = None
+) -> tuple[Figure, Axes | None, Axes]:
     """A new figure of a size in inches, low axes with the title ``above`` unless it is None, and axes below them."""
     if above is None:
-        figure = new_figure(width, height)
+        figure = new_figure(width, height, size)
         return figure, None, figure.add_subplot()
-    figure = new_figure(width, height + ABOVE)
+    figure = new_figure(width, height + ABOVE, size)
     first, second = figure.subplots(2, 1, sharex=True, height_ratios=(ABOVE, height))
     first.set_title(shorten(above, 50), loc="left", fontsize="small")
     first.grid(alpha=0.3)
     return figure, first, second
 
 
-def show_cells(axes: Axes, values: npt.NDArray[np.float64], scale: Normalize) -> None:
+def show_cells(axes: Axes, values: npt.NDArray[np.float64], scale: Scale) -> None:
     """Draw a cell for each value, the first row on top."""
-    axes.imshow(within(scale, values), norm=scale, cmap=colours(), aspect="auto", interpolation="nearest")
+    shown = within(scale.norm, values)
+    axes.imshow(shown, norm=scale.norm, cmap=scale.colours, aspect="auto", interpolation="nearest")
 
 
-def add_colourbar(figure: Figure, axes: Sequence[Axes], scale: Normalize, label: str, height: float) -> None:
+def add_colourbar(figure: Figure, axes: Sequence[Axes], scale: Scale, label: str, height: float) -> None:
     """Add the colour bar of a measure to axes of a height in inches; values beyond it have the colours of its ends."""
-    length, span = min(height, LONGEST_BAR), float(scale.vmax or 1) / float(scale.vmin or 1)
+    length, span = min(height, LONGEST_BAR), float(scale.norm.vmax or 1) / float(scale.norm.vmin or 1)
     ticks: Any = MaxNLocator(6)
-    if isinstance(scale, LogNorm) and span > 20:
-        ticks = LogLocator(subs=(1, 2, 5) if span < 1000 else (1,))
-    looks: dict[str, Any] = {"aspect": 6 * length, "shrink": length / height, "anchor": (0, 1), "pad": 0.02}
-    values = ScalarMappable(scale, colours())
+    if isinstance(scale.norm, LogNorm):
+        ticks = (
+            LogLocator(subs=(1, 2, 5) if span < 1000 else (1,)) if span > 6 else LogLocator(subs=(1, 1.5, 2, 3, 5, 7))
+        )
+    looks: dict[str, Any] = {"aspect": 6 * length, "shrink": min(1.0, length / height), "anchor": (0, 1), "pad": 0.02}
+    values = ScalarMappable(scale.norm, scale.colours)
     bar = figure.colorbar(values, ax=list(axes), extend="both", ticks=ticks, format="%.3g", **looks)
     bar.minorticks_off()
     bar.set_label(wrap(label, length))
@@ -84,7 +117,7 @@ def key_of_layers(figure: Figure, axes: Sequence[Axes], names: Sequence[str]) ->
         handles, _ = axes[0].get_legend_handles_labels()
         figure.legend(handles, map(in_legend, texts), loc="outside right upper", fontsize="small", frameon=False)
         return
-    chosen = sorted({round(x) for x in np.linspace(0, len(texts) - 1, 6)})
+    chosen = evenly(len(texts), 6)
     shades = ScalarMappable(Normalize(0, len(texts) - 1), ListedColormap(depth_colours(256)))
     bar = figure.colorbar(shades, ax=list(axes), label="layer", aspect=25)
     bar.set_ticks(chosen, labels=[texts[i] for i in chosen], fontsize="small", parse_math=False)
@@ -133,21 +166,92 @@ def limits_of(values: Iterable[float]) -> tuple[float, float] | None:
 
 def scale_of(
     is_ratio: bool, values: Iterable[float], limits: tuple[float, float] | None = None, log: bool = True
-) -> Normalize:
-    """The colour scale of a measure: between ``limits``; fixed for ratios, so that epochs and networks compare."""
-    found = limits or (RANGE_OF_RATIOS if is_ratio else limits_of(values))
-    if not log:
-        low, high = (0.0, 1.0) if found is None else found
-        return Normalize(0.0 if limits is None else low, high)
-    if found is None:
-        return Normalize(0, 1)
-    low, high = found
-    return LogNorm(low, high if high > low else low * 10)
+) -> Scale:
+    """The colour scale of a measure: between ``limits``, or those of the values.
+
+    Ratios have a diverging scale about 1: blue below, where the layer is more invariant than samples vary, red above.
+    """
+    found = limits or (limits_of_ratios(values) if is_ratio and log else limits_of(values))
+    low, high = found or (0.0, 1.0)
+    if not log or found is None:
+        return Scale(Normalize(0.0 if limits is None else low, high), _colours("plasma"))
+    norm = LogNorm(low, high if high > low else low * 10)
+    return Scale(norm, _colours("RdBu_r" if is_ratio else "plasma"))
 
 
-def colours() -> Colormap:
-    """The perceptual colour map of values, with grey for NaN; it holds no green, black or grey itself."""
-    return colormaps["plasma"].with_extremes(bad=NAN)
+def scale_of_response(values: Iterable[float], limits: tuple[float, float] | None = None) -> Scale:
+    """The colour scale of responses: from 0, no change, in the palest colour."""
+    finite = [v for v in values if math.isfinite(v)]
+    low, high = limits or (0.0, max([*finite, 0.0]) or 1.0)
+    return Scale(Normalize(low, high), _colours("YlOrRd"))
+
+
+def limits_of_ratios(values: Iterable[float]) -> tuple[float, float]:
+    """Ends of a colour scale that is symmetric about 1, such as 0.5 and 2, given the values that it is to show."""
+    positive = [abs(math.log(v)) for v in values if math.isfinite(v) and v > 0]
+    k = math.exp(float(np.quantile(positive, 1 - BEYOND))) if positive else NARROWEST
+    k = min(max(k, NARROWEST), WIDEST)
+    return 1 / k, k
+
+
+def _colours(name: str) -> Colormap:
+    """A colour map with grey for NaN; it holds no green, black or grey itself."""
+    return colormaps[name].with_extremes(bad=NAN)
+
+
+def order_of_layers(results: Iterable[InvarianceResult], measure: str) -> list[str]:
+    """The layers of all results, each where its neighbours in its own network are, so that no line goes backwards."""
+    order: list[str] = []
+    for result in results:
+        after = -1
+        for layer in result.get(measure, {}):
+            if layer in order:
+                after = order.index(layer)
+            else:
+                after += 1
+                order.insert(after, layer)
+    return order
+
+
+def rows_of_layers(results: Sequence[InvarianceResult], measure: str) -> dict[str, str]:
+    """Layer → its label, such as ``"conv1 + bn1"`` for neighbours whose values agree in all results: the first of them.
+
+    The normalised variance does not change in a batch norm, for instance.
+    """
+    tables = [{row.layer: row for row in result.table(measure)} for result in results if measure in result]
+    groups: list[list[str]] = []
+    for layer in order_of_layers(results, measure):
+        if groups and all(_is_alike(rows.get(groups[-1][-1]), rows.get(layer)) for rows in tables):
+            groups[-1].append(layer)
+        else:
+            groups.append([layer])
+    return {group[0]: " + ".join([group[0], *(_within(group[0], name) for name in group[1:])]) for group in groups}
+
+
+def _is_alike(one: LayerStatistics | None, other: LayerStatistics | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    numbers = [(getattr(one, name), getattr(other, name)) for name in ("mean", "std", "min", "max")]
+    close = all(a == b or abs(a - b) <= ALIKE * max(abs(one.mean), abs(one.max)) for a, b in numbers)
+    return close and one.shape == other.shape and (one.infinite, one.dead) == (other.infinite, other.dead)
+
+
+def _within(first: str, name: str) -> str:
+    """The part of a layer's name that differs from the module of the first one: ``bn1`` of ``layer1.0.bn1``."""
+    module = first.rpartition(".")[0] + "."
+    return name.removeprefix(module) if len(module) > 1 else name
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """At most so many of the numbers 0, 1, …, count − 1, evenly spread, with the first and the last."""
+    return sorted({round(x) for x in np.linspace(0, count - 1, min(count, most))})
+
+
+def title_of(result: InvarianceResult, name: str) -> str:
+    """The title of a picture: measure or monitor, and the set of transformations."""
+    varying = [parameter for parameter, values in result.parameters.items() if len(set(values)) > 1]
+    kind = f" ({', '.join(varying)})" if varying else ""
+    return f"{name}: {number_of(result.n_samples, 'sample')} × {len(result.transformations)} transformations{kind}"
 
 
 def depth_colours(count: int) -> list[Any]:

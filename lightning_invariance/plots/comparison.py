@@ -6,11 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from lightning_invariance.plots.common import depths, marks_of, new_figure, width_of
+from lightning_invariance.plots.common import axes_in, inches_of, marks_of, width_of
 from lightning_invariance.plots.labels import label_layers, shorten, wrap
+from lightning_invariance.results.compare import aligned_layers
 from lightning_invariance.results.compare import compare as compared
 from lightning_invariance.results.comparison import Comparison
 from lightning_invariance.results.result import InvarianceResult
@@ -24,8 +26,10 @@ def compare(
     other: InvarianceResult,
     measure: str | None = None,
     *,
-    names: tuple[str, str] = ("one", "other"),
+    names: tuple[str, str] = ("a", "b"),
     depth: bool = False,
+    ax: Axes | None = None,
+    size: tuple[float, float] | None = None,
 ) -> Figure:
     """Where do two networks, or two moments, differ? The difference of the means of each layer, a bar for each.
 
@@ -38,7 +42,9 @@ def compare(
         measure: its name; by default the first.
         names: of the two; the bars are the second minus the first.
         depth: whether layers meet by their depth in per cent instead of their names: for each layer of ``one`` the
-            value of ``other`` is interpolated between its two nearest layers.
+            value of ``other`` is interpolated between its two nearest layers of the same type.
+        ax: axes to draw into; by default those of a new figure.
+        size: width and height of the new figure in inches.
 
     Raises:
         ValueError: If they have no layer in common and ``depth`` is false.
@@ -47,45 +53,47 @@ def compare(
     marks, higher = marks_of([one, other], measure), one.higher_is_better.get(measure)
     if measure in one.influences and measure in other.influences:
         align, confidence = "depth" if depth else "name", one.confidence or 0.95
-        comparison = compared(one, other, measure, confidence=confidence, align=align)
-        return draw_comparison(comparison, names=names, marks=marks)
+        comparison = compared(one, other, measure, confidence=confidence, align=align, names=names)
+        return draw_comparison(comparison, marks=marks, ax=ax, size=size)
     first, second = one.per_layer(measure), other.per_layer(measure)
-    common = list(first) if depth else [layer for layer in first if layer in second]
-    if not common:
-        raise ValueError("Expected results with layers in common, but they have none: compare them with `depth=True`.")
-    if depth:
-        found = np.interp(depths(len(first)), depths(len(second)), list(second.values()))
-        second = dict(zip(common, found.tolist(), strict=True))
-    difference = np.array([second[layer] - first[layer] for layer in common])
-    return _drawn(measure, common, difference, names, marks, higher)
+    pairs, _ = aligned_layers([one], [other], measure, "depth" if depth else "name")
+    difference = np.array([sum(w * second[name] for name, w in parts.items()) - first[layer] for layer, parts in pairs])
+    axes = axes_in(ax, width_of(len(pairs)), 4.5, size)[1]
+    return _drawn(axes, measure, [layer for layer, _ in pairs], difference, names, marks, higher)
 
 
 def draw_comparison(
-    comparison: Comparison, *, names: tuple[str, str] = ("a", "b"), marks: Mapping[str, str] | None = None
+    comparison: Comparison,
+    *,
+    marks: Mapping[str, str] | None = None,
+    ax: Axes | None = None,
+    size: tuple[float, float] | None = None,
 ) -> Figure:
     """Draw the differences of a comparison with intervals; pale where they may be chance, with a band for the margin.
 
     Args:
         comparison: made by :func:`lightning_invariance.compare`.
-        names: of the two results.
         marks: layer → marks beside its name.
+        ax: axes to draw into; by default those of a new figure.
+        size: width and height of the new figure in inches.
     """
     rows = comparison.rows
     difference = np.array([row.difference for row in rows])
     layers, higher = [row.layer for row in rows], comparison.higher_is_better
     chance = {i for i, layer in enumerate(layers) if layer not in comparison.differing}
-    figure = _drawn(comparison.measure, layers, difference, names, marks or {}, higher, chance)
-    axes = figure.axes[0]
+    axes = axes_in(ax, width_of(len(layers)), 4.5, size)[1]
+    figure = _drawn(axes, comparison.measure, layers, difference, comparison.names, marks or {}, higher, chance)
     half = np.array([row.high - row.difference for row in rows])
     axes.errorbar(np.arange(len(rows)), difference, half, fmt="none", ecolor="black", capsize=3, linewidth=1)
     if comparison.margin is not None:
         axes.axhspan(-comparison.margin, comparison.margin, color="#009e73", alpha=0.15, linewidth=0, zorder=0)
-    title = f"{comparison.confidence:.0%} intervals over {comparison.unit}; pale: may be chance"
-    axes.set_title(f"{axes.get_title()}\n{title}".strip(), fontsize="medium")
+    title = f"{axes.get_title()}\n{comparison.confidence:.0%} intervals over {comparison.unit}; pale: may be chance"
+    axes.set_title(wrap(title.strip(), inches_of(axes)[0]), fontsize="medium")
     return figure
 
 
 def _drawn(
+    axes: Axes,
     measure: str,
     layers: Sequence[str],
     difference: npt.NDArray[np.float64],
@@ -95,19 +103,18 @@ def _drawn(
     chance: Collection[int] = (),
 ) -> Figure:
     """A bar for each layer; the bars at the positions in ``chance`` are pale."""
-    figure = new_figure(width_of(len(layers)), 4.5)
-    axes = figure.add_subplot()
+    width, height = inches_of(axes)
     looks = [ABOVE if value > 0 else BELOW for value in difference]
     shades = [to_rgba(colour, PALE if i in chance else 1) for i, (colour, _) in enumerate(looks)]
     hatches = [hatch for _, hatch in looks]
     axes.bar(range(len(layers)), difference, color=shades, hatch=hatches, edgecolor="white", linewidth=0)
     axes.axhline(0, color="black", linewidth=0.8)
-    label_layers(axes, "x", layers, width_of(len(layers)) - 1.5, marks)
+    label_layers(axes, "x", {layer: layer for layer in layers}, width, marks)
     axes.set_xlim(-0.6, len(layers) - 0.4)
     one, other = (shorten(name) for name in names)
-    axes.set_ylabel(wrap(f"{measure}:\n{other} − {one}", 3))
+    axes.set_ylabel(wrap(f"{measure}:\n{other} − {one}", height))
     axes.grid(alpha=0.3, axis="y")
     if higher_is_better is not None:
         place = "above" if higher_is_better else "below"
         axes.set_title(f"{place} 0: {other} is more invariant", fontsize="medium")
-    return figure
+    return axes.get_figure(root=True)  # type: ignore[return-value]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import chain
 from typing import TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -15,11 +14,14 @@ from matplotlib.figure import Figure
 from lightning_invariance.plots.common import (
     add_colourbar,
     first_measure,
+    inches_of,
     is_ratio,
     marks_of,
     new_axes,
+    rows_of_layers,
     scale_of,
     show_cells,
+    title_of,
 )
 from lightning_invariance.plots.labels import label_layers, wrap
 from lightning_invariance.results.compare import compare
@@ -38,6 +40,8 @@ def evolution(
     *,
     score: str | None = None,
     limits: tuple[float, float] | None = None,
+    title: str | None = None,
+    size: tuple[float, float] | None = None,
 ) -> Figure:
     """When does which layer become invariant? A row for each layer, a column for each evaluation so far.
 
@@ -50,34 +54,38 @@ def evolution(
         measure: its name; by default the first.
         score: the metric above: the mean of one in ``outputs`` over the transformations, or one of the trainer's; by
             default the first in ``outputs``, or else one with "acc" in its name, or else with "loss".
-        limits: the ends of the colour scale; see :func:`heatmap`.
+        limits: the ends of the colour scale; see :func:`heatmap`. By default those of the whole history.
+        title: the name in the title; by default the measure's.
+        size: width and height of the figure in inches.
     """
     if not history:
         raise ValueError("Expected argument `history` to hold at least one result, but it is empty.")
     measure = measure or first_measure(history)
     means = [result.per_layer(measure) for result in history]
-    layers = [*dict.fromkeys(chain.from_iterable(means))]
+    labels = rows_of_layers(history, measure)
+    layers = list(labels)
     # Where an evaluation lacks a layer, None becomes NaN.
     values = np.array([[*map(per_layer.get, layers)] for per_layer in means], dtype=np.float64).T
     scale = scale_of(is_ratio(history, measure), values.ravel().tolist(), limits)
     score = score or _score(history)
     marked = _beyond_noise(history, measure, layers)
     height = min(HIGHEST, max(2.0, 0.25 * len(layers)))
-    figure, above, axes = new_axes(WIDTH, height + BESIDE, score)
+    figure, above, axes = new_axes(WIDTH, height + BESIDE, score, size)
+    width, height = inches_of(axes)
     show_cells(axes, values, scale)
-    found = label_layers(axes, "y", layers, height, marks_of(history, measure))
+    found = label_layers(axes, "y", labels, height, marks_of(history, measure))
     if len(found) < len(layers):
         axes.hlines([block.start - 0.5 for block in found[1:]], -0.5, len(history) - 0.5, "white", linewidth=0.5)
     if marked:
         axes.plot([j for j, _ in marked], [i for _, i in marked], "o", color="white", mec="black", mew=0.5, ms=3)
     epochs = [{None: str(i), -1: "init"}.get(result.epoch, str(result.epoch)) for i, result in enumerate(history)]
-    every = math.ceil(len(history) / MOST_TICKS)
+    every = math.ceil(len(history) / max(2, min(MOST_TICKS, round(3 * width))))
     axes.set_xticks(range(0, len(history), every), epochs[::every], rotation=90 if len(epochs[-1]) > 2 else 0)
     axes.set_xlabel("epoch")
     if above is not None and score:
         _draw_score(above, history, score)
-    title = f"{measure}: mean of each layer" + "\ndots: differs from the first evaluation" * bool(marked)
-    figure.suptitle(wrap(title, WIDTH), fontsize="medium")
+    about = title_of(history[-1], title or measure) + "\ndots: differs from the first evaluation" * bool(marked)
+    figure.suptitle(wrap(about, width), fontsize="medium")
     add_colourbar(figure, [axes], scale, measure, height)
     return figure
 

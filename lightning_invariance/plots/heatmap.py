@@ -8,17 +8,21 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from lightning_invariance.plots.common import (
+    Scale,
     add_colourbar,
+    axes_in,
+    inches_of,
     is_ratio,
     marks_of,
-    new_figure,
     only_one,
+    rows_of_layers,
     scale_of,
     show_cells,
+    title_of,
     width_of,
 )
 from lightning_invariance.plots.labels import label_layers, wrap
@@ -39,6 +43,9 @@ def heatmap(
     log: bool = True,
     limits: tuple[float, float] | None = None,
     sort: bool = False,
+    title: str | None = None,
+    ax: Axes | None = None,
+    size: tuple[float, float] | None = None,
 ) -> Figure:
     """Which units are invariant? A column for each layer, a cell for each channel, in the order of the network.
 
@@ -50,12 +57,16 @@ def heatmap(
         result: an evaluation.
         measure: its name; by default the first.
         log: whether the scale of the colours is logarithmic.
-        limits: the ends of the scale; values beyond take the colour of the end. By default 0.01 to 10 for normalised
-            measures, so that pictures compare, and for others the range of the values.
+        limits: the ends of the scale; values beyond take the colour of the end. By default those of the values, for
+            normalised measures symmetric about 1 (blue: more invariant than samples vary; red: less).
         sort: whether the channels of each layer are sorted by value instead of in their order.
+        title: the name in the title; by default the measure's.
+        ax: axes to draw into; by default those of a new figure.
+        size: width and height of the new figure in inches.
     """
     measure = measure or only_one(result).measures[0]
-    layers = list(result[measure])
+    labels = rows_of_layers([result], measure)
+    layers = list(labels)
     columns = {layer: _of_channels(result, measure, layer) for layer in layers}
     dead = {layer: result.dead_channels(layer).numpy() for layer in layers}
     if sort:
@@ -66,19 +77,18 @@ def heatmap(
     scale = scale_of(is_ratio([result], measure), values.tolist(), limits, log)
     never = np.concatenate([*dead.values(), np.zeros(0, dtype=bool)])
     patches = special_patches(int(np.isinf(values).sum()), int(never.sum()), int(np.isnan(values).sum()))
-    width = width_of(len(layers))
-    figure = new_figure(width, HEIGHT)
-    axes = figure.add_subplot()
+    figure, axes = axes_in(ax, width_of(len(layers)), HEIGHT, size)
+    width, height = inches_of(axes)
     _draw_cells(axes, columns, dead, scale)
-    found = label_layers(axes, "x", layers, width - 1.5, marks_of([result], measure))
+    found = label_layers(axes, "x", labels, width - 0.5, marks_of([result], measure))
     borders = [block.start - 0.5 for block in found[1:]]
     axes.vlines(borders, *axes.get_ylim(), "white", linewidth=min(1, 60 / max(len(layers), 1)))
     axes.set_yticks([])
     axes.set_ylabel("channels, lowest value on top" if sort else "channels, first on top")
     when = {None: "", -1: ", untrained"}.get(result.epoch, f", epoch {result.epoch}")
-    figure.suptitle(wrap(f"{measure}{when}", width), fontsize="medium")
-    add_colourbar(figure, [axes], scale, measure, HEIGHT - 1.5)
-    if patches:
+    axes.set_title(wrap(title_of(result, title or measure) + when, width), fontsize="medium")
+    add_colourbar(figure, [axes], scale, measure, height)
+    if patches and ax is None:
         figure.legend(handles=patches, loc="outside lower right", ncols=len(patches), frameon=False)
     return figure
 
@@ -92,9 +102,7 @@ def _of_channels(result: InvarianceResult, measure: str, layer: str) -> npt.NDAr
     return values.numpy()
 
 
-def _draw_cells(
-    axes: Axes, columns: Mapping[str, np.ndarray], dead: Mapping[str, np.ndarray], scale: Normalize
-) -> None:
+def _draw_cells(axes: Axes, columns: Mapping[str, np.ndarray], dead: Mapping[str, np.ndarray], scale: Scale) -> None:
     """Draw the channels of all layers as one image, whose rows are many enough to divide each layer evenly."""
     height = min(MOST_ROWS, math.lcm(*map(len, columns.values()))) if columns else 1
     rows = {layer: np.arange(height) * len(values) // height for layer, values in columns.items()}

@@ -111,23 +111,27 @@ def _divided(names: Sequence[str], parts: Sequence[Sequence[str]], depth: int) -
 
 
 def label_layers(
-    axes: Axes, along: Literal["x", "y"], names: Sequence[str], inches: float, marks: Mapping[str, str] | None = None
+    axes: Axes,
+    along: Literal["x", "y"],
+    labels: Mapping[str, str],
+    inches: float,
+    marks: Mapping[str, str] | None = None,
 ) -> list[Block]:
     """Label the axis on which layers stand at 0, 1, 2 and so on; its own label explains prefix and marks of the names.
 
     Args:
         axes: the axes.
         along: the axis.
-        names: of the layers, in their order.
+        labels: layer → its label, in the order of the layers.
         inches: the length of the axis, at least.
         marks: layer → marks of :data:`MEANINGS` beside its name.
 
     Returns:
         The labelled layers or blocks; the starts of blocks are marked on the axis.
     """
-    prefix, short = without_prefix(names)
-    signs = [(marks or {}).get(name, "") for name in names]
-    found = blocks(short, len(names) * LINE * SMALLEST / (72 * inches))
+    prefix, short = without_prefix([*labels.values()])
+    signs = [(marks or {}).get(layer, "") for layer in labels]
+    found = blocks(short, len(labels) * LINE * SMALLEST / (72 * inches))
     texts = [
         " ".join(
             [shorten(b.label), *(sign for sign in MEANINGS if any(sign in own for own in signs[b.start : b.stop]))]
@@ -135,7 +139,7 @@ def label_layers(
         for b in found
     ]
     axis, turned = (axes.xaxis, 90) if along == "x" else (axes.yaxis, 0)
-    size = min(LARGEST, max(SMALLEST, 72 * inches / LINE / max(len(names), 1)))
+    size = min(LARGEST, max(SMALLEST, 72 * inches / LINE / max(len(labels), 1)))
     axis.set_ticks([b.centre for b in found], texts, fontsize=size, rotation=turned, parse_math=False)
     if any(b.stop - b.start > 1 for b in found):
         axis.set_ticks([b.start - 0.5 for b in found], minor=True)

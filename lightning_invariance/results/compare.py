@@ -42,6 +42,7 @@ def compare(
     confidence: float = 0.95,
     margin: float | None = None,
     align: str = "name",
+    names: tuple[str, str] = ("a", "b"),
 ) -> Comparison:
     """Compare two evaluations, such as two networks, two epochs or two files, layer by layer.
 
@@ -57,11 +58,13 @@ def compare(
         confidence: of the intervals, in (0, 1); 1 − confidence is the level of the tests.
         margin: the largest difference that does not matter, in units of the measure: also tests whether layers are
             equivalent, and whether a is not less invariant than b by so much (one-sided t-tests).
-        align: ``"name"`` compares layers of one name; ``"depth"`` layers at one relative depth, where for each layer of
-            a the value of b is interpolated between its two nearest layers.
+        align: ``"name"`` compares layers of one name; ``"depth"`` layers of one type at one relative depth, where for
+            each layer of a the value of b is interpolated between its two nearest layers of this type.
+        names: of the two, in tables, pictures and :attr:`Comparison.verdict`.
 
     Returns:
-        Intervals and p-values for each layer and for the network.
+        Intervals and p-values for each layer and for the network; prints as a table, the result in one sentence first.
+        The row of the network's input is left out.
 
     Raises:
         ValueError: If the results have no influences (and are not several), no common layers, or different
@@ -88,7 +91,7 @@ def compare(
         )
     measure = measure or first[0].measures[0]
     _check_alike([*first, *second], measure)
-    pairs, unmatched = _aligned(_layers_of(first, measure), _layers_of(second, measure), align)
+    pairs, unmatched = aligned_layers(first, second, measure, align)
     better = first[0].higher_is_better.get(measure)
     test = _Test(confidence, margin, better)
     if len(first) > 1:
@@ -97,7 +100,9 @@ def compare(
     else:
         rows, network, unit = _over_samples(first[0], second[0], measure, pairs, test)
         count = len(first[0].sample_keys[measure]), len(second[0].sample_keys[measure])
-    return Comparison(measure, rows, network, unit, count, confidence, margin, unmatched, better)
+    return Comparison(
+        measure, rows, network, unit, count, confidence, margin, unmatched, better, (str(names[0]), str(names[1]))
+    )
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,8 @@ def _over_samples(
     if order is not None:
         of_b = {layer: psi[order] for layer, psi in of_b.items()}
     means, other_means = a.per_layer(measure), b.per_layer(measure)
+    if a.n_samples != b.n_samples:  # else both have the same bias
+        means, other_means = (each.without_bias(measure) for each in (a, b))
     rows = []
     for layer, parts in pairs:
         error, freedom, doubt = _error(of_a[layer], of_b[layer], order is not None)
@@ -228,28 +235,50 @@ def _matching(a: Tensor, b: Tensor) -> Tensor | None:
 
 def _layers_of(results: Sequence[InvarianceResult], measure: str) -> list[str]:
     """Return the layers that all results have."""
-    return [layer for layer in results[0][measure] if all(layer in result[measure] for result in results)]
+    layers = [layer for layer in results[0][measure] if layer != results[0].input_layer]
+    return [layer for layer in layers if all(layer in result[measure] for result in results)]
 
 
-def _aligned(own: list[str], others: list[str], align: str) -> tuple[list[_Pair], list[str]]:
-    """Pair the layers; also return the layers without a partner."""
+def aligned_layers(
+    first: Sequence[InvarianceResult], second: Sequence[InvarianceResult], measure: str, align: str
+) -> tuple[list[_Pair], list[str]]:
+    """Pair the layers of two networks; also return the layers without a partner.
+
+    Raises:
+        ValueError: If no layer has a partner.
+    """
+    own, others = _layers_of(first, measure), _layers_of(second, measure)
     if align == "depth":
-        places = [i * (len(others) - 1) / max(len(own) - 1, 1) for i in range(len(own))]
-        if len(own) == 1:
-            places = [len(others) - 1.0]
-        pairs = []
-        for layer, place in zip(own, places, strict=True):
-            below, weight = int(place), place - int(place)
-            parts = {others[below]: 1 - weight}
-            if weight:
-                parts[others[below + 1]] = weight
-            pairs.append((layer, parts))
-        return pairs, []
-    unmatched = [layer for layer in own if layer not in others] + [layer for layer in others if layer not in own]
-    found = [(layer, {layer: 1.0}) for layer in own if layer in others]
-    if not found:
+        types, other_types = first[0].layer_types, second[0].layer_types
+        places, pairs = _depths(others), []
+        for layer, depth in _depths(own).items():
+            alike = {o: d for o, d in places.items() if other_types.get(o, "") == types.get(layer, "")}
+            if parts := _nearest(alike, depth):
+                pairs.append((layer, parts))
+        paired = {name for layer, parts in pairs for name in (layer, *parts)}
+    else:
+        pairs = [(layer, {layer: 1.0}) for layer in own if layer in others]
+        paired = {layer for layer, _ in pairs}
+    if not pairs:
         raise ValueError('Expected results with layers in common, but they have none: write `align="depth"`.')
-    return found, unmatched
+    unmatched = [layer for layer in own if layer not in paired]
+    return pairs, unmatched + [layer for layer in others if layer not in paired and align == "name"]
+
+
+def _depths(layers: Sequence[str]) -> dict[str, float]:
+    """Return the relative depth of each layer: 0 for the first, 1 for the last."""
+    return {layer: i / (len(layers) - 1) if len(layers) > 1 else 1.0 for i, layer in enumerate(layers)}
+
+
+def _nearest(places: dict[str, float], depth: float) -> dict[str, float]:
+    """Return the layers around a depth, with the weights of a linear interpolation; none if there is no layer."""
+    below = [layer for layer, place in places.items() if place <= depth]
+    above = [layer for layer, place in places.items() if place > depth]
+    if not below or not above:
+        return dict.fromkeys([*below[-1:], *above[:1]], 1.0)
+    start, end = places[below[-1]], places[above[0]]
+    weight = (depth - start) / (end - start)
+    return {below[-1]: 1 - weight, above[0]: weight} if weight > ROUNDING else {below[-1]: 1.0}
 
 
 def _loaded(results: Results) -> list[InvarianceResult]:

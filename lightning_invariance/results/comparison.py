@@ -68,6 +68,7 @@ class Comparison(Mapping[str, Difference]):
         margin: the largest difference that does not matter; None where none was named.
         unmatched: layers that only one of the two has.
         higher_is_better: whether higher values of the measure are more invariant; None where neither direction is.
+        names: of the two results.
     """
 
     measure: str
@@ -79,6 +80,7 @@ class Comparison(Mapping[str, Difference]):
     margin: float | None
     unmatched: Sequence[str]
     higher_is_better: bool | None
+    names: tuple[str, str] = ("a", "b")
 
     def __post_init__(self) -> None:
         self.rows, self.unmatched = _adjusted(self.rows), list(self.unmatched)
@@ -115,6 +117,31 @@ class Comparison(Mapping[str, Difference]):
         """The layers for which the first is not less invariant than the second by ``margin`` or more."""
         return [row.layer for row in self.rows if row.not_worse < 1 - self.confidence]
 
+    @property
+    def verdict(self) -> str:
+        """The result in one sentence: which is more invariant, in how many layers, and by how much at the last."""
+        one, other = self.names
+        rows = [row for row in self.rows if row.layer in self.differing]
+        if not rows:
+            return f"{one} and {other} cannot be told apart in any of {number_of(len(self.rows), 'layer')}."
+        if self.higher_is_better is None:
+            return f"{one} and {other} differ in {len(rows)} of {number_of(len(self.rows), 'layer')}."
+        counts = dict.fromkeys((other, one), 0)
+        for row in rows:
+            counts[self._more_invariant(row)] += 1
+        best = sorted((name for name in counts if counts[name]), key=lambda name: -counts[name])
+        text = f"{best[0]} is more invariant in {counts[best[0]]} of {number_of(len(self.rows), 'layer')}"
+        text += f", {best[1]} in {counts[best[1]]}" if best[1:] else ""
+        if (last := self.rows[-1]) in rows:
+            half = format_cell(last.high - last.difference)
+            whose = f"{self._more_invariant(last)} " if best[1:] else ""
+            text += f"; at the last, {last.layer}, {whose}by {format_cell(abs(last.difference))} ± {half}"
+        others = len(self.rows) - len(rows)
+        return text + (f"; the other {others} cannot be told apart." if others else ".")
+
+    def _more_invariant(self, row: Difference) -> str:
+        return self.names[1] if (row.difference > 0) == self.higher_is_better else self.names[0]
+
     def to_pandas(self) -> pandas.DataFrame:
         """Return a ``DataFrame`` with a row for each layer and one for the network (pandas must be installed)."""
         import pandas
@@ -129,12 +156,16 @@ class Comparison(Mapping[str, Difference]):
         names = ["layer", "a", "b", "difference", "low", "high", "p"]
         names += [] if self.margin is None else ["equivalent", "not_worse"]
         names += ["doubt"] if any(row.doubt for row in self.rows) else []
-        table = [names, *([format_cell(getattr(row, name)) for name in names] for row in (*self.rows, self.network))]
+        table = [
+            [*({"a": self.names[0], "b": self.names[1]}.get(name, name) for name in names)],
+            *([format_cell(getattr(row, name)) for name in names] for row in (*self.rows, self.network)),
+        ]
         for cells, row in zip(table[1:], (*self.rows, self.network), strict=True):
             cells[names.index("p")] += " *" if row.p < 1 - self.confidence else "  "
         margin = "" if self.margin is None else f" Margin {self.margin:g}."
         about = [
-            f"{self.measure}, b − a. {self.question}",
+            self.verdict,
+            f"{self.measure}, {self.names[1]} − {self.names[0]}. {self.question}",
             f"{self.confidence:.0%} intervals; p-values adjusted by Holm's method over"
             f" {number_of(len(self.rows), 'layer')}, * below {1 - self.confidence:.2g}.{margin}",
         ]

@@ -30,10 +30,6 @@ MAX_SPARSE = 0.2
 #: Largest fraction of the units that a mean may leave out without a remark.
 MAX_LEFT_OUT = 0.01
 
-#: Largest bias, in standard errors, of a value whose definition depends on the number of samples. With a larger bias,
-#: 95 % intervals cover the value of very many samples in less than 93 %.
-MAX_BIAS = 0.4
-
 
 @dataclass(frozen=True)
 class Interval:
@@ -41,7 +37,9 @@ class Interval:
 
     Attributes:
         value: the estimate.
-        low, high: the bounds ``value ± t · standard_error``.
+        low, high: the bounds ``value ± t · standard_error`` of the value of very many samples. Where the definition of
+            a measure depends on the number of samples n, as for distances, whose pairs of a sample with itself are 1/n
+            of all, they are about the value without this bias.
         standard_error: of the value.
         freedom: degrees of freedom of the standard error.
         doubt: why the interval may be too narrow; empty where there is no reason.
@@ -91,7 +89,7 @@ def interval_of(
         confidence: in (0, 1).
         left_out: fraction of the units that are infinite or NaN, and so not in the value.
         sparse: fraction of the units with few degrees of freedom.
-        bias: relative bias of the value, where its definition depends on the number of samples.
+        bias: relative bias of the value, where its definition depends on the number of samples; not in the bounds.
         unit: ``"samples"`` or ``"groups of samples"``: the independent units, one for each influence.
         repeated: fraction of the samples that are copies of others.
     """
@@ -109,8 +107,8 @@ def interval_of(
     doubts += ["few samples decide the value"] if freedom < MIN_DEGREES_OF_FREEDOM and n >= MIN_SAMPLES else []
     doubts += [f"few samples decide {sparse:.0%} of the units"] if sparse > MAX_SPARSE and error > 0 else []
     doubts += [f"{left_out:.0%} left out"] if left_out > MAX_LEFT_OUT else []
-    doubts += [f"differs by {bias:.1%} from that of many samples"] if abs(bias * value) > MAX_BIAS * error else []
-    return Interval(value, value - half, value + half, error, freedom, ", ".join(doubts))
+    centre = value / (1 + bias)
+    return Interval(value, centre - half, centre + half, error, freedom, ", ".join(doubts))
 
 
 def influences_of_all(influences: Tensor) -> Tensor:

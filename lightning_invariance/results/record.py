@@ -5,17 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lightning_invariance.results.table import aligned, format_cell
 
-@dataclass(frozen=True)
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True, repr=False)
 class OutputValues:
     """Values of a metric of predictions and targets, one for each transformation.
 
+    It prints as a table.
+
     Attributes:
         values: one for each transformation.
+        labels: of the transformations.
         higher_is_better: whether higher values are better; None where the metric does not say.
         low, high: bounds of confidence intervals over samples, one for each transformation, with ``confidence`` and for
             metrics that are means over samples, else empty; NaN where all samples have equal values.
@@ -23,6 +31,7 @@ class OutputValues:
     """
 
     values: list[float]
+    labels: list[str] = field(default_factory=list)
     higher_is_better: bool | None = None
     low: list[float] = field(default_factory=list)
     high: list[float] = field(default_factory=list)
@@ -41,6 +50,31 @@ class OutputValues:
             return math.nan
         return min(self.values) if self.higher_is_better else max(self.values)
 
+    @property
+    def worst_label(self) -> str:
+        """The label of the transformation under which the value is :attr:`worst`; empty if that is unknown."""
+        return "" if math.isnan(self.worst) or not self.labels else self.labels[self.values.index(self.worst)]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return label, value and, where there are intervals, bounds for each transformation."""
+        bounds = {"low": self.low, "high": self.high} if self.low else {}
+        labels = self.labels or [str(j) for j in range(len(self.values))]
+        columns = {"transformation": labels, "value": self.values, **bounds}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return a ``DataFrame`` with a row for each transformation (pandas must be installed)."""
+        import pandas
+
+        return pandas.DataFrame(self.rows())
+
+    def __repr__(self) -> str:
+        ends = f"mean {format_cell(self.mean)}, worst {format_cell(self.worst)}"
+        where = f" ({self.worst_label})" if self.worst_label else ""
+        rows = self.rows()
+        cells = [list(map(format_cell, row.values())) for row in rows]
+        return f"{aligned([list(rows[0]), *cells], left=1)}\n{ends}{where}" if rows else ends
+
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Record:
@@ -48,7 +82,10 @@ class Record:
 
     n_samples: int = 0
     n_skipped: int = 0
+    input_layer: str = ""
+    layer_types: dict[str, str] = field(default_factory=dict)
     transformations: list[str] = field(default_factory=list)
+    identity: str = ""
     parameters: dict[str, list[float]] = field(default_factory=dict)
     epoch: int | None = None
     step: int | None = None
@@ -61,6 +98,7 @@ class Record:
     ratios: dict[str, bool] = field(default_factory=dict)
     units: dict[str, str] = field(default_factory=dict)
     biases: dict[str, float] = field(default_factory=dict)
+    by_class: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     response: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     response_bounds: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -17,7 +18,7 @@ from torch import Tensor
 from lightning_invariance.messages import number_of
 from lightning_invariance.results.drawing import drawn
 from lightning_invariance.results.record import OutputValues, Record
-from lightning_invariance.results.table import LayerStatistics, Table
+from lightning_invariance.results.table import LayerStatistics, Table, Worst, WorstTable
 from lightning_invariance.results.values import LayerValues
 
 if TYPE_CHECKING:
@@ -45,8 +46,12 @@ class InvarianceResult(LayerValues):
         n_samples: how many samples were measured.
         n_skipped: how many samples were missing: None, or dropped by a ``collate_fn``. A batch that is None counts as
             one.
+        input_layer: name of the row that is the network's transformed input (``include_input=True``); else empty. It
+            counts in no mean over layers.
+        layer_types: layer → class of its module, such as ``"Conv2d"``, or name of the operation.
         transformations: labels of the transformations.
         parameters: their parameters, a list for each name.
+        identity: label of the transformation that changes nothing; empty if none is known to.
         epoch: epoch of the training at which it was measured; -1 is the untrained network.
         step: step of the logger at which it was measured.
         floor: same-equivariance measure → its values for the network that returns its input: the error of interpolation
@@ -60,8 +65,10 @@ class InvarianceResult(LayerValues):
         ratios: measure → whether it is a ratio: at 1, transformations change activations as much as samples do.
         units: measure → unit of its values; empty where there is none.
         biases: measure → number of samples × relative bias of its values, where it is known.
-        response: measure → layer → the effect of each transformation on the layer, for measures with
-            ``response=True``.
+        by_class: measure → layer → value of each class, ``(num_classes, *shape)``, of ``Stratified``. :meth:`table` has
+            the mean over the layer of each class.
+        response: measure → layer → how much each transformation changes the layer, from its value under the identity,
+            for measures with ``response=True``: 0 for the identity. Without a known identity from the mean of the row.
         response_bounds: measure → layer → lower and upper bounds of the response under each transformation:
             confidence intervals over samples, with ``confidence``.
         scores: metrics that the trainer logged in the same validation, such as an accuracy.
@@ -73,8 +80,33 @@ class InvarianceResult(LayerValues):
             of the layer; see :mod:`lightning_invariance.results.intervals`. NaN for samples that bypass the layer.
         sample_keys: measure → a 64-bit hash of the content of each of these samples or groups.
         sparse: measure → layer → fraction of the units whose values depend on few samples.
-        outputs: metric of predictions and targets → its value under each transformation, with ``mean`` and ``worst``.
+        outputs: metric of predictions and targets → its value under each transformation, with ``mean`` and ``worst``;
+            prints as a table.
     """
+
+    def worst(self, measure: str | None = None) -> WorstTable:
+        """Return the transformation that changes each layer most: rows that print as a table.
+
+        Args:
+            measure: its name; by default the first that has a response.
+
+        Raises:
+            ValueError: If the result has no response of the measure.
+        """
+        if not self.response or (measure is not None and measure not in self.response):
+            raise ValueError(
+                f"Expected a measure with a response, {list(self.response)}, but got {measure!r}: measure it with"
+                " `NormalizedVariance(response=True)`."
+            )
+        measure = measure or next(iter(self.response))
+        rows = WorstTable()
+        for layer, values in self.response[measure].items():
+            known = {j: value for j, value in enumerate(values) if not math.isnan(value)}
+            if known:
+                j = max(known, key=lambda i: known[i])
+                low, high = self.response_bounds.get(measure, {}).get(layer) or ([math.nan] * len(values),) * 2
+                rows.append(Worst(layer, self.transformations[j], values[j], low[j], high[j]))
+        return rows
 
     def plot(self, measure: str | None = None) -> Figure:
         """Draw the heatmap of a measure: :func:`lightning_invariance.plots.heatmap`.
@@ -88,20 +120,25 @@ class InvarianceResult(LayerValues):
         """Return the tables of all measures as one ``DataFrame`` (pandas must be installed).
 
         It has a row for each measure and layer; the columns are ``measure`` and the fields of
-        :class:`LayerStatistics`.
+        :class:`LayerStatistics`. Metrics of ``outputs`` have a row for each transformation, with its label in the
+        column ``transformation`` and the value in ``mean``.
         """
         import pandas
 
         rows = [{"measure": measure, **asdict(row)} for measure, table in self._tables.items() for row in table]
+        for row in rows:
+            row.update({f"class {label}": mean for label, mean in enumerate(row.pop("by_class"))})
+        for metric, found in self.outputs.items():
+            rows += [{"measure": metric, "mean": row.pop("value"), **row} for row in found.rows()]
         return pandas.DataFrame(rows)
 
     def reduced(self) -> InvarianceResult:
         """Return a smaller result with one value for each channel and without standard errors.
 
-        Tables, means, intervals of layers and pictures stay equal.
+        Tables, means, intervals of layers and pictures stay equal; :attr:`by_class` is left out.
         """
         state = self.state_dict()
-        state["standard_errors"], state["freedom"] = {}, {}
+        state["standard_errors"], state["freedom"], state["by_class"] = {}, {}, {}
         state["values"] = {
             measure: {layer: self.per_channel(measure, layer) for layer in layers}
             for measure, layers in self._values.items()
@@ -113,7 +150,7 @@ class InvarianceResult(LayerValues):
     def state_dict(self) -> dict[str, Any]:
         """Return tensors, numbers, strings, lists and dicts, which ``torch.load(weights_only=True)`` reads."""
         statistics = {
-            measure: [{**asdict(row), "shape": list(row.shape)} for row in table]
+            measure: [{**asdict(row), "shape": list(row.shape), "by_class": list(row.by_class)} for row in table]
             for measure, table in self._tables.items()
         }
         return {
@@ -132,7 +169,10 @@ class InvarianceResult(LayerValues):
         columns = [each.name for each in fields(LayerStatistics)]
         for measure, rows in state["statistics"].items():
             known = [{name: row[name] for name in columns} for row in rows]
-            result._tables[measure] = Table(LayerStatistics(**{**row, "shape": tuple(row["shape"])}) for row in known)
+            tuples = [{name: tuple(row[name]) for name in ("shape", "by_class")} for row in known]
+            result._tables[measure] = Table(
+                LayerStatistics(**{**row, **t}) for row, t in zip(known, tuples, strict=True)
+            )
         return result
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -186,7 +226,8 @@ class InvarianceResult(LayerValues):
         )
 
     def __repr__(self) -> str:
-        return "\n\n".join([self._heading(), *(f"{measure}\n{table}" for measure, table in self._tables.items())])
+        tables = {**self._tables, **self.outputs}
+        return "\n\n".join([self._heading(), *(f"{name}\n{table}" for name, table in tables.items())])
 
     def _repr_html_(self) -> str:
         tables = "".join(f"<h4>{html.escape(m)}</h4>{table._repr_html_()}" for m, table in self._tables.items())

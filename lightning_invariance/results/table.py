@@ -25,7 +25,10 @@ class LayerStatistics:
         nan: how many values are NaN: the activation was NaN or infinite itself, or the measure is undefined.
         samples: how many samples passed through the layer; 0 if unknown. Shown where layers differ.
         low, high: bounds of the confidence interval of the mean; NaN where there is none, and then not shown.
+        live_mean: mean of the finite values of activations that are not dead. Shown where some are.
         doubt: why the interval may be too narrow; see :class:`~lightning_invariance.results.intervals.Interval`.
+        type: class of its module, such as ``Conv2d``; empty if unknown.
+        by_class: mean of the finite values for each class; empty without classes.
     """
 
     layer: str
@@ -38,9 +41,12 @@ class LayerStatistics:
     infinite: int
     nan: int
     samples: int = 0
+    live_mean: float = math.nan
     low: float = math.nan
     high: float = math.nan
     doubt: str = ""
+    type: str = ""
+    by_class: tuple[float, ...] = ()
 
     @property
     def share_infinite(self) -> float:
@@ -63,6 +69,7 @@ class LayerStatistics:
         is_finite = values.isfinite()
         all_finite = bool(is_finite.all())
         finite = values.flatten() if all_finite else values[is_finite]
+        live = finite if dead is None or not bool(dead.any()) else values[is_finite & ~dead.reshape(values.shape)]
         some = finite.numel() > 0
         low, high = (float(limit) for limit in finite.aminmax()) if some else (math.nan, math.nan)
         return cls(
@@ -76,7 +83,16 @@ class LayerStatistics:
             infinite=0 if all_finite else int(values.isinf().sum()),
             nan=0 if all_finite else int(values.isnan().sum()),
             samples=samples,
+            live_mean=float(live.mean()) if live.numel() else math.nan,
         )
+
+
+#: The columns of a printed table.
+COLUMNS = (
+    "layer",
+    "type",
+    *(each.name for each in fields(LayerStatistics)[1:] if each.name not in ("type", "by_class")),
+)
 
 
 class Table(list[LayerStatistics]):
@@ -91,22 +107,26 @@ class Table(list[LayerStatistics]):
 
     def cells(self) -> list[list[str]]:
         """Format the heading and the rows."""
-        names = [field.name for field in fields(LayerStatistics)]
-        if len({row.samples for row in self}) < 2:
-            names.remove("samples")
-        if all(math.isnan(row.low) for row in self):
-            names = [name for name in names if name not in ("low", "high")]
-        if not any(row.doubt for row in self):
-            names.remove("doubt")
+        shown = {
+            "type": any(row.type for row in self),
+            "samples": len({row.samples for row in self}) > 1,
+            "live_mean": any(row.dead for row in self),
+            **dict.fromkeys(("low", "high"), any(not math.isnan(row.low) for row in self)),
+            "doubt": any(row.doubt for row in self),
+        }
+        names = [name for name in COLUMNS if shown.get(name, True)]
+        classes = [f"class {label}" for label in range(max((len(row.by_class) for row in self), default=0))]
         rows = [[format_cell(getattr(row, name)) for name in names] for row in self]
         for row, cells in zip(self, rows, strict=True):
             for name, fraction in (("infinite", row.share_infinite), ("dead", row.share_dead)):
                 if fraction > MAX_LEFT_OUT:
                     cells[names.index(name)] += f" ({fraction:.0%})"
-        return [names, *rows]
+            cells += [format_cell(value) for value in row.by_class]
+        return [[*names, *classes], *rows]
 
     def __str__(self) -> str:
-        return aligned(self.cells(), left=2)
+        cells = self.cells()
+        return aligned(cells, left=1 + cells[0].index("shape"))
 
     __repr__ = __str__
 
@@ -115,6 +135,35 @@ class Table(list[LayerStatistics]):
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in heading)
         body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The transformation that changes a layer most.
+
+    Attributes:
+        layer: its name.
+        label: of the transformation.
+        value: the response of the layer to it: 0 for no change; for ratios 1 for a change as large as between samples.
+        low, high: bounds of its confidence interval; NaN where there is none, and then not shown.
+    """
+
+    layer: str
+    label: str
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+
+
+class WorstTable(list[Worst]):
+    """A list of the worst transformations, one for each layer, that prints as a table."""
+
+    def __str__(self) -> str:
+        bounds = ["low", "high"] if any(not math.isnan(row.low) for row in self) else []
+        names = ["layer", "label", "value", *bounds]
+        return aligned([names, *([format_cell(getattr(row, name)) for name in names] for row in self)], left=2)
+
+    __repr__ = __str__
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int) -> str:

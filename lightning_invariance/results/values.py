@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,6 +49,10 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]], Record):
             )
             for measure, layers in self._values.items()
         }
+        for measure, classes in self.by_class.items():
+            rows = self._tables[measure]
+            self._tables[measure] = Table(replace(row, by_class=_means_of(classes[row.layer])) for row in rows)
+        self.set_layer_types(self.layer_types)
         for measure in self.influences if self.confidence is not None else ():
             self._tables[measure] = self._tables[measure].with_intervals(self.interval(measure))
 
@@ -65,6 +70,12 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]], Record):
     # A mapping of tensors cannot be compared by value: `tensor == tensor` is a tensor.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
+
+    def set_layer_types(self, types: Mapping[str, str]) -> None:
+        """Set :attr:`layer_types`, and the column ``type`` of the tables."""
+        self.layer_types = dict(types)
+        for measure, table in self._tables.items():
+            self._tables[measure] = Table(replace(row, type=self.layer_types.get(row.layer, "")) for row in table)
 
     @property
     def measures(self) -> list[str]:
@@ -91,6 +102,26 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]], Record):
             measure: its name; by default the first.
         """
         return {row.layer: row.mean for row in self.table(measure)}
+
+    def live_mean(self, measure: str | None = None) -> dict[str, float]:
+        """Return the mean over the finite values of each layer without dead units; NaN where there are none.
+
+        Dead units never change. In the paper's mean, :meth:`per_layer`, they count as 1 (0/0) for normalised measures
+        and as 0 for the others.
+
+        Args:
+            measure: its name; by default the first.
+        """
+        return {row.layer: row.live_mean for row in self.table(measure)}
+
+    def without_bias(self, measure: str | None = None) -> dict[str, float]:
+        """Return :meth:`per_layer`, without the bias of measures whose definition depends on the number of samples.
+
+        Args:
+            measure: its name; by default the first.
+        """
+        measure = self._known(measure)
+        return {layer: mean / (1 + _bias_of(self, measure, layer)) for layer, mean in self.per_layer(measure).items()}
 
     def per_channel(self, measure: str, layer: str, aggregate: str = "mean") -> Tensor:
         """Return one value for each channel, by default the mean over the spatial axes (paper, figure 8).
@@ -125,7 +156,7 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]], Record):
             measure: its name; by default the first.
             weighted: weight each layer by its number of finite values; by default all layers weigh equally.
         """
-        rows = [row for row in self.table(measure) if math.isfinite(row.mean)]
+        rows = [row for row in self.table(measure) if math.isfinite(row.mean) and row.layer != self.input_layer]
         sizes = [math.prod(row.shape) - row.infinite - row.nan if weighted else 1 for row in rows]
         total = sum(sizes)
         return sum(row.mean * size for row, size in zip(rows, sizes, strict=True)) / total if total else math.nan
@@ -148,8 +179,9 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]], Record):
         keys = self.sample_keys.get(measure)
         repeated = 1 - len(torch.unique(keys)) / max(1, len(keys)) if keys is not None else 0.0
         unit = "samples" if keys is None or len(keys) == self.n_samples else "groups of samples"
-        found, finite = Intervals(), [row for row in self._tables[measure] if math.isfinite(row.mean)]
-        for row in self._tables[measure]:
+        found, rows = Intervals(), self._tables[measure]
+        finite = [row for row in rows if math.isfinite(row.mean) and row.layer != self.input_layer]
+        for row in rows:
             if row.layer in influences:
                 reasons = _reasons_for_doubt(self, measure, row)
                 found[row.layer] = interval_of(row.mean, influences[row.layer], level, *reasons, unit, repeated)
@@ -186,7 +218,8 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]], Record):
             raise KeyError(f"No intervals of layer {layer!r}. {instead_of(layer, errors, 'It has')}")
         freedom = self.freedom[measure][layer]
         half = t_quantiles(self._level(confidence), freedom.flatten()).view(freedom.shape) * errors[layer]
-        return self[measure][layer] - half, self[measure][layer] + half
+        centre = self[measure][layer] / (1 + _bias_of(self, measure, layer))
+        return centre - half, centre + half
 
     def samples_for(self, half_width: float, measure: str | None = None, layer: str | None = None) -> int:
         """Estimate how many samples an interval of ``± half_width`` needs, from the variation of these samples.
@@ -206,7 +239,8 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]], Record):
         intervals = self.interval(measure)
         if layer is not None and layer not in intervals:
             raise KeyError(f"No interval of layer {layer!r}. {instead_of(layer, intervals, 'It has')}")
-        wanted = intervals.values() if layer is None else [intervals[layer]]
+        names = [name for name in intervals if name != self.input_layer] if layer is None else [layer]
+        wanted = [intervals[name] for name in names]
         known = [interval for interval in wanted if math.isfinite(interval.high)]
         if not known:
             raise ValueError("Expected an interval of a layer with a finite value and two samples, but there is none.")
@@ -230,11 +264,21 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]], Record):
         return measure
 
 
+def _means_of(classes: Tensor) -> tuple[float, ...]:
+    """Return the mean of the finite values of each class; NaN where there are none."""
+    finite = torch.where(classes.isfinite(), classes, torch.nan)
+    return tuple(finite.flatten(1).nanmean(1).tolist() if classes.ndim > 1 else finite.tolist())
+
+
 def _reasons_for_doubt(record: Record, measure: str, row: LayerStatistics) -> tuple[float, float, float]:
     """Return the arguments ``left_out``, ``sparse`` and ``bias`` of :func:`interval_of` for a layer."""
-    samples = record.reached.get(row.layer, record.n_samples)
     sparse = record.sparse.get(measure, {}).get(row.layer, 0.0)
-    return row.share_left_out, sparse, record.biases.get(measure, 0.0) / max(1, samples)
+    return row.share_left_out, sparse, _bias_of(record, measure, row.layer)
+
+
+def _bias_of(record: Record, measure: str, layer: str) -> float:
+    """Return the relative bias of the values of a layer, as far as it is known."""
+    return record.biases.get(measure, 0.0) / max(2, record.reached.get(layer, record.n_samples))
 
 
 def _influences_of(record: Record, measure: str) -> dict[str, Tensor]:

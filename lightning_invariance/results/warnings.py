@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 
 from lightning_invariance.messages import FEW, instead_of, level_of_user, number_of, some
+from lightning_invariance.model.sample_axis import REPEATED
 from lightning_invariance.model.selection import summary_of
 from lightning_invariance.results.intervals import MAX_LEFT_OUT
 from lightning_invariance.results.result import InvarianceResult
@@ -32,8 +33,8 @@ def _about_layers(result: InvarianceResult, channel_axes: Iterable[str]) -> Iter
             )
     if result.n_skipped:
         yield f"{number_of(result.n_skipped, 'sample')} of the data are missing (None) and do not count."
-    if result.left_out:
-        yield f"{_layers(len(result.left_out))} left out: {summary_of(result.left_out)}. `result.left_out` says why."
+    if left_out := {layer: why for layer, why in result.left_out.items() if not why.startswith(REPEATED)}:
+        yield f"{_layers(len(left_out))} left out: {summary_of(left_out)}. `result.left_out` says why."
     if result.reached:
         counts = [f"{layer} ({n} of {result.n_samples})" for layer, n in result.reached.items()]
         yield f"{_layers(len(counts))} reached by some of the samples only: {some(counts)}."

@@ -48,7 +48,7 @@ def add_deviations(states: States, rows: Rows, wanted: Wanted) -> bool:
         column_spread += squares.sum(0, keepdim=True) if squared else squares
         offsets.add_(sums, alpha=1 / total)
     if wanted.response:
-        add_to(states, changes=scaled_changes(rows, wanted.reference))
+        add_to(states, changes=changes_of_samples(rows, wanted.reference).sum(0))
     return True
 
 
@@ -69,18 +69,13 @@ def deviations_of_samples(x: Tensor, means: Tensor, squared: bool) -> States:
     return {"row_spread": torch.cat(of_rows, -1), "column_spread": torch.cat(of_columns, -1)}
 
 
-def scaled_changes(rows: Rows, reference: int | None) -> Tensor:
-    r"""What each transformation contributes to the transformation variance, summed over rows: ``(m, channels)``.
+def changes_of_samples(rows: Rows, reference: int | None) -> Tensor:
+    r"""What each transformation changes in each sample, ``(samples, m, channels)``.
 
     With a reference column r, :math:`\frac{1}{2} \sum (x_{ij} - x_{ir})^2`, the variance of the pair of columns.
     Without, :math:`\frac{m}{m - 1} \sum (x_{ij} - \bar x_{i \cdot})^2`, whose mean over j is the variance. Sums over
     the positions of each feature map.
     """
-    return torch.cat([some.sum(0) for some in _changes(rows, reference)], -1)
-
-
-def changes_of_samples(rows: Rows, reference: int | None) -> Tensor:
-    """:func:`scaled_changes` of each sample, ``(samples, m, channels)``."""
     return torch.cat([*_changes(rows, reference)], -1)
 
 
