@@ -86,6 +86,7 @@ def result_of(name, device, confidence, samples=12, dtype=torch.float32, **optio
         batch_size=16,
         progress=False,
         confidence=confidence,
+        layers=["0", "1", "2", "4"],
         **options,
     )
 
@@ -282,7 +283,8 @@ class Classifier(pl.LightningModule):
 def train(folder, **options):
     loader = DataLoader(data_of(16), 8)
     measures = [NormalizedVariance(response=True), Goodfellow(0.1)]
-    monitor = InvarianceMonitor(rotations(4), measures, confidence=0.95)
+    layers = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Linear]
+    monitor = InvarianceMonitor(rotations(4), measures, layers=layers, confidence=0.95)
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
     trainer = pl.Trainer(max_epochs=2, callbacks=[monitor], default_root_dir=folder, **quiet, **options)
     trainer.fit(Classifier(), loader, loader)

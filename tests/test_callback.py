@@ -92,7 +92,7 @@ def test_history_goes_on_after_a_resume(tmp_path):
 
 
 def test_old_results_keep_channels_only_when_memory_is_short(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_invariance.monitor.callback.HISTORY_BYTES", 3000)  # one result of 272 numbers fits
+    monkeypatch.setattr("lightning_invariance.monitor.callback.HISTORY_BYTES", 2000)  # one result of 182 numbers fits
     monitor = InvarianceMonitor(rotations(4))
     fit(tmp_path, monitor)
     shapes = [tuple(result["NormalizedVariance"]["conv"].shape) for result in monitor.history]

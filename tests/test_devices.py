@@ -44,7 +44,7 @@ MEASURES = {
     "ND": (NormalizedDistance(), 24),
     "Goodfellow": (Goodfellow(), 24),
     "Consistency": (Consistency(), 24),
-    "same-equivariance": (VarianceSameEquivariance(transformations=rotations(16)), 23),
+    "same-equivariance": (VarianceSameEquivariance(transformations=rotations(16)), 28),
     "distance same-equivariance": (DistanceSameEquivariance(transformations=rotations(16)), 22),
 }
 

@@ -133,8 +133,8 @@ def test_ranks_merge_to_the_definition(ranks):
     for rank, found in enumerate(ranks(messages_and_values)):
         # A header and a message to each neighbour in the chain, in each of the two passes of "twice", for any depth.
         neighbours = 1 if rank in (0, 2) else 2
-        assert found["messages"] == [(2 * 2 * neighbours, 4), (2 * 2 * neighbours, 24)]
-        activations = 48 + 48 + 48 + 4
+        assert found["messages"] == [(2 * 2 * neighbours, 3), (2 * 2 * neighbours, 23)]
+        activations = 48 + 48 + 4
         assert found["variance bytes"] < 2 * 1.5 * activations * (2 * 4 + 2) * 8  # states of m = 4 in float64
         for case, expected in alone.items():
             assert list(found[case]) == list(expected)

@@ -137,13 +137,16 @@ def test_standard_errors_equal_the_definition(name, batch_size):
     freedom = degrees_of_freedom(mean)
     assert interval.freedom == pytest.approx(freedom, rel=1e-9)
     t = scipy.stats.t.ppf(0.975, freedom)
-    assert interval.low == pytest.approx(interval.value - t * interval.standard_error, rel=1e-7)
-    assert interval.high == pytest.approx(interval.value + t * interval.standard_error, rel=1e-7)
+    centre = interval.value / (
+        1 + measure.relative_bias / n
+    )  # 1 / n of the pairs of a distance are of a sample with itself
+    assert interval.low == pytest.approx(centre - t * interval.standard_error, rel=1e-7)
+    assert interval.high == pytest.approx(centre + t * interval.standard_error, rel=1e-7)
     low, high = result.unit_interval("0")
     kurtosis = n * (psi**4).sum(0) / (psi**2).sum(0) ** 2  # about 0
     half = scipy.stats.t.ppf(0.975, np.clip(2 * n / (kurtosis - 1) - 1, 1, n - 1)) * expected
     torch.testing.assert_close((high - low).flatten() / 2, torch.from_numpy(half), rtol=1e-3, atol=0)
-    torch.testing.assert_close((high + low) / 2, result["measure"]["0"])
+    torch.testing.assert_close((high + low) / 2, result["measure"]["0"] / (1 + measure.relative_bias / n))
 
 
 def test_standard_errors_of_a_quotient_are_about_those_of_a_jackknife():

@@ -13,7 +13,8 @@ from lightning_invariance.plots.labels import blocks, without_prefix
 
 
 def result(names):
-    values = {name: torch.ones(8).double() for name in names}
+    # Neighbours of equal values would share a row.
+    values = {name: torch.full((8,), 1.0 + i).double() for i, name in enumerate(names)}
     response = {"NormalizedVariance": {name: [0.5, 1.0] for name in names}}
     return InvarianceResult(
         {"NormalizedVariance": values},

@@ -118,13 +118,9 @@ def test_random_functions_are_warned_of_once():
     evaluate(nn.Linear(4, 3), torch.randn(20, 4), shifted(0.1), progress=False)  # where no warning is an error
 
 
-def test_a_response_that_does_not_fit_is_warned_of():
-    with pytest.warns(UserWarning, match="Responses are left out within `state_budget`"):
-        result = evaluate(
-            nn.Linear(4, 3), torch.randn(20, 4), shifted(0.1), NormalizedVariance(response=True), state_budget=240,
-            progress=False,
-        )  # fmt: skip
-    assert result.response == {}
+def test_a_response_that_does_not_fit_is_left_out():
+    model, x = nn.Linear(4, 3), torch.randn(20, 4)
+    assert evaluate(model, x, shifted(0.1), state_budget=240, progress=False).response == {}
 
 
 class Mixed(nn.Module):
@@ -192,9 +188,9 @@ def test_curves_tell_the_shares_of_infinite_and_dead_units(tmp_path):
     fit_with_tensorboard(tmp_path, monitor, model=Half(), epochs=1)
     share = monitor.history[-1].table()[-1].share_dead
     logged = events(tmp_path)
-    assert "NormalizedVariance_dead/mixed.seen" in logged.Tags()["scalars"]
+    assert "values/NormalizedVariance_dead/mixed.seen" in logged.Tags()["scalars"]
     row = next(row for row in monitor.history[-1].table() if row.layer == "mixed.seen")
-    assert logged.Scalars("NormalizedVariance_dead/mixed.seen")[-1].value == pytest.approx(row.share_dead)
+    assert logged.Scalars("values/NormalizedVariance_dead/mixed.seen")[-1].value == pytest.approx(row.share_dead)
     assert row.share_dead >= 0.75 > share >= 0
     assert not any("_infinite/" in tag for tag in logged.Tags()["scalars"])
 

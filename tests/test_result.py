@@ -42,6 +42,7 @@ def test_statistics_are_of_the_finite_values(result):
     assert row.std == pytest.approx(math.sqrt((1.5**2 + 0.5**2 + 2.5**2 + 1.5**2) / 3))
     assert (row.dead, row.infinite, row.nan) == (1, 1, 1)
     assert result.per_layer("NV") == {"conv": 2.5, "fc": 0.375}
+    assert result.live_mean("NV") == {"conv": 3.0, "fc": 0.25}
     assert result.mean("NV") == (2.5 + 0.375) / 2
     tv = result.per_layer("TV")
     assert tv["conv"] == 1
@@ -64,8 +65,9 @@ def test_channels(result):
 
 def test_tables_can_be_read(result):
     lines = str(result.table("NV")).splitlines()
-    assert lines[0].split() == ["layer", "shape", "mean", "std", "min", "max", "dead", "infinite", "nan"]
-    assert lines[1].split() == ["conv", "3×1×2", "2.5", "1.915", "1", "5", "1", "(17%)", "1", "(17%)", "1"]
+    names = ["layer", "shape", "mean", "std", "min", "max", "dead", "infinite", "nan", "live_mean"]
+    assert lines[0].split() == names
+    assert lines[1].split() == ["conv", "3×1×2", "2.5", "1.915", "1", "5", "1", "(17%)", "1", "(17%)", "1", "3"]
     assert repr(result).startswith(
         "InvarianceResult(NV, TV: 2 layers, 9 samples × 2 transformations, epoch 3, step 77)"
     )

@@ -19,16 +19,18 @@ def layout(logged):
     return {part.title: {chart.title: list(chart.multiline.tag) for chart in part.chart} for part in charts.category}
 
 
-def test_a_chart_of_all_layers_in_the_order_of_the_network(tmp_path):
+def test_charts_of_the_layers_in_the_order_of_the_network(tmp_path):
     fit_with_tensorboard(tmp_path, InvarianceMonitor(rotations(4)), epochs=1)
     charts = layout(events(tmp_path))["NormalizedVariance"]
-    tags = [f"NormalizedVariance/{layer}" for layer in LAYERS]
-    assert len(charts["all layers"]) == len(tags)
-    for pattern, tag in zip(charts["all layers"], tags, strict=True):
+    tags = [f"NormalizedVariance/{layer}" for layer in ("input", *LAYERS)]
+    assert len(charts["layers, first to last"]) == len(tags)
+    for pattern, tag in zip(charts["layers, first to last"], tags, strict=True):
         assert re.match(pattern, tag)
         assert not re.match(pattern, tag + "0")  # TensorBoard matches the beginning only
         assert not re.match(pattern, tag.replace("/", ".") + "x")
-    assert re.match(charts["mean over the layers"][0], "NormalizedVariance_mean")
+    ends = charts["last layer, and mean over the layers"]
+    for pattern, tag in zip(ends, ("NormalizedVariance_last", "NormalizedVariance_mean"), strict=True):
+        assert re.match(pattern, tag)
 
 
 def test_a_layout_of_the_user_is_kept(tmp_path):
@@ -53,7 +55,9 @@ def test_a_page_says_what_the_tags_mean(tmp_path):
     assert "40 samples × 4 transformations: 0°, 90°, 180°, 270°." in text
     assert "| `spread_turns/LAYER` | Transformation Variance (TV)" in text
     assert "Lower is more invariant." in text
-    assert "| conv | 3 × 4 × 4 |" in text
+    assert "| conv | Conv2d 3 × 4 × 4 |" in text
+    assert "`input` is the transformed input" in text
+    assert "0.3 means" not in text  # of ratios alone
 
 
 def test_metrics_of_predictions_have_a_chart_and_are_explained(tmp_path):
@@ -76,7 +80,7 @@ def test_histograms_over_channels_only_where_they_are_asked_for(tmp_path):
     fit_with_tensorboard(tmp_path / "with", monitor, epochs=1)
     fit_with_tensorboard(tmp_path / "without", InvarianceMonitor(rotations(4)), epochs=1)
     logged = events(tmp_path / "with")
-    assert set(logged.Tags()["histograms"]) == {f"NormalizedVariance/channels/{layer}" for layer in LAYERS}
+    assert set(logged.Tags()["histograms"]) == {f"NormalizedVariance/channels/{layer}" for layer in ("input", *LAYERS)}
     last = logged.Histograms("NormalizedVariance/channels/conv")[-1].histogram_value
     channels = monitor.history[-1].per_channel("NormalizedVariance", "conv")
     assert last.num == len(channels) == 3
@@ -103,7 +107,7 @@ def test_bands_where_there_are_intervals(tmp_path):
     (bands,) = [chart for part in found.category for chart in part.chart if chart.HasField("margin")]
     assert "90%" in bands.title
     series = {band.value: (band.lower, band.upper) for band in bands.margin.series}
-    assert [*series] == [f"NormalizedVariance/{layer}" for layer in LAYERS]
+    assert [*series] == [f"NormalizedVariance/{layer}" for layer in ("input", *LAYERS)]
     for value, (low, high) in series.items():
         interval = monitor.history[-1].interval()[value.split("/")[1]]
         assert logged.Scalars(low)[-1].value == pytest.approx(interval.low, rel=1e-6)
@@ -111,10 +115,11 @@ def test_bands_where_there_are_intervals(tmp_path):
         assert interval.low <= logged.Scalars(value)[-1].value <= interval.high
     text = logged.Tensors("invariance/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "90% confidence interval" in text
+    assert "0.3 means: the transformations cause 30 %" in text
 
 
 def test_early_stopping_can_watch_a_bound(tmp_path):
     monitor = InvarianceMonitor(rotations(4), confidence=0.9)
-    stopping = EarlyStopping("NormalizedVariance_high/conv", patience=100)
+    stopping = EarlyStopping("values/NormalizedVariance_high/conv", patience=100)
     fit_with_tensorboard(tmp_path, monitor, stopping, epochs=1)
     assert float(stopping.best_score) == pytest.approx(monitor.history[-1].interval()["conv"].high, rel=1e-6)

@@ -394,7 +394,7 @@ def test_precisions(tmp_path, precision, tolerance):
     fit(tmp_path, watching, epochs=1, model=model, precision=precision)
     untrained = watching.history[0]
     assert untrained["NormalizedVariance"]["conv"].dtype == torch.float64
-    for layer, value in untrained.per_layer().items():
+    for layer, value in list(untrained.per_layer().items())[1:]:  # the first is the input
         assert value == pytest.approx(expected[layer][expected[layer].isfinite()].mean().item(), rel=tolerance)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -157,7 +158,8 @@ class Repeats:
 
     def __init__(self) -> None:
         self.found: dict[str, str] = {}
-        self._seen: dict[tuple[int, int], tuple[str, Tensor, int]] = {}  # tensors, so that no memory is used again
+        # By memory; the reference tells whether it still belongs to the output, or to another alias of it.
+        self._seen: dict[tuple[int, int], tuple[str, weakref.ref[Tensor], int, int]] = {}
 
     def start(self) -> None:
         """Begin a forward pass."""
@@ -167,12 +169,14 @@ class Repeats:
         """Compare the output of a layer with the earlier ones."""
         if type(output) is not Tensor or output.is_inference() or 0 in output.stride():
             return
-        memory, version = (output.data_ptr(), output.numel()), output._version  # which changes where it is written to
-        earlier, shown, then = self._seen.setdefault(memory, (layer, output, version))
-        if earlier == layer or version != then or output.ndim > shown.ndim:
-            self._seen[memory] = layer, output, version
-        else:
+        memory, own = (output.data_ptr(), output.numel()), weakref.ref(output)
+        version = output._version  # which changes where it is written to
+        earlier, reference, then, axes = self._seen.get(memory, (layer, own, version, 0))
+        if reference() is not None and earlier != layer and version == then and output.ndim <= axes:
             self.found.setdefault(layer, earlier)
+            self._seen[memory] = earlier, own, version, axes
+        else:
+            self._seen[memory] = layer, own, version, output.ndim
 
     def among(self, findings: Mapping[str, Finding], asked_for: Callable[[str], bool]) -> dict[str, Finding]:
         """Layer → reason, of layers that repeat another one that can be measured and that nobody asked for."""

@@ -148,7 +148,7 @@ class InvarianceMonitor(Callback):
         self._history = History(self.options, self.measures, transformations)
         self._handover = Handover(self)
         self._has_validated = self._has_new_result = False
-        self._explained_in: str | None = None  # folder of logs whose tags are explained
+        self._explained_in: str | None = None  # folders of the loggers that have the text already
         self._validations = 0  # of the training so far
         self._is_fitting = True  # until :meth:`setup`
         self._warned: set[type] = set()  # classes of errors while logging
@@ -272,7 +272,8 @@ class InvarianceMonitor(Callback):
         """Log pictures, text and histograms, on rank 0."""
         self._has_new_result = False
         if trainer.is_global_zero and trainer.loggers:
-            folder = str(trainer.log_dir)
+            # `trainer.log_dir` would wait for the other processes.
+            folder = str([getattr(each, "log_dir", None) or each.save_dir for each in trainer.loggers])
             measures = {} if self._explained_in == folder else self.measures
             self._explained_in = folder
             looks = self._suffix, self.histograms, self._warned, self.limits

@@ -28,14 +28,11 @@ from torch.utils.tensorboard.summary import custom_scalars
 from torchmetrics import Metric
 
 from lightning_invariance.monitor.images import is_dummy, log_image
-from lightning_invariance.monitor.trainer import logger_step
+from lightning_invariance.monitor.trainer import DETAILS, logger_step
 from lightning_invariance.plots import evolution, heatmap, response
 from lightning_invariance.plots.common import evenly, limits_of, limits_of_ratios, render
 from lightning_invariance.results.intervals import MAX_LEFT_OUT
 from lightning_invariance.results.result import InvarianceResult
-
-#: Section of the curves that one looks up.
-DETAILS = "values"
 
 #: Width and height of a logged picture, in inches.
 SIZE = (6.4, 4.4)
@@ -100,8 +97,8 @@ def _experiments(trainer: pl.Trainer) -> list[Any]:
 def scalars(result: InvarianceResult, tags: Mapping[str, str], suffix: str = "") -> dict[str, float]:
     """Return tag → value: of each layer, the last one and the mean, outputs, and what one looks up in a section apart.
 
-    In the section ``values``, which TensorBoard sorts after the curves of most models: bounds of intervals, and where
-    more than 1 % of the units are infinite or dead their fraction and the mean of the live ones.
+    In the section ``values``: bounds of intervals, and where more than 1 % of the units are infinite or dead their
+    fraction and the mean of the live ones.
     """
     found: dict[str, float] = {}
     for measure, tag in tags.items():

@@ -29,6 +29,9 @@ AVERAGING = "WeightAveraging"
 #: Hooks that change a batch, before and after its transfer to the device.
 BATCH_HOOKS = ("on_before_batch_transfer", "on_after_batch_transfer")
 
+#: Section of the curves that one looks up, which TensorBoard sorts after the curves of most models.
+DETAILS = "values"
+
 #: Number of samples in a trainer with ``fast_dev_run``.
 SAMPLES_OF_DEV_RUN = 8
 
@@ -172,7 +175,8 @@ def scores(trainer: pl.Trainer, own: Sequence[str]) -> dict[str, float]:
     results = getattr(trainer, "_results", None)
     known = trainer.callback_metrics if results is None else results.metrics(on_step=False)["callback"]
     found = {name: float(value) for name, value in known.items() if torch.as_tensor(value).numel() == 1}
-    found = {name: value for name, value in found.items() if not name.startswith(tuple(own)) and math.isfinite(value)}
+    prefixes = tuple(prefix + tag for tag in own for prefix in ("", f"{DETAILS}/"))
+    found = {name: value for name, value in found.items() if not name.startswith(prefixes) and math.isfinite(value)}
     of_rank_0: dict[str, float] = trainer.strategy.broadcast(found)
     return of_rank_0
 

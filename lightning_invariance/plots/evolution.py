@@ -79,7 +79,7 @@ def evolution(
     if marked:
         axes.plot([j for j, _ in marked], [i for _, i in marked], "o", color="white", mec="black", mew=0.5, ms=3)
     epochs = [{None: str(i), -1: "init"}.get(result.epoch, str(result.epoch)) for i, result in enumerate(history)]
-    every = math.ceil(len(history) / max(2, min(MOST_TICKS, round(3 * width))))
+    every = math.ceil(len(history) / max(2, min(MOST_TICKS, round(3.5 * width))))
     axes.set_xticks(range(0, len(history), every), epochs[::every], rotation=90 if len(epochs[-1]) > 2 else 0)
     axes.set_xlabel("epoch")
     if above is not None and score:

@@ -260,7 +260,9 @@ def aligned_layers(
         pairs = [(layer, {layer: 1.0}) for layer in own if layer in others]
         paired = {layer for layer, _ in pairs}
     if not pairs:
-        raise ValueError('Expected results with layers in common, but they have none: write `align="depth"`.')
+        common = "layers of one type" if align == "depth" else "layers in common"
+        hint = "" if align == "depth" else ': write `align="depth"`'
+        raise ValueError(f"Expected results with {common}, but they have none{hint}.")
     unmatched = [layer for layer in own if layer not in paired]
     return pairs, unmatched + [layer for layer in others if layer not in paired and align == "name"]
 

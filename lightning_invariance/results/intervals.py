@@ -25,7 +25,7 @@ MIN_SAMPLES = 10
 MIN_DEGREES_OF_FREEDOM = 10.0
 
 #: Largest fraction of the units of a layer that may have fewer degrees of freedom: values of these are biased, too.
-MAX_SPARSE = 0.2
+MAX_SPARSE = 0.5
 
 #: Largest fraction of the units that a mean may leave out without a remark.
 MAX_LEFT_OUT = 0.01

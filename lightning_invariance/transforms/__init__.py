@@ -4,6 +4,7 @@ from lightning_invariance.transforms.affine import AffineSet, rotations, scales,
 from lightning_invariance.transforms.base import Transformation, TransformationSet
 from lightning_invariance.transforms.combine import combine
 from lightning_invariance.transforms.exact import flips, quarter_turns
+from lightning_invariance.transforms.noise import noise
 
 __all__ = [
     "AffineSet",
@@ -11,6 +12,7 @@ __all__ = [
     "TransformationSet",
     "combine",
     "flips",
+    "noise",
     "quarter_turns",
     "rotations",
     "scales",

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from hashlib import blake2b
 from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
+
+from lightning_invariance.random_state import isolated_random_state
 
 BatchFunction: TypeAlias = Callable[..., Tensor]
 
@@ -84,6 +87,7 @@ class TransformationSet(ABC, Sequence[Transformation]):
         inverses: Functions | None = None,
         parameters: Mapping[str, Sequence[float]] | None = None,
         identity: str | None = None,
+        seed: int | None = None,
     ) -> TransformationSet:
         """Make a set of functions from batch to batch, for any modality.
 
@@ -95,6 +99,9 @@ class TransformationSet(ABC, Sequence[Transformation]):
             parameters: numbers for the axes of plots, one list of length m for each parameter.
             identity: label of the identity, if there is one: responses are changes from it, and otherwise from the
                 mean over the transformations.
+            seed: for functions that draw random numbers: each is called for one sample at a time, ``(1, ...)``, with
+                the generators of torch, numpy and ``random`` seeded from this seed, the sample's content and the label.
+                So every sample gets numbers of its own, the same in every evaluation, batch size and process.
 
         Raises:
             ValueError: If there is no transformation, the inverses do not match the transformations, or ``identity`` is
@@ -108,7 +115,7 @@ class TransformationSet(ABC, Sequence[Transformation]):
             tensor([[[1.0000, 1.0000],
                      [0.5000, 0.5000]]])
         """
-        return CallableSet(transformations, inverses, parameters, identity)
+        return CallableSet(transformations, inverses, parameters, identity, seed)
 
     def __call__(self, x: Tensor, input_size: tuple[int, int] | None = None) -> Tensor:
         """Apply every transformation to a batch: ``(batch, ...)`` → ``(batch, m, ...)``.
@@ -205,7 +212,9 @@ class CallableSet(TransformationSet):
         inverses: Functions | None = None,
         parameters: Mapping[str, Sequence[float]] | None = None,
         identity: str | None = None,
+        seed: int | None = None,
     ) -> None:
+        self._seed = seed
         named = _named(transformations, "transformations")
         super().__init__(list(named), parameters)
         if identity is not None and identity not in named:
@@ -218,12 +227,25 @@ class CallableSet(TransformationSet):
     @property
     def signature(self) -> tuple[Hashable, ...]:
         """The labels, the functions, and the position of the identity."""
-        return (*self.labels, *self._functions, *(self._inverses or ()), self.identity)
+        return (*self.labels, *self._functions, *(self._inverses or ()), self.identity, self._seed)
 
     def _apply(self, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
         # Each function gets a copy, which it may change in place.
         functions = zip(self.labels, self._functions, strict=True)
-        return self._stack([_applied(label, function, x.clone(), input_size) for label, function in functions], x)
+        call = _applied if self._seed is None else self._applied_to_each
+        return self._stack([call(label, function, x.clone(), input_size) for label, function in functions], x)
+
+    def _applied_to_each(
+        self, label: str, function: BatchFunction, x: Tensor, input_size: tuple[int, int] | None
+    ) -> Tensor:
+        """Call a function for each sample, with random generators seeded from the sample, the label and the seed."""
+        found = []
+        for sample in torch.split(x, 1):
+            content = sample.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            key = blake2b(content, digest_size=7, key=f"{self._seed} {label}".encode()[:64])
+            with isolated_random_state(int.from_bytes(key.digest(), "big")):
+                found.append(_applied(label, function, sample, input_size))
+        return torch.cat(found) if found else _applied(label, function, x, input_size)
 
     def is_random(self, x: Tensor) -> bool:
         """Whether a second call of the functions with this batch returns other values."""
@@ -239,7 +261,7 @@ class CallableSet(TransformationSet):
         inverses = self._inverses and {label: self._inverses[j] for label, j in zip(labels, columns, strict=True)}
         functions = {label: self._functions[j] for label, j in zip(labels, columns, strict=True)}
         same = None if self.identity not in columns else self.labels[self.identity or 0]
-        return CallableSet(functions, inverses, self._selected_parameters(columns), same)
+        return CallableSet(functions, inverses, self._selected_parameters(columns), same, self._seed)
 
     def _stack(self, results: list[Tensor], x: Tensor) -> Tensor:
         first = results[0]
