@@ -44,6 +44,7 @@ def evaluate(
     state_budget: int | None = None,
     confidence: float | None = None,
     outputs: Metric | Sequence[Metric] | Mapping[str, Metric] | None = None,
+    outputs_move: bool = False,
     channel_axis: Mapping[str, int] | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -92,6 +93,8 @@ def evaluate(
             :meth:`InvarianceResult.interval` and :func:`compare`. By default there are none.
         outputs: metrics of predictions and targets, such as an accuracy: what the network's output (its logits, or the
             first tensor) is worth under each transformation, as ``result.outputs``. They need targets in the data.
+        outputs_move: whether predictions are maps that move as the images do, such as masks: they are mapped back by
+            the inverse transformation before ``outputs`` compare them with the targets, which stay as they are.
         channel_axis: which axis of the activation (without the batch) holds the channels of some layers, as a dict of
             names or glob patterns, ``{"blocks.*": -1}``. By default the first axis of convolutions and batch norms, the
             last of ``Linear``, ``LayerNorm`` and ``Embedding``, the axis of the input for modules that keep its shape,
@@ -135,6 +138,7 @@ def evaluate(
         state_budget=state_budget,
         confidence=confidence,
         outputs=named_metrics(outputs),
+        outputs_move=outputs_move,
         channel_axis=channel_axis,
         seed=seed,
         progress=progress,
@@ -272,7 +276,7 @@ def named_metrics(
         measures = [measures]
     if isinstance(measures, MetricCollection):
         measures = dict(measures.items())
-    if not isinstance(measures, Sequence | Mapping):
+    if not isinstance(measures, Sequence | Mapping) or isinstance(measures, str):
         raise TypeError(
             f"Expected argument `{argument}` to be a metric, or a list or dict of metrics, but got {given(measures)}."
         )

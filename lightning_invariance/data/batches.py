@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_invariance.model.outputs import all_tensors_of
 
 #: Keys under which a dict may hold the input, and the label.
-INPUT_KEYS = ("image", "images", "img", "x", "input", "inputs", "pixel_values", "data")
+INPUT_KEYS = ("image", "images", "img", "x", "input", "inputs", "pixel_values", "data", "input_ids")
 LABEL_KEYS = ("label", "labels", "y", "target", "targets", "class")
 
 

@@ -37,6 +37,7 @@ class Options:
     state_budget: int | None = None
     confidence: float | None = None
     outputs: Mapping[str, Metric] = field(default_factory=dict)
+    outputs_move: bool = False
     seed: int = 0
     progress: bool = True
 

@@ -38,6 +38,10 @@ class OutputMetrics:
         transformations: of the inputs.
         device: where they are updated.
         confidence: of the intervals of metrics that are means over samples; None for no intervals.
+        moves: whether predictions move as the inputs do, and are mapped back.
+
+    Raises:
+        ValueError: If predictions move, and the transformations have no inverses.
     """
 
     def __init__(
@@ -46,11 +50,18 @@ class OutputMetrics:
         transformations: TransformationSet,
         device: torch.device,
         confidence: float | None = None,
+        moves: bool = False,
     ) -> None:
+        if moves and not transformations.invertible:
+            raise ValueError(
+                f"Expected `transformations` with inverses for `outputs_move`, but {transformations!r} has none."
+            )
+        self._moved = transformations if moves else None
         self._clones: dict[str, list[Metric]] = {}
         self._by_sample: dict[str, _BySample] = {}
         self._confidence = confidence
-        self._may_move, self._labels, m = transformations.invertible, transformations.labels, len(transformations)
+        self._labels, m = transformations.labels, len(transformations)
+        self._may_move = transformations.invertible and not moves
         for name, metric in metrics.items():
             metric = deepcopy(metric)
             metric.reset()
@@ -79,6 +90,10 @@ class OutputMetrics:
             _warn_of_maps(targets, block.inputs)
         predictions = prediction_of(output, rows * columns)
         predictions = predictions.detach().reshape(rows, columns, *predictions.shape[1:])
+        if self._moved is not None:
+            height, width = block.inputs.shape[-2:]
+            moved = self._moved.select(range(len(self._labels))[block.columns])
+            predictions = moved.inverse(predictions, (height, width))
         targets = targets.to(predictions.device).contiguous()  # some metrics view their arguments
         for name, clones in self._clones.items():
             for column, metric in enumerate(clones[block.columns]):
@@ -178,7 +193,7 @@ def _warn_of_maps(targets: Tensor, inputs: Tensor) -> None:
         warnings.warn(
             f"Targets of shape {tuple(targets.shape)} look like maps of the images, but do not move with these: where"
             " transformations move pixels, metrics in argument `outputs` compare predictions with targets that stand"
-            " elsewhere. Measure VarianceSameEquivariance of the last layer instead, which maps predictions back.",
+            " elsewhere. Write `outputs_move=True`, which maps predictions back.",
             UserWarning,
             stacklevel=level_of_user(),
         )

@@ -130,7 +130,8 @@ class Walk:
         registry = Registry(measures, loader.transformations, loader.n_samples, run, confidence, input_layer)
         blocks = Blocks(registry, self.options.channel_axis, within=self.transformed_module is not None)
         if self.options.outputs:
-            self._output_metrics = OutputMetrics(self.options.outputs, loader.transformations, self.device, confidence)
+            how = self.device, confidence, self.options.outputs_move
+            self._output_metrics = OutputMetrics(self.options.outputs, loader.transformations, *how)
         for name, module in self.selection.modules.items():
             if isinstance(module, torch.jit.ScriptModule):
                 registry.leave_out(name, SCRIPTED)

@@ -85,7 +85,8 @@ class InvarianceMonitor(Callback):
         confidence: of intervals over samples, such as 0.95, which cost most measures a second pass: also logs
             ``values/{Measure}_low/{layer}`` and ``_high/{layer}``, which TensorBoard draws as bands (Custom Scalars),
             and marks differences from the untrained network in the evolution picture. By default there are none.
-        outputs: metrics of predictions, see :func:`evaluate`; logged as ``{Metric}_mean`` and ``{Metric}_worst``.
+        outputs: metrics of predictions, see :func:`evaluate`, as for ``outputs_move``; logged as ``{Metric}_mean`` and
+            ``{Metric}_worst``.
 
     Attributes:
         history: the results so far, the untrained network first, each with ``epoch`` (−1 for the untrained one; None
@@ -120,6 +121,7 @@ class InvarianceMonitor(Callback):
         include_input: bool = True,
         confidence: float | None = None,
         outputs: Metric | Sequence[Metric] | Mapping[str, Metric] | None = None,
+        outputs_move: bool = False,
     ) -> None:
         super().__init__()
         check_transformations(transformations)
@@ -137,6 +139,7 @@ class InvarianceMonitor(Callback):
             include_input=include_input,
             confidence=confidence,
             outputs=named_metrics(outputs),
+            outputs_move=outputs_move,
             seed=seed,
         )
         self.data, self.transformations = data, transformations

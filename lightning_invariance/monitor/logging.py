@@ -262,7 +262,7 @@ def _text(result: InvarianceResult, tags: Mapping[str, str], measures: Mapping[s
     for measure, tag in tags.items():
         about = (inspect.getdoc(type(measures[measure])) or "").split("\n")[0]
         if (higher := result.higher_is_better.get(measure)) is not None:
-            about += f" {'Higher' if higher else 'Lower'} is more invariant."
+            about += f" {'Higher' if higher else 'Lower'} is more {result.quality(measure)}."
         about += f" {SCALE}" if result.ratios.get(measure) else ""
         meanings[f"`{tag}/LAYER`"] = f"{about} The mean over the finite values of the layer's activations."
         meanings[f"`{tag}_last`"] = "The last layer that runs: the curve to watch, and to stop on."

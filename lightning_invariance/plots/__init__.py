@@ -12,6 +12,7 @@
 | :func:`convergence` | How many samples and transformations are enough? |
 """
 
+from lightning_invariance.plots.classes import classes
 from lightning_invariance.plots.comparison import compare
 from lightning_invariance.plots.convergence import convergence
 from lightning_invariance.plots.evolution import evolution
@@ -20,4 +21,14 @@ from lightning_invariance.plots.heatmap import heatmap
 from lightning_invariance.plots.layers import layers, stability
 from lightning_invariance.plots.response import response
 
-__all__ = ["compare", "convergence", "evolution", "feature_maps", "heatmap", "layers", "response", "stability"]
+__all__ = [
+    "classes",
+    "compare",
+    "convergence",
+    "evolution",
+    "feature_maps",
+    "heatmap",
+    "layers",
+    "response",
+    "stability",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ MARKERS = "os^DvPX"
 #: The colours of ratios lie between 1 / k and k: at 1 transformations matter as much as samples do. k is the smallest
 #: for which all but this share of the values lie inside, and in this range.
 BEYOND, NARROWEST, WIDEST = 0.02, 1.25, 100.0
+DIVERGING = "RdBu_r"
 
 #: Neighbouring layers whose values agree within this relative difference share a row: rounding differs between them.
 ALIKE = 1e-4
@@ -107,7 +108,8 @@ def add_colourbar(figure: Figure, axes: Sequence[Axes], scale: Scale, label: str
     values = ScalarMappable(scale.norm, scale.colours)
     bar = figure.colorbar(values, ax=list(axes), extend="both", ticks=ticks, format="%.3g", **looks)
     bar.minorticks_off()
-    bar.set_label(wrap(label, length))
+    note = "\n1: as much as between samples" * (scale.colours.name == DIVERGING)
+    bar.set_label(wrap(label + note, length))
 
 
 def key_of_layers(figure: Figure, axes: Sequence[Axes], names: Sequence[str]) -> None:
@@ -176,7 +178,7 @@ def scale_of(
     if not log or found is None:
         return Scale(Normalize(0.0 if limits is None else low, high), _colours("plasma"))
     norm = LogNorm(low, high if high > low else low * 10)
-    return Scale(norm, _colours("RdBu_r" if is_ratio else "plasma"))
+    return Scale(norm, _colours(DIVERGING if is_ratio else "plasma"))
 
 
 def scale_of_response(values: Iterable[float], limits: tuple[float, float] | None = None) -> Scale:
@@ -219,9 +221,18 @@ def rows_of_layers(results: Sequence[InvarianceResult], measure: str) -> dict[st
     The normalised variance does not change in a batch norm, for instance.
     """
     tables = [{row.layer: row for row in result.table(measure)} for result in results if measure in result]
+
+    def is_alike(one: str, other: str) -> bool:
+        return all(_is_alike(rows.get(one), rows.get(other)) for rows in tables)
+
+    return joined(order_of_layers(results, measure), is_alike)
+
+
+def joined(layers: Iterable[str], is_alike: Callable[[str, str], bool]) -> dict[str, str]:
+    """The first of each group of neighbours that are alike → the label of the group."""
     groups: list[list[str]] = []
-    for layer in order_of_layers(results, measure):
-        if groups and all(_is_alike(rows.get(groups[-1][-1]), rows.get(layer)) for rows in tables):
+    for layer in layers:
+        if groups and is_alike(groups[-1][-1], layer):
             groups[-1].append(layer)
         else:
             groups.append([layer])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from lightning_invariance.plots.common import axes_in, inches_of, marks_of, width_of
+from lightning_invariance.plots.common import ALIKE, axes_in, inches_of, joined, marks_of, width_of
 from lightning_invariance.plots.labels import label_layers, shorten, wrap
 from lightning_invariance.results.compare import aligned_layers
 from lightning_invariance.results.compare import compare as compared
-from lightning_invariance.results.comparison import Comparison
+from lightning_invariance.results.comparison import Comparison, Difference
 from lightning_invariance.results.result import InvarianceResult
 
 #: The colour and hatch of bars above and below 0, and the opacity of bars that may be chance.
@@ -59,7 +59,13 @@ def compare(
     pairs, _ = aligned_layers([one], [other], measure, "depth" if depth else "name")
     difference = np.array([sum(w * second[name] for name, w in parts.items()) - first[layer] for layer, parts in pairs])
     axes = axes_in(ax, width_of(len(pairs)), 4.5, size)[1]
-    return _drawn(axes, measure, [layer for layer, _ in pairs], difference, names, marks, higher)
+    labels = {layer: layer for layer, _ in pairs}
+    return _drawn(axes, measure, labels, difference, names, marks, higher, one.quality(measure))
+
+
+def _is_alike(one: Difference, other: Difference) -> bool:
+    numbers = ((one.a, other.a), (one.b, other.b), (one.difference, other.difference), (one.p, other.p))
+    return all(abs(a - b) <= ALIKE * max(abs(a), abs(b)) for a, b in numbers)
 
 
 def draw_comparison(
@@ -77,12 +83,14 @@ def draw_comparison(
         ax: axes to draw into; by default those of a new figure.
         size: width and height of the new figure in inches.
     """
-    rows = comparison.rows
+    labels = joined(comparison, lambda one, other: _is_alike(comparison[one], comparison[other]))
+    rows = [row for row in comparison.rows if row.layer in labels]
     difference = np.array([row.difference for row in rows])
     layers, higher = [row.layer for row in rows], comparison.higher_is_better
     chance = {i for i, layer in enumerate(layers) if layer not in comparison.differing}
     axes = axes_in(ax, width_of(len(layers)), 4.5, size)[1]
-    figure = _drawn(axes, comparison.measure, layers, difference, comparison.names, marks or {}, higher, chance)
+    look = comparison.names, marks or {}, higher, comparison.quality
+    figure = _drawn(axes, comparison.measure, labels, difference, *look, chance)
     half = np.array([row.high - row.difference for row in rows])
     axes.errorbar(np.arange(len(rows)), difference, half, fmt="none", ecolor="black", capsize=3, linewidth=1)
     if comparison.margin is not None:
@@ -95,11 +103,12 @@ def draw_comparison(
 def _drawn(
     axes: Axes,
     measure: str,
-    layers: Sequence[str],
+    labels: Mapping[str, str],
     difference: npt.NDArray[np.float64],
     names: tuple[str, str],
     marks: Mapping[str, str],
     higher_is_better: bool | None,
+    quality: str,
     chance: Collection[int] = (),
 ) -> Figure:
     """A bar for each layer; the bars at the positions in ``chance`` are pale."""
@@ -107,14 +116,14 @@ def _drawn(
     looks = [ABOVE if value > 0 else BELOW for value in difference]
     shades = [to_rgba(colour, PALE if i in chance else 1) for i, (colour, _) in enumerate(looks)]
     hatches = [hatch for _, hatch in looks]
-    axes.bar(range(len(layers)), difference, color=shades, hatch=hatches, edgecolor="white", linewidth=0)
+    axes.bar(range(len(labels)), difference, color=shades, hatch=hatches, edgecolor="white", linewidth=0)
     axes.axhline(0, color="black", linewidth=0.8)
-    label_layers(axes, "x", {layer: layer for layer in layers}, width, marks)
-    axes.set_xlim(-0.6, len(layers) - 0.4)
+    label_layers(axes, "x", labels, width, marks)
+    axes.set_xlim(-0.6, len(labels) - 0.4)
     one, other = (shorten(name) for name in names)
     axes.set_ylabel(wrap(f"{measure}:\n{other} − {one}", height))
     axes.grid(alpha=0.3, axis="y")
     if higher_is_better is not None:
         place = "above" if higher_is_better else "below"
-        axes.set_title(f"{place} 0: {other} is more invariant", fontsize="medium")
+        axes.set_title(f"{place} 0: {other} is more {quality}", fontsize="medium")
     return axes.get_figure(root=True)  # type: ignore[return-value]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -150,8 +151,13 @@ def _axes_of_layers(
         index = {layer: i for i, layer in enumerate(labels)}
         places = [np.array([index[row.layer] for row in rows], dtype=np.float64) for rows in tables]
     axes.set_ylabel(wrap(f"{measure}\nmean of the layer", inches_of(axes)[1]))
-    better = {True: "higher is more invariant", False: "lower is more invariant", None: ""}
-    axes.set_title(better[results[0].higher_is_better.get(measure)], fontsize="medium")
+    better = {True: "higher", False: "lower"}.get(results[0].higher_is_better.get(measure))  # type: ignore[arg-type]
+    axes.set_title(f"{better} is more {results[0].quality(measure)}" if better else "", fontsize="medium")
+    if (floor := results[0].floor.get(measure)) is not None and bool(floor.isfinite().any()):
+        value = float(floor[floor.isfinite()].mean())
+        axes.axhline(value, color="black", linestyle=":", linewidth=1, zorder=0)
+        at: Any = ("axes fraction", "data")
+        axes.annotate("interpolation alone", (1, value), xycoords=at, ha="right", va="bottom", fontsize=SMALL)
     axes.grid(alpha=0.3)
     return figure, axes, tables, places
 

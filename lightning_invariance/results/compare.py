@@ -100,9 +100,8 @@ def compare(
     else:
         rows, network, unit = _over_samples(first[0], second[0], measure, pairs, test)
         count = len(first[0].sample_keys[measure]), len(second[0].sample_keys[measure])
-    return Comparison(
-        measure, rows, network, unit, count, confidence, margin, unmatched, better, (str(names[0]), str(names[1]))
-    )
+    found = measure, rows, network, unit, count, confidence, margin, unmatched, better
+    return Comparison(*found, (str(names[0]), str(names[1])), first[0].quality(measure))
 
 
 @dataclass(frozen=True)

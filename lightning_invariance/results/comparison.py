@@ -69,6 +69,7 @@ class Comparison(Mapping[str, Difference]):
         unmatched: layers that only one of the two has.
         higher_is_better: whether higher values of the measure are more invariant; None where neither direction is.
         names: of the two results.
+        quality: ``"invariant"`` or ``"equivariant"``.
     """
 
     measure: str
@@ -81,6 +82,7 @@ class Comparison(Mapping[str, Difference]):
     unmatched: Sequence[str]
     higher_is_better: bool | None
     names: tuple[str, str] = ("a", "b")
+    quality: str = "invariant"
 
     def __post_init__(self) -> None:
         self.rows, self.unmatched = _adjusted(self.rows), list(self.unmatched)
@@ -130,7 +132,7 @@ class Comparison(Mapping[str, Difference]):
         for row in rows:
             counts[self._more_invariant(row)] += 1
         best = sorted((name for name in counts if counts[name]), key=lambda name: -counts[name])
-        text = f"{best[0]} is more invariant in {counts[best[0]]} of {number_of(len(self.rows), 'layer')}"
+        text = f"{best[0]} is more {self.quality} in {counts[best[0]]} of {number_of(len(self.rows), 'layer')}"
         text += f", {best[1]} in {counts[best[1]]}" if best[1:] else ""
         if (last := self.rows[-1]) in rows:
             half = format_cell(last.high - last.difference)

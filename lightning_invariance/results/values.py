@@ -103,6 +103,10 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]], Record):
         """
         return {row.layer: row.mean for row in self.table(measure)}
 
+    def quality(self, measure: str) -> str:
+        """Return what a measure measures: ``"equivariant"`` for measures with a :attr:`floor`, else ``"invariant"``."""
+        return "equivariant" if measure in self.floor else "invariant"
+
     def live_mean(self, measure: str | None = None) -> dict[str, float]:
         """Return the mean over the finite values of each layer without dead units; NaN where there are none.
 
