@@ -115,15 +115,16 @@ def main() -> None:
         print(f"{name}: accuracy on test images as they are {trainer.callback_metrics['val_accuracy']:.4f}")
 
     results = {name: monitor.history[-1] for name, monitor in monitors.items()}
-    print(f"\n{options.transformations} set, a is not augmented, b is (lower is more invariant)\n")
-    print(compare(*results.values()))
-    first, last = monitors["augmented"].history[1], monitors["augmented"].history[-1]
-    print(f"\nAugmented, after epoch {first.epoch + 1} (a) and after epoch {last.epoch + 1} (b)\n")
-    print(compare(first, last))
-
     names = "not augmented", "augmented"
+    print(f"\n{options.transformations} set (lower is more invariant)\n")
+    print(compare(*results.values(), names=names))
+    first, last = monitors["augmented"].history[1], monitors["augmented"].history[-1]
+    epochs = f"epoch {first.epoch + 1}", f"epoch {last.epoch + 1}"
+    print("\nAugmented, after the first and the last epoch\n")
+    print(compare(first, last, names=epochs))
+
     plots.compare(*results.values(), names=names).savefig(options.output / "compare.png")
-    plots.compare(first, last, names=("first epoch", "last epoch")).savefig(options.output / "epochs.png")
+    plots.compare(first, last, names=epochs).savefig(options.output / "epochs.png")
     plots.layers(results).savefig(options.output / "layers.png")
     plots.evolution(monitors["augmented"].history).savefig(options.output / "evolution.png")
     plots.heatmap(results["augmented"]).savefig(options.output / "heatmap.png")

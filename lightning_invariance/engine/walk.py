@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
-from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
+from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from lightning_invariance.data.batches import select_samples, takes_batch
 from lightning_invariance.data.fingerprints import Fingerprint, is_split

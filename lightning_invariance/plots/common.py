@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from io import BytesIO
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -53,10 +54,19 @@ class Scale(NamedTuple):
     colours: Colormap
 
 
+class Picture(Figure):
+    """A figure that notebooks show without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        data = BytesIO()
+        self.savefig(data, format="png")
+        return data.getvalue()
+
+
 def new_figure(width: float, height: float, size: tuple[float, float] | None = None) -> Figure:
     """A figure of a size in inches, or of the size that the user wants, whose layout makes room for all labels."""
     width, height = size or (width, height)
-    figure = Figure(figsize=(min(width, LARGEST), min(height, LARGEST)), dpi=100, layout="constrained")
+    figure = Picture(figsize=(min(width, LARGEST), min(height, LARGEST)), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
