@@ -39,7 +39,7 @@ MEASURES = {
     "paired Anova": (Anova(paired=True), 23),
     "TD": (TransformationDistance(), 24),
     "TD of maps": (TransformationDistance("euclidean", over="channel"), 24),
-    "TD of angles": (TransformationDistance("cosine", over="channel"), 20),
+    "TD of angles": (TransformationDistance("cosine", over="channel"), 23),
     "SD": (SampleDistance(), 24),
     "ND": (NormalizedDistance(), 24),
     "Goodfellow": (Goodfellow(), 24),

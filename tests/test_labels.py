@@ -32,6 +32,7 @@ def test_what_all_names_begin_with_is_said_once():
     assert axes.get_xlabel() == "layers of net   *: reached by some samples only"
     assert without_prefix(["a.b-add", "a.b-mul#1"]) == ("a.b-", ["add", "mul#1"])
     assert without_prefix(["a.b"]) == ("", ["a.b"])
+    assert without_prefix(["input", "net.a", "net.b"]) == ("net.", ["input", "a", "b"])
     assert without_prefix(["a", "a.b"]) == ("", ["a", "a.b"])
 
 

@@ -213,3 +213,16 @@ def test_a_unit_that_moves_once_is_not_dead(batch_size):
             with pytest.warns(UserWarning, match="NaN"):
                 result = evaluate(nn.Sequential(Sparse()), marked, quarter_turns(), [measure], batch_size=batch_size)
             assert result.dead["0"].tolist() == [False] * 3 + [True] * 3 + [False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parallel_maps_have_no_angle(dtype):
+    """Both distances are 0, up to rounding that would make any quotient of them."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(40, 3, 3, generator=generator, dtype=dtype)
+    factors = 2.0 ** torch.randint(-3, 4, (4, 3, 40, 1, 1), generator=generator)  # which round nothing
+    odd = torch.rand(4, 3, 40, 1, 1, generator=generator, dtype=dtype) + 0.1
+    for scale in (factors, odd) if dtype == torch.float64 else (factors,):
+        measure = NormalizedDistance("cosine", over="channel")
+        measure.update((directions * scale).to(dtype))
+        assert (measure.compute() == 1).all()

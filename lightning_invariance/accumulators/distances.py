@@ -21,6 +21,9 @@ Distance: TypeAlias = str | Callable[[Tensor, Tensor], Tensor]
 #: The squares of float32 values neither overflow nor lose digits if their norm is between this and its inverse.
 MAX_SAFE_NORM = 1e15
 
+#: Unit vectors whose difference has a smaller norm, in units of the last place of 1, may be equal: both are rounded.
+ROUNDING = 4.0
+
 
 @dataclass(frozen=True)
 class RowDistances(Accumulator):
@@ -98,7 +101,7 @@ def _cosine_distances(maps: Tensor) -> Tensor:
         return torch.cat([_cosine_distances(row) for row in torch.split(maps, 1)])
     m = maps.shape[1]
     unit, zero = _unit_vectors(maps, torch.float64)  # float32 would round maps that are nearly parallel
-    difference = torch.sub(unit, unit[:, :1])
+    difference = _resolved(torch.sub(unit, unit[:, :1]))
     norm = torch.linalg.vector_norm(difference, dim=(1, 3))
     norm_of_sum = torch.linalg.vector_norm(difference.sum(1), dim=2)
     zeros = zero.sum(1)
@@ -123,11 +126,17 @@ def distance_between(x: Tensor, y: Tensor, distance: Distance, over: str) -> Ten
     difference = torch.sub(x, y)
     if distance == "cosine":  # of unit vectors; 1 − x·y would lose the digits of small angles
         x_is_zero, y_is_zero = ~(x != 0).any(-1), ~(y != 0).any(-1)  # NaN is not 0
-        return torch.where(x_is_zero ^ y_is_zero, 1.0, difference.square_().sum(-1) / 2)
+        return torch.where(x_is_zero ^ y_is_zero, 1.0, _resolved(difference).square_().sum(-1) / 2)
     if distance == "euclidean":
         norm: Tensor = torch.linalg.vector_norm(difference, dim=-1, dtype=torch.float64)  # squares cannot overflow
         return norm
     return difference.abs_() if over == "activation" else difference.abs_().sum(-1)
+
+
+def _resolved(difference: Tensor) -> Tensor:
+    """Set differences of unit vectors ``(..., positions)`` that are rounding alone to 0: of vectors that are parallel."""
+    norm = torch.linalg.vector_norm(difference, dim=-1, keepdim=True)
+    return difference.masked_fill_(norm <= ROUNDING * torch.finfo(difference.dtype).eps, 0)
 
 
 def unit_maps(maps: Tensor) -> tuple[Tensor, Tensor]:

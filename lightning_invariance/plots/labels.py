@@ -26,6 +26,9 @@ MIN_SHARE_IN_BLOCKS = 0.85
 #: The parts of a layer's name: modules end with a dot, and a module that performs an operation ends with a dash.
 PART = re.compile(r"[^.-]+[.-]?")
 
+#: Names of the row that is the network's input.
+INPUTS = ("input", "network input")
+
 #: Marks beside the names of layers.
 REACHED, INFINITE = "*", "∞"
 MEANINGS = {REACHED: "*: reached by some samples only", INFINITE: "∞: more than 1 % of its units are infinite"}
@@ -61,12 +64,16 @@ def wrap(text: str, inches: float, points: float = MEDIUM) -> str:
 
 
 def without_prefix(names: Sequence[str]) -> tuple[str, list[str]]:
-    """Split names into the modules that all begin with, such as ``"model.backbone."``, and the rest of each."""
-    parts = [PART.findall(name) for name in names]
+    """Split names into the modules that all begin with, such as ``"model.backbone."``, and the rest of each.
+
+    The network's input is in no module.
+    """
+    parts = [PART.findall(name) for name in names if name not in INPUTS]
     common = 0
-    while len(names) > 1 and all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts):
+    while len(parts) > 1 and all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts):
         common += 1
-    return "".join(parts[0][:common]) if parts else "", ["".join(p[common:]) for p in parts]
+    prefix = "".join(parts[0][:common]) if parts else ""
+    return prefix, [name.removeprefix(prefix) for name in names]
 
 
 def blocks(names: Sequence[str], room: float) -> list[Block]:
