@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 import torch
 from definitions import degrees_of_freedom
+from matplotlib.patches import Rectangle
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 from torch import nn
@@ -320,7 +321,9 @@ def test_the_picture_has_a_bar_and_an_interval_for_each_layer():
     a, b = result_of(1.0, x), result_of(1.2, x)
     found = compare(a, b, margin=1.0)
     axes = found.plot().axes[0]
-    heights = sorted(patch.get_height() for patch in axes.patches if patch.get_width() < 1)
+    heights = sorted(
+        patch.get_height() for patch in axes.patches if isinstance(patch, Rectangle) and patch.get_width() < 1
+    )
     assert heights == pytest.approx(sorted(row.difference for row in found.rows))
     segments = axes.collections[0].get_segments()
     assert [(s[0][1], s[1][1]) for s in segments] == [pytest.approx((r.low, r.high)) for r in found.rows]

@@ -134,7 +134,7 @@ def distance_between(x: Tensor, y: Tensor, distance: Distance, over: str) -> Ten
 
 
 def _resolved(difference: Tensor) -> Tensor:
-    """Set differences of unit vectors ``(..., positions)`` that are rounding alone to 0: of vectors that are parallel."""
+    """Set differences of unit vectors ``(..., positions)`` that are rounding alone, of parallel vectors, to 0."""
     norm = torch.linalg.vector_norm(difference, dim=-1, keepdim=True)
     return difference.masked_fill_(norm <= ROUNDING * torch.finfo(difference.dtype).eps, 0)
 

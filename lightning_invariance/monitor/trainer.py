@@ -67,7 +67,7 @@ def check_validation_data(trainer: pl.Trainer) -> None:
 
 def validates_often(trainer: pl.Trainer) -> bool:
     """Return whether an epoch has several validations, or the training has no epochs."""
-    between: float = trainer.val_check_batch or math.inf
+    between: float = getattr(trainer, "val_check_batch", None) or math.inf  # unknown before the first training
     return trainer.check_val_every_n_epoch is None or between < trainer.num_training_batches
 
 

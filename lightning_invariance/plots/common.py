@@ -76,13 +76,19 @@ def axes_in(ax: Axes | None, width: float, height: float, size: tuple[float, flo
     if ax is None:
         figure = new_figure(width, height, size)
         return figure, figure.add_subplot()
-    return ax.get_figure(root=True), ax  # type: ignore[return-value]
+    return figure_of(ax), ax
+
+
+def figure_of(axes: Axes) -> Figure:
+    """The figure of axes, also where they are in a part of it."""
+    figure: Figure = axes.figure.figure
+    return figure
 
 
 def inches_of(axes: Axes) -> tuple[float, float]:
     """The width and height of axes, before the layout makes room for labels."""
     box = axes.get_position()
-    width, height = axes.get_figure(root=True).get_size_inches()  # type: ignore[union-attr]
+    width, height = figure_of(axes).get_size_inches()
     return float(box.width * width), float(box.height * height)
 
 

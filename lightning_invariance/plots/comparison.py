@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from lightning_invariance.plots.common import ALIKE, axes_in, inches_of, joined, marks_of, width_of
+from lightning_invariance.plots.common import ALIKE, axes_in, figure_of, inches_of, joined, marks_of, width_of
 from lightning_invariance.plots.labels import label_layers, shorten, wrap
 from lightning_invariance.results.compare import aligned_layers
 from lightning_invariance.results.compare import compare as compared
@@ -126,4 +126,4 @@ def _drawn(
     if higher_is_better is not None:
         place = "above" if higher_is_better else "below"
         axes.set_title(f"{place} 0: {other} is more {quality}", fontsize="medium")
-    return axes.get_figure(root=True)  # type: ignore[return-value]
+    return figure_of(axes)
