@@ -15,7 +15,7 @@ from PIL import Image
 from test_callback import events
 
 from lightning_invariance import InvarianceResult, layer_names, plots
-from lightning_invariance.monitor.logging import SIZE, log_pictures
+from lightning_invariance.monitor.logging import DPI, SIZE, log_pictures
 from lightning_invariance.plots.common import render
 
 LONG = "a_module_with_a_very_long_name_{}.and_one_within_it.convolution_number_{}"
@@ -121,5 +121,7 @@ def test_what_is_logged_is_the_picture(tmp_path):
     assert logged.Tags()["images"] == ["tag/heatmap", "tag/evolution", "tag/response"]
     (image,) = logged.Images("tag/heatmap")
     found = np.array(Image.open(io.BytesIO(image.encoded_image_string)))
-    np.testing.assert_array_equal(found, render(plots.heatmap(last, title="tag", size=SIZE, limits=(0.2, 5))))
+    drawn = plots.heatmap(last, title="tag", size=SIZE, limits=(0.2, 5))
+    drawn.set_dpi(DPI)
+    np.testing.assert_array_equal(found, render(drawn))
     assert (image.height, image.width, image.step) == (*found.shape[:2], 3)

@@ -291,3 +291,15 @@ def test_the_history_is_a_table(tmp_path):
     lines = repr(monitor.history).splitlines()
     assert lines[0].split() == ["epoch", "step", "NormalizedVariance_mean"]
     assert len(lines) == 4
+
+
+def test_neighbours_of_equal_values_share_a_row_with_their_dots():
+    torch.manual_seed(0)
+    x = torch.rand(64, 1, 6, 6)
+    networks = [nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 2)) for _ in range(2)]
+    networks[1][0].weight.data[:] = 1
+    history = [evaluate(network.eval(), x, quarter_turns(), confidence=0.95, progress=False) for network in networks]
+    assert {"0", "1"} <= {*compare(*history).differing}
+    axes = plots.evolution(history).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0 + 1", "3"]
+    assert 0 in axes.lines[0].get_ydata()

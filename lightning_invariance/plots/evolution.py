@@ -101,6 +101,7 @@ def _beyond_noise(history: Sequence[InvarianceResult], measure: str, layers: Seq
         for j, result in enumerate(history[1:], 1)
         if measure in result.influences
         for layer in _differing(first, result, measure)
+        if layer in rows
     ]
 
 
