@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_invariance import TransformationSet, evaluate, functional
 from lightning_invariance.measures import Anova
-from lightning_invariance.measures.f_distribution import f_survival, rejected
+from lightning_invariance.measures.significance import f_survival, rejected
 
 
 def cube(n=9, m=4, k=40, effect=1.0):

@@ -16,9 +16,8 @@ from lightning_invariance.engine.registry import INPUT, Registry
 from lightning_invariance.engine.sample_influences import Influence
 from lightning_invariance.measures import Measure
 from lightning_invariance.measures.base import names_accumulators
-from lightning_invariance.results.intervals import MIN_DEGREES_OF_FREEDOM, degrees_of_freedom
+from lightning_invariance.results.intervals import MIN_DEGREES_OF_FREEDOM, degrees_of_freedom, t_quantiles
 from lightning_invariance.results.result import InvarianceResult
-from lightning_invariance.results.students_t import t_quantiles
 from lightning_invariance.transforms import TransformationSet
 
 

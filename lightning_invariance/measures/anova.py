@@ -12,7 +12,7 @@ from lightning_invariance.accumulators import Deviations, PairedDeviations
 from lightning_invariance.accumulators.column_means import differences_of
 from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.measures.base import Measure
-from lightning_invariance.measures.f_distribution import CORRECTIONS, f_survival, rejected
+from lightning_invariance.measures.significance import CORRECTIONS, f_survival, rejected
 
 STATISTICS = ("f", "p", "reject", "effect", "epsilon")
 

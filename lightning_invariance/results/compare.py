@@ -20,9 +20,9 @@ from lightning_invariance.results.intervals import (
     network_influences,
     one_sided,
     p_value,
+    t_quantile,
 )
 from lightning_invariance.results.result import InvarianceResult
-from lightning_invariance.results.students_t import t_quantile
 
 #: Smaller relative differences come from rounding alone, such as by another order of samples.
 ROUNDING = 1e-6

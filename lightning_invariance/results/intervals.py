@@ -14,9 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from scipy.special import betainc, stdtrit
 from torch import Tensor
-
-from lightning_invariance.results.students_t import t_quantile, two_sided
 
 #: Intervals of fewer samples, or groups of samples, are doubtful.
 MIN_SAMPLES = 10
@@ -156,13 +155,24 @@ def degrees_of_freedom(n: int, squares: Tensor, fourths: Tensor) -> Tensor:
     return torch.where(squares > 0, found.nan_to_num(nan=1.0), n - 1.0).clamp(1, max(1, n - 1))
 
 
+def t_quantile(confidence: float, freedom: float) -> float:
+    """Return the half-width of a two-sided interval in standard errors, of Student's t distribution."""
+    return float(stdtrit(freedom, (1 + confidence) / 2))
+
+
+def t_quantiles(confidence: float, freedom: Tensor) -> Tensor:
+    """Return :func:`t_quantile` for many degrees of freedom."""
+    return torch.as_tensor(stdtrit(freedom.double().numpy(), (1 + confidence) / 2))
+
+
 def p_value(difference: float, error: float, freedom: float) -> float:
     """Compute the two-sided p-value of a difference with a standard error; with an error of 0 it is 0 or 1."""
     if math.isnan(difference) or math.isnan(error):
         return math.nan
     if error == 0:
         return 1.0 if difference == 0 else 0.0
-    return two_sided(difference / error, freedom)
+    t = difference / error
+    return float(betainc(freedom / 2, 0.5, freedom / (freedom + t * t)))  # Student's t
 
 
 def one_sided(above: float, error: float, freedom: float) -> float:

@@ -18,9 +18,9 @@ from lightning_invariance.results.intervals import (
     interval_of,
     network_influences,
     samples_for,
+    t_quantiles,
 )
 from lightning_invariance.results.record import Record
-from lightning_invariance.results.students_t import t_quantiles
 from lightning_invariance.results.table import LayerStatistics, Table
 
 
