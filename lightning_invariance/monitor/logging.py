@@ -31,6 +31,7 @@ from lightning_invariance.monitor.images import is_dummy, log_image
 from lightning_invariance.monitor.trainer import DETAILS, logger_step
 from lightning_invariance.plots import evolution, heatmap, response
 from lightning_invariance.plots.common import evenly, limits_of, limits_of_ratios, render
+from lightning_invariance.plots.labels import shorten, without_prefix
 from lightning_invariance.results.intervals import MAX_LEFT_OUT
 from lightning_invariance.results.result import InvarianceResult
 
@@ -215,12 +216,12 @@ def _category(tag: str, result: InvarianceResult, measure: str) -> Category:
     """Make the charts of a measure: a few layers from first to last, with bands, and the last layer and the mean."""
     of_layers = [f"/{name}" for name in curves(result[measure]).values()]
     names = [of_layers[i] for i in evenly(len(of_layers), MOST_IN_CHART)]
-    title = "layers, first to last" if len(names) == len(of_layers) else f"{len(names)} layers, first to last"
+    title = ", ".join(shorten(name, 20) for name in without_prefix([name[1:] for name in names])[1])
     charts = [_chart(title, [tag + name for name in names])]
     if _has_intervals(result, measure):
         bands = [(tag + name, f"{DETAILS}/{tag}_low{name}", f"{DETAILS}/{tag}_high{name}") for name in names]
         series = [MarginChartContent.Series(value=value, lower=low, upper=high) for value, low, high in bands]
-        title = f"{title}, {result.confidence:.0%} intervals"
+        title = f"{title} ({result.confidence:.0%} intervals)"
         charts = [Chart(title=title, margin=MarginChartContent(series=series))]
     charts.append(_chart("last layer, and mean over the layers", [f"{tag}_last", f"{tag}_mean"]))
     return Category(title=tag, chart=charts)

@@ -141,6 +141,8 @@ def _lines(result: InvarianceResult, lines: dict[str, np.ndarray], name: str, x:
     note = title_of(result, look.title)
     if is_ratio([result], measure):
         note += "\n0: the layer does not notice; 1: as large a change as to another sample"
+    if measure in result.response_bounds and result.confidence is not None:
+        note += f"\nbands: {result.confidence:.0%} intervals over samples"
     axes.set_title(wrap(note, inches_of(axes)[0], SMALL), fontsize=SMALL)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
