@@ -314,12 +314,16 @@ def check_model(model: Any) -> None:
         )
 
 
+#: Name of this package.
+PACKAGE = __name__.partition(".")[0]
+
+
 def check_transformations(transformations: TransformationSet) -> None:
     """Raise for what is no set of at least two transformations."""
     if not isinstance(transformations, TransformationSet):
         hint = (
             f"call it, as in `{transformations.__name__}(16)`"
-            if callable(transformations) and hasattr(transformations, "__name__")
+            if callable(transformations) and str(getattr(transformations, "__module__", "")).startswith(PACKAGE)
             else "write `rotations(16)`, or make one of functions with `TransformationSet.from_callables`"
         )
         raise TypeError(

@@ -247,7 +247,7 @@ def test_layers_and_results_that_are_not_there():
             TypeError, match=r"to be one InvarianceResult, but got 'run/result\.npz'; `Inv.*load` reads"
         ):
             draw("run/result.npz")
-    with pytest.raises(TypeError, match=r"to be one InvarianceResult, but got \[Inv"):
+    with pytest.raises(TypeError, match=r"to be one InvarianceResult, but got list of 2"):
         plots.heatmap([result, result])
     with pytest.raises(TypeError, match="to be one InvarianceResult, but got 1"):
         plots.layers([result, 1])

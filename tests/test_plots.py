@@ -45,7 +45,7 @@ def test_heatmap_draws_the_channels_of_every_layer():
         assert drawn[:: len(drawn) // 5, 1].nonzero()[0].tolist() == [position]
         assert image.get_cmap()(0) == to_rgba(colour)
     assert texts(axes.get_xticklabels()) == ["conv", "fc ∞"]
-    assert texts(figure.legends[0].get_texts()) == ["1 infinite", "1 dead", "1 NaN"]
+    assert texts(figure.legends[0].get_texts()) == ["1 infinite channels", "1 dead channels", "1 NaN channels"]
     assert axes.get_title().replace("\n", " ") == "NormalizedVariance: 0 samples × 0 transformations, epoch 0"
 
 

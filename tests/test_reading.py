@@ -121,7 +121,7 @@ def test_the_worst_transformation_of_each_layer():
         values = result.response["NormalizedVariance"][row.layer]
         assert (row.value, row.label) == (max(values), TURNS.labels[values.index(max(values))])
         assert row.low < row.value < row.high
-    assert str(result.worst()).splitlines()[0].split() == ["layer", "label", "value", "low", "high"]
+    assert str(result.worst()).splitlines()[0].split() == ["layer", "worst", "change", "low", "high"]
     with pytest.raises(ValueError, match="response=True"):
         evaluate(network(), IMAGES, TURNS, NormalizedVariance(), progress=False).worst()
 
@@ -289,7 +289,7 @@ def test_the_history_is_a_table(tmp_path):
     assert frame.query("layer == 'fc'")["mean"].tolist() == [result.per_layer()["fc"] for result in monitor.history]
     assert frame["epoch"].unique().tolist() == [-1, 0, 1]
     lines = repr(monitor.history).splitlines()
-    assert lines[0].split() == ["epoch", "step", "NormalizedVariance_mean"]
+    assert lines[0].split() == ["epoch", "step", "NormalizedVariance_last", "NormalizedVariance_mean"]
     assert len(lines) == 4
 
 

@@ -52,11 +52,14 @@ class Evaluations(list[InvarianceResult]):
         return found[["epoch", "step", *(name for name in found if name not in ("epoch", "step"))]]
 
     def __repr__(self) -> str:
-        rows = [
-            [format_cell(cell) for cell in (result.epoch, result.step, *(result.mean(measure) for measure in result))]
-            for result in self
-        ]
-        heading = ["epoch", "step", *(f"{measure}_mean" for measure in (self[0] if self else ()))]
+        heading = ["epoch", "step"]
+        for measure in self[0] if self else ():
+            heading += [f"{measure}_last", f"{measure}_mean"]
+        rows = []
+        for result in self:
+            ends = [(result.table(measure)[-1:], result.mean(measure)) for measure in result]
+            values = [value for last, mean in ends for value in (last[0].mean if last else math.nan, mean)]
+            rows.append([format_cell(cell) for cell in (result.epoch, result.step, *values)])
         return aligned([heading, *rows], left=0)
 
 

@@ -167,7 +167,9 @@ def only_one(result: Any) -> InvarianceResult:
     """
     if not isinstance(result, InvarianceResult):
         hint = "; `InvarianceResult.load` reads a file" if isinstance(result, str | PathLike) else ""
-        raise TypeError(f"Expected argument `result` to be one InvarianceResult, but got {given(result)}{hint}.")
+        hint = f" of {len(result)} results: give one, such as `[-1]`" if isinstance(result, list | tuple) else hint
+        got = type(result).__name__ if isinstance(result, list | tuple) else given(result)
+        raise TypeError(f"Expected argument `result` to be one InvarianceResult, but got {got}{hint}.")
     return result
 
 

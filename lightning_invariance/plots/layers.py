@@ -28,6 +28,9 @@ from lightning_invariance.plots.labels import SMALL, in_legend, label_layers, sh
 from lightning_invariance.results.result import InvarianceResult
 from lightning_invariance.results.table import LayerStatistics
 
+#: Axes that are narrower, in inches, have a short title: a column of a paper.
+NARROW = 4.0
+
 #: Layers whose markers do not overlap.
 MOST_MARKERS = 60
 
@@ -77,8 +80,10 @@ def layers(
         low = np.maximum(mean - std, 0) if (mean[np.isfinite(mean)] >= 0).all() else mean - std
         axes.fill_between(x, low, mean + std, color=colour, alpha=0.12, linewidth=0)
     level = next(iter(found.values())).confidence or 0.95
-    note = "band: standard deviation of the units" + f"; bars: {level:.0%} intervals over samples" * bars
-    _add_to_title(axes, note)
+    if inches_of(axes)[0] >= NARROW:
+        _add_to_title(
+            axes, "band: standard deviation of the units" + f"; bars: {level:.0%} intervals over samples" * bars
+        )
     if len(found) > 1:
         axes.legend(fontsize=None if few else "x-small", ncols=1 if few else 2 + len(found) // 24)
     if is_ratio(found.values(), measure):

@@ -15,7 +15,7 @@ INFINITE, DEAD, NAN = "#2ca02c", "#000000", "#bbbbbb"
 def special_patches(infinite: int, dead: int, nan: int) -> list[Patch]:
     """Entries of a legend that counts the special values that occur."""
     counted = ((INFINITE, "infinite", infinite), (DEAD, "dead", dead), (NAN, "NaN", nan))
-    return [Patch(facecolor=colour, label=f"{count} {name}") for colour, name, count in counted if count]
+    return [Patch(facecolor=colour, label=f"{count} {name} channels") for colour, name, count in counted if count]
 
 
 def draw_bars(axes: Axes, values: Sequence[float], label: str) -> None:

@@ -6,12 +6,12 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_invariance.messages import number_of, some
+from lightning_invariance.messages import given, number_of, some
 from lightning_invariance.results.comparison import Comparison, Difference
 from lightning_invariance.results.intervals import (
     check_confidence,
@@ -283,7 +283,12 @@ def _nearest(places: dict[str, float], depth: float) -> dict[str, float]:
 
 
 def _loaded(results: Results) -> list[InvarianceResult]:
-    several = [results] if isinstance(results, InvarianceResult | str | os.PathLike) else list(results)
+    several: list[Any] = list(results) if isinstance(results, list | tuple) else [results]
+    for each in several:
+        if not isinstance(each, InvarianceResult | str | os.PathLike):
+            raise TypeError(
+                f"Expected results of `evaluate`, paths of their files, or lists of them, but got {given(each)}."
+            )
     if not several:
         raise ValueError("Expected at least one result of each, but got none.")
     return [each if isinstance(each, InvarianceResult) else InvarianceResult.load(each) for each in several]

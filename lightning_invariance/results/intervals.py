@@ -104,7 +104,7 @@ def interval_of(
     doubts += ["no sample differs from another"] if error == 0 and value != 0 else []
     doubts += [f"{repeated:.0%} of the {unit} repeat others"] if repeated > MAX_LEFT_OUT else []
     doubts += ["few samples decide the value"] if freedom < MIN_DEGREES_OF_FREEDOM and n >= MIN_SAMPLES else []
-    doubts += [f"few samples decide {sparse:.0%} of the units"] if sparse > MAX_SPARSE and error > 0 else []
+    doubts += [f"{sparse:.0%} of the units respond to few samples or none"] if sparse > MAX_SPARSE and error > 0 else []
     doubts += [f"{left_out:.0%} left out"] if left_out > MAX_LEFT_OUT else []
     centre = value / (1 + bias)
     return Interval(value, centre - half, centre + half, error, freedom, ", ".join(doubts))

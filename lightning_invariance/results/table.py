@@ -161,7 +161,8 @@ class WorstTable(list[Worst]):
     def __str__(self) -> str:
         bounds = ["low", "high"] if any(not math.isnan(row.low) for row in self) else []
         names = ["layer", "label", "value", *bounds]
-        return aligned([names, *([format_cell(getattr(row, name)) for name in names] for row in self)], left=2)
+        heading = ["layer", "worst", "change", *bounds]
+        return aligned([heading, *([format_cell(getattr(row, name)) for name in names] for row in self)], left=2)
 
     __repr__ = __str__
 

@@ -58,7 +58,9 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]], Record):
 
     def __getitem__(self, measure: str) -> Mapping[str, Tensor]:
         if measure not in self._values:
-            raise KeyError(f"No measure {measure!r} in this result; it has {', '.join(self._values)}.")
+            first = next(iter(self._values), "")
+            hint = f" Write `result[{first!r}][{measure!r}]`." if measure in self._values.get(first, {}) else ""
+            raise KeyError(f"No measure {measure!r} in this result; it has {', '.join(self._values)}.{hint}")
         return self._values[measure]
 
     def __iter__(self) -> Iterator[str]:

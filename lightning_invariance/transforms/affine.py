@@ -155,6 +155,8 @@ def rotations(
     """
     if (n is None) == (angles is None):
         raise ValueError(f"Expected one of the arguments `n` and `angles`, but got n={n} and angles={angles}.")
+    if isinstance(n, list | tuple):
+        raise ValueError(f"Expected argument `n` to be a number of angles, but got {n}: write `rotations(angles={n})`.")
     if angles is None:
         n = check_int("n", n)
         angles = [360 * j / n for j in range(n)]
