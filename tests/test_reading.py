@@ -7,6 +7,7 @@ from definitions import quotient, sv, tv
 from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import TensorDataset
+from torchmetrics import MeanSquaredError
 from torchmetrics.classification import BinaryJaccardIndex, MulticlassAccuracy
 from trainings import Net, events, fit, fit_with_tensorboard
 
@@ -14,6 +15,7 @@ from lightning_invariance import (
     InvarianceMonitor,
     InvarianceResult,
     TransformationSet,
+    combine,
     compare,
     evaluate,
     layer_names,
@@ -21,8 +23,10 @@ from lightning_invariance import (
     plots,
     quarter_turns,
     rotations,
+    translations,
 )
 from lightning_invariance.measures import (
+    NormalizedDistance,
     NormalizedVariance,
     Stratified,
     TransformationVariance,
@@ -190,6 +194,10 @@ def test_noise_belongs_to_the_sample():
     drawn = added[:, 1].flatten(), added[:, 2].flatten(), added[:, 2].roll(1, 0).flatten()  # of other levels, samples
     assert (torch.corrcoef(torch.stack(drawn)) - torch.eye(3)).abs().max() < 0.1
     assert not torch.equal(noise(std=[0.1], seed=1)(IMAGES), noise(std=[0.1])(IMAGES))
+    other_type = t(IMAGES.float()).double() - IMAGES.float()[:, None].double()  # of equal values
+    torch.testing.assert_close(
+        other_type, t(IMAGES.float().double()) - IMAGES.float()[:, None].double(), atol=1e-6, rtol=0
+    )
     assert (t.labels, t.identity) == (["σ=0", "σ=0.1", "σ=0.5"], 0)
     one, other = (evaluate(network(), IMAGES, t, batch_size=size, progress=False) for size in (3, 64))
     assert one.per_layer() == pytest.approx(other.per_layer(), rel=1e-9)
@@ -303,3 +311,107 @@ def test_neighbours_of_equal_values_share_a_row_with_their_dots():
     axes = plots.evolution(history).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0 + 1", "3"]
     assert 0 in axes.lines[0].get_ydata()
+
+
+def test_only_what_has_the_values_of_all_of_another_output_is_a_repeat():
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.first, self.even, self.fixed = nn.Conv2d(2, 8, 3), First(), Even(), InPlace()
+            self.turned = Turned()
+
+        def forward(self, x):
+            h = self.conv(x)
+            return self.turned(h).sum((1, 2, 3)) + self.first(h).sum() + self.even(h).sum() + self.fixed(h).sum()
+
+    class First(nn.Module):
+        def forward(self, x):
+            return x[:, :4]
+
+    class Even(nn.Module):
+        def forward(self, x):
+            return x[:, ::2]
+
+    class Turned(nn.Module):
+        def forward(self, x):
+            return x.transpose(2, 3)
+
+    class InPlace(nn.Module):
+        def forward(self, x):
+            x.data.clamp_(min=0)  # leaves no trace
+            return x
+
+    result = evaluate(Views().double(), IMAGES, TURNS, progress=False)
+    assert result.layers == ["conv", "first", "even", "fixed"]
+    assert result.left_out == {"turned": "repeated: returns the output of 'conv' again"}
+
+
+def test_repeats_are_left_out_beside_operations():
+    names = layer_names(network(), example=IMAGES[:4], operations=True)
+    assert names == ["0", "1", "4"]
+
+
+def test_a_container_that_is_called_input_keeps_its_name():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.input, self.fc = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1)), nn.Linear(72, 2)
+
+        def forward(self, x):
+            return self.fc(nn.functional.conv2d(x, self.input[0].weight, padding=1).flatten(1))
+
+    assert evaluate(Net().double(), IMAGES, TURNS, include_input=True, progress=False).layers == ["network input", "fc"]
+
+
+def test_dead_units_have_no_bias():
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU()).double()
+    nn.init.constant_(model[0].bias, -9)
+    model[0].bias.data[0] = 9
+    few, many = (
+        evaluate(model, IMAGES[:n], TURNS, NormalizedDistance(), confidence=0.95, progress=False) for n in (10, 20)
+    )
+    low, high = many.unit_interval("1")
+    assert (low[1:] == 1).all()
+    assert (high[1:] == 1).all()
+    row = many.table()[1]
+    live = row.live_mean / (1 + 1 / 20)
+    interval = many.interval()["1"]
+    assert (interval.low + interval.high) / 2 == pytest.approx(0.75 + live / 4, rel=1e-9)
+    found = compare(few, many)["1"]
+    assert found.difference == pytest.approx((live - few.table()[1].live_mean / (1 + 1 / 10)) / 4, rel=1e-9)
+
+
+def test_old_evaluations_keep_their_live_means(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_invariance.monitor.history.CHECKPOINT_BYTES", 1)
+    monitor, model = InvarianceMonitor(TURNS), Net()
+    model.conv.bias.data[0] = -1e3
+    fit(tmp_path, monitor, model=model, epochs=3)
+    again = InvarianceMonitor(TURNS)
+    again.load_state_dict(monitor.state_dict())
+    assert [r.live_mean() for r in again.history] == [r.live_mean() for r in monitor.history]
+    assert again.history[1].live_mean()["relu"] != again.history[1].per_layer()["relu"]
+
+
+def test_sets_that_are_combined_know_their_identity():
+    both = combine(rotations(4), noise([0, 0.1]))
+    assert both.labels[both.identity] == "0° σ=0"
+    assert combine(translations(), noise()).identity is None
+
+
+def test_classes_are_not_interpolated():
+    data = TensorDataset(IMAGES, (IMAGES[:, 0] > 0.5).long())
+    with pytest.raises(ValueError, match="floating-point predictions for `outputs_move`, but got torch.int64"):
+        evaluate(
+            *(nn.Sequential(nn.Hardtanh()), data, TURNS),
+            forward=lambda model, x: (model(x)[:, 0] > 0.5).long(),
+            outputs=BinaryJaccardIndex(),
+            outputs_move=True,
+            progress=False,
+        )
+
+
+def test_metrics_that_view_their_arguments_have_intervals():
+    data = TensorDataset(IMAGES, torch.rand(20, 3, dtype=torch.float64))
+    result = evaluate(network(), data, TURNS, outputs=MeanSquaredError(), confidence=0.9, progress=False)
+    found = result.outputs["MeanSquaredError"]
+    assert all(low < value < high for low, value, high in zip(found.low, found.values, found.high, strict=True))

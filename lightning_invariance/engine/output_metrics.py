@@ -91,6 +91,11 @@ class OutputMetrics:
         predictions = prediction_of(output, rows * columns)
         predictions = predictions.detach().reshape(rows, columns, *predictions.shape[1:])
         if self._moved is not None:
+            if not predictions.is_floating_point():
+                raise ValueError(
+                    f"Expected floating-point predictions for `outputs_move`, but got {predictions.dtype}: let"
+                    " `forward` return logits or probabilities, since classes cannot be interpolated."
+                )
             height, width = block.inputs.shape[-2:]
             moved = self._moved.select(range(len(self._labels))[block.columns])
             predictions = moved.inverse(predictions, (height, width))
@@ -146,7 +151,7 @@ class _BySample:
                 [self._value(prediction[None], target[None]) for prediction in of_row]
                 for of_row, target in zip(predictions, targets, strict=True)
             ]
-            together = [self._value(of_column, targets) for of_column in predictions.unbind(1)]
+            together = [self._value(of_column.contiguous(), targets) for of_column in predictions.unbind(1)]
         self._values += [value for of_row in by_sample for value in of_row]
         # Of all samples it may be their mean by chance: averaged over classes which have as many samples each.
         self._is_mean &= is_mean(torch.tensor(by_sample, dtype=torch.float64), together)

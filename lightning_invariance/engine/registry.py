@@ -112,7 +112,8 @@ class Registry:
 
     def leave_out(self, layer: str, reason: str) -> None:
         """Forget a layer."""
-        self.left_out[layer] = reason
+        if layer != INPUT:
+            self.left_out[layer] = reason
         self.layers.pop(layer, None)
         self.metrics.pop(layer, None)
         self.influences.pop(layer, None)

@@ -39,8 +39,8 @@ INPUTS_ON_CPU, INPUT_BYTES, MOST_INPUTS, INPUTS_OF_STREAM = 128, 2**29, 2**14, 2
 
 CPU = torch.device("cpu")
 
-#: Name of the layer that is the transformed input.
-INPUT_LAYER = "input"
+#: Names of the layer that is the transformed input: the first that no module has.
+INPUT_LAYERS = ("input", "network input", "input of the network")
 
 #: A progress bar appears when a walk takes longer than this, in seconds.
 PROGRESS_DELAY = 3.0
@@ -174,7 +174,8 @@ class Walk:
         """The name of the layer that is the transformed input, which no module has; empty without it."""
         if not self.options.include_input:
             return ""
-        return "network input" if INPUT_LAYER in self.selection.modules else INPUT_LAYER
+        taken = {name.partition("[")[0] for name in (*self.selection.modules, *self.selection.containers)}
+        return next(name for name in INPUT_LAYERS if name not in taken)
 
     def outputs(self) -> dict[str, OutputValues]:
         """The values of the metrics of predictions and targets in the last run; every process must ask."""

@@ -106,7 +106,7 @@ def probe_batch(
             if isinstance(output, str):
                 refused[layer] = output
                 return
-            repeats.look_at(layer, output)
+            repeats.look_at(layer, output, outputs)
             outputs[layer] = output.clone()  # later modules may change it in place
             last[layer] = torch.empty_like(output, device="meta"), axis, len(chosen)
 
@@ -153,11 +153,11 @@ class Repeats:
     ``nn.Unflatten``, is no repeat: it has axes that the earlier output lacks.
 
     Attributes:
-        found: layer → the earlier layer.
+        groups: first layer → the layers that return its output, in their order.
     """
 
     def __init__(self) -> None:
-        self.found: dict[str, str] = {}
+        self.groups: dict[str, list[str]] = {}
         # By memory; the reference tells whether it still belongs to the output, or to another alias of it.
         self._seen: dict[tuple[int, int], tuple[str, weakref.ref[Tensor], int, int]] = {}
 
@@ -165,27 +165,42 @@ class Repeats:
         """Begin a forward pass."""
         self._seen.clear()
 
-    def look_at(self, layer: str, output: Tensor) -> None:
+    def look_at(self, layer: str, output: Tensor, earlier_outputs: Outputs) -> None:
         """Compare the output of a layer with the earlier ones."""
-        if type(output) is not Tensor or output.is_inference() or 0 in output.stride():
+        if type(output) is not Tensor or output.is_inference() or not _fills_its_memory(output):
             return
         memory, own = (output.data_ptr(), output.numel()), weakref.ref(output)
         version = output._version  # which changes where it is written to
         earlier, reference, then, axes = self._seen.get(memory, (layer, own, version, 0))
-        if reference() is not None and earlier != layer and version == then and output.ndim <= axes:
-            self.found.setdefault(layer, earlier)
+        is_repeat = reference() is not None and earlier != layer and version == then and output.ndim <= axes
+        if is_repeat and _same_values(earlier_outputs[earlier], output):
             self._seen[memory] = earlier, own, version, axes
         else:
+            earlier = layer
             self._seen[memory] = layer, own, version, output.ndim
+        group = self.groups.setdefault(earlier, [])
+        if layer not in group:
+            group.append(layer)
 
     def among(self, findings: Mapping[str, Finding], asked_for: Callable[[str], bool]) -> dict[str, Finding]:
         """Layer → reason, of layers that repeat another one that can be measured and that nobody asked for."""
-        return {
-            layer: f"{REPEATED}: returns the output of {earlier!r} again"
-            for layer, earlier in self.found.items()
-            if isinstance(findings.get(layer), Layout) and isinstance(findings.get(earlier), Layout)
-            if not asked_for(layer)
-        }
+        found: dict[str, Finding] = {}
+        for group in self.groups.values():
+            measured = [layer for layer in group if isinstance(findings.get(layer), Layout)]
+            reason = f"{REPEATED}: returns the output of {measured[0]!r} again" if measured else ""
+            found |= {layer: reason for layer in measured[1:] if not asked_for(layer)}
+        return found
+
+
+def _fills_its_memory(tensor: Tensor) -> bool:
+    """Whether the elements of a tensor lie side by side, in any order of its axes: no slice, no expanded axis."""
+    order = sorted(range(tensor.ndim), key=lambda axis: (tensor.stride(axis), tensor.shape[axis]), reverse=True)
+    return tensor.permute(order).is_contiguous()
+
+
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold equal values, in any order: `tensor.data` can be changed without a trace."""
+    return torch.equal(one.flatten().sort().values, other.flatten().sort().values)
 
 
 def _example_inputs(inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -188,7 +188,7 @@ def _select_modules(model: nn.Module, layers: Layers) -> Selection:
         return Selection(renamed, {name: [str(layers[name])] for name in layers})
     if callable(layers):
         names = [name for name, module in modules.items() if layers(name, module)]
-        requests = {getattr(layers, "__name__", repr(layers)): names}
+        requests = {getattr(layers, "__name__", type(layers).__name__): names}
     elif isinstance(layers, Iterable):
         requests = {str(getattr(item, "__name__", item)): _resolve(item, modules) for item in layers}
     else:

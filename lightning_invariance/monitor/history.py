@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 #: Bytes of a checkpoint for evaluations with a value for each channel; others keep the means of their layers.
 CHECKPOINT_BYTES = 4 * 2**20
 
+#: Attributes that all evaluations of a training share.
+COMMON = (
+    *("transformations", "parameters", "identity", "higher_is_better", "ratios", "units", "input_layer"),
+    *("layer_types", "floor"),
+)
+
 #: Approximate bytes of one table row in a checkpoint.
 BYTES_PER_ROW = 700
 
@@ -191,9 +197,11 @@ def _means(history: Sequence[InvarianceResult]) -> dict[str, Any]:
     tables: dict[str, Any] = {}
     for measure in dict.fromkeys(m for result in history for m in result.measures):
         layers = list(dict.fromkeys(layer for result in history for layer in result.get(measure, {})))
-        rows = [result.per_layer(measure) if measure in result else {} for result in history]
-        values = torch.tensor([[row.get(layer, math.nan) for layer in layers] for row in rows], dtype=torch.float64)
-        tables[measure] = {"layers": layers, "values": values}
+        found: dict[str, Any] = {"layers": layers}
+        for name, means_of in (("values", InvarianceResult.per_layer), ("live", InvarianceResult.live_mean)):
+            rows = [means_of(result, measure) if measure in result else {} for result in history]
+            found[name] = torch.tensor([[row.get(n, math.nan) for n in layers] for row in rows], dtype=torch.float64)
+        tables[measure] = found
     attributes = ("epoch", "step", "n_samples", "scores")
     return {"tables": tables, "about": [{name: getattr(result, name) for name in attributes} for result in history]}
 
@@ -205,14 +213,7 @@ def _of_means(means: Mapping[str, Any], whole: Sequence[InvarianceResult]) -> It
             measure: {layer: table["values"][i, j : j + 1] for j, layer in enumerate(table["layers"])}
             for measure, table in means["tables"].items()
         }
-        common = (
-            "transformations",
-            "parameters",
-            "higher_is_better",
-            "ratios",
-            "units",
-            "input_layer",
-            "layer_types",
-            "identity",
-        )
-        yield InvarianceResult(values, **about, **{name: getattr(whole[0], name) for name in common})
+        result = InvarianceResult(values, **about, **{name: getattr(whole[0], name) for name in COMMON})
+        for measure, table in means["tables"].items():
+            result.set_live_means(measure, dict(zip(table["layers"], table["live"][i].tolist(), strict=True)))
+        yield result

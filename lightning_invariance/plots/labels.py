@@ -27,7 +27,7 @@ MIN_SHARE_IN_BLOCKS = 0.85
 PART = re.compile(r"[^.-]+[.-]?")
 
 #: Names of the row that is the network's input.
-INPUTS = ("input", "network input")
+INPUTS = ("input", "network input", "input of the network")
 
 #: Marks beside the names of layers.
 REACHED, INFINITE = "*", "∞"

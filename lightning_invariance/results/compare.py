@@ -201,7 +201,11 @@ def _over_seeds(
     test: _Test,
 ) -> tuple[list[Difference], Difference]:
     """Compare layers and networks by Welch's test, with one mean for each result."""
-    means, other_means = ([result.per_layer(measure) for result in results] for results in (first, second))
+    equal = len({result.n_samples for result in (*first, *second)}) == 1  # then all have the same bias
+    means, other_means = (
+        [result.per_layer(measure) if equal else result.without_bias(measure) for result in results]
+        for results in (first, second)
+    )
     values = {
         layer: (
             torch.tensor([of[layer] for of in means], dtype=torch.float64),

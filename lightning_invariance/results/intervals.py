@@ -76,7 +76,7 @@ def interval_of(
     confidence: float,
     left_out: float = 0.0,
     sparse: float = 0.0,
-    bias: float = 0.0,
+    centre: float | None = None,
     unit: str = "samples",
     repeated: float = 0.0,
 ) -> Interval:
@@ -88,7 +88,7 @@ def interval_of(
         confidence: in (0, 1).
         left_out: fraction of the units that are infinite or NaN, and so not in the value.
         sparse: fraction of the units with few degrees of freedom.
-        bias: relative bias of the value, where its definition depends on the number of samples; not in the bounds.
+        centre: value without its bias, where the definition depends on the number of samples; by default the value.
         unit: ``"samples"`` or ``"groups of samples"``: the independent units, one for each influence.
         repeated: fraction of the samples that are copies of others.
     """
@@ -106,7 +106,7 @@ def interval_of(
     doubts += ["few samples decide the value"] if freedom < MIN_DEGREES_OF_FREEDOM and n >= MIN_SAMPLES else []
     doubts += [f"{sparse:.0%} of the units respond to few samples or none"] if sparse > MAX_SPARSE and error > 0 else []
     doubts += [f"{left_out:.0%} left out"] if left_out > MAX_LEFT_OUT else []
-    centre = value / (1 + bias)
+    centre = value if centre is None else centre
     return Interval(value, centre - half, centre + half, error, freedom, ", ".join(doubts))
 
 

@@ -79,6 +79,10 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]], Record):
         for measure, table in self._tables.items():
             self._tables[measure] = Table(replace(row, type=self.layer_types.get(row.layer, "")) for row in table)
 
+    def set_live_means(self, measure: str, means: Mapping[str, float]) -> None:
+        """Set :meth:`live_mean` where the values of single activations are not known."""
+        self._tables[measure] = Table(replace(row, live_mean=means[row.layer]) for row in self._tables[measure])
+
     @property
     def measures(self) -> list[str]:
         """Names of the measures."""
@@ -127,7 +131,7 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]], Record):
             measure: its name; by default the first.
         """
         measure = self._known(measure)
-        return {layer: mean / (1 + _bias_of(self, measure, layer)) for layer, mean in self.per_layer(measure).items()}
+        return {row.layer: _unbiased(self, measure, row) for row in self._tables[measure]}
 
     def per_channel(self, measure: str, layer: str, aggregate: str = "mean") -> Tensor:
         """Return one value for each channel, by default the mean over the spatial axes (paper, figure 8).
@@ -190,12 +194,14 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]], Record):
         for row in rows:
             if row.layer in influences:
                 reasons = _reasons_for_doubt(self, measure, row)
-                found[row.layer] = interval_of(row.mean, influences[row.layer], level, *reasons, unit, repeated)
+                centre = _unbiased(self, measure, row)
+                found[row.layer] = interval_of(row.mean, influences[row.layer], level, *reasons, centre, unit, repeated)
         # All layers weigh equally in the mean over layers, and in what makes its interval doubtful.
         of_layers = torch.tensor([_reasons_for_doubt(self, measure, row) for row in finite], dtype=torch.float64)
-        left_out, sparse, bias = (of_layers.view(-1, 3).sum(0) / max(1, len(finite))).tolist()
+        left_out, sparse = (of_layers.view(-1, 2).sum(0) / max(1, len(finite))).tolist()
+        centre = sum(_unbiased(self, measure, row) for row in finite) / max(1, len(finite))
         of_network = network_influences(influences.get(row.layer) for row in finite)
-        found.network = interval_of(self.mean(measure), of_network, level, left_out, sparse, bias, unit, repeated)
+        found.network = interval_of(self.mean(measure), of_network, level, left_out, sparse, centre, unit, repeated)
         return found
 
     def unit_interval(
@@ -224,8 +230,11 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]], Record):
             raise KeyError(f"No intervals of layer {layer!r}. {instead_of(layer, errors, 'It has')}")
         freedom = self.freedom[measure][layer]
         half = t_quantiles(self._level(confidence), freedom.flatten()).view(freedom.shape) * errors[layer]
-        centre = self[measure][layer] / (1 + _bias_of(self, measure, layer))
-        return centre - half, centre + half
+        values = self[measure][layer]
+        bias = _bias_of(self, measure, layer)
+        if (dead := self._dead_of(layer, values)) is not None:
+            bias = torch.where(dead.view(values.shape), 0.0, bias)  # type: ignore[assignment]
+        return values / (1 + bias) - half, values / (1 + bias) + half
 
     def samples_for(self, half_width: float, measure: str | None = None, layer: str | None = None) -> int:
         """Estimate how many samples an interval of ``± half_width`` needs, from the variation of these samples.
@@ -276,10 +285,17 @@ def _means_of(classes: Tensor) -> tuple[float, ...]:
     return tuple(finite.flatten(1).nanmean(1).tolist() if classes.ndim > 1 else finite.tolist())
 
 
-def _reasons_for_doubt(record: Record, measure: str, row: LayerStatistics) -> tuple[float, float, float]:
-    """Return the arguments ``left_out``, ``sparse`` and ``bias`` of :func:`interval_of` for a layer."""
-    sparse = record.sparse.get(measure, {}).get(row.layer, 0.0)
-    return row.share_left_out, sparse, _bias_of(record, measure, row.layer)
+def _reasons_for_doubt(record: Record, measure: str, row: LayerStatistics) -> tuple[float, float]:
+    """Return the arguments ``left_out`` and ``sparse`` of :func:`interval_of` for a layer."""
+    return row.share_left_out, record.sparse.get(measure, {}).get(row.layer, 0.0)
+
+
+def _unbiased(record: Record, measure: str, row: LayerStatistics) -> float:
+    """Return the mean of a layer without the bias of its live units; the value of dead ones, such as 1, has none."""
+    bias = _bias_of(record, measure, row.layer)
+    live = 1 - row.dead / max(1, math.prod(row.shape) - row.infinite - row.nan)
+    biased = row.mean if not row.dead else live * row.live_mean if live > 0 else 0.0
+    return row.mean - biased * bias / (1 + bias)
 
 
 def _bias_of(record: Record, measure: str, layer: str) -> float:

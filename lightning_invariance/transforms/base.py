@@ -241,8 +241,9 @@ class CallableSet(TransformationSet):
         """Call a function for each sample, with random generators seeded from the sample, the label and the seed."""
         found = []
         for sample in torch.split(x, 1):
-            content = sample.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            key = blake2b(content, digest_size=7, key=f"{self._seed} {label}".encode()[:64])
+            values = sample.detach().cpu().double() + 0.0  # equal for all types, and for both zeros
+            key = blake2b(values.contiguous().numpy().tobytes(), digest_size=7)
+            key.update(f"{self._seed} {label}".encode())
             with isolated_random_state(int.from_bytes(key.digest(), "big")):
                 found.append(_applied(label, function, sample, input_size))
         return torch.cat(found) if found else _applied(label, function, x, input_size)

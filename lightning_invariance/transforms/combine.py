@@ -55,7 +55,8 @@ def combine(*sets: TransformationSet) -> TransformationSet:
     inverses = None
     if all(s.invertible for s in sets):
         inverses = {label: Chain(chain[::-1], inverse=True) for label, chain in zip(labels, chains, strict=True)}
-    return CallableSet(functions, inverses, parameters)
+    same = [label for label, column in zip(labels, columns, strict=True) if column == tuple(s.identity for s in sets)]
+    return CallableSet(functions, inverses, parameters, next(iter(same), None))
 
 
 def _combined_parameters(sets: Sequence[TransformationSet], columns: Sequence[Sequence[int]]) -> dict[str, list[float]]:
