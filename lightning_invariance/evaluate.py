@@ -247,7 +247,7 @@ def layer_names(
         >>> layer_names(model)
         ['0', '1', '2']
         >>> layer_names(model, example=torch.randn(2, 1, 5, 5), operations=True)
-        ['Net-relu', '0', '1', '2', 'Net-add']
+        ['Net-relu', '0', '1', 'Net-add']
     """
     if example is None:
         if operations:
