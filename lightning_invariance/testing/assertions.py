@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -15,6 +13,7 @@ from lightning_invariance.messages import level_of_user, number_of, some
 from lightning_invariance.model.selection import Layers
 from lightning_invariance.results.intervals import MAX_LEFT_OUT, Interval, check_confidence
 from lightning_invariance.results.result import InvarianceResult
+from lightning_invariance.results.table import LayerStatistics, Worst
 from lightning_invariance.transforms import TransformationSet
 
 #: Maximal number of layers listed in an error.
@@ -119,7 +118,7 @@ def _assert_below(
         )
     name = type(measure).__name__
     result = evaluate(transformations=transformations, measures={name: measure}, confidence=confidence, **options)
-    if not (values := result[name]):
+    if not (values := [layer for layer in result[name] if layer != result.input_layer]):
         raise AssertionError(f"Expected a layer for which {name} is defined, but got none.")
     intervals = result.interval(name) if name in result.influences else {}
     left_out = {
@@ -138,11 +137,10 @@ def _assert_below(
         if left_out[layer] > MAX_LEFT_OUT or not _is_below(intervals.get(layer), within)
     }
     if failed:
-        responses, identity = result.response.get(name, {}), transformations.identity
-        lines = [
-            _line(result, layer, interval, responses.get(layer, []), identity)
-            for layer, interval in list(failed.items())[:MAX_LISTED]
-        ]
+        rows = {row.layer: row for row in result.table(name)}
+        worst = {each.layer: each for each in result.worst(name)} if name in result.response else {}
+        listed = list(failed.items())[:MAX_LISTED]
+        lines = [_line(rows[layer], interval, worst.get(layer)) for layer, interval in listed]
         if len(failed) > MAX_LISTED:
             lines.append(f"  and {len(failed) - MAX_LISTED} more layers")
         are = "is" if len(failed) == 1 else "are"
@@ -157,13 +155,9 @@ def _is_below(interval: Interval | None, within: float) -> bool:
     return interval is not None and (interval.high < within or interval.high == within == 0)
 
 
-def _line(
-    result: InvarianceResult, layer: str, interval: Interval | None, response: Sequence[float], identity: int | None
-) -> str:
-    """Describe a layer by its interval and the transformation, other than the identity, that changes it most."""
-    line = f"  {layer}: {'no finite value' if interval is None else interval}"
-    changes = {j: value for j, value in enumerate(response) if j != identity and math.isfinite(value)}
-    if changes:
-        worst = max(changes, key=changes.__getitem__)
-        line += f"; most by {result.transformations[worst]} ({changes[worst]:.4g})"
-    return line
+def _line(row: LayerStatistics, interval: Interval | None, worst: Worst | None) -> str:
+    """Describe a layer by its interval, the mean of its live units, and the transformation that changes it most."""
+    line = f"  {row.layer}: {'no finite value' if interval is None else interval}"
+    if row.share_dead > MAX_LEFT_OUT:
+        line += f"; without the {row.share_dead:.0%} dead units {row.live_mean:.4g}"
+    return line if worst is None else f"{line}; most by {worst.label} ({worst.value:.4g})"
