@@ -113,10 +113,10 @@ def test_values_of_each_class(tmp_path):
         rows = InvarianceResult.load(tmp_path / "result").table()
         assert [row.by_class[label] for row in rows] == pytest.approx([*alone.per_layer().values()], rel=1e-9)
         assert result.to_pandas()[f"class {label}"].tolist() == [row.by_class[label] for row in result.table()]
-    cells = plots.classes(result).axes[0].images[0].get_array()
-    assert cells.shape == (2, 3)
+    cells = plots.heatmap(result, classes=True).axes[0].images[0].get_array()
+    np.testing.assert_allclose(cells[[0, -1]].T, [row.by_class for row in result.table()])
     with pytest.raises(ValueError, match="`Stratified"):
-        plots.classes(measured())
+        plots.heatmap(measured(), classes=True)
 
 
 def test_the_worst_transformation_of_each_layer():

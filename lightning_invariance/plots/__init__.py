@@ -2,7 +2,7 @@
 
 | figure | question |
 |---|---|
-| :func:`heatmap` | Which units are invariant? |
+| :func:`heatmap` | Which units, or classes, are invariant? |
 | :func:`layers` | Which layers are, and in which network? |
 | :func:`evolution` | When did they become so? |
 | :func:`response` | Which angles (factors, shifts) break it? |
@@ -12,7 +12,6 @@
 | :func:`convergence` | How many samples and transformations are enough? |
 """
 
-from lightning_invariance.plots.classes import classes
 from lightning_invariance.plots.comparison import compare
 from lightning_invariance.plots.convergence import convergence
 from lightning_invariance.plots.evolution import evolution
@@ -22,7 +21,6 @@ from lightning_invariance.plots.layers import layers, stability
 from lightning_invariance.plots.response import response
 
 __all__ = [
-    "classes",
     "compare",
     "convergence",
     "evolution",

@@ -43,6 +43,7 @@ def heatmap(
     log: bool = True,
     limits: tuple[float, float] | None = None,
     sort: bool = False,
+    classes: bool = False,
     title: str | None = None,
     ax: Axes | None = None,
     size: tuple[float, float] | None = None,
@@ -60,6 +61,7 @@ def heatmap(
         limits: the ends of the scale; values beyond take the colour of the end. By default those of the values, for
             normalised measures symmetric about 1 (blue: more invariant than samples vary; red: less).
         sort: whether the channels of each layer are sorted by value instead of in their order.
+        classes: whether cells are the classes of ``Stratified`` instead of channels: the mean of the layer for each.
         title: the name in the title; by default the measure's.
         ax: axes to draw into; by default those of a new figure.
         size: width and height of the new figure in inches.
@@ -67,8 +69,14 @@ def heatmap(
     measure = measure or only_one(result).measures[0]
     labels = rows_of_layers([result], measure)
     layers = list(labels)
-    columns = {layer: _of_channels(result, measure, layer) for layer in layers}
-    dead = {layer: result.dead_channels(layer).numpy() for layer in layers}
+    of_classes = {row.layer: np.array(row.by_class) for row in result.table(measure)}
+    if classes and not any(map(len, of_classes.values())):
+        raise ValueError("Expected a result with values by class: measure it with `Stratified(measure, num_classes)`.")
+    columns = {layer: of_classes[layer] if classes else _of_channels(result, measure, layer) for layer in layers}
+    dead = {
+        layer: np.zeros(len(v), bool) if classes else result.dead_channels(layer).numpy()
+        for layer, v in columns.items()
+    }
     if sort:
         orders = {layer: np.lexsort((values, dead[layer])) for layer, values in columns.items()}
         columns = {layer: values[orders[layer]] for layer, values in columns.items()}
@@ -84,7 +92,7 @@ def heatmap(
     borders = [block.start - 0.5 for block in found[1:]]
     axes.vlines(borders, *axes.get_ylim(), "white", linewidth=min(1, 60 / max(len(layers), 1)))
     axes.set_yticks([])
-    axes.set_ylabel("channels, lowest value on top" if sort else "channels, first on top")
+    axes.set_ylabel(f"{'classes' if classes else 'channels'}, {'lowest value' if sort else 'first'} on top")
     when = {None: "", -1: ", untrained"}.get(result.epoch, f", epoch {result.epoch}")
     axes.set_title(wrap(title_of(result, title or measure) + when, width), fontsize="medium")
     add_colourbar(figure, [axes], scale, measure, height)
