@@ -62,8 +62,8 @@ def distance(a, b, kind, over):
         return np.sqrt(((a - b) ** 2).sum(1))
     one, other = (np.sqrt((v**2).sum(1)) for v in (a, b))
     with np.errstate(divide="ignore", invalid="ignore"):
-        angle = 1 - (a * b).sum(1) / (one * other)
-    angle = np.where(abs(angle) < 1e-17, 0, angle)  # of parallel vectors
+        angle = ((a / one[:, None] - b / other[:, None]) ** 2).sum(1) / 2  # 1 - cos, without losing its digits
+    angle = np.where(angle < 4e-31, 0, angle)  # of parallel vectors
     angle = np.where(one * other == 0, ((one == 0) != (other == 0)).astype(LONG), angle)
     return np.where((a == b).all(1), 0, angle)
 
