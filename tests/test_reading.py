@@ -415,3 +415,15 @@ def test_metrics_that_view_their_arguments_have_intervals():
     result = evaluate(network(), data, TURNS, outputs=MeanSquaredError(), confidence=0.9, progress=False)
     found = result.outputs["MeanSquaredError"]
     assert all(low < value < high for low, value, high in zip(found.low, found.values, found.high, strict=True))
+
+
+def test_repeats_are_told_with_gradients_and_metadata():
+    class Labelled(torch.Tensor):
+        """An image with metadata."""
+
+    def forward(model, x):
+        with torch.enable_grad():
+            return model(x.as_subclass(Labelled))
+
+    result = evaluate(network(), IMAGES, TURNS, forward=forward, progress=False)
+    assert result.layers == ["0", "1", "4"]

@@ -34,9 +34,11 @@ class Catcher:
     Attributes:
         selection: the modules and operations.
         state: of the model, put back after every forward pass.
+        output: of the module whose tensors the consumer gets at the moment.
     """
 
     state: Snapshot
+    output: Any = None
 
     def __init__(self, selection: Selection, consumer: Consumer) -> None:
         self._consumer = consumer
@@ -119,6 +121,7 @@ class Catcher:
 
     def _give(self, layer: str, origin: str, module: nn.Module | None, args: Any, output: Any) -> None:
         """Pass every tensor of an output to the consumer, whose sums no autocast and no function mode may change."""
+        self.output = output
         with torch._C.DisableTorchFunction():
             for place, tensor in tensors_of(output):
                 self.selection.origins.setdefault(layer + place, origin)
@@ -129,6 +132,7 @@ class Catcher:
                 kind = tensor.device.type
                 with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
                     self._consumer(layer + place, tensor.detach() if tensor.requires_grad else tensor, axis)
+        self.output = None
 
     def _channel_axis(self, module: nn.Module | None, args: Any, output: Tensor) -> int | None:
         """The channel axis of an output; a module that keeps the shape of its input also keeps its channel axis."""

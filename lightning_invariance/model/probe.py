@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_invariance.model.hooks import Catcher
 from lightning_invariance.model.input_dependence import Dependence
+from lightning_invariance.model.outputs import all_tensors_of, why_not
 from lightning_invariance.model.sample_axis import (
     COMPANIONS,
     CONSTANT,
@@ -106,7 +107,7 @@ def probe_batch(
             if isinstance(output, str):
                 refused[layer] = output
                 return
-            repeats.look_at(layer, output, outputs)
+            repeats.look_at(layer, output, outputs, catcher.output)
             outputs[layer] = output.clone()  # later modules may change it in place
             last[layer] = torch.empty_like(output, device="meta"), axis, len(chosen)
 
@@ -165,11 +166,14 @@ class Repeats:
         """Begin a forward pass."""
         self._seen.clear()
 
-    def look_at(self, layer: str, output: Tensor, earlier_outputs: Outputs) -> None:
-        """Compare the output of a layer with the earlier ones."""
+    def look_at(self, layer: str, output: Tensor, earlier_outputs: Outputs, returned: Any) -> None:
+        """Compare the output of a layer, one of the tensors that its module returned, with the earlier ones."""
         if type(output) is not Tensor or output.is_inference() or not _fills_its_memory(output):
             return
-        memory, own = (output.data_ptr(), output.numel()), weakref.ref(output)
+        memory = output.data_ptr(), output.numel()
+        # The tensor that lives on: the one at hand may be a copy without gradients or metadata.
+        known = (tensor for _, tensor in all_tensors_of(returned) if why_not(tensor) is None)
+        own = weakref.ref(next((tensor for tensor in known if tensor.data_ptr() == memory[0]), output))
         version = output._version  # which changes where it is written to
         earlier, reference, then, axes = self._seen.get(memory, (layer, own, version, 0))
         is_repeat = reference() is not None and earlier != layer and version == then and output.ndim <= axes
