@@ -18,7 +18,7 @@ from lightning_invariance.engine.options import Options
 from lightning_invariance.engine.walk import Walk
 from lightning_invariance.measures import NormalizedVariance
 from lightning_invariance.measures.base import names_accumulators
-from lightning_invariance.messages import given, level_of_user
+from lightning_invariance.messages import PACKAGE, given, level_of_user
 from lightning_invariance.model.evaluation_mode import ONE_AT_A_TIME
 from lightning_invariance.model.selection import Layers, select_layers, unwrapped
 from lightning_invariance.results.result import InvarianceResult
@@ -312,10 +312,6 @@ def check_model(model: Any) -> None:
             "Expected argument `model` to hold values, but some of its parameters are on the meta device: load weights"
             " first, such as with `model.load_state_dict(weights, assign=True)`."
         )
-
-
-#: Name of this package.
-PACKAGE = __name__.partition(".")[0]
 
 
 def check_transformations(transformations: TransformationSet) -> None:

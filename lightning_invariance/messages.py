@@ -7,6 +7,9 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+#: Name of this package.
+PACKAGE = __name__.partition(".")[0]
+
 #: As many names as a message holds.
 FEW = 6
 
@@ -49,7 +52,7 @@ def check_int(argument: str, value: Any, least: int = 1) -> int:
 
 def level_of_user() -> int:
     """The ``stacklevel`` with which a warning of the caller names the first line outside of the package."""
-    package, frame, level = __name__.partition(".")[0], sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == PACKAGE:
         frame, level = frame.f_back, level + 1
     return level

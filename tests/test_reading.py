@@ -56,6 +56,12 @@ def test_the_input_is_a_row_that_no_mean_counts():
     assert (result.mean(), result.interval().network) == (without.mean(), without.interval().network)
     assert (result.input_layer, result.channel_axis["input"]) == ("input", 0)
     assert "input" not in compare(result, result)
+    assert result.last() == result.per_layer()["4"]
+    only_input = evaluate(
+        *(nn.Sequential(nn.Flatten(), nn.Linear(72, 3)).double(), IMAGES, quarter_turns(), VarianceSameEquivariance()),
+        include_input=True, progress=False,
+    )  # fmt: skip
+    assert np.isnan(only_input.last())  # the input is no layer
     assert measured(include_input=True, transform_at="1").table()[0].shape == (4, 4, 4)  # of what is transformed
 
 

@@ -29,7 +29,7 @@ from lightning_invariance.model.sample_axis import CONSTANT, Finding, Layout
 from lightning_invariance.model.selection import module_of, select_layers
 from lightning_invariance.precision import summed_on
 from lightning_invariance.random_state import isolated_random_state
-from lightning_invariance.results.result import OutputValues
+from lightning_invariance.results.record import INPUT_LAYERS, OutputValues
 from lightning_invariance.transforms import TransformationSet
 
 #: Inputs of a batch where ``batch_size="auto"``: a number on the CPU; on an accelerator, which needs many of a small
@@ -38,9 +38,6 @@ from lightning_invariance.transforms import TransformationSet
 INPUTS_ON_CPU, INPUT_BYTES, MOST_INPUTS, INPUTS_OF_STREAM = 128, 2**29, 2**14, 2**10
 
 CPU = torch.device("cpu")
-
-#: Names of the layer that is the transformed input: the first that no module has.
-INPUT_LAYERS = ("input", "network input", "input of the network")
 
 #: A progress bar appears when a walk takes longer than this, in seconds.
 PROGRESS_DELAY = 3.0

@@ -81,7 +81,7 @@ class InvarianceMonitor(Callback):
         include_input: whether the first row of every table and picture is the transformed input itself, ``"input"``.
         name: added to the names of the measures, ``{Measure}_rotation``; needed where there are several monitors.
         histograms: whether TensorBoard gets the distribution over channels.
-        limits: the ends of the colours of heatmap and evolution, by default those of the training so far.
+        limits: the ends of the colour scale of heatmap and evolution; by default they follow the values so far.
         confidence: of intervals over samples, such as 0.95, which cost most measures a second pass: also logs
             ``values/{Measure}_low/{layer}`` and ``_high/{layer}``, which TensorBoard draws as bands (Custom Scalars),
             and marks differences from the untrained network in the evolution picture. By default there are none.

@@ -63,8 +63,7 @@ class Evaluations(list[InvarianceResult]):
             heading += [f"{measure}_last", f"{measure}_mean"]
         rows = []
         for result in self:
-            ends = [(result.table(measure)[-1:], result.mean(measure)) for measure in result]
-            values = [value for last, mean in ends for value in (last[0].mean if last else math.nan, mean)]
+            values = [value for measure in result for value in (result.last(measure), result.mean(measure))]
             rows.append([format_cell(cell) for cell in (result.epoch, result.step, *values)])
         return aligned([heading, *rows], left=0)
 

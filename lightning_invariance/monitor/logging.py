@@ -114,7 +114,7 @@ def scalars(result: InvarianceResult, tags: Mapping[str, str], suffix: str = "")
             if math.isfinite(row.low):
                 details |= {"low": row.low, "high": row.high}
             found |= {f"{DETAILS}/{tag}_{kind}/{names[row.layer]}": value for kind, value in details.items()}
-        found |= {f"{tag}_last": row.mean for row in result.table(measure)[-1:]}
+        found[f"{tag}_last"] = result.last(measure)
         found[f"{tag}_mean"] = result.mean(measure)
     for metric, values in result.outputs.items():
         found[f"{metric}{suffix}_mean"] = values.mean

@@ -187,7 +187,7 @@ def limits_of(values: Iterable[float]) -> tuple[float, float] | None:
 def scale_of(
     is_ratio: bool, values: Iterable[float], limits: tuple[float, float] | None = None, log: bool = True
 ) -> Scale:
-    """The colour scale of a measure: between ``limits``, or those of the values.
+    """The colour scale of a measure, between ``limits`` or, by default, limits that follow the values.
 
     Ratios have a diverging scale about 1: blue below, where the layer is more invariant than samples vary, red above.
     """

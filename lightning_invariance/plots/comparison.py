@@ -43,7 +43,7 @@ def compare(
         names: of the two; the bars are the second minus the first.
         depth: whether layers meet by their depth in per cent instead of their names: for each layer of ``one`` the
             value of ``other`` is interpolated between its two nearest layers of the same type.
-        ax: axes to draw into; by default those of a new figure.
+        ax: axes to draw into; by default a new figure is made.
         size: width and height of the new figure in inches.
 
     Raises:
@@ -80,7 +80,7 @@ def draw_comparison(
     Args:
         comparison: made by :func:`lightning_invariance.compare`.
         marks: layer → marks beside its name.
-        ax: axes to draw into; by default those of a new figure.
+        ax: axes to draw into; by default a new figure is made.
         size: width and height of the new figure in inches.
     """
     labels = joined(comparison, lambda one, other: _is_alike(comparison[one], comparison[other]))

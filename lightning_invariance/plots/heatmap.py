@@ -63,7 +63,7 @@ def heatmap(
         sort: whether the channels of each layer are sorted by value instead of in their order.
         classes: whether cells are the classes of ``Stratified`` instead of channels: the mean of the layer for each.
         title: the name in the title; by default the measure's.
-        ax: axes to draw into; by default those of a new figure.
+        ax: axes to draw into; by default a new figure is made.
         size: width and height of the new figure in inches.
     """
     measure = measure or only_one(result).measures[0]

@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple
 
 from matplotlib.axes import Axes
 
+from lightning_invariance.results.record import INPUT_LAYERS
+
 #: The largest and the smallest font of layer names, in points; smaller ones cannot be read.
 LARGEST, SMALLEST = 9.0, 7.0
 
@@ -25,9 +27,6 @@ MIN_SHARE_IN_BLOCKS = 0.85
 
 #: The parts of a layer's name: modules end with a dot, and a module that performs an operation ends with a dash.
 PART = re.compile(r"[^.-]+[.-]?")
-
-#: Names of the row that is the network's input.
-INPUTS = ("input", "network input", "input of the network")
 
 #: Marks beside the names of layers.
 REACHED, INFINITE = "*", "∞"
@@ -68,7 +67,7 @@ def without_prefix(names: Sequence[str]) -> tuple[str, list[str]]:
 
     The network's input is in no module.
     """
-    parts = [PART.findall(name) for name in names if name not in INPUTS]
+    parts = [PART.findall(name) for name in names if name not in INPUT_LAYERS]
     common = 0
     while len(parts) > 1 and all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts):
         common += 1

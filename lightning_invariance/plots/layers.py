@@ -55,7 +55,7 @@ def layers(
         dashed: legend texts of dashed lines; in the paper, the networks trained without augmentation.
         depth: whether layers are placed by their depth in per cent instead of their names, so that networks with other
             layers compare.
-        ax: axes to draw into; by default those of a new figure.
+        ax: axes to draw into; by default a new figure is made.
         size: width and height of the new figure in inches.
     """
     found = named(results)
@@ -108,7 +108,7 @@ def stability(
         results: evaluations of networks with the same layers; with ``depth``, of as many layers.
         measure: its name; by default the first.
         depth: whether layers are placed by their depth in per cent instead of their names.
-        ax: axes to draw into; by default those of a new figure.
+        ax: axes to draw into; by default a new figure is made.
         size: width and height of the new figure in inches.
     """
     found = named(results)

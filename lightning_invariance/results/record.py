@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     import pandas
 
 
+#: Names of the layer that is the network's transformed input: the first that no module has.
+INPUT_LAYERS = ("input", "network input", "input of the network")
+
+
 @dataclass(frozen=True, repr=False)
 class OutputValues:
     """Values of a metric of predictions and targets, one for each transformation.

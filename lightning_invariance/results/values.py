@@ -109,6 +109,15 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]], Record):
         """
         return {row.layer: row.mean for row in self.table(measure)}
 
+    def last(self, measure: str | None = None) -> float:
+        """Return the mean over the finite values of the last layer that ran; NaN where there is no layer.
+
+        Args:
+            measure: its name; by default the first.
+        """
+        means = [row.mean for row in self.table(measure) if row.layer != self.input_layer]
+        return means[-1] if means else math.nan
+
     def quality(self, measure: str) -> str:
         """Return what a measure measures: ``"equivariant"`` for measures with a :attr:`floor`, else ``"invariant"``."""
         return "equivariant" if measure in self.floor else "invariant"
