@@ -83,7 +83,9 @@ def test_what_returns_its_input_again_is_no_layer_unless_it_is_asked_for():
     assert measured(layers=["[1235]"]).layers == ["1", "5"]  # 4, which 5 repeats, is not measured
 
 
-@pytest.mark.parametrize("module", [nn.ReLU(inplace=True), nn.Unflatten(1, (4, 4, 4)), nn.MaxPool2d(1)])
+@pytest.mark.parametrize(
+    "module", [nn.ReLU(inplace=True), nn.Hardtanh(-99, 99, True), nn.Unflatten(1, (4, 4, 4)), nn.MaxPool2d(1)]
+)
 def test_what_changes_its_input_or_gives_it_axes_is_a_layer(module):
     first = nn.Sequential(nn.Flatten(), nn.Linear(72, 64)) if isinstance(module, nn.Unflatten) else nn.Conv2d(2, 4, 3)
     result = evaluate(nn.Sequential(first, module).double(), IMAGES, TURNS, progress=False)

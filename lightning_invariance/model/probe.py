@@ -159,8 +159,8 @@ class Repeats:
 
     def __init__(self) -> None:
         self.groups: dict[str, list[str]] = {}
-        # By memory; the reference tells whether it still belongs to the output, or to another alias of it.
-        self._seen: dict[tuple[int, int], tuple[str, weakref.ref[Tensor], int, int]] = {}
+        # By memory, which belongs to the output as long as one of its aliases lives.
+        self._seen: dict[tuple[int, int], tuple[str, tuple[weakref.ref[Tensor], ...], int, int]] = {}
 
     def start(self) -> None:
         """Begin a forward pass."""
@@ -168,20 +168,21 @@ class Repeats:
 
     def look_at(self, layer: str, output: Tensor, earlier_outputs: Outputs, returned: Any) -> None:
         """Compare the output of a layer, one of the tensors that its module returned, with the earlier ones."""
-        if type(output) is not Tensor or output.is_inference() or not _fills_its_memory(output):
+        if type(output) is not Tensor or output.is_inference():
             return
         memory = output.data_ptr(), output.numel()
         # The tensor that lives on: the one at hand may be a copy without gradients or metadata.
         known = (tensor for _, tensor in all_tensors_of(returned) if why_not(tensor) is None)
         own = weakref.ref(next((tensor for tensor in known if tensor.data_ptr() == memory[0]), output))
         version = output._version  # which changes where it is written to
-        earlier, reference, then, axes = self._seen.get(memory, (layer, own, version, 0))
-        is_repeat = reference() is not None and earlier != layer and version == then and output.ndim <= axes
+        earlier, aliases, then, axes = self._seen.get(memory, (layer, (), version, 0))
+        is_alive = any(alias() is not None for alias in aliases)
+        is_repeat = is_alive and earlier != layer and version == then and output.ndim <= axes
         if is_repeat and _same_values(earlier_outputs[earlier], output):
-            self._seen[memory] = earlier, own, version, axes
+            self._seen[memory] = earlier, (*aliases, own), version, axes
         else:
             earlier = layer
-            self._seen[memory] = layer, own, version, output.ndim
+            self._seen[memory] = layer, (own,), version, output.ndim
         group = self.groups.setdefault(earlier, [])
         if layer not in group:
             group.append(layer)
@@ -196,14 +197,8 @@ class Repeats:
         return found
 
 
-def _fills_its_memory(tensor: Tensor) -> bool:
-    """Whether the elements of a tensor lie side by side, in any order of its axes: no slice, no expanded axis."""
-    order = sorted(range(tensor.ndim), key=lambda axis: (tensor.stride(axis), tensor.shape[axis]), reverse=True)
-    return tensor.permute(order).is_contiguous()
-
-
 def _same_values(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold equal values, in any order: `tensor.data` can be changed without a trace."""
+    """Whether two tensors hold equal values, in any order: slices share an address, `tensor.data` changes unseen."""
     return torch.equal(one.flatten().sort().values, other.flatten().sort().values)
 
 
