@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool2d
+from torch.nn.functional import max_pool1d, max_pool2d, max_pool3d
 
 from lightning_invariance.accumulators.base import Accumulator, add_to
 from lightning_invariance.accumulators.distances import Distance, distance_between, unit_maps, zero_maps
@@ -26,24 +26,27 @@ class BackMapping:
         normalize: whether each feature map is divided by its euclidean norm.
         mask: 0 for no mask; 1 to leave out pixels that some transformation moves out of the frame; a larger number also
             leaves out pixels less than that many pixels away from them.
-        input_size: height and width of the network's input, for maps of another size.
-        axes: number of axes of the input, and of the activations that count as feature maps.
+        input_size: the last two axes of the network's input (height and width), for maps of another size.
+        flat: whether maps become ``(channels, positions inside the mask)``, and activations without positions,
+            ``(channels,)``, are measured as they are.
+        axes: number of axes of the activations that count as feature maps.
     """
 
     transformations: TransformationSet | None
     normalize: bool
     mask: int
-    input_size: tuple[int, int] | None
+    input_size: tuple[int, ...] | None
+    flat: bool = False
     axes: int = 3
 
     def prepared(self, context: Context) -> BackMapping:
         """Fill in the transformations and the input size of an evaluation, if none were given."""
         check_inverses(context.transformations)
         known = replace(self, transformations=self.transformations or context.transformations)
-        if len(context.input_shape) < 2:
+        if not context.input_shape:
             return known
-        height, width = context.input_shape[-2:]
-        return replace(known, axes=len(context.input_shape), input_size=self.input_size or (height, width))
+        axes = max(2, len(context.input_shape))  # tokens (T,) become vectors (T, channels)
+        return replace(known, axes=axes, input_size=self.input_size or context.input_shape[-2:])
 
     def checked(self, rows: Rows) -> TransformationSet:
         """Return the transformations.
@@ -53,29 +56,32 @@ class BackMapping:
         """
         if self.transformations is None:
             raise ValueError("Expected argument `transformations` where the measure is updated by hand, but got None.")
-        if rows.values.ndim < 5:
+        axes = self.transformations.map_axes
+        if rows.values.ndim < 3 + axes and not (self.flat and rows.values.ndim == 3):
+            positions = ", height, width" if axes == 2 else ", positions" * axes
             raise ValueError(
-                "Expected argument `st_block` of shape (samples, transformations, channels, height, width),"
+                f"Expected argument `st_block` of shape (samples, transformations, channels{positions}),"
                 f" but got {tuple(rows.values.shape)}."
             )
         return self.transformations
 
     def applies_to(self, activation_shape: tuple[int, ...]) -> bool:
         """Whether activations are feature maps: they have as many axes as the input."""
-        return len(activation_shape) == self.axes
+        return len(activation_shape) == self.axes or (self.flat and len(activation_shape) == 1)
 
     def inside(self, visible: Tensor) -> Tensor:
-        """The mask, 1 or 0, given the visible fraction of each pixel (..., channels, height, width)."""
+        """The mask, 1 or 0, given the visible fraction of each pixel ``(columns, 1, *positions)``."""
         outside = (visible < MIN_VISIBLE).double()
-        return 1 - (max_pool2d(outside, 2 * self.mask - 1, 1, self.mask - 1) if self.mask > 1 else outside)
+        pool = (max_pool1d, max_pool2d, max_pool3d)[outside.ndim - 3]
+        return 1 - (pool(outside, 2 * self.mask - 1, 1, self.mask - 1) if self.mask > 1 else outside)
 
 
 @dataclass(frozen=True)
 class MappedBack(Accumulator):
     """The sums of other accumulators over :math:`ST'[i, j] = t_j^{-1}(A(t_j(x_i)))` (paper, section 2.6).
 
-    Additional states are ``lit`` ``(channels,)``, the number of feature maps that were not zero everywhere, and
-    ``inside`` ``(height, width)``, the pixels within the mask; it is empty without a mask.
+    Additional states are ``lit`` ``(channels,)``, the number of feature maps that were not zero everywhere (empty for
+    ``mapping.flat``), and ``inside`` ``(positions,)``, the pixels within the mask; it is empty without a mask.
 
     Attributes:
         inner: the other accumulators, whose states have different names.
@@ -100,7 +106,7 @@ class MappedBack(Accumulator):
 
     def empty(self) -> States:
         """The states before the first row."""
-        empty = {"lit": torch.zeros(0, dtype=torch.long), "inside": torch.zeros(0, 0, dtype=torch.bool)}
+        empty = {"lit": torch.zeros(0, dtype=torch.long), "inside": torch.zeros(0, dtype=torch.bool)}
         for accumulator in self.inner:
             empty.update(accumulator.empty())
         return empty
@@ -121,8 +127,9 @@ class MappedBack(Accumulator):
 
     def prepared(self, context: Context) -> Accumulator:
         """Prepare the inner accumulators and the mapping."""
-        inner = tuple(accumulator.prepared(context) for accumulator in self.inner)
-        return replace(self, inner=inner, mapping=self.mapping.prepared(context))
+        mapping = self.mapping.prepared(context)
+        context = replace(context, transformations=mapping.transformations or context.transformations)
+        return replace(self, inner=tuple(each.prepared(context) for each in self.inner), mapping=mapping)
 
     def applies_to(self, activation_shape: tuple[int, ...]) -> bool:
         """Whether activations are feature maps."""
@@ -141,9 +148,9 @@ class MappedBack(Accumulator):
             found.update(accumulator.shares(mapped, totals))
         return found
 
-    def dead(self, states: States) -> Tensor:
-        """Which channels were zero everywhere."""
-        return states["lit"] == 0
+    def dead(self, states: States) -> Tensor | None:
+        """Which channels were zero everywhere or, for ``mapping.flat``, what the inner accumulator tells."""
+        return self.inner[0].dead(states) if self.mapping.flat else states["lit"] == 0
 
     def _mapped(self, states: States, rows: Rows) -> tuple[Tensor, Rows, Tensor]:
         """The mask, the rows of ST', and the number of nonzero maps; computed once for all equal mappings."""
@@ -151,13 +158,19 @@ class MappedBack(Accumulator):
 
         def mapped() -> tuple[Tensor, Rows, Tensor]:
             maps, inside = rows.channels_first, states["inside"]
+            lit = torch.zeros(0, dtype=torch.long, device=maps.device)
+            if maps.ndim == 3:  # no positions to map back
+                return inside, replace(rows, values=maps, memo={}, channel_axis=0), lit
             back = transformations.inverse(maps, mapping.input_size)
             if mapping.mask:
                 if not inside.numel():
                     moved = transformations.of_maps(_ones_like_map(maps), mapping.input_size)
-                    least = transformations.inverse(moved, mapping.input_size)[0].amin(0)
-                    inside = mapping.inside(least)[0] > 0
-                back = back * inside
+                    least = transformations.inverse(moved, mapping.input_size)[0].amin(0, keepdim=True)
+                    inside = (mapping.inside(least) > 0).flatten()
+                if mapping.flat:
+                    back = back.flatten(3)[..., inside]
+                    return inside, replace(rows, values=back, memo={}, channel_axis=0), lit
+                back = back * inside.view(maps.shape[3:])
             back, zero = unit_maps(back) if mapping.normalize else (back, zero_maps(back))
             return inside, replace(rows, values=back, memo={}, channel_axis=0), (~zero).sum((0, 1))
 
@@ -247,6 +260,21 @@ def check_inverses(transformations: TransformationSet) -> None:
         )
 
 
+def identity_of(transformations: TransformationSet) -> int:
+    """The column of the identity.
+
+    Raises:
+        ValueError: If the set knows of none.
+    """
+    if transformations.identity is None:
+        raise ValueError(
+            "Expected argument `transformations` to include the identity, whose maps the others are compared with, but"
+            f" {transformations!r} knows of none: write `rotations(angles=[0, ...])`, or name it in"
+            " `TransformationSet.from_callables(..., identity=)`."
+        )
+    return transformations.identity
+
+
 def _identity_among(transformations: TransformationSet, maps: Tensor, input_size: tuple[int, int] | None) -> int:
     """Find the transformation that leaves a random feature map unchanged, in a set without a declared identity."""
     probe = torch.rand(1, *maps.shape[2:], generator=torch.Generator().manual_seed(0)).to(maps.device)
@@ -258,4 +286,4 @@ def _identity_among(transformations: TransformationSet, maps: Tensor, input_size
 
 
 def _ones_like_map(maps: Tensor) -> Tensor:
-    return torch.ones(1, 1, *maps.shape[-2:], dtype=torch.float64, device=maps.device)
+    return torch.ones(1, 1, *maps.shape[3:], dtype=torch.float64, device=maps.device)

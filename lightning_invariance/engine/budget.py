@@ -137,7 +137,7 @@ def needed_bytes(
         activations = {**activations, **dict.fromkeys(names, (shape, dtype, usual_channel_axis(shape)))}
     for name, activation in activations.items():
         shared: dict[Accumulator, int] = {}
-        for key, measure in registry.applicable(name, activation[0]).items():
+        for key, measure in registry.applicable(name, activation[0], activation[2]).items():
             if not names_accumulators(measure):
                 continue
             for accumulator in measure.needs:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities.prints import rank_zero_warn
 
 from lightning_invariance.accumulators.layer_state import LayerState
 from lightning_invariance.accumulators.rows import States
@@ -16,6 +17,7 @@ from lightning_invariance.engine.registry import INPUT, Registry
 from lightning_invariance.engine.sample_influences import Influence
 from lightning_invariance.measures import Measure
 from lightning_invariance.measures.base import names_accumulators
+from lightning_invariance.messages import number_of, some
 from lightning_invariance.results.intervals import MIN_DEGREES_OF_FREEDOM, degrees_of_freedom, t_quantiles
 from lightning_invariance.results.result import InvarianceResult
 from lightning_invariance.transforms import TransformationSet
@@ -27,7 +29,8 @@ class LayerRecord:
 
     Attributes:
         values: measure → value in float64. So are the others, where a measure has them.
-        by_class: value of each class.
+        details: what else the measure finds, by name.
+        refused: why the layer is left out.
         responses: what each transformation does to the layer.
         response_bounds: lower and upper bounds of the response.
         standard_errors: of each value; NaN where the value is not finite.
@@ -38,7 +41,8 @@ class LayerRecord:
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
-    by_class: dict[str, Tensor] = field(default_factory=dict)
+    details: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
     responses: dict[str, list[float]] = field(default_factory=dict)
     response_bounds: dict[str, list[list[float]]] = field(default_factory=dict)
     standard_errors: dict[str, Tensor] = field(default_factory=dict)
@@ -55,6 +59,9 @@ def collect(registry: Registry) -> InvarianceResult:
     samples = SampleKeys(registry)
     records = {name: _record_of(registry, name, registry.layers.pop(name), samples) for name in [*registry.layers]}
     floor = records.pop(INPUT, LayerRecord()).values
+    for key in registry.measures:
+        if refused := [f"{name} ({r.refused[key]})" for name, r in records.items() if key in r.refused]:
+            rank_zero_warn(f"{key} leaves out {number_of(len(refused), 'layer')}: {some(refused)}.", UserWarning)
     values = {
         key: {n: record.values[key] for n, record in records.items() if key in record.values}
         for key in registry.measures
@@ -71,7 +78,7 @@ def collect(registry: Registry) -> InvarianceResult:
         n_skipped=registry.n_skipped,
         input_layer=registry.input_layer if registry.input_layer in records else "",
         floor=floor,
-        by_class=_by_measure(records, "by_class"),
+        details=_by_measure(records, "details"),
         response=_by_measure(records, "responses"),
         response_bounds=_by_measure(records, "response_bounds"),
         standard_errors=_by_measure(records, "standard_errors"),
@@ -98,17 +105,22 @@ def _by_measure(records: Mapping[str, LayerRecord], attribute: str) -> dict[str,
 
 def _record_of(registry: Registry, name: str, layer: LayerState, samples: SampleKeys) -> LayerRecord:
     """Compute every measure of a layer."""
-    record = LayerRecord(dead=layer.dead())
-    for key, measure in registry.applicable(name, layer.shape).items():
+    record = LayerRecord(dead=layer.dead(), refused=registry.refused(layer.shape, layer.channel_axis))
+    for key, measure in registry.applicable(name, layer.shape, layer.channel_axis).items():
         if not names_accumulators(measure):
             record.values[key] = _value_of_metric(registry.metrics[name][key], layer.shape)
             continue
         sums = layer.sums((*measure.needs, *measure.needs_again))
+        if sums.n_samples >= measure.least_samples:
+            sums = measure.completed(sums)
         by_activation, value = measure.is_by_activation(sums), measure.evaluated(sums, measure.of_layer).detach()
         value = layer.in_shape(value.to("cpu", torch.float64), by_activation)
         record.values[key] = value
-        if (classes := measure.by_class(sums)) is not None:
-            record.by_class[key] = layer.in_shape(classes.to("cpu", torch.float64), by_activation)
+        if sums.n_samples and (details := measure.details(sums)):
+            found = {each: value.detach().cpu() for each, value in details.items()}
+            if "by_class" in found:
+                found["by_class"] = layer.in_shape(found["by_class"].double(), by_activation)
+            record.details[key] = found
         if (response := measure.response_of(sums)) is not None:
             record.responses[key] = response.tolist()
         if sums.n_samples and (error := measure.standard_error(sums)) is not None:

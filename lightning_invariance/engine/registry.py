@@ -79,14 +79,22 @@ class Registry:
         # Several processes must agree on the order of values.
         self._keeps_memory_order = all(takes) and rank_and_world_size()[1] == 1
 
-    def applicable(self, layer: str, shape: tuple[int, ...]) -> dict[str, Metric]:
+    def applicable(self, layer: str, shape: tuple[int, ...], channel_axis: int) -> dict[str, Metric]:
         """The measures that are defined for a layer with activations of this shape."""
+        refused = self.refused(shape, channel_axis)
         return {
             key: measure
             for key, measure in self.measures.items()
             if (names_accumulators(measure) and measure.applies_to(shape) and (layer != INPUT or measure.has_floor))
             or (not names_accumulators(measure) and layer != INPUT)
+            if key not in refused
         }
+
+    def refused(self, shape: tuple[int, ...], channel_axis: int) -> dict[str, str]:
+        """Measure → why it leaves out a layer, to whose activations it applies."""
+        asked = {key: m for key, m in self.measures.items() if names_accumulators(m) and m.applies_to(shape)}
+        reasons = {key: measure.why_not(shape, channel_axis) for key, measure in asked.items()}
+        return {key: reason for key, reason in reasons.items() if reason}
 
     def start_block(self, block: STBlock) -> None:
         """The outputs that follow belong to this block."""
@@ -192,7 +200,7 @@ class Registry:
     def _new_layer(
         self, name: str, shape: tuple[int, ...], channel_axis: int, device: torch.device, order: tuple[int, ...] = ()
     ) -> LayerState:
-        applicable = self.applicable(name, shape)
+        applicable = self.applicable(name, shape, channel_axis)
         needs = [a for measure in applicable.values() if names_accumulators(measure) for a in measure.needs]
         needs = needs if name == INPUT else with_dead(needs)
         layer = LayerState(needs, shape, channel_axis, order, len(self.transformations), device)
@@ -206,7 +214,7 @@ class Registry:
         """Prepare what a layer needs of a second pass, given the sums of the first one."""
         layer, begun = self.layers[name], []
         influences: dict[str, Influence] = {}
-        for key, measure in self.applicable(name, layer.shape).items():
+        for key, measure in self.applicable(name, layer.shape, layer.channel_axis).items():
             if not names_accumulators(measure):
                 continue
             sums = layer.sums(measure.needs)

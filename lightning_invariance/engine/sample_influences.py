@@ -47,6 +47,7 @@ class Influence:
     """
 
     def __init__(self, measure: Measure, sums: Sums) -> None:
+        sums = measure.completed(sums)
         value = measure.value(sums).flatten().double()
         self._measure, self._sums = measure, sums
         self._single = [accumulator for accumulator in measure.needs if not accumulator.in_groups]

@@ -3,6 +3,7 @@
 from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.measures.anova import Anova
 from lightning_invariance.measures.base import Measure, quotient
+from lightning_invariance.measures.channel_equivariance import ChannelEquivariance
 from lightning_invariance.measures.components import IntraclassCorrelation, MainEffect
 from lightning_invariance.measures.consistency import Consistency
 from lightning_invariance.measures.distance import NormalizedDistance, SampleDistance, TransformationDistance
@@ -14,6 +15,7 @@ from lightning_invariance.measures.variance import NormalizedVariance, SampleVar
 
 __all__ = [
     "Anova",
+    "ChannelEquivariance",
     "Consistency",
     "DistanceSameEquivariance",
     "Goodfellow",

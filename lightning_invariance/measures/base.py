@@ -123,9 +123,23 @@ class Measure(AccumulatingMetric):
         """The contribution of each transformation to the value of the layer, ``(m,)``; None for none."""
         return None
 
-    def by_class(self, sums: Sums) -> Tensor | None:
-        """The value of each class of samples, ``(num_classes, *value_shape)``; None for measures without classes."""
-        return None
+    def details(self, sums: Sums) -> Mapping[str, Tensor]:
+        """What else the measure finds in a layer, by name: ``result.details[measure][layer]``.
+
+        ``"by_class"`` is the value of each class of samples, ``(num_classes, *value_shape)``.
+        """
+        return {}
+
+    def completed(self, sums: Sums) -> Sums:
+        """The sums with states that are computed from them once, for the value, details and standard errors.
+
+        Accumulators must know the shares of states that the value then depends on.
+        """
+        return sums
+
+    def why_not(self, activation_shape: tuple[int, ...], channel_axis: int) -> str:
+        """Why a layer to which the measure :meth:`applies <applies_to>` is left out; empty if it is not."""
+        return ""
 
     def standard_error(self, sums: Sums) -> Tensor | None:
         """The standard error of an estimated :meth:`value`, in the same shape; None where the value is exact."""

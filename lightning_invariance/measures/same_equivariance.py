@@ -52,7 +52,7 @@ class SameEquivariance(Measure):
         if self.over == "channel":
             return torch.where(defined, value, torch.nan)
         if "inside" in sums and sums["inside"].numel():
-            defined = defined & sums["inside"]
+            defined = defined & sums["inside"].view(value.shape[1:])
         return torch.where(defined, value, torch.nan).movedim(0, channel_axis)
 
 

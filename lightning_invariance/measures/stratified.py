@@ -100,6 +100,10 @@ class Stratified(Measure):
         """Delegates to the wrapped measure."""
         return self._measure[0].value_shape(sums)
 
+    def details(self, sums: Sums) -> dict[str, Tensor]:
+        """The values of the classes."""
+        return {"by_class": self.by_class(sums)}
+
     def by_class(self, sums: Sums) -> Tensor:
         """The value of each class; NaN, with a warning, for fewer than two samples."""
         measure, by_class = self._measure[0], ByClass(self._measure[0].needs, self.num_classes)

@@ -102,7 +102,7 @@ class Record:
     ratios: dict[str, bool] = field(default_factory=dict)
     units: dict[str, str] = field(default_factory=dict)
     biases: dict[str, float] = field(default_factory=dict)
-    by_class: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    details: dict[str, dict[str, dict[str, Tensor]]] = field(default_factory=dict)
     response: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     response_bounds: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
@@ -122,6 +122,14 @@ class Record:
             name: found if isinstance(found, OutputValues) else OutputValues(**found)
             for name, found in self.outputs.items()
         }
+
+    def detail(self, name: str) -> dict[str, dict[str, Tensor]]:
+        """Return an entry of :attr:`details`: measure → layer → tensor, for measures that have it."""
+        found = {
+            measure: {layer: entries[name] for layer, entries in layers.items() if name in entries}
+            for measure, layers in self.details.items()
+        }
+        return {measure: layers for measure, layers in found.items() if layers}
 
 
 def _copied(value: Any) -> Any:

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_invariance.messages import number_of
+from lightning_invariance.messages import instead_of, number_of
 from lightning_invariance.results.drawing import drawn
+from lightning_invariance.results.orbits import Orbits, orbits_of
 from lightning_invariance.results.record import OutputValues, Record
 from lightning_invariance.results.table import LayerStatistics, Table, Worst, WorstTable
 from lightning_invariance.results.values import LayerValues
@@ -65,8 +66,8 @@ class InvarianceResult(LayerValues):
         ratios: measure → whether it is a ratio: at 1, transformations change activations as much as samples do.
         units: measure → unit of its values; empty where there is none.
         biases: measure → number of samples × relative bias of its values, where it is known.
-        by_class: measure → layer → value of each class, ``(num_classes, *shape)``, of ``Stratified``. :meth:`table` has
-            the mean over the layer of each class.
+        details: measure → layer → what else the measure finds there, by name, such as the ``scores`` of
+            :class:`~lightning_invariance.measures.ChannelEquivariance` under each transformation.
         response: measure → layer → how much each transformation changes the layer, from its value under the identity,
             for measures with ``response=True``: 0 for the identity. Without a known identity from the mean of the row.
         response_bounds: measure → layer → lower and upper bounds of the response under each transformation:
@@ -83,6 +84,43 @@ class InvarianceResult(LayerValues):
         outputs: metric of predictions and targets → its value under each transformation, with ``mean`` and ``worst``;
             prints as a table.
     """
+
+    @property
+    def by_class(self) -> dict[str, dict[str, Tensor]]:
+        """Measure → layer → value of each class, ``(num_classes, *shape)``, of ``Stratified``.
+
+        :meth:`table` has the mean over the layer of each class.
+        """
+        return self.detail("by_class")
+
+    @property
+    def channel_maps(self) -> dict[str, Tensor]:
+        """Layer → where each channel goes under each transformation, ``(m, channels)``.
+
+        Channel c of f(x) is channel ``channel_maps[layer][j, c]`` of f(t_j x), as far as a permutation explains it:
+        found by :class:`~lightning_invariance.measures.ChannelEquivariance` with ``channels="permutation"``.
+        """
+        return next(iter(self.detail("channel_map").values()), {})
+
+    def orbits(self, layer: str, least: float = 0.5) -> Orbits:
+        """Return the groups of channels that the transformations permute among each other: a list that prints.
+
+        Args:
+            layer: its name, one of :attr:`channel_maps`.
+            least: lowest R² at which a channel counts as going to another one, and lowest mean of a group.
+
+        Raises:
+            ValueError: If the result has no :attr:`channel_maps`.
+            KeyError: If the layer has none.
+        """
+        for measure, maps in self.detail("channel_map").items():
+            if layer not in maps:
+                raise KeyError(f"No channel maps of layer {layer!r}. {instead_of(layer, maps, 'There are')}")
+            identity = self.transformations.index(self.identity)
+            return orbits_of(maps[layer], self.details[measure][layer]["scores"], identity, least)
+        raise ValueError(
+            "Expected a result with channel maps: measure with `ChannelEquivariance(channels=\"permutation\")`."
+        )
 
     def worst(self, measure: str | None = None) -> WorstTable:
         """Return the transformation that changes each layer most: rows that print as a table.
@@ -135,10 +173,10 @@ class InvarianceResult(LayerValues):
     def reduced(self) -> InvarianceResult:
         """Return a smaller result with one value for each channel and without standard errors.
 
-        Tables, means, intervals of layers and pictures stay equal; :attr:`by_class` is left out.
+        Tables, means, intervals of layers and pictures stay equal; :attr:`details` are left out.
         """
         state = self.state_dict()
-        state["standard_errors"], state["freedom"], state["by_class"] = {}, {}, {}
+        state["standard_errors"], state["freedom"], state["details"] = {}, {}, {}
         state["values"] = {
             measure: {layer: self.per_channel(measure, layer) for layer in layers}
             for measure, layers in self._values.items()

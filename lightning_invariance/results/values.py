@@ -49,7 +49,7 @@ class LayerValues(Mapping[str, Mapping[str, Tensor]], Record):
             )
             for measure, layers in self._values.items()
         }
-        for measure, classes in self.by_class.items():
+        for measure, classes in self.detail("by_class").items():
             rows = self._tables[measure]
             self._tables[measure] = Table(replace(row, by_class=_means_of(classes[row.layer])) for row in rows)
         self.set_layer_types(self.layer_types)

@@ -20,6 +20,9 @@ PAPER_FACTORS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.05, 1.1, 1.15, 1.2, 1.25)
 #: Maximal number of cached resamplings of a set, one for each size of images and feature maps; networks have few sizes.
 MAX_CACHED = 16
 
+#: Products of larger sets are not looked for.
+MAX_PRODUCTS = 256
+
 #: Resamplings of more transformations × pixels are not cached, since they need much memory and save little time.
 MAX_CACHED_PIXELS = 2**20
 
@@ -40,6 +43,8 @@ class AffineSet(TransformationSet):
         fill: value of pixels from outside the image, one number or one for each channel. Feature maps are always
             filled with zeros.
     """
+
+    map_axes = 2
 
     def __init__(
         self,
@@ -82,6 +87,10 @@ class AffineSet(TransformationSet):
         self._check_square(st)
         columns = st.reshape(len(st), len(self), -1, *st.shape[-2:])
         return self._resampling(st, input_size, forward=False)(columns).view(st.shape)
+
+    def products(self) -> Tensor:
+        """See :meth:`TransformationSet.products`."""
+        return products_of(self.matrices) if len(self) <= MAX_PRODUCTS else super().products()
 
     def _fill_of_planes(self, x: Tensor) -> Tensor | None:
         """The fill of each plane ``(height, width)`` of images; None for zeros."""
@@ -126,6 +135,13 @@ class AffineSet(TransformationSet):
                 f"Expected square images, which quarter turns map onto themselves, but got {tuple(x.shape[-2:])};"
                 " `rotations(4)` turns images of any shape inside their frame."
             )
+
+
+def products_of(matrices: Tensor) -> Tensor:
+    """The position of ``matrices[i] @ matrices[j]`` among ``(m, k, k)`` matrices, ``(m, m)``; −1 where it is none."""
+    products = (matrices[:, None] @ matrices[None]).flatten(2)
+    nearest = torch.cdist(products, matrices.flatten(1).expand(len(matrices), -1, -1), p=math.inf).min(2)
+    return torch.where(nearest.values < 1e-6, nearest.indices, -1)
 
 
 def _matrices(linear: Tensor, shift: Tensor) -> Tensor:

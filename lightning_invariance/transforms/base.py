@@ -64,10 +64,12 @@ class TransformationSet(ABC, Sequence[Transformation]):
             ``{"angle": [0.0, 22.5, ...]}``.
         invertible: whether :meth:`inverse` is defined.
         identity: position of the identity transformation; None without a known identity.
+        map_axes: least number of axes of a feature map along which positions move, such as 2 for images.
     """
 
     invertible: bool = True
     identity: int | None = None
+    map_axes: int = 1
 
     def __init__(self, labels: Sequence[str], parameters: Mapping[str, Sequence[float]] | None = None) -> None:
         if not labels:
@@ -168,6 +170,16 @@ class TransformationSet(ABC, Sequence[Transformation]):
     def is_random(self, x: Tensor) -> bool:
         """Whether a second call with the same batch returns other values."""
         return False
+
+    def products(self) -> Tensor:
+        """The position in the set of "transformation j, then transformation i", ``(m, m)``; −1 where it is not there.
+
+        By default only products with the identity are known.
+        """
+        found = torch.full((len(self), len(self)), -1)
+        if self.identity is not None:
+            found[self.identity] = found[:, self.identity] = torch.arange(len(self))
+        return found
 
     @property
     def signature(self) -> tuple[Hashable, ...]:
