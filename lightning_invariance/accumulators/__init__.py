@@ -6,12 +6,14 @@ A custom measure names one of these, or its own subclass of :class:`Accumulator`
 from lightning_invariance.accumulators.base import Accumulator
 from lightning_invariance.accumulators.by_class import ByClass
 from lightning_invariance.accumulators.changes import Changes
+from lightning_invariance.accumulators.channel_moments import ChannelMoments
 from lightning_invariance.accumulators.column_means import means_of
 from lightning_invariance.accumulators.constant import Constant
 from lightning_invariance.accumulators.deviations import Deviations
+from lightning_invariance.accumulators.direct import Correlations, DirectDistances
 from lightning_invariance.accumulators.distances import RowDistances
 from lightning_invariance.accumulators.grouped_pairs import GroupedPairs
-from lightning_invariance.accumulators.mapped_back import DirectDistances, MappedBack
+from lightning_invariance.accumulators.mapped_back import MappedBack
 from lightning_invariance.accumulators.matrix import Matrix
 from lightning_invariance.accumulators.paired import PairedDeviations
 from lightning_invariance.accumulators.peaks import Extremes, Firing, Peaks
@@ -23,9 +25,11 @@ __all__ = [
     "Accumulator",
     "ByClass",
     "Changes",
+    "ChannelMoments",
     "ColumnPairs",
     "Constant",
     "Context",
+    "Correlations",
     "Deviations",
     "DirectDistances",
     "Extremes",

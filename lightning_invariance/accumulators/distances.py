@@ -29,11 +29,11 @@ ROUNDING = 4.0
 class RowDistances(Accumulator):
     r"""``row_distances``: the distances of all ordered pairs within rows, :math:`\sum_i \sum_{j,l} d(x_{ij}, x_{il})`.
 
-    ``(activations,)``, or ``(channels,)`` for ``over="channel"``, in float64.
+    ``(activations,)``, ``(channels,)`` for ``over="channel"`` or ``(1,)`` for ``over="layer"``, in float64.
 
     Attributes:
         distance: ``"abs"``, ``"euclidean"``, ``"cosine"`` or a function; see :func:`distance_between`.
-        over: ``"activation"``, or ``"channel"`` to compare feature maps as vectors.
+        over: ``"activation"``, or ``"channel"`` or ``"layer"`` to compare feature maps or whole layers as vectors.
     """
 
     distance: Distance
@@ -59,12 +59,12 @@ class RowDistances(Accumulator):
         if self.distance == "abs" and self.over == "activation":
             return {"row_distances": absolute_differences(rows.flat, of_rows=True)}
         if self.distance == "cosine":
-            return {"row_distances": _cosine_distances(rows.maps)}
+            return {"row_distances": _cosine_distances(self._values(rows))}
         values = self._values(rows)[:, None]
         return {"row_distances": torch.stack([row_distances(row, self.distance, self.over) for row in values])}
 
     def _values(self, rows: Rows) -> Tensor:
-        return rows.values if self.over == "activation" else rows.maps
+        return rows.values if self.over == "activation" else rows.vectors(self.over)
 
 
 def row_distances(values: Tensor, distance: Distance, over: str) -> Tensor:

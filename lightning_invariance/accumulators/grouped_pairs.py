@@ -37,7 +37,7 @@ class GroupedPairs(Accumulator):
 
     Attributes:
         distance: see :func:`~lightning_invariance.accumulators.distances.distance_between`.
-        over: ``"activation"`` or ``"channel"``.
+        over: ``"activation"``, ``"channel"`` or ``"layer"``.
         samples: largest number of samples in a group.
         run: largest number of consecutive samples that a process gets; at least ``samples``.
         expected: number of samples in all.
@@ -63,7 +63,7 @@ class GroupedPairs(Accumulator):
 
     def add(self, states: States, rows: Rows) -> None:
         """Keep rows until their group is complete, then add its distances."""
-        x = rows.maps if self.over == "channel" else rows.flat[..., None]
+        x = rows.vectors(self.over)
         if not states["groups"].numel():
             m, *shape = x.shape[1:]
             states.update(dict.fromkeys(SUMS, torch.zeros(shape[0], dtype=torch.float64, device=x.device)))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d, max_pool2d, max_pool3d
 
 from lightning_invariance.accumulators.base import Accumulator, add_to
-from lightning_invariance.accumulators.distances import Distance, distance_between, unit_maps, zero_maps
+from lightning_invariance.accumulators.distances import unit_maps, zero_maps
 from lightning_invariance.accumulators.rows import Context, Rows, States
 from lightning_invariance.transforms import TransformationSet
 
@@ -164,7 +164,7 @@ class MappedBack(Accumulator):
             back = transformations.inverse(maps, mapping.input_size)
             if mapping.mask:
                 if not inside.numel():
-                    moved = transformations.of_maps(_ones_like_map(maps), mapping.input_size)
+                    moved = transformations.of_maps(ones_like_map(maps), mapping.input_size)
                     least = transformations.inverse(moved, mapping.input_size)[0].amin(0, keepdim=True)
                     inside = (mapping.inside(least) > 0).flatten()
                 if mapping.flat:
@@ -175,80 +175,6 @@ class MappedBack(Accumulator):
             return inside, replace(rows, values=back, memo={}, channel_axis=0), (~zero).sum((0, 1))
 
         return rows.once(mapping, mapped)
-
-
-@dataclass(frozen=True)
-class DirectDistances(Accumulator):
-    """The paper's first formulation: ‖A(t(x)) − t(A(x))‖, summed over samples and transformations.
-
-    ``row_distances`` ``(activations,)`` or ``(channels,)``, and ``lit`` as in :class:`MappedBack`. Each transformation
-    has its own mask; a pixel that it leaves out has distance 0, and its distances under the other transformations get a
-    larger weight, so that its mean is over the transformations under which it is visible. Infinite distances are NaN.
-
-    Attributes:
-        mapping: how maps are transformed; one transformation must be the identity.
-        distance: see :func:`~lightning_invariance.accumulators.distances.distance_between`.
-        over: ``"activation"``, or ``"channel"`` to compare feature maps as vectors.
-    """
-
-    mapping: BackMapping
-    distance: Distance
-    over: str
-
-    channels_first = True
-    any_channel_axis = True
-
-    def empty(self) -> States:
-        """The states before the first row."""
-        return {"row_distances": torch.zeros(0, dtype=torch.float64), "lit": torch.zeros(0, dtype=torch.long)}
-
-    def add(self, states: States, rows: Rows) -> None:
-        """Add the distances of rows."""
-        lit = (~zero_maps(rows.channels_first)).sum((0, 1))
-        add_to(states, row_distances=self._distances(rows).sum((0, 1)).flatten(), lit=lit)
-
-    def shares(self, rows: Rows, totals: States) -> States:
-        """The distances of each sample, summed over transformations."""
-        return {"row_distances": self._distances(rows).sum(1).flatten(1)}
-
-    def merge(self, a: States, b: States) -> States:
-        """The states after the rows of both."""
-        return {name: a[name] + b[name] for name in ("row_distances", "lit")}
-
-    def prepared(self, context: Context) -> Accumulator:
-        """Prepare the mapping."""
-        return replace(self, mapping=self.mapping.prepared(context))
-
-    def applies_to(self, activation_shape: tuple[int, ...]) -> bool:
-        """Whether activations are feature maps."""
-        return self.mapping.applies_to(activation_shape)
-
-    def dead(self, states: States) -> Tensor:
-        """Which channels were zero everywhere."""
-        return states["lit"] == 0
-
-    def _distances(self, rows: Rows) -> Tensor:
-        """The weighted distances ``(samples, transformations, ...)`` in float64.
-
-        Raises:
-            ValueError: If no transformation is the identity.
-        """
-        transformations, maps, mapping = self.mapping.checked(rows), rows.channels_first, self.mapping
-        identity = transformations.identity
-        if identity is None:
-            identity = _identity_among(transformations, maps, mapping.input_size)
-        expected, found = transformations.of_maps(maps[:, identity], mapping.input_size), maps
-        weight: Tensor | float = 1.0
-        if mapping.mask:
-            inside = mapping.inside(transformations.of_maps(_ones_like_map(maps), mapping.input_size)[0])
-            expected, found = expected * inside, found * inside
-            if self.over == "activation":
-                weight = (len(inside) / inside.sum(0)).flatten(1)
-        if mapping.normalize or self.distance == "cosine":
-            dtype = torch.float64 if self.distance == "cosine" else maps.dtype
-            expected, found = unit_maps(expected.to(dtype))[0], unit_maps(found.to(dtype))[0]
-        distances = distance_between(found.flatten(3), expected.flatten(3), self.distance, self.over)
-        return (distances.masked_fill(distances.isinf(), torch.nan) * weight).double()
 
 
 def check_inverses(transformations: TransformationSet) -> None:
@@ -275,15 +201,6 @@ def identity_of(transformations: TransformationSet) -> int:
     return transformations.identity
 
 
-def _identity_among(transformations: TransformationSet, maps: Tensor, input_size: tuple[int, int] | None) -> int:
-    """Find the transformation that leaves a random feature map unchanged, in a set without a declared identity."""
-    probe = torch.rand(1, *maps.shape[2:], generator=torch.Generator().manual_seed(0)).to(maps.device)
-    moved = transformations.of_maps(probe, input_size)[0]
-    unchanged = [j for j, image in enumerate(moved) if torch.equal(image, probe[0])]
-    if not unchanged:
-        raise ValueError(f'Expected the identity among the transformations for "direct", but got {transformations!r}.')
-    return unchanged[0]
-
-
-def _ones_like_map(maps: Tensor) -> Tensor:
+def ones_like_map(maps: Tensor) -> Tensor:
+    """A feature map of ones, ``(1, 1, *positions)`` in float64."""
     return torch.ones(1, 1, *maps.shape[3:], dtype=torch.float64, device=maps.device)

@@ -82,6 +82,15 @@ class Rows:
         values = self.channels_first
         return values.flatten(3) if values.ndim > 3 else values.reshape(*values.shape[:2], -1, 1)
 
+    def vectors(self, over: str) -> Tensor:
+        """What is compared as one vector, the last axis: ``(samples, transformations, vectors, length)``.
+
+        Single values for ``over="activation"``, feature maps for ``"channel"``, everything for ``"layer"``.
+        """
+        if over == "channel":
+            return self.maps
+        return self.flat[:, :, None] if over == "layer" else self.flat[..., None]
+
     def widen(self) -> None:
         """Convert float16 and bfloat16 values to float32, for all later readers of these rows."""
         if self.values.dtype in HALF:

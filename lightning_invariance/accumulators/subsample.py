@@ -36,7 +36,7 @@ class ColumnPairs(Accumulator):
     Attributes:
         samples: number of samples that each column keeps, or in a group.
         distance: see :func:`~lightning_invariance.accumulators.distances.distance_between`.
-        over: ``"activation"`` or ``"channel"``.
+        over: ``"activation"``, ``"channel"`` or ``"layer"``.
     """
 
     samples: int

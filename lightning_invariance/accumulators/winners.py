@@ -1,14 +1,15 @@
-"""Agreement of transformations on the channel with the largest value."""
+"""Agreement of transformations on the channel with the largest value, such as the predicted class."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators.base import Accumulator, add_to
-from lightning_invariance.accumulators.rows import Rows, States
+from lightning_invariance.accumulators.mapped_back import identity_of
+from lightning_invariance.accumulators.rows import Context, Rows, States
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,52 @@ class Winners(Accumulator):
     def shares(self, rows: Rows, totals: States) -> States:
         """The fraction of each sample."""
         return {"agreements": agreements(rows.maps)[:, None]}
+
+
+@dataclass(frozen=True)
+class Confidences(Accumulator):
+    r"""``confidences`` ``(1,)``: agreement with the identity, weighted by probabilities, summed over samples.
+
+    For each transformation but the identity :math:`\sqrt{p\,p_t}`, where p and p_t are the probabilities of the winner
+    under the identity and under t, or 0 if another channel wins. A sample adds the mean over transformations and
+    positions.
+
+    Attributes:
+        probabilities: whether values are probabilities; otherwise softmax over the channels makes them some.
+        reference: the column of the identity.
+    """
+
+    probabilities: bool = False
+    reference: int = 0
+
+    any_channel_axis = True
+
+    def empty(self) -> States:
+        """The states before the first row."""
+        return {"confidences": torch.zeros(0, dtype=torch.float64)}
+
+    def add(self, states: States, rows: Rows) -> None:
+        """Add the values of rows."""
+        add_to(states, confidences=self.shares(rows, states)["confidences"].sum(0))
+
+    def merge(self, a: States, b: States) -> States:
+        """The states after the rows of both."""
+        return {"confidences": a["confidences"] + b["confidences"]}
+
+    def prepared(self, context: Context) -> Accumulator:
+        """With the column of the identity."""
+        return replace(self, reference=identity_of(context.transformations))
+
+    def shares(self, rows: Rows, totals: States) -> States:
+        """The value of each sample."""
+        maps = rows.maps.double()
+        largest = maps.max(2)
+        log = largest.values.log() if self.probabilities else largest.values - maps.logsumexp(2)
+        own, wins = slice(self.reference, self.reference + 1), largest.indices
+        found = torch.where(wins == wins[:, own], ((log + log[:, own]) / 2).exp(), 0.0)
+        found = torch.where(largest.values.isnan() | largest.values[:, own].isnan(), torch.nan, found)
+        others = [j for j in range(found.shape[1]) if j != self.reference]
+        return {"confidences": found[:, others].flatten(1).mean(1, keepdim=True)}
 
 
 def agreements(maps: Tensor) -> Tensor:

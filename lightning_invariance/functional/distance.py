@@ -25,8 +25,8 @@ def distance_between(x: Tensor, y: Tensor, distance: Distance = "abs", over: str
         y: as ``x``.
         distance: ``"abs"``, ``"squared"``, ``"euclidean"``, ``"cosine"`` (1 − cosine of the angle; 0 for two zero maps,
             1 for one), or a function ``d(x, y)`` of broadcast tensors.
-        over: ``"activation"``: every scalar by itself. ``"channel"``: the last axis is one vector, which a function
-            must reduce.
+        over: ``"activation"``: every scalar by itself. ``"channel"`` (and ``"layer"``): the last axis is one vector,
+            which a function must reduce.
 
     Returns:
         Distances in the broadcast shape, without the last axis for ``over="channel"``.
@@ -71,12 +71,12 @@ def transformation_distance(st: Tensor, distance: Distance = "abs", over: str = 
     Args:
         st: ST tensor ``(samples, transformations, *activation_shape)``.
         distance: see :func:`distance_between`.
-        over: see :func:`distance_between`.
+        over: see :func:`distance_between`; ``"layer"`` takes all activations as one vector.
 
     Returns:
-        Tensor of ``activation_shape``, or ``(channels,)`` for ``over="channel"``, in ``[0, inf)``; 0 is invariant.
+        Tensor of ``activation_shape``, ``(channels,)`` for ``over="channel"`` or ``()`` for ``over="layer"``, in ``[0, inf)``; 0 is invariant.
     """
-    rows = _channels_first(st).transpose(0, 1)
+    rows = _channels_first(st, over).transpose(0, 1)
     return _shaped(average_distance(rows, distance, over).mean(0), st, over)
 
 
@@ -87,7 +87,7 @@ def sample_distance(st: Tensor, distance: Distance = "abs", over: str = "activat
 
     Arguments and shape are as for :func:`transformation_distance`; in ``[0, inf)``.
     """
-    return _shaped(average_distance(_channels_first(st), distance, over).mean(0), st, over)
+    return _shaped(average_distance(_channels_first(st, over), distance, over).mean(0), st, over)
 
 
 def normalized_distance(st: Tensor, distance: Distance = "abs", over: str = "activation") -> Tensor:
@@ -112,11 +112,11 @@ def _or_one(sizes: Tensor) -> Tensor:
     return sizes.masked_fill(sizes == 0, 1)
 
 
-def _channels_first(st: Tensor) -> Tensor:
-    """``(n, m, channels, positions)``."""
+def _channels_first(st: Tensor, over: str) -> Tensor:
+    """``(n, m, channels, positions)``; one channel for ``over="layer"``."""
     n, m, *shape = st.shape
-    return st.reshape(n, m, shape[0] if shape else 1, -1)
+    return st.reshape(n, m, shape[0] if shape and over != "layer" else 1, -1)
 
 
 def _shaped(values: Tensor, st: Tensor, over: str) -> Tensor:
-    return values if over == "channel" else values.reshape(st.shape[2:])
+    return values if over == "channel" else values.reshape(() if over == "layer" else st.shape[2:])

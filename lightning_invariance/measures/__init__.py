@@ -5,8 +5,9 @@ from lightning_invariance.measures.anova import Anova
 from lightning_invariance.measures.base import Measure, quotient
 from lightning_invariance.measures.channel_equivariance import ChannelEquivariance
 from lightning_invariance.measures.components import IntraclassCorrelation, MainEffect
-from lightning_invariance.measures.consistency import Consistency
+from lightning_invariance.measures.consistency import Consistency, EffectiveInvariance
 from lightning_invariance.measures.distance import NormalizedDistance, SampleDistance, TransformationDistance
+from lightning_invariance.measures.equivariance_correlation import EquivarianceCorrelation
 from lightning_invariance.measures.goodfellow import Goodfellow
 from lightning_invariance.measures.same_equivariance import DistanceSameEquivariance, VarianceSameEquivariance
 from lightning_invariance.measures.st_tensor import STTensor
@@ -18,6 +19,8 @@ __all__ = [
     "ChannelEquivariance",
     "Consistency",
     "DistanceSameEquivariance",
+    "EffectiveInvariance",
+    "EquivarianceCorrelation",
     "Goodfellow",
     "IntraclassCorrelation",
     "MainEffect",

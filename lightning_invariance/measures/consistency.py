@@ -1,12 +1,14 @@
-"""Consistency: the agreement of the largest channel, or predicted class, between transformations."""
+"""Agreement of transformations on the largest channel, or predicted class: Consistency and EffectiveInvariance."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators.sums import Sums
-from lightning_invariance.accumulators.winners import Winners
+from lightning_invariance.accumulators.winners import Confidences, Winners
 from lightning_invariance.measures.base import Measure
 
 
@@ -42,6 +44,56 @@ class Consistency(Measure):
         """The mean fraction of pairs that agree."""
         fraction = sums["agreements"] / sums.n_samples
         return fraction if sums.n_channels > 1 else torch.full_like(fraction, torch.nan)
+
+    def value_shape(self, sums: Sums) -> tuple[int, ...]:
+        """One value for the layer."""
+        return ()
+
+
+class EffectiveInvariance(Measure):
+    r"""Effective invariance: agreement with the prediction on x, weighted by the confidence (Deng et al. 2022).
+
+    With the class :math:`\hat y` predicted on x and :math:`\hat y_t` on t(x), and the probabilities p and p_t of
+    :math:`\hat y` on both,
+
+    .. math:: EI(x, t) = \sqrt{p\,p_t} \text{ if } \hat y_t = \hat y, \text{ else } 0
+
+    averaged over samples and over the transformations other than the identity. It is in ``[0, 1]`` and has no unit.
+    Higher is more invariant, and more confident; 1 are equal predictions without doubt. It needs no targets. It is
+    meant for the output of a classifier; in feature maps the channels are compared at each position.
+
+    The value is a scalar. It is NaN where an activation is NaN, and for layers with one channel.
+
+    Args:
+        probabilities: whether the layer gives probabilities. By default it gives logits, and softmax over the channels
+            is applied.
+
+    Raises:
+        ValueError: In an evaluation, if the transformations do not include the identity. Where the measure is updated
+            by hand, the first column is x; ``prepare`` says otherwise.
+
+    Example:
+        >>> import torch
+        >>> from lightning_invariance.measures import EffectiveInvariance
+        >>> measure = EffectiveInvariance(probabilities=True)
+        >>> measure.update(torch.tensor([[[0.1, 0.9], [0.6, 0.4], [0.6, 0.4]]]))  # another class wins: 0
+        >>> measure.update(torch.tensor([[[0.1, 0.9], [0.6, 0.4], [0.1, 0.9]]]))  # 0 and 0.9
+        >>> measure.compute()
+        tensor(0.2250, dtype=torch.float64)
+    """
+
+    any_channel_axis = True
+    higher_is_better = True
+    has_intervals = True
+
+    def __init__(self, probabilities: bool = False, **kwargs: Any) -> None:
+        super().__init__([Confidences(probabilities)], **kwargs)
+        self.probabilities = probabilities
+
+    def value(self, sums: Sums) -> Tensor:
+        """The mean over samples."""
+        found = sums["confidences"] / sums.n_samples
+        return found if sums.n_channels > 1 else torch.full_like(found, torch.nan)
 
     def value_shape(self, sums: Sums) -> tuple[int, ...]:
         """One value for the layer."""

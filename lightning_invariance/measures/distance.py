@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_invariance.accumulators.distances import Distance
 from lightning_invariance.accumulators.sums import Sums
-from lightning_invariance.aggregation import AGGREGATES, aggregate_maps
+from lightning_invariance.aggregation import AGGREGATES, aggregate_maps, aggregated_shape
 from lightning_invariance.measures.base import Measure, quotient
 from lightning_invariance.measures.pair_distances import pair_distances
 
@@ -49,14 +49,15 @@ class MeasureOfDistances(Measure):
         return not callable(self.distance) and super().takes_any_channel_axis
 
     def value_shape(self, sums: Sums) -> tuple[int, ...]:
-        """``activation_shape``, or ``(channels,)`` with ``aggregate`` or ``over="channel"``."""
-        of_channels = self.over == "channel" or self.aggregate is not None
-        return (sums.n_channels,) if of_channels else sums.activation_shape
+        """``activation_shape``, ``(channels,)`` with ``over="channel"``, or as ``aggregate`` says."""
+        if self.over != "activation":
+            return (sums.n_channels,) if self.over == "channel" else ()
+        return aggregated_shape(sums.activation_shape, self.aggregate, sums.channel_axis)
 
     def aggregated(self, values: Tensor, sums: Sums) -> Tensor:
         """Apply ``aggregate`` to distances of all activations."""
-        if self.over == "channel":
-            return values  # one for each channel
+        if self.over != "activation":
+            return values  # one for each channel, or one
         return aggregate_maps(sums.shaped(values), self.aggregate, sums.channel_axis)
 
 
@@ -80,11 +81,12 @@ class TransformationDistance(MeasureOfDistances):
             eq. 7). ``"euclidean"`` and ``"cosine"``: of feature maps only. Or a symmetric function ``d(x, y)`` of
             broadcast tensors with d(x, x) = 0, which keeps their shape for ``over="activation"`` and reduces their last
             axis for ``over="channel"``.
-        over: ``"activation"``: every scalar by itself. ``"channel"``: a feature map is one vector.
+        over: ``"activation"``: every scalar by itself. ``"channel"``: a feature map is one vector. ``"layer"``: all
+            activations of a layer are one vector, and the value is a scalar.
         samples: s, the number of samples in each group, or that each column keeps; see :class:`SampleDistance`. It has
             no effect on TD.
         aggregate: ``"mean"``, ``"max"`` or ``"sum"`` of the distances in a feature map, before any quotient, gives one
-            value for each channel; None keeps a value for each activation.
+            value for each channel; ``"layer"`` sums over the layer; None keeps a value for each activation.
 
     Example:
         >>> import torch
@@ -163,7 +165,8 @@ class NormalizedDistance(MeasureOfDistances):
 
     It is in ``[0, inf]`` and has no unit. Lower is more invariant: 0 is invariant; around 1 transformations matter as
     much as samples do. :class:`TransformationDistance` is exact, :class:`SampleDistance` is estimated; the standard
-    error of ND in a result contains the error of SD only.
+    error of ND in a result contains the error of SD only. ``NormalizedDistance("euclidean", over="layer")`` is the
+    sensitivity Sens of Speicher et al. (2024).
 
     The value has ``activation_shape``, or is ``(channels,)`` for ``over="channel"`` or with ``aggregate``. It is NaN,
     with a warning, for fewer than two samples or transformations.

@@ -16,6 +16,7 @@ from lightning_invariance.aggregation import aggregate_maps
 from lightning_invariance.measures.variance import sample_variance, transformation_variance
 from lightning_invariance.messages import check_int
 
+OVER = ("activation", "channel", "layer")
 DISTANCES = ("abs", "squared", "euclidean", "cosine")
 
 
@@ -44,7 +45,7 @@ class PairDistances:
         if "groups" in sums:
             mean = self._mean_in_groups(sums)[0]
             return torch.where(mean.isinf(), torch.nan, mean) * ((n - 1) / n)
-        flawed = sums["flawed"]
+        flawed = sums["flawed"].any() if self.over == "layer" else sums["flawed"]
         if self.over == "channel":
             flawed = aggregate_maps(sums.shaped(flawed), "max", sums.channel_axis)
         return torch.where(flawed.flatten(), torch.nan, self._mean_of_kept(sums).flatten()) * ((n - 1) / n)
@@ -62,7 +63,9 @@ class PairDistances:
     def _mean_of_kept(self, sums: Sums) -> Tensor:
         keys = sums["keys"]
         kept = sums["kept"].view(*sums["kept"].shape[:2], *(sums.activation_shape or (1,)))
-        if self.over == "channel" and sums.channel_axis:
+        if self.over == "layer":
+            kept = kept.flatten(2)[:, :, None]
+        elif self.over == "channel" and sums.channel_axis:
             kept = kept.movedim(2 + sums.channel_axis, 2)
         full = keys != EMPTY
         counts = full.sum(1).tolist()
@@ -107,13 +110,14 @@ class SquaredDistances:
         return None
 
     def _over(self, values: Tensor, sums: Sums) -> Tensor:
-        return aggregate_maps(values, "sum" if self.over == "channel" else None, sums.channel_axis).flatten()
+        how = {"activation": None, "channel": "sum", "layer": "layer"}[self.over]
+        return aggregate_maps(values, how, sums.channel_axis).flatten()
 
 
 def pair_distances(distance: Distance, over: str, samples: int) -> PairDistances | SquaredDistances:
     """Check the arguments, and choose between pairs and variances."""
-    if over not in ("activation", "channel"):
-        raise ValueError(f'Expected argument `over` to be "activation" or "channel", but got {over!r}.')
+    if over not in OVER:
+        raise ValueError(f"Expected argument `over` to be one of {OVER}, but got {over!r}.")
     if not callable(distance) and distance not in DISTANCES:
         raise ValueError(f"Expected argument `distance` to be one of {DISTANCES} or a function, but got {distance!r}.")
     if over == "activation" and distance in ("euclidean", "cosine"):

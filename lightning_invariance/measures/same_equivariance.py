@@ -29,6 +29,8 @@ class SameEquivariance(Measure):
     def __init__(
         self, needs: Accumulator, mapping: BackMapping, over: str, normalized_by: str | None, **kwargs: Any
     ) -> None:
+        if over not in ("activation", "channel"):
+            raise ValueError(f'Expected argument `over` to be "activation" or "channel", but got {over!r}.')
         super().__init__([needs], **kwargs)
         self.transformations, self.normalize, self.mask = mapping.transformations, mapping.normalize, mapping.mask
         self.input_size, self.over, self.normalized_by = mapping.input_size, over, normalized_by
@@ -128,8 +130,6 @@ class VarianceSameEquivariance(SameEquivariance):
         input_size: tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> None:
-        if over not in ("activation", "channel"):
-            raise ValueError(f'Expected argument `over` to be "activation" or "channel", but got {over!r}.')
         mapping = back_mapping(transformations, normalize, mask, normalized_by, input_size)
         # The changes under each transformation are enough for the variance of whole feature maps, and need less memory.
         whole_maps = over == "channel" and normalized_by is None

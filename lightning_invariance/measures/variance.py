@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_invariance.accumulators import Deviations
 from lightning_invariance.accumulators.sums import Sums
-from lightning_invariance.aggregation import AGGREGATES, aggregate_maps
+from lightning_invariance.aggregation import AGGREGATES, aggregate_maps, aggregated_shape
 from lightning_invariance.measures.base import Measure, quotient
 
 
@@ -55,8 +55,8 @@ class MeasureOfVariances(Measure):
         return self.of_variances(*parts)
 
     def value_shape(self, sums: Sums) -> tuple[int, ...]:
-        """``activation_shape``, or ``(channels,)`` with ``aggregate``."""
-        return sums.activation_shape if self.aggregate is None else (sums.n_channels,)
+        """``activation_shape``, or what is left of it with ``aggregate``."""
+        return aggregated_shape(sums.activation_shape, self.aggregate, sums.channel_axis)
 
 
 def transformation_variance(sums: Sums, squared: bool = True) -> Tensor:
@@ -88,7 +88,8 @@ class TransformationVariance(MeasureOfVariances):
     Args:
         squared: if false, average standard deviations instead of variances, in units of the activation.
         aggregate: ``"mean"``, ``"max"`` or ``"sum"`` of the variances in a feature map, before any quotient, gives one
-            value for each channel; None keeps a value for each activation.
+            value for each channel; ``"layer"`` sums over the layer, and the value is a scalar; None keeps a value for
+            each activation.
         response: also measure which transformations change the layer; see :meth:`response`.
 
     Example:
@@ -167,7 +168,8 @@ class NormalizedVariance(MeasureOfVariances):
     than two samples or transformations.
 
     Args: see :class:`TransformationVariance`. With ``aggregate`` both variances are aggregated before the quotient;
-        the paper, as the default, divides for every activation.
+        the paper, as the default, divides for every activation. With ``"layer"`` it is ΣTV / ΣSV, the generalisation
+        in latent space of Kvinge et al. (2022) up to constants.
 
     Example:
         >>> import torch
@@ -186,7 +188,7 @@ class NormalizedVariance(MeasureOfVariances):
     @property
     def denominator(self) -> str | None:  # type: ignore[override]
         """The sum of the sample variance, where the value is a quotient of sums."""
-        return "column_spread" if self.squared and self.aggregate in (None, "mean") else None
+        return "column_spread" if self.squared and self.aggregate in (None, "mean", "layer") else None
 
     def of_variances(self, transformation: Tensor, sample: Tensor) -> Tensor:
         """TV / SV."""
