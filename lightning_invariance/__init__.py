@@ -11,10 +11,13 @@ from lightning_invariance.transforms import (
     combine,
     flips,
     noise,
+    permutations,
     quarter_turns,
     rotations,
     scales,
+    shifts,
     translations,
+    volume_rotations,
 )
 
 __all__ = [
@@ -29,8 +32,11 @@ __all__ = [
     "flips",
     "layer_names",
     "noise",
+    "permutations",
     "quarter_turns",
     "rotations",
     "scales",
+    "shifts",
     "translations",
+    "volume_rotations",
 ]

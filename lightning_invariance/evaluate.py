@@ -46,6 +46,7 @@ def evaluate(
     outputs: Metric | Sequence[Metric] | Mapping[str, Metric] | None = None,
     outputs_move: bool = False,
     channel_axis: Mapping[str, int] | None = None,
+    vectors: Mapping[str, int | Sequence[int]] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> InvarianceResult:
@@ -99,6 +100,9 @@ def evaluate(
             names or glob patterns, ``{"blocks.*": -1}``. By default the first axis of convolutions and batch norms, the
             last of ``Linear``, ``LayerNorm`` and ``Embedding``, the axis of the input for modules that keep its shape,
             and else the first of (C, H, W) and the last of (tokens, C). ``result.channel_axis`` says it.
+        vectors: which axis (or axes) of the activation of some layers holds vectors that turn with the input, as a dict
+            of names or glob patterns, ``{"coordinates": -1}``: measures of equivariance turn them back. They have as
+            many entries as the input has axes of positions: 3 for :func:`volume_rotations`.
         seed: of the choice of samples and of random transformations.
         progress: show a bar when the walk takes longer than a few seconds.
 
@@ -140,6 +144,7 @@ def evaluate(
         outputs=named_metrics(outputs),
         outputs_move=outputs_move,
         channel_axis=channel_axis,
+        vectors=vectors,
         seed=seed,
         progress=progress,
     )

@@ -20,13 +20,13 @@ class Moments(NamedTuple):
     """Moments of the N values of each channel, over samples and positions; b stands for f(t x) and a for f(x).
 
     Attributes:
-        count: N.
+        number: N.
         means: of b under each transformation, ``(m, channels)``.
         squares: Σ (b − mean b)², ``(m, channels)``.
         products: Σ (b − mean b)(a − mean a), ``(m, channels of b, channels of a)``, or ``(m, channels)`` of equal ones.
     """
 
-    count: Tensor
+    number: Tensor
     means: Tensor
     squares: Tensor
     products: Tensor
@@ -60,8 +60,11 @@ class ChannelMoments(Accumulator):
 
     def empty(self) -> States:
         """The states before the first row."""
-        states = {name: torch.zeros(*[0] * axes, dtype=torch.float64) for name, axes in zip(MOMENTS[1:], (3, 3, 4))}
-        return {"fold_counts": torch.zeros(2, dtype=torch.long), "images": torch.zeros(0, 0, 0).double(), **states}
+        states = {
+            name: torch.zeros([0] * axes, dtype=torch.float64)
+            for name, axes in zip(MOMENTS[1:], (3, 3, 4), strict=True)
+        }
+        return {"fold_counts": torch.zeros(2, dtype=torch.long), "images": states["channel_means"].clone(), **states}
 
     def add(self, states: States, rows: Rows) -> None:
         """Add the moments of rows to their folds."""

@@ -48,6 +48,7 @@ class DirectPairs(Accumulator):
             if identity is None:
                 identity = _identity_among(transformations, maps, mapping.input_size)
             expected = transformations.of_maps(maps[:, identity], mapping.input_size)
+            expected = rows.turned(expected, transformations, inverse=False)
             if not mapping.mask:
                 return maps, expected, None
             inside = mapping.inside(transformations.of_maps(ones_like_map(maps), mapping.input_size)[0])

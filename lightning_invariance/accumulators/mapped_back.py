@@ -26,10 +26,10 @@ class BackMapping:
         normalize: whether each feature map is divided by its euclidean norm.
         mask: 0 for no mask; 1 to leave out pixels that some transformation moves out of the frame; a larger number also
             leaves out pixels less than that many pixels away from them.
-        input_size: the last two axes of the network's input (height and width), for maps of another size.
+        input_size: shape of the network's input, or its last axes, for maps of another size.
         flat: whether maps become ``(channels, positions inside the mask)``, and activations without positions,
             ``(channels,)``, are measured as they are.
-        axes: number of axes of the activations that count as feature maps.
+        input_shape: shape of the network's input, which decides what counts as a feature map; empty if unknown.
     """
 
     transformations: TransformationSet | None
@@ -37,7 +37,7 @@ class BackMapping:
     mask: int
     input_size: tuple[int, ...] | None
     flat: bool = False
-    axes: int = 3
+    input_shape: tuple[int, ...] = ()
 
     def prepared(self, context: Context) -> BackMapping:
         """Fill in the transformations and the input size of an evaluation, if none were given."""
@@ -45,8 +45,7 @@ class BackMapping:
         known = replace(self, transformations=self.transformations or context.transformations)
         if not context.input_shape:
             return known
-        axes = max(2, len(context.input_shape))  # tokens (T,) become vectors (T, channels)
-        return replace(known, axes=axes, input_size=self.input_size or context.input_shape[-2:])
+        return replace(known, input_shape=context.input_shape, input_size=self.input_size or context.input_shape)
 
     def checked(self, rows: Rows) -> TransformationSet:
         """Return the transformations.
@@ -67,7 +66,11 @@ class BackMapping:
 
     def applies_to(self, activation_shape: tuple[int, ...]) -> bool:
         """Whether activations are feature maps: they have as many axes as the input."""
-        return len(activation_shape) == self.axes or (self.flat and len(activation_shape) == 1)
+        if self.flat and len(activation_shape) == 1:
+            return True
+        if self.transformations is None or not self.input_shape:
+            return len(activation_shape) == 3
+        return self.transformations.fits(activation_shape, self.input_shape)
 
     def inside(self, visible: Tensor) -> Tensor:
         """The mask, 1 or 0, given the visible fraction of each pixel ``(columns, 1, *positions)``."""
@@ -158,6 +161,7 @@ class MappedBack(Accumulator):
 
         def mapped() -> tuple[Tensor, Rows, Tensor]:
             maps, inside = rows.channels_first, states["inside"]
+            maps = rows.turned(maps, transformations, inverse=True)
             lit = torch.zeros(0, dtype=torch.long, device=maps.device)
             if maps.ndim == 3:  # no positions to map back
                 return inside, replace(rows, values=maps, memo={}, channel_axis=0), lit

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -56,6 +56,7 @@ class Rows:
         memo: results for these rows that the accumulators of this layer reuse; see :meth:`once`.
         block_memo: results for these samples that the accumulators of all layers reuse.
         channel_axis: axis of the activation that holds the channels.
+        vector_axes: axes of the activation along which vectors stand that turn with the input.
     """
 
     values: Tensor
@@ -65,6 +66,7 @@ class Rows:
     memo: dict[Hashable, Any] = field(default_factory=dict)
     block_memo: dict[Hashable, Any] = field(default_factory=dict)
     channel_axis: int = 0
+    vector_axes: tuple[int, ...] = ()
 
     @property
     def flat(self) -> Tensor:
@@ -75,6 +77,13 @@ class Rows:
     def channels_first(self) -> Tensor:
         """``(samples, transformations, channels, *positions)``."""
         return self.values.movedim(2 + self.channel_axis, 2) if self.channel_axis else self.values
+
+    def turned(self, st: Tensor, transformations: TransformationSet, inverse: bool) -> Tensor:
+        """Turn the vectors in :attr:`channels_first`, or in maps of that shape, with the transformations or back."""
+        for axis in self.vector_axes:
+            place = 0 if axis == self.channel_axis else axis + (axis < self.channel_axis)
+            st = transformations.turned(st, 2 + place, inverse)
+        return st
 
     @property
     def maps(self) -> Tensor:
@@ -108,4 +117,6 @@ class Rows:
         there = samples.to(self.values.device, non_blocking=True)
         indices = None if self.indices is None else self.indices[samples]
         labels = None if self.labels is None else self.labels[samples.to(self.labels.device)]
-        return Rows(self.values[there], indices, labels, before, channel_axis=self.channel_axis)
+        return replace(
+            self, values=self.values[there], indices=indices, labels=labels, before=before, memo={}, block_memo={}
+        )

@@ -203,7 +203,7 @@ class _SamplesAsColumns(TransformationSet):
     def __init__(self, count: int) -> None:
         super().__init__([f"sample {i}" for i in range(count)])
 
-    def _apply(self, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
+    def _apply(self, x: Tensor, input_size: tuple[int, ...] | None) -> Tensor:
         return x[:, None] * len(self) + torch.arange(len(self), device=x.device)[:, None]
 
     def _select(self, columns: list[int]) -> TransformationSet:

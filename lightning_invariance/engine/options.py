@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ class Options:
 
     Raises:
         ValueError: If ``batch_size`` or ``max_samples`` is too small, or ``confidence`` is not in (0, 1).
-        TypeError: If ``channel_axis`` is no mapping.
+        TypeError: If ``channel_axis`` or ``vectors`` is no mapping.
     """
 
     layers: Layers = None
@@ -32,6 +32,7 @@ class Options:
     input_fn: Callable[..., Tensor] | None = None
     transform_at: str | None = None
     channel_axis: Mapping[str, int] | None = None
+    vectors: Mapping[str, int | Sequence[int]] | None = None
     operations: bool = False
     include_input: bool = False
     state_budget: int | None = None
@@ -48,8 +49,10 @@ class Options:
             check_int("max_samples", self.max_samples)
         if self.confidence is not None:
             check_confidence(self.confidence)
-        if self.channel_axis is not None and not isinstance(self.channel_axis, Mapping):
-            raise TypeError(
-                "Expected argument `channel_axis` to be a dict of names or patterns of layers, but got"
-                f' {self.channel_axis!r}: write {{"*": {self.channel_axis!r}}} for all layers.'
-            )
+        for name in ("channel_axis", "vectors"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Mapping):
+                raise TypeError(
+                    f"Expected argument `{name}` to be a dict of names or patterns of layers, but got {value!r}: write"
+                    f' {{"*": {value!r}}} for all layers.'
+                )

@@ -96,9 +96,8 @@ class OutputMetrics:
                     f"Expected floating-point predictions for `outputs_move`, but got {predictions.dtype}: let"
                     " `forward` return logits or probabilities, since classes cannot be interpolated."
                 )
-            height, width = block.inputs.shape[-2:]
             moved = self._moved.select(range(len(self._labels))[block.columns])
-            predictions = moved.inverse(predictions, (height, width))
+            predictions = moved.inverse(predictions, tuple(block.inputs.shape[2:]))
         targets = targets.to(predictions.device).contiguous()  # some metrics view their arguments
         for name, clones in self._clones.items():
             for column, metric in enumerate(clones[block.columns]):

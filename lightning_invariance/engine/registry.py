@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
+from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 import torch
@@ -39,6 +40,7 @@ class Registry:
         expected, run: how many samples there will be, if known, and how many in a row a process shows.
         confidence: of intervals, which take a second pass; None for none.
         input_layer: name of the layer that is the transformed input; empty if it is not measured.
+        vectors: layer or glob pattern → axes of its activation along which vectors stand.
 
     Attributes:
         layers: name → state, in the order in which the layers ran.
@@ -60,8 +62,9 @@ class Registry:
         run: int = 0,
         confidence: float | None = None,
         input_layer: str = "",
+        vectors: Mapping[str, int | Sequence[int]] | None = None,
     ) -> None:
-        self.input_layer = input_layer
+        self.input_layer, self._vectors = input_layer, vectors or {}
         self.measures = {key: deepcopy(measure) for key, measure in measures.items()}
         self.transformations, self.confidence, self.expected, self._run = transformations, confidence, expected, run
         self.layers: dict[str, LayerState] = {}
@@ -153,7 +156,8 @@ class Registry:
         """
         block = self._block
         assert block is not None  # noqa: S101 - see `start_block`
-        rows = Rows(st, block.indices, block.labels, 0, {}, self._memo, layer.ordered_channel_axis)
+        vectors = self._vector_axes(name, layer)
+        rows = Rows(st, block.indices, block.labels, 0, {}, self._memo, layer.ordered_channel_axis, vectors)
         layer.add(rows)
         if not self.in_first_pass:
             for influence in self.influences.get(name, {}).values():
@@ -164,6 +168,22 @@ class Registry:
             kept = rows.values.clone()  # which the metric may keep, while later modules change it in place
             known = {key: v for key in ("indices", "labels") if (v := getattr(block, key)) is not None}
             metric.update(kept, **metric._filter_kwargs(**known))
+
+    def _vector_axes(self, name: str, layer: LayerState) -> tuple[int, ...]:
+        """The axes of an activation, in the layer's order, along which vectors stand."""
+        if name in (INPUT, self.input_layer):
+            axes = self.transformations.input_vectors
+        else:
+            fitting = [axes for pattern, axes in self._vectors.items() if name == pattern or fnmatchcase(name, pattern)]
+            axes = () if not fitting else (fitting[-1],) if isinstance(fitting[-1], int) else tuple(fitting[-1])
+        count = len(layer.shape)
+        if wrong := [axis for axis in axes if not -count <= axis < count]:
+            raise ValueError(
+                f"Expected argument `vectors` to name axes of the activation of layer {name!r}, whose shape is"
+                f" {layer.shape}, but got {wrong[0]}."
+            )
+        own = [axis % count for axis in axes]
+        return tuple(layer.order.index(axis) for axis in own) if layer.order else tuple(own)
 
     def wants(self, name: str) -> bool:
         """Whether anything is done with rows of a layer in the pass at hand."""

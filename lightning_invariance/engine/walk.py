@@ -124,7 +124,8 @@ class Walk:
         """
         confidence = self.options.confidence
         run, input_layer = loader.source.run, self._input_layer()
-        registry = Registry(measures, loader.transformations, loader.n_samples, run, confidence, input_layer)
+        about_layers = confidence, input_layer, self.options.vectors
+        registry = Registry(measures, loader.transformations, loader.n_samples, run, *about_layers)
         blocks = Blocks(registry, self.options.channel_axis, within=self.transformed_module is not None)
         if self.options.outputs:
             how = self.device, confidence, self.options.outputs_move

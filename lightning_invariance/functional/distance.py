@@ -74,7 +74,8 @@ def transformation_distance(st: Tensor, distance: Distance = "abs", over: str = 
         over: see :func:`distance_between`; ``"layer"`` takes all activations as one vector.
 
     Returns:
-        Tensor of ``activation_shape``, ``(channels,)`` for ``over="channel"`` or ``()`` for ``over="layer"``, in ``[0, inf)``; 0 is invariant.
+        Tensor of ``activation_shape``, ``(channels,)`` for ``over="channel"``, or ``()`` for ``over="layer"``; in
+        ``[0, inf)``, where 0 is invariant.
     """
     rows = _channels_first(st, over).transpose(0, 1)
     return _shaped(average_distance(rows, distance, over).mean(0), st, over)

@@ -20,7 +20,7 @@ def mapped_back(
     transformations: TransformationSet,
     normalize: bool = True,
     mask: bool | int = False,
-    input_size: tuple[int, int] | None = None,
+    input_size: tuple[int, ...] | None = None,
 ) -> Tensor:
     r"""The matrix ST' (paper, eq. 8): the inverse of transformation j applied to column j of feature maps.
 
@@ -47,7 +47,7 @@ def unit_vectors(st: Tensor) -> Tensor:
 
 
 def inside_mask(
-    st: Tensor, transformations: TransformationSet, mask: bool | int, input_size: tuple[int, int] | None
+    st: Tensor, transformations: TransformationSet, mask: bool | int, input_size: tuple[int, ...] | None
 ) -> Tensor:
     """Which pixels of a feature map no transformation moves out of the frame: bool (height, width).
 
@@ -80,7 +80,7 @@ def variance_same_equivariance(
     over: str = "channel",
     mask: bool | int = False,
     normalized_by: str | None = None,
-    input_size: tuple[int, int] | None = None,
+    input_size: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Variance-based same-equivariance (paper, section 2.6): the transformation variance of ST'.
 
@@ -113,7 +113,7 @@ def distance_same_equivariance(
     over: str = "channel",
     mask: bool | int = False,
     normalized_by: str | None = None,
-    input_size: tuple[int, int] | None = None,
+    input_size: tuple[int, ...] | None = None,
     formulation: str = "pairs",
 ) -> Tensor:
     """Distance-based same-equivariance (paper, eq. 8): the transformation distance of ST'.
@@ -142,7 +142,7 @@ def _direct(
     normalize: bool,
     over: str,
     mask: bool | int,
-    input_size: tuple[int, int] | None,
+    input_size: tuple[int, ...] | None,
 ) -> Tensor:
     """The mean distance of A(t(x)) and t(A(x)) over samples and transformations; A(x) is the identity's column."""
     if transformations.identity is None:

@@ -167,15 +167,16 @@ class ChannelEquivariance(Measure):
         """The sums with totals, with residuals of both folds, and with assignments, which no single sample changes."""
         if RESIDUALS in sums:
             return sums
-        folds = [ChannelMoments.moments(sums.states, fold) for fold in (0, 1)]
+        folds = ChannelMoments.moments(sums.states, 0), ChannelMoments.moments(sums.states, 1)
         totals, reference = totals_of(folds, sums["images"], sums.n_samples), self._reference
         found = {TOTALS: totals}
         if self.channels == "linear":
-            found[RESIDUALS] = sum(of_regression(*pair, self.ridge, reference) for pair in (folds, folds[::-1]))
+            of_folds = [of_regression(*pair, self.ridge, reference) for pair in (folds, folds[::-1])]
+            found[RESIDUALS] = of_folds[0] + of_folds[1]
         elif self.channels == "permutation":
             found[RESIDUALS], found[SOURCES] = of_assignments(folds, totals, reference)
         else:
-            found[RESIDUALS] = sum(squared_residuals(fold, reference)[..., 0] for fold in folds)
+            found[RESIDUALS] = sum((squared_residuals(fold, reference)[..., 0] for fold in folds), torch.zeros(()))
             found[SOURCES] = torch.arange(sums.n_channels, device=totals.device).expand(3, *totals.shape)
         return replace(sums, states={**sums.states, **found})
 
@@ -195,7 +196,6 @@ class ChannelEquivariance(Measure):
     def _reference(self) -> int:
         """The column of the identity."""
         return identity_of(self._transformations)
-
 
 
 def of_assignments(folds: Sequence[Moments], totals: Tensor, reference: int) -> tuple[Tensor, Tensor]:
@@ -231,7 +231,7 @@ def totals_of(folds: Sequence[Moments], images: Tensor, n_samples: int) -> Tenso
     means = images.mean(2)
     total = torch.zeros_like(means)
     for fold in folds:
-        total += fold.squares + fold.count.to(means) * (fold.means - means).square()
+        total += fold.squares + fold.number.to(means) * (fold.means - means).square()
     of_images = n_samples * (images - means[..., None]).square().sum(2)
     rounding = 64 * torch.finfo(total.dtype).eps * total  # of a channel with one image for all samples
     return torch.where(total - of_images > rounding, total - of_images, 0.0)
@@ -249,14 +249,15 @@ def squared_residuals(moments: Moments, reference: int, j: int | None = None) ->
     means, squares, products = (each[columns] for each in moments[1:])
     of_a = moments.means[reference], moments.squares[reference]
     mean, square = (each if products.shape[2] > 1 else each[:, None] for each in of_a)
-    found = (means[..., None] - mean).square_().mul_(moments.count.to(means)).sub_(products, alpha=2)
+    found = (means[..., None] - mean).square_().mul_(moments.number.to(means)).sub_(products, alpha=2)
     return found.add_(squares[..., None]).add_(square).clamp_min_(0)
 
 
 def assigned(costs: Tensor) -> Tensor:
     """The column assigned to each row, one to one, with the least sum of costs ``(channels, channels)``."""
     finite = torch.where(costs.isfinite(), costs, 1e30)  # undefined channels get what is left
-    return torch.from_numpy(linear_sum_assignment(finite.cpu().numpy())[1])
+    found: Tensor = torch.from_numpy(linear_sum_assignment(finite.cpu().numpy())[1])
+    return found
 
 
 def of_regression(train: Moments, test: Moments, ridge: float, reference: int) -> Tensor:
@@ -269,7 +270,8 @@ def of_regression(train: Moments, test: Moments, ridge: float, reference: int) -
     explained = (weights @ test.products[reference] * weights).sum(2) - 2 * (weights * test.products).sum(2)
     shift = test.means[reference] - train.means[reference]
     apart = test.means - train.means - (weights @ shift[:, None])[..., 0]
-    return (test.squares + explained + test.count.to(apart) * apart.square()).clamp_min(0)
+    residuals: Tensor = test.squares + explained + test.number.to(apart) * apart.square()
+    return residuals.clamp_min(0)
 
 
 def closure(goes: Tensor, products: Tensor, reference: int) -> Tensor:

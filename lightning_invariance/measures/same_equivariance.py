@@ -63,7 +63,7 @@ def back_mapping(
     normalize: bool,
     mask: bool | int,
     normalized_by: str | None,
-    input_size: tuple[int, int] | None,
+    input_size: tuple[int, ...] | None,
 ) -> BackMapping:
     """Check the arguments of the inverse mapping."""
     if normalized_by not in (None, "samples"):
@@ -127,7 +127,7 @@ class VarianceSameEquivariance(SameEquivariance):
         over: str = "channel",
         mask: bool | int = False,
         normalized_by: str | None = None,
-        input_size: tuple[int, int] | None = None,
+        input_size: tuple[int, ...] | None = None,
         **kwargs: Any,
     ) -> None:
         mapping = back_mapping(transformations, normalize, mask, normalized_by, input_size)
@@ -201,7 +201,7 @@ class DistanceSameEquivariance(SameEquivariance):
         over: str = "channel",
         mask: bool | int = False,
         normalized_by: str | None = None,
-        input_size: tuple[int, int] | None = None,
+        input_size: tuple[int, ...] | None = None,
         samples: int = 16,
         formulation: str = "pairs",
         **kwargs: Any,

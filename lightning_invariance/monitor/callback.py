@@ -77,7 +77,8 @@ class InvarianceMonitor(Callback):
         layers: which layers, by default every leaf; see :func:`layer_names`.
         every_n_epochs: how often to evaluate, in epochs, or in validations where an epoch has several.
         max_samples: how many samples: a random choice, equal at every evaluation. None uses all.
-        batch_size: see :func:`evaluate`, as for ``forward``, ``input_fn``, ``seed``, ``channel_axis``, ``operations``.
+        batch_size: see :func:`evaluate`, as for ``forward``, ``input_fn``, ``seed``, ``channel_axis``, ``vectors``,
+            ``operations``.
         include_input: whether the first row of every table and picture is the transformed input itself, ``"input"``.
         name: added to the names of the measures, ``{Measure}_rotation``; needed where there are several monitors.
         histograms: whether TensorBoard gets the distribution over channels.
@@ -117,6 +118,7 @@ class InvarianceMonitor(Callback):
         histograms: bool = False,
         limits: tuple[float, float] | None = None,
         channel_axis: Mapping[str, int] | None = None,
+        vectors: Mapping[str, int | Sequence[int]] | None = None,
         operations: bool = False,
         include_input: bool = True,
         confidence: float | None = None,
@@ -135,6 +137,7 @@ class InvarianceMonitor(Callback):
             forward=forward,
             input_fn=input_fn,
             channel_axis=channel_axis,
+            vectors=vectors,
             operations=operations,
             include_input=include_input,
             confidence=confidence,

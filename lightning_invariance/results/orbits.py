@@ -31,7 +31,9 @@ class Orbits(list[Orbit]):
     def __repr__(self) -> str:
         counts = Counter(len(orbit.channels) for orbit in self)
         sizes = ", ".join(f"{count} of size {size}" for size, count in sorted(counts.items(), reverse=True))
-        rows = [[str(len(orbit.channels)), format_cell(orbit.score), " ".join(map(str, orbit.channels))] for orbit in self]
+        rows = [
+            [str(len(orbit.channels)), format_cell(orbit.score), " ".join(map(str, orbit.channels))] for orbit in self
+        ]
         total = f"{number_of(len(self), 'orbit')}{': ' if self else ''}{sizes}"
         return f"{aligned([['size', 'R²', 'channels'], *rows], left=0)}\n{total}" if self else total
 

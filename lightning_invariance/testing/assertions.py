@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lightning_invariance.evaluate import evaluate
-from lightning_invariance.measures import Measure, NormalizedVariance, VarianceSameEquivariance
+from lightning_invariance.measures import ChannelEquivariance, Measure, NormalizedVariance, VarianceSameEquivariance
 from lightning_invariance.messages import level_of_user, number_of, some
 from lightning_invariance.model.selection import Layers
 from lightning_invariance.results.intervals import MAX_LEFT_OUT, Interval, check_confidence
@@ -46,8 +46,8 @@ def assert_invariant(
             transformations matter as much as samples do.
         layers: which layers; by default every leaf module.
         confidence: confidence level of the intervals.
-        measure: a measure with intervals of which lower is more invariant; by default
-            ``NormalizedVariance(response=True)``.
+        measure: a measure with intervals; by default ``NormalizedVariance(response=True)``. Where higher is more
+            invariant, at most 1, the bound is of 1 − value.
         options: other arguments of :func:`~lightning_invariance.evaluate`, such as ``max_samples``.
 
     Returns:
@@ -79,6 +79,7 @@ def assert_equivariant(
     layers: Layers = None,
     confidence: float = 0.95,
     measure: Measure | None = None,
+    channels: str | None = None,
     **options: Any,
 ) -> InvarianceResult:
     """Assert that the upper confidence bound of the same-equivariance of every layer is below ``within``.
@@ -86,7 +87,9 @@ def assert_equivariant(
     Arguments, result and errors are as for :func:`assert_invariant`. The default measure is
     ``VarianceSameEquivariance(mask=True)``, which excludes pixels that leave the frame; it needs transformations with
     inverses, and excludes layers without feature maps. Where transformations interpolate, even the identity network is
-    above 0; its value is ``result.floor``.
+    above 0; its value is ``result.floor``. With ``channels="permutation"`` (or ``"identity"``) the measure is
+    :class:`~lightning_invariance.measures.ChannelEquivariance`: what may remain unexplained, 1 − R², is below
+    ``within``. Give ``vectors={"layer": axis}`` for layers with vectors that turn.
 
     Example:
         >>> import torch
@@ -95,7 +98,12 @@ def assert_equivariant(
         >>> relu = torch.nn.Sequential(torch.nn.ReLU())
         >>> _ = assert_equivariant(relu, torch.randn(16, 3, 6, 6), quarter_turns(), within=1e-9)
     """
-    chosen = VarianceSameEquivariance(mask=True) if measure is None else measure
+    if channels is not None and measure is not None:
+        raise ValueError(
+            f"Expected one of the arguments `measure` and `channels`, but got {measure!r} and {channels!r}."
+        )
+    default = VarianceSameEquivariance(mask=True) if channels is None else ChannelEquivariance(channels=channels)
+    chosen = default if measure is None else measure
     options |= {"model": model, "data": data, "layers": layers}
     return _assert_below("equivariant", chosen, within, confidence, transformations, options)
 
@@ -111,10 +119,10 @@ def _assert_below(
     check_confidence(confidence)
     if not within >= 0:
         raise ValueError(f"Expected argument `within` to be at least 0, but got {within}.")
-    if not measure.has_intervals or measure.higher_is_better is not False:
+    if not measure.has_intervals or measure.higher_is_better is None:
         raise ValueError(
-            "Expected argument `measure` to be one with intervals of which lower is more invariant, such as"
-            f" NormalizedVariance(), but got {measure!r}."
+            "Expected argument `measure` to be one with intervals and a direction, such as NormalizedVariance(), but"
+            f" got {measure!r}."
         )
     name = type(measure).__name__
     result = evaluate(transformations=transformations, measures={name: measure}, confidence=confidence, **options)
@@ -134,7 +142,7 @@ def _assert_below(
     failed = {
         layer: intervals.get(layer)
         for layer in values
-        if left_out[layer] > MAX_LEFT_OUT or not _is_below(intervals.get(layer), within)
+        if left_out[layer] > MAX_LEFT_OUT or not _is_within(intervals.get(layer), within, measure)
     }
     if failed:
         rows = {row.layer: row for row in result.table(name)}
@@ -144,15 +152,20 @@ def _assert_below(
         if len(failed) > MAX_LISTED:
             lines.append(f"  and {len(failed) - MAX_LISTED} more layers")
         are = "is" if len(failed) == 1 else "are"
+        bound = f"above {1 - within:g}" if measure.higher_is_better else f"below {within:g}"
         raise AssertionError(
-            f"Expected layers to be {what}: {name} below {within:g} with {confidence:.0%} confidence,"
+            f"Expected layers to be {what}: {name} {bound} with {confidence:.0%} confidence,"
             f" but of {number_of(len(values), 'layer')} {len(failed)} {are} not:\n" + "\n".join(lines)
         )
     return result
 
 
-def _is_below(interval: Interval | None, within: float) -> bool:
-    return interval is not None and (interval.high < within or interval.high == within == 0)
+def _is_within(interval: Interval | None, within: float, measure: Measure) -> bool:
+    """Whether the bound of an interval is within a distance of the best value, 0 or 1."""
+    if interval is None:
+        return False
+    distance = 1 - interval.low if measure.higher_is_better else interval.high
+    return distance < within or distance == within == 0
 
 
 def _line(row: LayerStatistics, interval: Interval | None, worst: Worst | None) -> str:

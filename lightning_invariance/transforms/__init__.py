@@ -5,6 +5,8 @@ from lightning_invariance.transforms.base import Transformation, TransformationS
 from lightning_invariance.transforms.combine import combine
 from lightning_invariance.transforms.exact import flips, quarter_turns
 from lightning_invariance.transforms.noise import noise
+from lightning_invariance.transforms.positions import permutations, shifts
+from lightning_invariance.transforms.volumes import volume_rotations
 
 __all__ = [
     "AffineSet",
@@ -13,8 +15,11 @@ __all__ = [
     "combine",
     "flips",
     "noise",
+    "permutations",
     "quarter_turns",
     "rotations",
     "scales",
+    "shifts",
     "translations",
+    "volume_rotations",
 ]

@@ -1,4 +1,4 @@
-"""Rotations, scales and translations of images, and products of affine transformations."""
+"""Affine transformations of images and volumes: rotations, scales and translations."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from lightning_invariance.messages import check_int
 from lightning_invariance.transforms.base import TransformationSet
 from lightning_invariance.transforms.resampling import Resampling
 
+#: Names of the axes of images and volumes.
+AXES = ("depth", "height", "width")
+
 #: Scale factors of the paper (section 3.1.2).
 PAPER_FACTORS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.05, 1.1, 1.15, 1.2, 1.25)
 
@@ -28,23 +31,22 @@ MAX_CACHED_PIXELS = 2**20
 
 
 class AffineSet(TransformationSet):
-    """Affine maps of images about their centre, applied with one bilinear resampling.
+    """Affine maps of images or volumes about their centre, applied with one linear resampling.
 
     Maps from pixel centres to pixel centres (a quarter turn of a square, a flip, a shift by whole pixels) only move
     pixels and are exact; other maps interpolate. Inputs are ``(batch, channels, height, width)``, or have more axes
-    before ``(height, width)``. Results for integer inputs are rounded to the input's type.
+    before ``(height, width)``; volumes are ``(batch, channels, depth, height, width)``. Results for integer inputs are
+    rounded to the input's type.
 
     Args:
         matrices: ``(m, 3, 3)``, homogeneous maps of positions in pixels: ``p_after = matrix @ p_before``, with the
-            origin in the image's centre, x to the right and y down.
+            origin in the image's centre, x to the right and y down; ``(m, 4, 4)`` for volumes, with z along the depth.
         labels: a short text for each map.
         parameters: numbers for the axes of plots.
-        square: whether only square images are accepted (quarter turns that must not lose pixels).
+        square: whether only square images, or cubes, are accepted (quarter turns that must not lose pixels).
         fill: value of pixels from outside the image, one number or one for each channel. Feature maps are always
             filled with zeros.
     """
-
-    map_axes = 2
 
     def __init__(
         self,
@@ -58,11 +60,12 @@ class AffineSet(TransformationSet):
         numbers = range(1, len(self.fill) + 1) if any(self.fill) else []
         fills = {f"fill {k}" if k > 1 else "fill": [self.fill[k - 1]] * len(labels) for k in numbers}
         super().__init__(labels, {**(parameters or {}), **fills})
-        if matrices.shape != (len(self), 3, 3):
+        if matrices.shape not in ((len(self), 3, 3), (len(self), 4, 4)):
             raise ValueError(f"Expected matrices of shape ({len(self)}, 3, 3), but got {tuple(matrices.shape)}.")
         self.matrices = matrices.to(torch.float64)
+        self.map_axes = matrices.shape[1] - 1
         self.square = square
-        identities = (self.matrices == torch.eye(3, dtype=torch.float64)).flatten(1).all(1).nonzero()
+        identities = (self.matrices == torch.eye(matrices.shape[1]).double()).flatten(1).all(1).nonzero()
         self.identity = int(identities[0]) if len(identities) else None
         self._cached_resamplings: dict[Hashable, Resampling] = {}
 
@@ -71,22 +74,28 @@ class AffineSet(TransformationSet):
         """The labels, the maps and the fill."""
         return (*self.labels, self.square, self.fill, *self.matrices.flatten().tolist())
 
-    def _apply(self, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
+    def _apply(self, x: Tensor, input_size: tuple[int, ...] | None) -> Tensor:
         if input_size is None:  # feature maps may have any shape
-            _check_images(x)
+            _check_images(x, self.map_axes)
         self._check_square(x)
         # A view: all columns read one copy of the images.
-        columns = x.reshape(1, 1, -1, *x.shape[-2:]).expand(-1, len(self), -1, -1, -1)
+        columns = x.reshape(1, 1, -1, *x.shape[-self.map_axes :])
+        columns = columns.expand(1, len(self), *columns.shape[2:])
         fill = self._fill_of_planes(x) if input_size is None else None
         moved = self._resampling(x, input_size, forward=True)(columns, fill)
         return moved.view(len(self), *x.shape).transpose(0, 1).contiguous()
 
-    def _invert(self, st: Tensor, input_size: tuple[int, int] | None) -> Tensor:
-        if st.ndim < 4:
-            raise ValueError(f"Expected feature maps (batch, {len(self)}, ..., height, width), got {tuple(st.shape)}.")
+    def _invert(self, st: Tensor, input_size: tuple[int, ...] | None) -> Tensor:
+        if st.ndim < 2 + self.map_axes:
+            axes = ", ".join(AXES[-self.map_axes :])
+            raise ValueError(f"Expected feature maps (batch, {len(self)}, ..., {axes}), got {tuple(st.shape)}.")
         self._check_square(st)
-        columns = st.reshape(len(st), len(self), -1, *st.shape[-2:])
+        columns = st.reshape(len(st), len(self), -1, *st.shape[-self.map_axes :])
         return self._resampling(st, input_size, forward=False)(columns).view(st.shape)
+
+    def turned(self, vectors: Tensor, axis: int, inverse: bool = False) -> Tensor:
+        """See :meth:`TransformationSet.turned`."""
+        return turned_by(self.matrices[:, :-1, :-1], vectors, axis, inverse)
 
     def products(self) -> Tensor:
         """See :meth:`TransformationSet.products`."""
@@ -96,7 +105,7 @@ class AffineSet(TransformationSet):
         """The fill of each plane ``(height, width)`` of images; None for zeros."""
         if not any(self.fill):
             return None
-        channels = x.shape[-3]
+        channels = x.shape[-self.map_axes - 1]
         if len(self.fill) not in (1, channels):
             raise ValueError(
                 f"Expected argument `fill` to be one number, or one for each of {channels} channels of images"
@@ -104,20 +113,21 @@ class AffineSet(TransformationSet):
             )
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         fill = torch.tensor(self.fill, dtype=dtype, device=x.device)
-        return fill.expand(x.shape[:-2].numel() // max(1, channels), channels).flatten()
+        return fill.expand(x.shape[: -self.map_axes].numel() // max(1, channels), channels).flatten()
 
-    def _resampling(self, maps: Tensor, input_size: tuple[int, int] | None, forward: bool) -> Resampling:
+    def _resampling(self, maps: Tensor, input_size: tuple[int, ...] | None, forward: bool) -> Resampling:
         """The cached resampling by the maps, or by their inverses, for one size of images."""
-        key = (tuple(maps.shape[-2:]), input_size, forward, maps.device, maps.dtype == torch.float64)
+        key = (tuple(maps.shape[-self.map_axes :]), input_size, forward, maps.device, maps.dtype == torch.float64)
         if key in self._cached_resamplings:
             return self._cached_resamplings[key]
-        matrices, size = self.matrices.clone(), maps.shape[-2:]
+        matrices, size = self.matrices.clone(), maps.shape[-self.map_axes :]
         if input_size is not None:  # shifts are in pixels of the input, which may be smaller than pixels of the maps
-            matrices[:, :2, 2] *= torch.tensor([size[1] / input_size[1], size[0] / input_size[0]], dtype=torch.float64)
+            ratios = [own / of_input for own, of_input in zip(size, input_size[-self.map_axes :], strict=True)]
+            matrices[:, :-1, -1] *= torch.tensor(ratios[::-1], dtype=torch.float64)
         with torch.inference_mode(False):  # inference tensors cannot be used outside of that mode
             # Resampling maps positions in the output to positions in the input: the inverse of the transformation.
             resampling = Resampling(torch.linalg.inv(matrices) if forward else matrices, maps)
-        if len(self) * size[0] * size[1] <= MAX_CACHED_PIXELS:
+        if len(self) * size.numel() <= MAX_CACHED_PIXELS:
             self._cached_resamplings = dict([*self._cached_resamplings.items()][1 - MAX_CACHED :])
             self._cached_resamplings[key] = resampling
         return resampling
@@ -130,11 +140,24 @@ class AffineSet(TransformationSet):
         return AffineSet(self.matrices[columns], labels, self._selected_parameters(columns), self.square, self.fill)
 
     def _check_square(self, x: Tensor) -> None:
-        if self.square and x.shape[-1] != x.shape[-2]:
+        if self.square and len({*(size := x.shape[-self.map_axes :])}) > 1:
+            what = "square images" if self.map_axes == 2 else "cubes"
             raise ValueError(
-                f"Expected square images, which quarter turns map onto themselves, but got {tuple(x.shape[-2:])};"
-                " `rotations(4)` turns images of any shape inside their frame."
+                f"Expected {what}, which quarter turns map onto themselves, but got {tuple(size)}; `rotations(4)` turns"
+                " images of any shape inside their frame."
             )
+
+
+def turned_by(linear: Tensor, vectors: Tensor, axis: int, inverse: bool) -> Tensor:
+    """Apply linear maps ``(m, d, d)``, or their inverses, to vectors along an axis of ``(batch, m, ...)``."""
+    size = linear.shape[1]
+    if vectors.shape[axis] != size:
+        raise ValueError(
+            f"Expected argument `vectors` to name axes of length {size}, whose entries turn with the input, but got one"
+            f" of length {vectors.shape[axis]}."
+        )
+    chosen = (torch.linalg.inv(linear) if inverse else linear).to(vectors)
+    return torch.einsum("jkl,bj...l->bj...k", chosen, vectors.movedim(axis, -1)).movedim(-1, axis)
 
 
 def products_of(matrices: Tensor) -> Tensor:
@@ -178,13 +201,13 @@ def rotations(
         angles = [360 * j / n for j in range(n)]
     if not all(map(math.isfinite, angles)):
         raise ValueError(f"Expected argument `angles` to hold finite numbers, but got {angles}.")
-    linear = [[[c, s], [-s, c]] for c, s in map(_cos_sin, angles)]
+    linear = [[[c, s], [-s, c]] for c, s in map(cos_sin, angles)]
     shift = torch.zeros(len(angles), 2, dtype=torch.float64)
     matrices = _matrices(torch.tensor(linear, dtype=torch.float64).view(-1, 2, 2), shift)
     return AffineSet(matrices, [f"{angle:g}°" for angle in angles], {"angle": angles}, fill=fill)
 
 
-def _cos_sin(degrees: float) -> tuple[float, float]:
+def cos_sin(degrees: float) -> tuple[float, float]:
     """Cosine and sine that are whole numbers at quarter turns."""
     quarter = degrees / 90
     if quarter == round(quarter):
@@ -252,12 +275,20 @@ def _check_sizes(argument: str, sizes: Sequence[float]) -> None:
             raise ValueError(f"Expected argument `{argument}` to hold numbers above 0, but got {size}.")
 
 
-def _check_images(x: Tensor) -> None:
+def _check_images(x: Tensor, axes: int) -> None:
     """Raise for points, signals, tokens, and images with the channels last."""
+    if axes == 3:
+        if x.ndim < 5:
+            raise ValueError(
+                f"Expected volumes (batch, channels, depth, height, width), but got {tuple(x.shape)}: give points as"
+                " (batch, points, 3) with `volume_rotations(..., points=True)`."
+            )
+        return
     if x.ndim >= 4 and x.shape[-1] in (1, 3, 4) and min(x.shape[-3:-1]) > 4:
         hint = ", which looks like channels last: give `x.movedim(-1, -3)`"
     elif x.ndim < 4 or min(x.shape[-2:]) == 1 < max(x.shape[-2:]):
-        hint = ": make a set for points, signals or tokens with `TransformationSet.from_callables`"
+        hint = ": take `shifts`, `permutations` or `volume_rotations` for signals, tokens or points, or make a set with"
+        hint += " `TransformationSet.from_callables`"
         hint += ", and give images without channels as `x.unsqueeze(1)`" if x.ndim == 3 else ""
     else:
         return

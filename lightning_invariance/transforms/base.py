@@ -35,11 +35,11 @@ class Transformation:
         """Transform a batch ``(batch, ...)``."""
         return self._single(x)[:, 0]
 
-    def of_maps(self, maps: Tensor, input_size: tuple[int, int] | None = None) -> Tensor:
+    def of_maps(self, maps: Tensor, input_size: tuple[int, ...] | None = None) -> Tensor:
         """Transform feature maps; see :meth:`TransformationSet.of_maps`."""
         return self._single.of_maps(maps, input_size)[:, 0]
 
-    def inverse(self, x: Tensor, input_size: tuple[int, int] | None = None) -> Tensor:
+    def inverse(self, x: Tensor, input_size: tuple[int, ...] | None = None) -> Tensor:
         """Apply the inverse to a transformed batch; see :meth:`TransformationSet.inverse`."""
         return self._single.inverse(x.unsqueeze(1), input_size)[:, 0]
 
@@ -65,11 +65,13 @@ class TransformationSet(ABC, Sequence[Transformation]):
         invertible: whether :meth:`inverse` is defined.
         identity: position of the identity transformation; None without a known identity.
         map_axes: least number of axes of a feature map along which positions move, such as 2 for images.
+        input_vectors: axes of the input along which vectors stand that turn, such as coordinates of points.
     """
 
     invertible: bool = True
     identity: int | None = None
     map_axes: int = 1
+    input_vectors: tuple[int, ...] = ()
 
     def __init__(self, labels: Sequence[str], parameters: Mapping[str, Sequence[float]] | None = None) -> None:
         if not labels:
@@ -119,28 +121,29 @@ class TransformationSet(ABC, Sequence[Transformation]):
         """
         return CallableSet(transformations, inverses, parameters, identity, seed)
 
-    def __call__(self, x: Tensor, input_size: tuple[int, int] | None = None) -> Tensor:
+    def __call__(self, x: Tensor, input_size: tuple[int, ...] | None = None) -> Tensor:
         """Apply every transformation to a batch: ``(batch, ...)`` → ``(batch, m, ...)``.
 
         ``input_size``, see :meth:`inverse`, is for feature maps only.
         """
         return self._apply(x, input_size)
 
-    def of_maps(self, maps: Tensor, input_size: tuple[int, int] | None = None) -> Tensor:
+    def of_maps(self, maps: Tensor, input_size: tuple[int, ...] | None = None) -> Tensor:
         """Apply every transformation to feature maps: ``(batch, ..., height, width)`` → ``(batch, m, ...)``.
 
         Pixels from outside the frame are zero, even if the set fills images with another value. For ``input_size``
         see :meth:`inverse`.
         """
-        return self(maps, input_size or (maps.shape[-2], maps.shape[-1]))
+        return self(maps, input_size or tuple(maps.shape[1:]))
 
-    def inverse(self, st: Tensor, input_size: tuple[int, int] | None = None) -> Tensor:
+    def inverse(self, st: Tensor, input_size: tuple[int, ...] | None = None) -> Tensor:
         """Apply the inverse of transformation j to column j of ``(batch, m, ...)``.
 
         Args:
             st: transformed inputs, or their feature maps, ``(batch, m, ...)``.
-            input_size: height and width of the network's input, if feature maps have another size: a shift by d pixels
-                of the input is a shift by d·(map width)/(input width) pixels of the map. By default the size of ``st``.
+            input_size: shape of the network's input, or its last axes such as height and width, if feature maps have
+                another size: a shift by d pixels of the input is a shift by d·(map width)/(input width) pixels of the
+                map. By default the size of ``st``.
 
         Raises:
             ValueError: If the set has no inverses or ``st`` does not have m columns.
@@ -152,7 +155,7 @@ class TransformationSet(ABC, Sequence[Transformation]):
         return self._invert(st, input_size)
 
     @abstractmethod
-    def _apply(self, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
+    def _apply(self, x: Tensor, input_size: tuple[int, ...] | None) -> Tensor:
         """``(batch, ...)`` → ``(batch, m, ...)``."""
 
     def select(self, columns: Sequence[int]) -> TransformationSet:
@@ -163,13 +166,24 @@ class TransformationSet(ABC, Sequence[Transformation]):
     def _select(self, columns: list[int]) -> TransformationSet:
         """:meth:`select` of at least one column."""
 
-    def _invert(self, st: Tensor, input_size: tuple[int, int] | None) -> Tensor:
+    def _invert(self, st: Tensor, input_size: tuple[int, ...] | None) -> Tensor:
         """The inverse of every column of ``(batch, m, ...)``."""
         raise ValueError(f"Expected transformations with inverses, but {self!r} has none.")
 
     def is_random(self, x: Tensor) -> bool:
         """Whether a second call with the same batch returns other values."""
         return False
+
+    def fits(self, activation_shape: tuple[int, ...], input_size: tuple[int, ...]) -> bool:
+        """Whether activations are feature maps, whose positions move as the input's: they have as many axes as it.
+
+        A set of transformations of tokens also takes those of inputs ``(tokens,)``, which have no axis of channels.
+        """
+        return len(activation_shape) == max(1 + self.map_axes, len(input_size))
+
+    def turned(self, vectors: Tensor, axis: int, inverse: bool = False) -> Tensor:
+        """Turn vectors ``(batch, m, ...)`` that stand along an axis as transformation j turns the input, or back."""
+        raise ValueError(f"Expected transformations that turn vectors, but {self!r} does not.")
 
     def products(self) -> Tensor:
         """The position in the set of "transformation j, then transformation i", ``(m, m)``; −1 where it is not there.
@@ -241,14 +255,14 @@ class CallableSet(TransformationSet):
         """The labels, the functions, and the position of the identity."""
         return (*self.labels, *self._functions, *(self._inverses or ()), self.identity, self._seed)
 
-    def _apply(self, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
+    def _apply(self, x: Tensor, input_size: tuple[int, ...] | None) -> Tensor:
         # Each function gets a copy, which it may change in place.
         functions = zip(self.labels, self._functions, strict=True)
         call = _applied if self._seed is None else self._applied_to_each
         return self._stack([call(label, function, x.clone(), input_size) for label, function in functions], x)
 
     def _applied_to_each(
-        self, label: str, function: BatchFunction, x: Tensor, input_size: tuple[int, int] | None
+        self, label: str, function: BatchFunction, x: Tensor, input_size: tuple[int, ...] | None
     ) -> Tensor:
         """Call a function for each sample, with random generators seeded from the sample, the label and the seed."""
         found = []
@@ -264,7 +278,7 @@ class CallableSet(TransformationSet):
         """Whether a second call of the functions with this batch returns other values."""
         return not torch.equal(self(x), self(x))
 
-    def _invert(self, st: Tensor, input_size: tuple[int, int] | None) -> Tensor:
+    def _invert(self, st: Tensor, input_size: tuple[int, ...] | None) -> Tensor:
         inverses = zip(self.labels, self._inverses or [], strict=True)
         mapped = [_applied(label, f, st[:, j].clone(), input_size) for j, (label, f) in enumerate(inverses)]
         return self._stack(mapped, st)
@@ -289,7 +303,7 @@ class CallableSet(TransformationSet):
         return torch.stack(results, dim=1)
 
 
-def _applied(label: str, function: BatchFunction, x: Tensor, input_size: tuple[int, int] | None) -> Tensor:
+def _applied(label: str, function: BatchFunction, x: Tensor, input_size: tuple[int, ...] | None) -> Tensor:
     """Call a function, with the input size only if it declares ``takes_input_size``."""
     described = _described(x)
     try:

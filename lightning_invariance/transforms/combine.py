@@ -45,7 +45,9 @@ def combine(*sets: TransformationSet) -> TransformationSet:
         fills = {s.fill for s in affine if any(s.fill)}
         if len(fills) > 1:
             raise ValueError(f"Expected sets with one `fill`, to resample images once, but got {sorted(fills)}.")
-        matrices = torch.eye(3, dtype=torch.float64).repeat(len(columns), 1, 1)
+        if len({s.map_axes for s in affine}) > 1:
+            raise ValueError(f"Expected sets for images or sets for volumes, but got both: {list(sets)}.")
+        matrices = torch.eye(affine[0].map_axes + 1, dtype=torch.float64).repeat(len(columns), 1, 1)
         for position, s in enumerate(affine):
             matrices = s.matrices[[column[position] for column in columns]] @ matrices
         return AffineSet(matrices, labels, parameters, any(s.square for s in affine), fills.pop() if fills else 0.0)
@@ -80,7 +82,7 @@ class Chain:
     def __init__(self, members: Sequence[Transformation], inverse: bool = False) -> None:
         self.members, self.inverse = list(members), inverse
 
-    def __call__(self, x: Tensor, input_size: tuple[int, int] | None = None) -> Tensor:
+    def __call__(self, x: Tensor, input_size: tuple[int, ...] | None = None) -> Tensor:
         """Apply all transformations, to feature maps if ``input_size`` is given."""
         for member in self.members:
             if self.inverse:
