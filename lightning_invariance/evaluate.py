@@ -95,7 +95,9 @@ def evaluate(
         outputs: metrics of predictions and targets, such as an accuracy: what the network's output (its logits, or the
             first tensor) is worth under each transformation, as ``result.outputs``. They need targets in the data.
         outputs_move: whether predictions are maps that move as the images do, such as masks: they are mapped back by
-            the inverse transformation before ``outputs`` compare them with the targets, which stay as they are.
+            the inverse transformation before ``outputs`` compare them with the targets, which stay as they are. Pixels
+            that left the frame do not count: targets are the metric's ``ignore_index`` there or, for metrics without
+            one, the other pixels are compared as one axis. For boxes and keypoints see ``TransformationSet.points``.
         channel_axis: which axis of the activation (without the batch) holds the channels of some layers, as a dict of
             names or glob patterns, ``{"blocks.*": -1}``. By default the first axis of convolutions and batch norms, the
             last of ``Linear``, ``LayerNorm`` and ``Embedding``, the axis of the input for modules that keep its shape,

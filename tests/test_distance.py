@@ -157,7 +157,7 @@ def test_the_family_shares_its_sums_in_evaluate(monkeypatch):
     ("arguments", "message"),
     [
         ({"distance": "manhattan"}, "`distance` to be one of .* but got 'manhattan'"),
-        ({"over": "layer"}, "`over` to be .* but got 'layer'"),
+        ({"over": "unit"}, "`over` to be .* but got 'unit'"),
         ({"distance": "cosine"}, "scalars, but got 'cosine'"),
         ({"samples": 1}, "`samples` to be an int of at least 2, but got 1"),
     ],

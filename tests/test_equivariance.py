@@ -242,7 +242,7 @@ def test_the_first_formulation_is_zero_for_a_symmetric_network():
 
 
 def test_the_first_formulation_needs_the_identity():
-    with pytest.raises(ValueError, match="Expected the identity among the transformations"):
+    with pytest.raises(ValueError, match="to include the identity"):
         evaluate(nn.Sequential(nn.Identity()), images(), translations(), DistanceSameEquivariance(formulation="direct"))
     with pytest.raises(ValueError, match="`formulation` to be .* but got 'both'"):
         DistanceSameEquivariance(formulation="both")

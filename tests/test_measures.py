@@ -9,8 +9,11 @@ from torchmetrics import MetricCollection
 from lightning_invariance import evaluate, functional, rotations
 from lightning_invariance.measures import (
     Anova,
+    ChannelEquivariance,
     Consistency,
     DistanceSameEquivariance,
+    EffectiveInvariance,
+    EquivarianceCorrelation,
     Goodfellow,
     IntraclassCorrelation,
     MainEffect,
@@ -55,6 +58,31 @@ def consistency(st):
     m = st.shape[1]
     counts = torch.nn.functional.one_hot(st.argmax(2), st.shape[2]).double().sum(1)
     return (counts * (counts - 1)).sum(-1).mean() / (m * (m - 1))
+
+
+def effective(st):
+    chance, winner = st.softmax(2).max(2)
+    agreement = torch.where(winner[:, 1:] == winner[:, :1], (chance[:, 1:] * chance[:, :1]).sqrt(), 0.0)
+    return agreement.flatten(1).mean(1).mean()
+
+
+def correlations(st, turns):
+    found = [torch.corrcoef(torch.stack(pair)) for pair in zip(*turned_pairs(st, turns), strict=True)]
+    return torch.stack(found)[:, 0, 1].view(len(turns) - 1, -1).mean(0)
+
+
+def turned_pairs(st, turns):
+    """The values of t(f(x)) and f(t x), a row for each transformation but the identity and each channel."""
+    moved = turns.of_maps(st[:, 0])
+    white = turns.of_maps(torch.ones(1, 1, *st.shape[3:], dtype=st.dtype))[0, :, 0] > 1 - 1e-4
+    for each in (moved, st):
+        yield [each[:, j, c][:, white[j]].flatten() for j in range(1, len(turns)) for c in range(st.shape[2])]
+
+
+def channels_stay(st, turns):
+    back = turns.inverse(st)
+    residuals = (back - back[:, :1]).square().sum((0, 3, 4))
+    return (1 - residuals / (back - back.mean(0)).square().sum((0, 3, 4)))[1:].mean(0)
 
 
 def of_classes(st):
@@ -104,6 +132,17 @@ MEASURES = {
     "ICC of agreement": (partial(IntraclassCorrelation, agreement=True), partial(correlation, agreement=True)),
     "main effect": (MainEffect, main_effect),
     "consistency": (Consistency, consistency),
+    "effective invariance": (EffectiveInvariance, effective),
+    "correlation": (partial(EquivarianceCorrelation, TURNS), partial(correlations, turns=TURNS)),
+    "channels": (partial(ChannelEquivariance, TURNS, "identity"), partial(channels_stay, turns=TURNS)),
+    "ND of layers": (
+        partial(NormalizedDistance, "euclidean", over="layer"),
+        partial(functional.normalized_distance, distance="euclidean", over="layer"),
+    ),
+    "pooled NV": (
+        partial(NormalizedVariance, aggregate="layer"),
+        lambda st: functional.transformation_variance(st).sum() / functional.sample_variance(st).sum(),
+    ),
 }
 
 
@@ -115,7 +154,7 @@ class TestEveryMeasure(MeasureTester):
     @pytest.fixture(autouse=True, params=MEASURES)
     def _one_of_the_measures(self, request):
         self.name = request.param
-        self.fixed_transformations = self.name in ("VSE", "DSE")
+        self.fixed_transformations = self.name in ("VSE", "DSE", "correlation", "channels")
 
     def make(self):
         return MEASURES[self.name][0]()

@@ -106,12 +106,12 @@ class ChannelMoments(Accumulator):
     def merge(self, a: States, b: States) -> States:
         """The states after the rows of both (Chan, Golub and LeVeque 1983)."""
         counts, added = a["fold_counts"], b["fold_counts"]
-        part = (added / (counts + added).clamp_min(1)).to(a["channel_means"])[:, None, None]
+        part = (added.double() / (counts + added).clamp_min(1)).to(a["channel_means"])[:, None, None]
         weight = counts.to(part)[:, None, None] * part
         apart = b["channel_means"] - a["channel_means"]
         of_reference = apart[:, self.reference, None, None] if self.mixed else apart[:, self.reference, None, :, None]
         products = weight[..., None] * apart[..., None] * of_reference
-        share = (b[N_SAMPLES] / (a[N_SAMPLES] + b[N_SAMPLES])).to(part)
+        share = int(b[N_SAMPLES]) / int(a[N_SAMPLES] + b[N_SAMPLES])
         return {
             "fold_counts": counts + added,
             "channel_means": a["channel_means"] + part * apart,
@@ -133,7 +133,8 @@ class ChannelMoments(Accumulator):
         """
         maps = rows.maps
         residuals = maps.new_zeros(maps.shape[:3], dtype=torch.float64)
-        for places, sources in zip(_places(maps, rows), totals["sources"], strict=False):
+        for numbers, sources in zip(_places(maps, rows), totals["sources"], strict=False):
+            places = numbers.to(maps.device)
             some = maps[places].double()
             for j, source in enumerate(sources):
                 residuals[places, j] = (some[:, j] - some[:, self.reference, source]).square_().sum(2)
@@ -151,9 +152,9 @@ class ChannelMoments(Accumulator):
 
 
 def _places(maps: Tensor, rows: Rows) -> list[Tensor]:
-    """The positions of the rows of each fold."""
+    """The positions of the rows of each fold, on the CPU."""
     numbers = torch.arange(rows.before, rows.before + len(maps)) if rows.indices is None else rows.indices
-    return [(numbers % 2 == fold).nonzero().flatten().to(maps.device) for fold in (0, 1)]
+    return [(numbers % 2 == fold).nonzero().flatten() for fold in (0, 1)]
 
 
 def _folds(maps: Tensor, rows: Rows) -> list[Tensor]:
@@ -161,5 +162,5 @@ def _folds(maps: Tensor, rows: Rows) -> list[Tensor]:
     found = []
     for places in _places(maps, rows):
         alternate = len(places) and bool((places.diff() == 2).all())
-        found.append(maps[int(places[0]) : int(places[-1]) + 1 : 2] if alternate else maps[places])
+        found.append(maps[int(places[0]) : int(places[-1]) + 1 : 2] if alternate else maps[places.to(maps.device)])
     return found

@@ -51,7 +51,7 @@ class DirectPairs(Accumulator):
             expected = rows.turned(expected, transformations, inverse=False)
             if not mapping.mask:
                 return maps, expected, None
-            inside = mapping.inside(transformations.of_maps(ones_like_map(maps), mapping.input_size)[0])
+            inside = mapping.inside(transformations.of_maps(ones_like_map(maps, maps.device), mapping.input_size)[0])
             return maps * inside, expected * inside, inside
 
         return rows.once((DirectPairs, self.mapping), made)
@@ -145,7 +145,7 @@ class Correlations(DirectPairs):
 
     def merge(self, a: States, b: States) -> States:
         """The states after the rows of both (Chan, Golub and LeVeque 1983)."""
-        share = float(b[N_SAMPLES] / (a[N_SAMPLES] + b[N_SAMPLES]))
+        share = int(b[N_SAMPLES]) / int(a[N_SAMPLES] + b[N_SAMPLES])
         expected, found = (b[name] - a[name] for name in ("expected_mean", "found_mean"))
         weight = float(a[N_SAMPLES]) * share * a["pixels"][:, None]
         apart = zip(COMOMENTS, (expected.square(), found.square(), expected * found), strict=True)

@@ -99,8 +99,9 @@ class MappedBack(Accumulator):
 
     @property
     def cpu_states(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The CPU states of the inner accumulators."""
-        return tuple(state for accumulator in self.inner for state in accumulator.cpu_states)
+        """The CPU states of the inner accumulators and, where it selects positions, the mask."""
+        inner = tuple(state for accumulator in self.inner for state in accumulator.cpu_states)
+        return (*inner, "inside") if self.mapping.flat else inner
 
     @property
     def least_run(self) -> int:
@@ -168,11 +169,13 @@ class MappedBack(Accumulator):
             back = transformations.inverse(maps, mapping.input_size)
             if mapping.mask:
                 if not inside.numel():
-                    moved = transformations.of_maps(ones_like_map(maps), mapping.input_size)
+                    ones = ones_like_map(maps, torch.device("cpu") if mapping.flat else maps.device)
+                    moved = transformations.of_maps(ones, mapping.input_size)
                     least = transformations.inverse(moved, mapping.input_size)[0].amin(0, keepdim=True)
                     inside = (mapping.inside(least) > 0).flatten()
                 if mapping.flat:
-                    back = back.flatten(3)[..., inside]
+                    back = back.flatten(3)
+                    back = back if inside.all() else back[..., inside.nonzero().flatten().to(back.device)]
                     return inside, replace(rows, values=back, memo={}, channel_axis=0), lit
                 back = back * inside.view(maps.shape[3:])
             back, zero = unit_maps(back) if mapping.normalize else (back, zero_maps(back))
@@ -205,6 +208,6 @@ def identity_of(transformations: TransformationSet) -> int:
     return transformations.identity
 
 
-def ones_like_map(maps: Tensor) -> Tensor:
+def ones_like_map(maps: Tensor, device: torch.device) -> Tensor:
     """A feature map of ones, ``(1, 1, *positions)`` in float64."""
-    return torch.ones(1, 1, *maps.shape[3:], dtype=torch.float64, device=maps.device)
+    return torch.ones(1, 1, *maps.shape[3:], dtype=torch.float64, device=device)

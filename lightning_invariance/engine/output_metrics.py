@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_invariance.accumulators.mapped_back import MIN_VISIBLE
 from lightning_invariance.data.batches import LABEL_KEYS, describe, target_of
 from lightning_invariance.data.loader import STBlock
 from lightning_invariance.distributed import gather_objects
@@ -98,12 +99,16 @@ class OutputMetrics:
                 )
             moved = self._moved.select(range(len(self._labels))[block.columns])
             predictions = moved.inverse(predictions, tuple(block.inputs.shape[2:]))
+            visible = visible_in(moved, predictions, tuple(block.inputs.shape[2:]))
         targets = targets.to(predictions.device).contiguous()  # some metrics view their arguments
         for name, clones in self._clones.items():
-            for column, metric in enumerate(clones[block.columns]):
-                _update(name, metric, predictions[:, column].contiguous(), targets)
+            pairs = [(prediction.contiguous(), targets) for prediction in predictions.unbind(1)]
+            if self._moved is not None:
+                pairs = [only_visible(*pair, seen, clones[0]) for pair, seen in zip(pairs, visible, strict=True)]
+            for metric, pair in zip(clones[block.columns], pairs, strict=True):
+                _update(name, metric, *pair)
             if name in self._by_sample:
-                self._by_sample[name].add(predictions, targets)
+                self._by_sample[name].add(pairs)
 
     def values(self) -> dict[str, OutputValues]:
         """Name → the value under each transformation; of all processes, by the metrics' own synchronisation.
@@ -142,15 +147,15 @@ class _BySample:
         self._values: list[float] = []
         self._is_mean = True
 
-    def add(self, predictions: Tensor, targets: Tensor) -> None:
-        """Add the values of predictions ``(rows, columns, ...)``; a row longer than a batch comes in parts."""
+    def add(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Add the predictions ``(rows, ...)`` and targets of each column; a row longer than a batch comes in parts."""
         with warnings.catch_warnings():  # such as of classes that a single sample does not have
             warnings.simplefilter("ignore")
             by_sample = [
-                [self._value(prediction[None], target[None]) for prediction in of_row]
-                for of_row, target in zip(predictions, targets, strict=True)
+                [self._value(predictions[row, None], targets[row, None]) for predictions, targets in pairs]
+                for row in range(len(pairs[0][0]))
             ]
-            together = [self._value(of_column.contiguous(), targets) for of_column in predictions.unbind(1)]
+            together = [self._value(*pair) for pair in pairs]
         self._values += [value for of_row in by_sample for value in of_row]
         # Of all samples it may be their mean by chance: averaged over classes which have as many samples each.
         self._is_mean &= is_mean(torch.tensor(by_sample, dtype=torch.float64), together)
@@ -183,6 +188,28 @@ def _update(name: str, metric: Metric, predictions: Tensor, targets: Tensor) -> 
             " first tensor with one for each input), targets the second entry of a batch: let `forward` return others,"
             " or a dataset give pairs (x, y)."
         ) from error
+
+
+def visible_in(transformations: TransformationSet, maps: Tensor, input_size: tuple[int, ...]) -> Tensor:
+    """Which values of maps ``(rows, m, *shape)`` come from inside the frame: bool ``(m, *shape)``."""
+    ones = torch.ones(1, *maps.shape[2:], dtype=torch.float64, device=maps.device)
+    back = transformations.inverse(transformations.of_maps(ones, input_size), input_size)
+    return back[0] >= MIN_VISIBLE
+
+
+def only_visible(predictions: Tensor, targets: Tensor, visible: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
+    """Leave out pixels that left the frame.
+
+    Targets are the metric's ``ignore_index`` there; for metrics without one, the last axis counts the other pixels.
+    """
+    while visible.ndim >= targets.ndim:  # targets without an axis of classes
+        visible = visible.all(0)
+    if bool(visible.all()) or targets.shape[1:] != visible.shape:
+        return predictions, targets
+    if (index := getattr(metric, "ignore_index", None)) is not None:
+        return predictions, torch.where(visible, targets, index)
+    kept = visible.flatten()
+    return predictions.flatten(-visible.ndim)[..., kept], targets.flatten(1)[..., kept]
 
 
 def is_mean(of_samples: Tensor, values: Sequence[float]) -> bool:

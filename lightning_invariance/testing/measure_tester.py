@@ -73,7 +73,7 @@ class MeasureTester(ABC):
     def test_an_evaluation_gives_the_definition(self) -> None:
         # The network returns its input, and transformation j selects column j of the cube.
         picks = {str(j): partial(_column, j=j) for j in range(self.cube().shape[1])}
-        columns = TransformationSet.from_callables(picks, inverses=dict.fromkeys(picks, _same))
+        columns = TransformationSet.from_callables(picks, inverses=dict.fromkeys(picks, _same), identity="0")
         data = TensorDataset(self.cube(), LABELS)
         for batch_size in (2, 8, 64):  # half a row, two rows, all rows
             result = evaluate(Identity(), data, columns, {"it": self.make()}, batch_size=batch_size, progress=False)

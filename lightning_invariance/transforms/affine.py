@@ -93,6 +93,19 @@ class AffineSet(TransformationSet):
         columns = st.reshape(len(st), len(self), -1, *st.shape[-self.map_axes :])
         return self._resampling(st, input_size, forward=False)(columns).view(st.shape)
 
+    def points(self, xy: Tensor, size: tuple[int, ...]) -> Tensor:
+        """See :meth:`TransformationSet.points`."""
+        if xy.shape[-1:] != (self.map_axes,) or len(size) != self.map_axes:
+            raise ValueError(
+                f"Expected positions (..., {self.map_axes}) and a size of as many numbers, but got {tuple(xy.shape)}"
+                f" and {size}."
+            )
+        centre = (torch.tensor(size[::-1], dtype=torch.float64, device=xy.device) - 1) / 2
+        matrices = self.matrices.to(xy.device)
+        moved = torch.einsum("jkl,...l->j...k", matrices[:, :-1, :-1], xy.double() - centre) + centre
+        moved = moved + matrices[:, :-1, -1].view(len(self), *[1] * (xy.ndim - 1), -1)
+        return moved.to(xy.dtype if xy.is_floating_point() else torch.float64)
+
     def turned(self, vectors: Tensor, axis: int, inverse: bool = False) -> Tensor:
         """See :meth:`TransformationSet.turned`."""
         return turned_by(self.matrices[:, :-1, :-1], vectors, axis, inverse)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from hashlib import blake2b
-from typing import Any, TypeAlias, overload
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from lightning_invariance.random_state import isolated_random_state
-
-BatchFunction: TypeAlias = Callable[..., Tensor]
-
-#: Label → function, or functions, whose names become labels.
-Functions: TypeAlias = Mapping[str, BatchFunction] | Sequence[BatchFunction]
+from lightning_invariance.transforms.functions import BatchFunction, Functions, applied, described, matched, named
 
 
 class Transformation:
@@ -34,6 +30,10 @@ class Transformation:
     def __call__(self, x: Tensor) -> Tensor:
         """Transform a batch ``(batch, ...)``."""
         return self._single(x)[:, 0]
+
+    def points(self, xy: Tensor, size: tuple[int, ...]) -> Tensor:
+        """Move positions as the transformation moves pixels; see :meth:`TransformationSet.points`."""
+        return self._single.points(xy, size)[0]
 
     def of_maps(self, maps: Tensor, input_size: tuple[int, ...] | None = None) -> Tensor:
         """Transform feature maps; see :meth:`TransformationSet.of_maps`."""
@@ -181,6 +181,16 @@ class TransformationSet(ABC, Sequence[Transformation]):
         """
         return len(activation_shape) == max(1 + self.map_axes, len(input_size))
 
+    def points(self, xy: Tensor, size: tuple[int, ...]) -> Tensor:
+        """Move positions, such as keypoints or corners of boxes, as the transformations move pixels: ``(m, ..., 2)``.
+
+        Args:
+            xy: ``(..., 2)``: x to the right and y down, in pixels; (0, 0) is the centre of the first pixel. For volumes
+                ``(..., 3)``.
+            size: of the image: height and width.
+        """
+        raise ValueError(f"Expected transformations of images or volumes, but got {self!r}.")
+
     def turned(self, vectors: Tensor, axis: int, inverse: bool = False) -> Tensor:
         """Turn vectors ``(batch, m, ...)`` that stand along an axis as transformation j turns the input, or back."""
         raise ValueError(f"Expected transformations that turn vectors, but {self!r} does not.")
@@ -241,13 +251,13 @@ class CallableSet(TransformationSet):
         seed: int | None = None,
     ) -> None:
         self._seed = seed
-        named = _named(transformations, "transformations")
-        super().__init__(list(named), parameters)
-        if identity is not None and identity not in named:
-            raise ValueError(f"Expected argument `identity` to be one of the labels {[*named]}, but got {identity!r}.")
+        known = named(transformations, "transformations")
+        super().__init__(list(known), parameters)
+        if identity is not None and identity not in known:
+            raise ValueError(f"Expected argument `identity` to be one of the labels {[*known]}, but got {identity!r}.")
         self.identity = None if identity is None else self.labels.index(identity)
-        self._functions = list(named.values())
-        self._inverses = None if inverses is None else _matched(inverses, list(named))
+        self._functions = list(known.values())
+        self._inverses = None if inverses is None else matched(inverses, list(known))
         self.invertible = self._inverses is not None
 
     @property
@@ -258,7 +268,7 @@ class CallableSet(TransformationSet):
     def _apply(self, x: Tensor, input_size: tuple[int, ...] | None) -> Tensor:
         # Each function gets a copy, which it may change in place.
         functions = zip(self.labels, self._functions, strict=True)
-        call = _applied if self._seed is None else self._applied_to_each
+        call = applied if self._seed is None else self._applied_to_each
         return self._stack([call(label, function, x.clone(), input_size) for label, function in functions], x)
 
     def _applied_to_each(
@@ -271,8 +281,8 @@ class CallableSet(TransformationSet):
             key = blake2b(values.contiguous().numpy().tobytes(), digest_size=7)
             key.update(f"{self._seed} {label}".encode())
             with isolated_random_state(int.from_bytes(key.digest(), "big")):
-                found.append(_applied(label, function, sample, input_size))
-        return torch.cat(found) if found else _applied(label, function, x, input_size)
+                found.append(applied(label, function, sample, input_size))
+        return torch.cat(found) if found else applied(label, function, x, input_size)
 
     def is_random(self, x: Tensor) -> bool:
         """Whether a second call of the functions with this batch returns other values."""
@@ -280,7 +290,7 @@ class CallableSet(TransformationSet):
 
     def _invert(self, st: Tensor, input_size: tuple[int, ...] | None) -> Tensor:
         inverses = zip(self.labels, self._inverses or [], strict=True)
-        mapped = [_applied(label, f, st[:, j].clone(), input_size) for j, (label, f) in enumerate(inverses)]
+        mapped = [applied(label, f, st[:, j].clone(), input_size) for j, (label, f) in enumerate(inverses)]
         return self._stack(mapped, st)
 
     def _select(self, columns: list[int]) -> CallableSet:
@@ -297,56 +307,7 @@ class CallableSet(TransformationSet):
             if not kept or result.shape != first.shape or result.dtype != first.dtype:
                 raise ValueError(
                     "Expected every transformation to return a batch of one shape and type on the device of the input,"
-                    f" but of a batch {_described(x)} {self.labels[0]!r} made {_described(first)} and {label!r} made"
-                    f" {_described(result)}."
+                    f" but of a batch {described(x)} {self.labels[0]!r} made {described(first)} and {label!r} made"
+                    f" {described(result)}."
                 )
         return torch.stack(results, dim=1)
-
-
-def _applied(label: str, function: BatchFunction, x: Tensor, input_size: tuple[int, ...] | None) -> Tensor:
-    """Call a function, with the input size only if it declares ``takes_input_size``."""
-    described = _described(x)
-    try:
-        return function(x, input_size) if getattr(function, "takes_input_size", False) else function(x)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise RuntimeError(
-            f"Expected transformation {label!r} to transform a batch {described}, but it raised"
-            f" {type(error).__name__}: {error}"
-        ) from error
-
-
-def _described(x: Any) -> str:
-    return f"{tuple(x.shape)} of {x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-
-
-def _named(functions: Functions, argument: str) -> dict[str, BatchFunction]:
-    """Label → function; the labels of a sequence are the names of its functions, numbered if repeated."""
-    if isinstance(functions, Mapping):
-        named = dict(functions)
-    else:
-        named = {}
-        for function in functions:
-            name = getattr(function, "__name__", None) or repr(function)
-            label, repeat = name, 1
-            while label in named:
-                repeat += 1
-                label = f"{name} {repeat}"
-            named[label] = function
-    for label, function in named.items():
-        if not callable(function):
-            raise TypeError(f"Expected argument `{argument}` to hold callables, but {label!r} is {function!r}.")
-    return named
-
-
-def _matched(inverses: Functions, labels: list[str]) -> list[BatchFunction]:
-    """The inverses in the order of the labels."""
-    if not isinstance(inverses, Mapping) and len(inverses) == len(labels):
-        inverses = dict(zip(labels, inverses, strict=True))
-    named = _named(inverses, "inverses")
-    if set(named) != set(labels):
-        raise ValueError(
-            f"Expected argument `inverses` to have one function for each of {labels}, but got {list(named)}."
-        )
-    return [named[label] for label in labels]
