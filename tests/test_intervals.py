@@ -12,8 +12,11 @@ from torch import nn
 
 from lightning_invariance import InvarianceResult, evaluate, quarter_turns, rotations
 from lightning_invariance.measures import (
+    ChannelEquivariance,
     Consistency,
     DistanceSameEquivariance,
+    EffectiveInvariance,
+    EquivarianceCorrelation,
     NormalizedDistance,
     NormalizedVariance,
     SampleDistance,
@@ -334,6 +337,10 @@ def several():
         "ND": NormalizedDistance(),
         "agreement": Consistency(),
         "SE": VarianceSameEquivariance(),
+        "channels": ChannelEquivariance(),
+        "correlation": EquivarianceCorrelation(),
+        "effective": EffectiveInvariance(),
+        "whole layer": NormalizedDistance("euclidean", over="layer"),
     }
 
 
