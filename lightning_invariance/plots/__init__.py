@@ -9,6 +9,7 @@
 | :func:`stability` | Does another seed give another picture? |
 | :func:`compare` | Where do two networks differ? |
 | :func:`feature_maps` | What do the most and the least invariant maps see? |
+| :func:`orbits` | Which channels do transformations permute? |
 | :func:`convergence` | How many samples and transformations are enough? |
 """
 
@@ -18,6 +19,7 @@ from lightning_invariance.plots.evolution import evolution
 from lightning_invariance.plots.feature_maps import feature_maps
 from lightning_invariance.plots.heatmap import heatmap
 from lightning_invariance.plots.layers import layers, stability
+from lightning_invariance.plots.orbits import orbits
 from lightning_invariance.plots.response import response
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "feature_maps",
     "heatmap",
     "layers",
+    "orbits",
     "response",
     "stability",
 ]

@@ -67,14 +67,14 @@ def feature_maps(
     grid = figure.subplots(len(rows) + 1, len(columns), squeeze=False)
     pictures = _as_pictures(inputs.detach().cpu().double().numpy())
     for axes, j in zip(grid[0], columns, strict=True):
-        _show(axes, pictures[j], None)
+        show_picture(axes, pictures[j], None)
         axes.set_title(shorten(result.transformations[j], 10), fontsize=9)
     grid[0, 0].set_ylabel("input", rotation=0, ha="right", va="center")
     numbers = maps.detach().cpu().double().numpy()
     for row, (channel, kind) in zip(grid[1:], rows, strict=True):
         shown = numbers[:, channel]
         for axes, j in zip(row, columns, strict=True):
-            _show(axes, shown[j], (float(shown.min()), float(shown.max())))
+            show_picture(axes, shown[j], (float(shown.min()), float(shown.max())))
         text = f"{kind}: map {channel}\n{values[channel]:.3g}"
         row[0].set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9)
     figure.suptitle(f"{shorten(layer)}: most and least invariant maps by {measure}", fontsize="medium")
@@ -88,7 +88,7 @@ def _as_pictures(inputs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return found
 
 
-def _show(axes: Axes, picture: npt.NDArray[np.float64], limits: tuple[float, float] | None) -> None:
+def show_picture(axes: Axes, picture: npt.NDArray[np.float64], limits: tuple[float, float] | None) -> None:
     """Show a grey or RGB picture without ticks."""
     low, high = limits or (0.0, 1.0)
     axes.imshow(picture, cmap="gray", vmin=low, vmax=high if high > low else low + 1, interpolation="nearest")
