@@ -254,18 +254,19 @@ def test_a_resume_in_the_middle_of_an_epoch_evaluates_nothing_twice(tmp_path):
     assert [result.epoch for result in resumed.history] == [-1, 0, 1, 2]
 
 
+@pytest.mark.parametrize("watched", ["Rising/fc", "Rising_last", "Rising_mean"])
 @pytest.mark.parametrize(
     ("patience", "epochs", "options"),
     [(1, [-1, 0, 2], {}), (2, [-1, 0, 2, 5], {}), (1, [-1, 2, 5], {"limit_val_batches": 0})],
 )
-def test_early_stopping_counts_new_values_only(tmp_path, patience, epochs, options):
+def test_early_stopping_counts_new_values_only(tmp_path, patience, epochs, options, watched):
     class Rising(NormalizedVariance):  # never better than at first
         def compute(self):
             return super().compute() * 0 + len(watching.history)
 
     watching = monitor(measures={"Rising": Rising()}, every_n_epochs=3, layers=["fc"], data=IMAGES)
     # The callback comes first, so that without validation the value of an epoch is there when it is looked at.
-    stop = EarlyStopping("Rising/fc", patience=patience, strict=False)
+    stop = EarlyStopping(watched, patience=patience, strict=False)
     fit(tmp_path, watching, stop, epochs=20, **options)
     # The first validation always evaluates; then every third epoch is one that is no better.
     assert [result.epoch for result in watching.history] == epochs

@@ -75,7 +75,9 @@ class InvarianceMonitor(Callback):
             :class:`~lightning_invariance.measures.NormalizedVariance` with ``response=True``.
         data: dataset, loader or tensor; by default the trainer's (first) validation loader.
         layers: which layers, by default every leaf; see :func:`layer_names`.
-        every_n_epochs: how often to evaluate, in epochs, or in validations where an epoch has several.
+        every_n_epochs: how often to evaluate, in epochs, or in validations where an epoch has several; by default 1.
+        every_n_steps: how often to evaluate, in steps of the optimiser (``trainer.global_step``), instead: after the
+            training batch, between validations and with any number of epochs.
         max_samples: how many samples: a random choice, equal at every evaluation. None uses all.
         batch_size: see :func:`evaluate`, as for ``forward``, ``input_fn``, ``seed``, ``channel_axis``, ``vectors``,
             ``operations``.
@@ -95,8 +97,8 @@ class InvarianceMonitor(Callback):
             contains it; a training from the start begins a new one.
 
     Raises:
-        ValueError: If ``every_n_epochs`` is below 1, ``confidence`` is not in (0, 1), a name contains characters
-            that loggers do not accept, or (when training starts) a layer is unknown.
+        ValueError: If ``every_n_epochs`` or ``every_n_steps`` is below 1, or both are given, ``confidence`` is not in
+            (0, 1), a name contains characters that loggers do not accept, or (when training starts) a layer is unknown.
         MisconfigurationException: When training starts, without ``data`` and validation data, with another monitor of
             the same name, or with a strategy that splits the model (FSDP, DeepSpeed, tensor parallel).
     """
@@ -107,10 +109,11 @@ class InvarianceMonitor(Callback):
         measures: Sequence[Metric] | Mapping[str, Metric] | None = None,
         data: Any = None,
         layers: Layers = None,
-        every_n_epochs: int = 1,
+        every_n_epochs: int | None = None,
         max_samples: int | None = 256,
         batch_size: int | Literal["auto"] = "auto",
         *,
+        every_n_steps: int | None = None,
         forward: Callable[..., Any] | None = None,
         input_fn: Callable[..., Tensor] | None = None,
         seed: int = 0,
@@ -127,7 +130,14 @@ class InvarianceMonitor(Callback):
     ) -> None:
         super().__init__()
         check_transformations(transformations)
-        check_int("every_n_epochs", every_n_epochs)
+        if every_n_steps is not None:
+            check_int("every_n_steps", every_n_steps)
+            if every_n_epochs is not None:
+                raise ValueError(
+                    f"Expected one of the arguments `every_n_epochs` and `every_n_steps`, but got {every_n_epochs} and"
+                    f" {every_n_steps}."
+                )
+        every_n_epochs = 1 if every_n_epochs is None else check_int("every_n_epochs", every_n_epochs)
         if max_samples is not None:
             check_int("max_samples", max_samples, 2)
         self.options = Options(
@@ -148,14 +158,18 @@ class InvarianceMonitor(Callback):
         self.data, self.transformations = data, transformations
         self.measures = named_measures(measures)
         check_tags([*self.measures, *self.options.outputs, *([] if name is None else [name])])
-        self.every_n_epochs, self.name, self.histograms, self.limits = every_n_epochs, name, histograms, limits
+        self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
+        self.name, self.histograms, self.limits = name, histograms, limits
         self._suffix = "" if name is None else f"_{name}"
         self._tags = {measure: measure + self._suffix for measure in self.measures}  # measure → prefix of its tags
+        self._own_tags = self._tags | {metric: metric + self._suffix for metric in self.options.outputs}
         self._history = History(self.options, self.measures, transformations)
         self._handover = Handover(self)
         self._has_validated = self._has_new_result = False
         self._explained_in: str | None = None  # folders of the loggers that have the text already
         self._validations = 0  # of the training so far
+        self._evaluated_at = 0  # the step of the optimiser, for `every_n_steps`
+        self._is_new = False  # whether there was an evaluation since the last validation
         self._is_fitting = True  # until :meth:`setup`
         self._warned: set[type] = set()  # classes of errors while logging
 
@@ -177,26 +191,40 @@ class InvarianceMonitor(Callback):
             check_validation_data(trainer)
         select_layers(pl_module, self.options.layers)
         warn_of_averaging(trainer, self)
-        warn_of_old_values(trainer, self._tags, self.every_n_epochs)
+        warn_of_old_values(trainer, self._own_tags, self.every_n_epochs)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate the untrained network."""
         if self.history and trainer.global_step:  # resumed, or trained further
             return
         self._history.start_new_training()
-        self._validations = 0
+        self._validations = self._evaluated_at = 0
         self._explained_in = None
-        result = self._evaluate(trainer, pl_module, epoch=trainer.current_epoch - 1)
-        with errors_as_warnings(self._warned):  # `self.log` would wait for the end of the epoch
-            for logger in trainer.loggers:
-                logger.log_metrics(scalars(result, self._tags, self._suffix), step=logger_step(trainer))
-        self._draw(trainer)
+        self._log_now(trainer, self._evaluate(trainer, pl_module, epoch=trainer.current_epoch - 1))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Evaluate after every ``every_n_steps`` steps of the optimiser."""
+        step, every = trainer.global_step, self.every_n_steps
+        if every is None or step // every == self._evaluated_at // every:
+            return
+        self._evaluated_at, self._is_new = step, True
+        result = self._evaluate(trainer, pl_module, epoch=trainer.current_epoch)
+        self._tell_callbacks(result, on_step=True)
+        self._log_now(trainer, result)  # whatever `log_every_n_steps` is
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate at the end of validation."""
         if trainer.sanity_checking:
             return
         is_fitting = trainer.state.fn == "fit"
+        if self.every_n_steps is not None and is_fitting:
+            if not self._is_new:  # the last result again, for `EarlyStopping`, which wants a value
+                spare_patience(trainer, self._own_tags)
+                self._tell_callbacks(self.history[-1], on_step=False)
+            self._is_new = False
+            return
         if validates_often(trainer):
             is_due = self._validations % self.every_n_epochs == 0
         else:
@@ -206,7 +234,7 @@ class InvarianceMonitor(Callback):
             self._has_validated = self._has_validated or is_fitting
             self._evaluate_and_log(trainer, pl_module)
         else:
-            spare_patience(trainer, self._tags)
+            spare_patience(trainer, self._own_tags)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the result of this validation, now that all metrics of the trainer are known."""
@@ -217,19 +245,19 @@ class InvarianceMonitor(Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Spare the patience of ``EarlyStopping`` in epochs without validation and evaluation."""
-        if not trainer.enable_validation and not _is_due(trainer, self.every_n_epochs):
-            spare_patience(trainer, self._tags)
+        if self.every_n_steps is None and not trainer.enable_validation and not _is_due(trainer, self.every_n_epochs):
+            spare_patience(trainer, self._own_tags)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate at the end of an epoch that has no validation."""
-        if not trainer.enable_validation and _is_due(trainer, self.every_n_epochs):
+        if self.every_n_steps is None and not trainer.enable_validation and _is_due(trainer, self.every_n_epochs):
             self._evaluate_and_log(trainer, pl_module)
             self._draw(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history as plain data of bounded size."""
-        about = {"validations": self._validations, "explained_in": self._explained_in}
-        return {**self._history.state_dict(), **about}
+        counts = {"validations": self._validations, "evaluated_at": self._evaluated_at}
+        return {**self._history.state_dict(), **counts, "explained_in": self._explained_in}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the history of a checkpoint, or begin a new one if it was measured with other arguments.
@@ -238,6 +266,7 @@ class InvarianceMonitor(Callback):
         """
         if self._is_fitting or not self.history:
             self._validations = state_dict.get("validations", 0)
+            self._evaluated_at = state_dict.get("evaluated_at", 0)
             self._explained_in = state_dict.get("explained_in")
             self._history.load_state_dict(state_dict)
 
@@ -273,6 +302,18 @@ class InvarianceMonitor(Callback):
         self._history.add(result, HISTORY_BYTES)
         self._has_new_result = True
         return result
+
+    def _tell_callbacks(self, result: InvarianceResult, on_step: bool) -> None:
+        """Make values known to callbacks such as ``EarlyStopping``, but not to loggers."""
+        how = {"logger": False, "on_step": on_step, "on_epoch": not on_step, "rank_zero_only": True}
+        self.log_dict(scalars(result, self._tags, self._suffix), **how)  # type: ignore[attr-defined]
+
+    def _log_now(self, trainer: pl.Trainer, result: InvarianceResult) -> None:
+        """Log and draw a result at once; `self.log` would wait for the end of the epoch."""
+        with errors_as_warnings(self._warned):
+            for logger in trainer.loggers:
+                logger.log_metrics(scalars(result, self._tags, self._suffix), step=logger_step(trainer))
+        self._draw(trainer)
 
     def _draw(self, trainer: pl.Trainer) -> None:
         """Log pictures, text and histograms, on rank 0."""

@@ -219,5 +219,6 @@ def warn_of_averaging(trainer: pl.Trainer, monitor: pl.Callback) -> None:
 def _is_own(monitored: str | None, tags: Mapping[str, str]) -> bool:
     """Return whether the monitor with these tags logs a metric."""
     return monitored is not None and any(
-        monitored == f"{tag}_mean" or monitored.startswith(f"{tag}/") for tag in tags.values()
+        monitored in (f"{tag}_mean", f"{tag}_last", f"{tag}_worst") or monitored.startswith(f"{tag}/")
+        for tag in tags.values()
     )
