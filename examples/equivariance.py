@@ -166,7 +166,7 @@ def simple_conv_on_mnist(folder: Path, epochs: int, output: Path) -> None:
         results[name] = measured(model, test, t, ["conv*", "fc*"])
         print(f"{name}: done", flush=True)
     show(results)
-    for how in ("permutation", "linear"):
+    for how in ("identity", "permutation"):
         both = results["with rotations"], results["trained"]
         print(f"\n{how}: {compare(*both, measure=how, names=('with rotations', 'trained')).verdict}")
     plots.orbits(results["with rotations"], "conv1").savefig(output / "orbits_mnist.png")

@@ -12,4 +12,4 @@ EarlyStopping, ModelCheckpoint = callbacks.EarlyStopping, callbacks.ModelCheckpo
 StochasticWeightAveraging = callbacks.StochasticWeightAveraging
 CSVLogger, Logger, TensorBoardLogger = loggers.CSVLogger, loggers.Logger, loggers.TensorBoardLogger
 MLFlowLogger, WandbLogger = loggers.MLFlowLogger, loggers.WandbLogger
-SHARDED = (strategies.DeepSpeedStrategy, strategies.FSDPStrategy, strategies.ModelParallelStrategy)
+DeepSpeedStrategy, ModelParallelStrategy = strategies.DeepSpeedStrategy, strategies.ModelParallelStrategy

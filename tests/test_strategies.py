@@ -29,15 +29,21 @@ def test_a_monitor_pickles_as_strategies_that_spawn_processes_need():
     assert again.history == []
 
 
-@pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["ddp", "torchrun"])
-def test_every_process_has_the_values_of_one(tmp_path, launcher):
-    done = run(launcher, "ddp", tmp_path)
+@pytest.mark.parametrize(
+    ("launcher", "strategy"),
+    [([], "ddp"), (TORCHRUN, "ddp"), ([], "sharded")],
+    ids=["ddp", "torchrun", "sharded"],
+)
+def test_every_process_has_the_values_of_one(tmp_path, launcher, strategy):
+    done = run(launcher, strategy, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     reports = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     histories = [[InvarianceResult.from_state_dict(state) for state in report["history"]] for report in reports]
     assert [result.epoch for result in histories[0]] == [-1, 0, 1]
     model = Net()
-    model.load_state_dict(reports[0]["weights"])
+    if strategy == "sharded":
+        model.layers[1] = torch.nn.GroupNorm(1, 3)
+    model.double().load_state_dict(reports[0]["weights"])
     alone = evaluate(model, DATA, rotations(4), measures(), batch_size=16)
     for history, report in zip(histories, reports, strict=True):
         assert history[-1].n_samples == len(DATA)

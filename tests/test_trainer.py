@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightnings import SHARDED, CSVLogger, EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, pl
+from lightnings import (
+    CSVLogger,
+    DeepSpeedStrategy,
+    EarlyStopping,
+    ModelCheckpoint,
+    ModelParallelStrategy,
+    StochasticWeightAveraging,
+    pl,
+)
 from packaging.version import Version
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -287,10 +295,17 @@ def test_a_checkpoint_of_another_pace_is_warned_of(tmp_path):
     fit(tmp_path, monitor(every_n_epochs=2), alike, epochs=1)  # a warning would be an error
 
 
-@pytest.mark.parametrize("strategy", SHARDED)
-def test_split_models_are_refused(strategy):
+@pytest.mark.parametrize(
+    ("strategy", "match"),
+    [(DeepSpeedStrategy, "DeepSpeedStrategy splits"), (ModelParallelStrategy, "with `tensor_parallel_size` above 1")],
+)
+def test_split_layers_are_refused(strategy, match):
     trainer = SimpleNamespace(strategy=object.__new__(strategy))
-    with pytest.raises(MisconfigurationException, match=f"{strategy.__name__} splits it: use a single device or one"):
+    trainer.strategy._tensor_parallel_size = 2 if strategy is ModelParallelStrategy else 1
+    with pytest.raises(MisconfigurationException, match=match):
+        monitor().setup(trainer, Net(), "fit")
+    trainer.strategy._tensor_parallel_size = 1
+    if strategy is ModelParallelStrategy:
         monitor().setup(trainer, Net(), "fit")
 
 

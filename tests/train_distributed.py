@@ -4,8 +4,9 @@ import sys
 from pathlib import Path
 
 import torch
-from lightnings import EarlyStopping, ModelCheckpoint, TensorBoardLogger, pl
+from lightnings import EarlyStopping, ModelCheckpoint, ModelParallelStrategy, TensorBoardLogger, pl
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_invariance import InvarianceMonitor, rotations
@@ -27,6 +28,12 @@ class Net(pl.LightningModule):
             nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(48, 2)
         )
         self.double()
+
+    def configure_model(self):
+        if self.device_mesh is not None:  # parameters are sharded, but not the statistics of batches
+            self.layers[1] = nn.GroupNorm(1, 3).double()
+            for module in (self.layers[0], self.layers[4], self):
+                fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
     def forward(self, x):
         return self.layers(x)
@@ -51,7 +58,7 @@ class Report(pl.Callback):
         monitor = next(c for c in trainer.callbacks if isinstance(c, InvarianceMonitor))
         found = {
             "history": [result.state_dict() for result in monitor.history],
-            "weights": pl_module.state_dict(),
+            "weights": {name: getattr(w, "full_tensor", w.clone)() for name, w in pl_module.state_dict().items()},
             "training": [module.training for module in pl_module.modules()],
             "watched": trainer.callback_metrics["NormalizedVariance_mean"],
         }
@@ -75,7 +82,7 @@ def main(strategy, folder, fail=False):
     ]
     trainer = pl.Trainer(
         accelerator="cpu",
-        strategy=strategy,
+        strategy=ModelParallelStrategy(2, 1) if strategy == "sharded" else strategy,
         devices=2,
         max_epochs=2,
         callbacks=callbacks,

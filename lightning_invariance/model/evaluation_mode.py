@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_invariance.model.snapshot import Snapshot
+from lightning_invariance.model.snapshot import Snapshot, is_sharded
 
 #: Allows one evaluation at a time: the eager stance and the random generators belong to the whole process, and hooks
 #: see every forward pass of a model.
@@ -28,6 +28,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[Snapshot]:
     """
     before = Snapshot(model)
     modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
+    whole_parts = [module for module in model.modules() if is_sharded(module) and hasattr(module, "reshard")]
+    shards: list[tuple[Any, list[type]]] = [(module, _types_of(module)) for module in whole_parts]
     try:
         for module in model.modules():
             if "LightningModule" in (cls.__name__ for cls in type(module).__mro__):
@@ -41,6 +43,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[Snapshot]:
             if training and _does_more(module):
                 module.train()
         before.restore(thorough=True)
+        for module, types in shards:  # the outermost module keeps whole parameters until the next backward pass
+            if types != _types_of(module):
+                module.reshard()
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -62,6 +67,11 @@ def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         model.to(before)
+
+
+def _types_of(module: nn.Module) -> list[type]:
+    """The types of the parameters, which are other ones while these are whole."""
+    return [type(parameter) for parameter in module.parameters()]
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

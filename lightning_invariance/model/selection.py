@@ -26,6 +26,9 @@ Layers: TypeAlias = (
 #: Attributes in which the wrappers of ``torch.compile`` and of Fabric hold the model.
 WRAPPED = ("_orig_mod", "_forward_module")
 
+#: Parts that ``torch.compile``, FSDP and activation checkpointing add to the names of modules.
+ADDED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
 #: The name that ``torch.nn.utils.parametrize`` gives to modules that compute weights.
 PARAMETRIZED = "parametrizations"
 
@@ -123,13 +126,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Name → module, as if no module were compiled."""
+    """Name → module, as if no module were compiled, sharded or checkpointed."""
     return {plain_name(name): module for name, module in model.named_modules()}
 
 
 def plain_name(name: str) -> str:
-    """Remove the parts that ``torch.compile`` adds to the name of a module."""
-    return ".".join(part for part in name.split(".") if part != WRAPPED[0])
+    """Remove the parts that wrappers add to the name of a module."""
+    return ".".join(part for part in name.split(".") if part not in ADDED)
 
 
 def select_layers(model: nn.Module, layers: Layers = None, operations: bool = False) -> Selection:

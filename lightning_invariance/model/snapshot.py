@@ -31,6 +31,9 @@ FOREIGN = {"lightning", "pytorch_lightning", "lightning_fabric", __name__.partit
 #: What loads samples, which is not part of a model either.
 OF_DATA = (Dataset, DataLoader, Sampler)
 
+#: Classes of modules that exchange sharded parameters for whole ones and back. By name: an import would take long.
+SHARDING = {"FSDPModule", "FullyShardedDataParallel"}
+
 ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, range)
 
 
@@ -81,7 +84,8 @@ class Snapshot:
 
     State is what can be reached from the model: attributes of modules, of their classes and of objects that they hold,
     containers, values of tensors and arrays, random generators. Whether anything has changed is told by the identity
-    of objects and the versions of tensors.
+    of objects and the versions of tensors. Parameters of modules that are sharded (FSDP) are left alone: forward
+    exchanges them, and keeps account of it.
 
     Args:
         root: the model.
@@ -101,6 +105,12 @@ class Snapshot:
         self._filled: list[tuple[Any, Any, tuple[Any, ...]]] = []  # container, copy, its entries
         self._attributes: list[tuple[Any, Mapping[str, Any]]] = []  # of classes, and of objects with slots
         self._tensors: list[Tensor] = []
+        for module in root.modules() if isinstance(root, nn.Module) else ():
+            if is_sharded(module):
+                for part in module.modules():
+                    views = [value for value in vars(part).values() if isinstance(value, Tensor)]
+                    alone = (part._parameters, *part._parameters.values(), *views)
+                    self._seen.update({id(each): each for each in alone})
         found = [root]
         while found:
             value = found.pop()
@@ -213,6 +223,11 @@ class Snapshot:
             name = names.get(id(tensor), "")
             found[id(tensor)] = Values(tensor, alias, copy, version_of(tensor), address_of(tensor), name=name)
         return found
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a module exchanges sharded parameters for whole ones when it runs."""
+    return bool(SHARDING.intersection(cls.__name__ for cls in type(module).__mro__))
 
 
 def version_of(tensor: Tensor) -> int:

@@ -100,7 +100,7 @@ class InvarianceMonitor(Callback):
         ValueError: If ``every_n_epochs`` or ``every_n_steps`` is below 1, or both are given, ``confidence`` is not in
             (0, 1), a name contains characters that loggers do not accept, or (when training starts) a layer is unknown.
         MisconfigurationException: When training starts, without ``data`` and validation data, with another monitor of
-            the same name, or with a strategy that splits the model (FSDP, DeepSpeed, tensor parallel).
+            the same name, or with a strategy that splits layers (DeepSpeed, tensor parallel).
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class InvarianceMonitor(Callback):
         return self._generate_state_key(name=self.name)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse strategies that split the model."""
+        """Refuse strategies that split layers."""
         refuse_split_models(trainer)
         self._is_fitting = stage == "fit"
 

@@ -19,9 +19,9 @@ from lightning_invariance.data.batches import input_of, takes_batch
 from lightning_invariance.data.samples import Batches
 from lightning_invariance.engine.options import Options
 
-#: Strategies that split the model over processes. Names, since `lightning.pytorch` and `pytorch_lightning` each have
-#: their own classes.
-SHARDED = frozenset(["DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"])
+#: A strategy with which hooks do not see whole layers. A name, since `lightning.pytorch` and `pytorch_lightning` each
+#: have their own classes.
+REFUSED = "DeepSpeedStrategy"
 
 #: Base class of callbacks that validate the model with averaged weights.
 AVERAGING = "WeightAveraging"
@@ -48,11 +48,14 @@ def logger_step(trainer: pl.Trainer) -> int:
 
 
 def refuse_split_models(trainer: pl.Trainer) -> None:
-    """Raise for strategies that split the model over processes."""
-    if SHARDED.intersection(cls.__name__ for cls in type(trainer.strategy).__mro__):
+    """Raise for strategies that split layers over processes; parameters may be sharded."""
+    name, split = type(trainer.strategy).__name__, getattr(trainer.strategy, "_tensor_parallel_size", 1) != 1
+    if split or REFUSED in (cls.__name__ for cls in type(trainer.strategy).__mro__):
+        why = " with `tensor_parallel_size` above 1" if split else ""
         raise MisconfigurationException(
-            f"InvarianceMonitor needs the whole model on each process, but {type(trainer.strategy).__name__} splits it:"
-            " use a single device or one of the `ddp` strategies, or call `evaluate()` on a checkpoint after training."
+            f"InvarianceMonitor needs whole layers on each process, but {name}{why} splits them: use a single device,"
+            " `ddp`, `fsdp` or `ModelParallelStrategy(tensor_parallel_size=1)`, or call `evaluate()` on a checkpoint"
+            " after training."
         )
 
 
