@@ -77,7 +77,10 @@ def turned_copies(output: Path) -> None:
         results[name] = measured(model, x, quarter_turns())
     show(results)
     print("\n", results["copies"].orbits("1"), sep="")
-    maps = evaluate(networks["copies"], x[:2], quarter_turns(), STTensor())["STTensor"]["1"][0]
+    letter = torch.zeros(2, 1, 32, 32)  # F, twice, since an evaluation needs two samples
+    for rows, columns in ((slice(6, 26), slice(9, 12)), (slice(6, 9), slice(9, 22)), (slice(14, 17), slice(9, 18))):
+        letter[:, :, rows, columns] = 1
+    maps = evaluate(networks["copies"], letter, quarter_turns(), STTensor())["STTensor"]["1"][0]
     plots.orbits(results["copies"], "1", maps=maps).savefig(output / "orbits_copies.png")
 
 
