@@ -19,8 +19,11 @@ from lightning_invariance.accumulators.layer_state import LayerState
 from lightning_invariance.accumulators.rows import Rows
 from lightning_invariance.measures import (
     Anova,
+    ChannelEquivariance,
     Consistency,
     DistanceSameEquivariance,
+    EffectiveInvariance,
+    EquivarianceCorrelation,
     Goodfellow,
     NormalizedDistance,
     NormalizedVariance,
@@ -46,6 +49,10 @@ MEASURES = {
     "Consistency": (Consistency(), 24),
     "same-equivariance": (VarianceSameEquivariance(transformations=rotations(16)), 28),
     "distance same-equivariance": (DistanceSameEquivariance(transformations=rotations(16)), 22),
+    "effective invariance": (EffectiveInvariance(), 19),
+    "permuted channels": (ChannelEquivariance(rotations(16)), 48),
+    "channels that stay": (ChannelEquivariance(rotations(16), "identity"), 56),
+    "correlation": (EquivarianceCorrelation(rotations(16)), 58),
 }
 
 #: Times the bytes of a block, where they are more than kernels: float64 throughout, and states beside few samples.
