@@ -205,3 +205,11 @@ def test_tables_as_pandas():
     assert frame["layer"].tolist() == ["a", "b", "c"]
     assert frame["mean"].tolist() == pytest.approx([1, 0.5, 0.2])
     assert set(frame["measure"]) == {"NormalizedVariance"}
+
+
+def test_negative_values_have_colours_of_their_own():
+    values = torch.tensor([-2.0, -0.5, 0.0, 0.5, 1.0], dtype=torch.float64)
+    result = InvarianceResult({"R2": {"a": values}})
+    low, middle, high = plots.heatmap(result, "R2").axes[0].images[0].norm([-1.5, 0.0, 0.9])
+    assert 0 <= low < middle - 0.2 < high - 0.4
+    assert plots.heatmap(result, "R2", limits=(-1, 1)).axes[0].images[0].norm.vmin == -1

@@ -190,7 +190,12 @@ def scale_of(
     """The colour scale of a measure, between ``limits`` or, by default, limits that follow the values.
 
     Ratios have a diverging scale about 1: blue below, where the layer is more invariant than samples vary, red above.
+    Measures with negative values, such as R², have a linear scale.
     """
+    values = [value for value in values if math.isfinite(value)]
+    if (limits or (min(values, default=0),))[0] < 0:
+        low, high = limits or (float(np.quantile(values, BEYOND)), max(values))
+        return Scale(Normalize(low, high if high > low else low + 1), _colours("plasma"))
     found = limits or (limits_of_ratios(values) if is_ratio and log else limits_of(values))
     low, high = found or (0.0, 1.0)
     if not log or found is None:
