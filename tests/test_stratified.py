@@ -7,7 +7,9 @@ from torch.utils.data import TensorDataset
 
 from lightning_invariance import evaluate, functional, rotations
 from lightning_invariance.measures import (
+    ChannelEquivariance,
     DistanceSameEquivariance,
+    EquivarianceCorrelation,
     Goodfellow,
     NormalizedVariance,
     SampleDistance,
@@ -60,18 +62,22 @@ def test_evaluate_hands_over_labels_and_indices():
         "tv": Stratified(TransformationVariance(), 2),
         "sd": Stratified(SampleDistance(), 2),
         "se": Stratified(DistanceSameEquivariance(), 2),
+        "channels": Stratified(ChannelEquivariance(channels="identity"), 2),
+        "correlation": Stratified(EquivarianceCorrelation(), 2),
     }
     result = evaluate(model, data, t, measures)
     for name, single in (
         ("tv", TransformationVariance()),
         ("sd", SampleDistance()),
         ("se", DistanceSameEquivariance()),
+        ("channels", ChannelEquivariance(channels="identity")),
+        ("correlation", EquivarianceCorrelation()),
     ):
         parts = [evaluate(model, images[labels == label], t, {name: single}) for label in range(2)]
         for layer, found in result[name].items():
             expected = (parts[0][name][layer] + parts[1][name][layer]) / 2
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-    assert result.skipped == {"se": ["3"]}
+    assert result.skipped == {"se": ["3"], "correlation": ["3"]}
 
 
 def test_bad_arguments():

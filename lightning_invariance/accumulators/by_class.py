@@ -37,9 +37,11 @@ class ByClass(Accumulator):
 
     def empty(self) -> States:
         """The states before the first row."""
-        inner = [item for accumulator in self.inner for item in accumulator.empty().items()]
-        empty = {_name(c, state): value for c in range(self.num_classes) for state, value in inner}
-        return {"class_samples": torch.zeros(self.num_classes, dtype=torch.long), **empty}
+        empty = {"class_samples": torch.zeros(self.num_classes, dtype=torch.long)}
+        for label in range(self.num_classes):  # tensors of its own, which `add` may change in place
+            for accumulator in self.inner:
+                empty.update({_name(label, state): value for state, value in accumulator.empty().items()})
+        return empty
 
     def add(self, states: States, rows: Rows) -> None:
         """Add each row to the states of its class."""

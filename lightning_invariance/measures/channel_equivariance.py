@@ -178,6 +178,7 @@ class ChannelEquivariance(Measure):
         else:
             found[RESIDUALS] = sum((squared_residuals(fold, reference)[..., 0] for fold in folds), torch.zeros(()))
             found[SOURCES] = torch.arange(sums.n_channels, device=totals.device).expand(3, *totals.shape)
+        found[RESIDUALS][reference] = 0  # f(x) explains itself
         return replace(sums, states={**sums.states, **found})
 
     @property

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics.utilities.prints import rank_zero_warn
 
-from lightning_invariance.accumulators import ByClass
+from lightning_invariance.accumulators import ByClass, Context
 from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.measures.base import Measure
 from lightning_invariance.messages import check_int, given
@@ -82,6 +83,11 @@ class Stratified(Measure):
             indices: ``(samples,)``, integers that identify the samples.
         """
         super().update(st_block, indices=indices, labels=labels)
+
+    def prepare_for(self, context: Context) -> None:
+        """Prepare the wrapped measure, too, as for the samples of one class."""
+        super().prepare_for(context)
+        self._measure[0].prepare_for(replace(context, n_samples=None, run=0))
 
     def per_class(self) -> Tensor:
         """The value of each class, ``(num_classes, *shape)``; NaN, with a warning, for fewer than two samples."""
