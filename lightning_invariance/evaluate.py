@@ -196,7 +196,7 @@ def _measured(walk: Walk, transformations: TransformationSet, measures: Mapping[
     walk.selection.check_measured(ran, result.left_out)
     result.set_layer_types(walk.selection.types_of(ran))
     if rank_and_world_size()[0] == 0:
-        warn_of(result, walk.options.channel_axis or ())
+        warn_of(result, {"channel_axis": walk.options.channel_axis or (), "vectors": walk.options.vectors or ()})
     return result
 
 

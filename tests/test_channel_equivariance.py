@@ -16,7 +16,8 @@ from lightning_invariance import (
     rotations,
     translations,
 )
-from lightning_invariance.measures import ChannelEquivariance, EffectiveInvariance, EquivarianceCorrelation
+from lightning_invariance.accumulators.channel_moments import fold_of
+from lightning_invariance.measures import ChannelEquivariance, EffectiveInvariance, EquivarianceCorrelation, Stratified
 from lightning_invariance.testing import assert_equivariant
 
 ALL = {how: ChannelEquivariance(channels=how) for how in ("identity", "permutation", "linear")}
@@ -117,8 +118,9 @@ def by_definition(st, turns, how, ridge=1e-3):
     b = turns.inverse(st).numpy()[..., inside]
     a, (n, m, channels, _) = b[:, 0], b.shape
     residuals = np.zeros((m, channels))
+    folds = fold_of(torch.arange(n)).numpy()
     for half in (0, 1):
-        train, test = np.arange(n) % 2 != half, np.arange(n) % 2 == half
+        train, test = folds != half, folds == half
         for j in range(m):
             target = b[test, j]
             if how == "linear":
@@ -177,15 +179,18 @@ def test_intervals_are_those_of_leaving_samples_out(measure):
     back = turns.inverse(torch.stack([model(column) for column in turns(x).unbind(1)], 1).detach())
     white = torch.ones(1, 1, 12, 12, dtype=torch.float64)
     back = back[..., (turns.inverse(turns.of_maps(white)) > 1 - 1e-4)[0, :, 0].all(0)]
-    sources = torch.arange(8).expand(2, 6, 8)
+    sources, folds = torch.arange(8).expand(2, 6, 8), fold_of(torch.arange(40))
     if measure.channels == "permutation":
         halves = [ChannelEquivariance(turns), ChannelEquivariance(turns)]
         st = torch.stack([model(column) for column in turns(x).unbind(1)], 1).detach()
         for half, other in zip(halves, (1, 0), strict=True):  # what the other half finds, from all of its samples twice
-            half.update(st[other::2].repeat_interleave(2, 0), torch.arange(40))
+            half.update(st[folds == other].repeat_interleave(2, 0), torch.arange(40))
         sources = torch.stack([half.details(half.sums())["channel_map"].argsort(1) for half in halves])
     residuals = torch.stack(
-        [torch.stack([(b[j] - b[0, sources[i % 2, j]]).square().sum(1) for j in range(6)]) for i, b in enumerate(back)]
+        [
+            torch.stack([(b[j] - b[0, sources[folds[i], j]]).square().sum(1) for j in range(6)])
+            for i, b in enumerate(back)
+        ]
     )
 
     def value(kept):
@@ -235,6 +240,45 @@ def test_dead_and_constant_channels_are_nan():
     assert result.orbits("1")[0].channels == (0, 1, 2, 3)
 
 
+def test_halves_are_random_and_balanced_and_one_without_samples_is_nan():
+    folds = fold_of(torch.arange(1000))
+    assert int(folds.sum()) == 500
+    assert 200 < int(folds[::2].sum()) < 300  # also of every other sample, as of one of two classes
+    measure = ChannelEquivariance(quarter_turns())
+    measure.update(cube()[:, :4], (folds == 0).nonzero().flatten()[:14])
+    assert measure.compute().isnan().all()
+    data = torch.utils.data.TensorDataset(images(), torch.arange(48) % 6)
+    result = evaluate(layer_of(turned(2)), data, quarter_turns(), Stratified(ChannelEquivariance(), 6))
+    classes = result.by_class["Stratified"]["1"]
+    torch.testing.assert_close(classes[classes.isfinite()], torch.ones_like(classes[classes.isfinite()]))
+
+
+@pytest.mark.parametrize("value", [0.1, 0.125])
+def test_a_constant_channel_is_nan_in_float64_and_leaves_the_others_alone(value):
+    model = layer_of(torch.cat([turned(1), torch.zeros(1, 1, 5, 5)]), torch.float64)
+    model[0].bias = nn.Parameter(torch.tensor([0.0] * 4 + [value], dtype=torch.float64))
+    measures = [ChannelEquivariance(), EquivarianceCorrelation()]
+    with pytest.warns(UserWarning, match="NaN"):
+        result = evaluate(model, images(dtype=torch.float64), rotations(8), measures)
+    alone = evaluate(layer_of(turned(1), torch.float64), images(dtype=torch.float64), rotations(8), measures)
+    for name in alone:
+        torch.testing.assert_close(result[name]["1"][:4], alone[name]["1"], rtol=1e-9, atol=1e-9)
+        assert result[name]["1"][4].isnan()
+
+
+def test_a_channel_that_is_nan_makes_its_layer_undefined():
+    st = cube()[:, :4]
+    st[:, :, 0] = torch.nan
+    for how, undefined in (
+        ("identity", [True, False, False, False]),
+        ("permutation", [True] * 4),
+        ("linear", [True] * 4),
+    ):
+        measure = ChannelEquivariance(quarter_turns(), how)
+        measure.update(st)
+        assert measure.compute().isnan().tolist() == undefined
+
+
 def test_assertions():
     assert_equivariant(layer_of(turned(2)), images(), quarter_turns(), within=1e-6, channels="permutation")
     with pytest.raises(AssertionError, match="ChannelEquivariance above 0.9 with 95% confidence"):
@@ -265,6 +309,7 @@ def test_bad_arguments():
     for arguments, message in (
         ({"channels": "mixed"}, "`channels` to be one of"),
         ({"ridge": 0}, "`ridge` to be above 0"),
+        ({"ridge": "a"}, "`ridge` to be above 0"),
         ({"mask": -1}, "`mask`"),
         ({"max_channels": 0}, "`max_channels`"),
     ):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from lightnings import TensorBoardLogger
-from matplotlib.collections import PolyCollection
+from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -205,6 +205,16 @@ def test_tables_as_pandas():
     assert frame["layer"].tolist() == ["a", "b", "c"]
     assert frame["mean"].tolist() == pytest.approx([1, 0.5, 0.2])
     assert set(frame["measure"]) == {"NormalizedVariance"}
+
+
+def test_intervals_without_bias_may_leave_out_the_mean():
+    influences = {"ND": {"0": torch.linspace(-1e-3, 1e-3, 24, dtype=torch.float64)}}
+    about = {"biases": {"ND": 1.0}, "influences": influences, "confidence": 0.95, "n_samples": 24}
+    found = InvarianceResult({"ND": {"0": torch.tensor(0.8, dtype=torch.float64)}}, **about)
+    interval = found.interval()["0"]
+    assert found.per_layer()["0"] > interval.high
+    (bar,) = [c for c in plots.layers(found).axes[0].collections if isinstance(c, LineCollection)]
+    assert bar.get_segments()[0][:, 1].tolist() == pytest.approx([interval.low, interval.high])
 
 
 def test_negative_values_have_colours_of_their_own():

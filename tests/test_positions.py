@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch import nn
 from torchmetrics import MeanSquaredError
-from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex, MultilabelAccuracy
 
 from lightning_invariance import (
+    TransformationSet,
     combine,
     evaluate,
     flips,
@@ -20,7 +21,12 @@ from lightning_invariance import (
     translations,
     volume_rotations,
 )
-from lightning_invariance.measures import ChannelEquivariance, EquivarianceCorrelation, VarianceSameEquivariance
+from lightning_invariance.measures import (
+    ChannelEquivariance,
+    EquivarianceCorrelation,
+    NormalizedVariance,
+    VarianceSameEquivariance,
+)
 from lightning_invariance.testing import assert_equivariant
 
 
@@ -121,13 +127,33 @@ def test_vectors_of_tokens_and_points_move_along_their_own_axis():
 
 
 def test_layers_of_another_length_are_not_permuted():
-    result = evaluate(
-        nn.Sequential(nn.Conv1d(3, 4, 1), nn.MaxPool1d(3)).double(),
-        values(12, 3, 9),
-        permutations(4, axis=-1),
-        VarianceSameEquivariance(),
-    )
+    model = nn.Sequential(nn.Conv1d(3, 10, 1), nn.AvgPool1d(2)).double()  # as many channels as there were points
+    with pytest.warns(UserWarning, match="leaves out 1 layer: 1 .5 positions are not the 10 that are permuted"):
+        result = evaluate(model, values(12, 3, 10), permutations(4, axis=-1), VarianceSameEquivariance())
     assert result.skipped == {"VarianceSameEquivariance": ["1"]}
+
+
+def test_layers_of_inputs_with_several_axes_of_positions_are_not_shifted():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1)).double()
+    result = evaluate(model, values(12, 3, 6, 6), shifts([0, 2]), [VarianceSameEquivariance(), NormalizedVariance()])
+    assert result.skipped == {"VarianceSameEquivariance": ["0"]}
+    assert result.per_layer("NormalizedVariance")["0"] > 0
+
+
+def test_products_with_rotations_of_points_turn_vectors_too():
+    t = combine(permutations(2), volume_rotations(4, points=True))
+    model, points = Graph(), values(10, 6, 3)
+    result = evaluate(model, points, t, VarianceSameEquivariance(), vectors={"coordinates": -1}, include_input=True)
+    for layer in ("coordinates", "input"):
+        assert result.per_layer()[layer] < 1e-12
+    assert result.floor["VarianceSameEquivariance"].max() < 1e-12
+    some_columns = evaluate(model, points, t[1:6], VarianceSameEquivariance(), vectors={"coordinates": -1})
+    assert some_columns.per_layer()["coordinates"] < 1e-12
+
+
+def test_a_name_of_vectors_that_fits_no_layer_is_warned_of():
+    with pytest.warns(UserWarning, match="`vectors` to name layers that ran, but none fits 'coordinate'. Did you mean"):
+        evaluate(Graph(), values(8, 5, 3), volume_rotations(4, points=True), vectors={"coordinate": -1})
 
 
 def test_permutations_begin_with_the_identity_and_are_exact():
@@ -243,10 +269,35 @@ def test_pixels_that_left_the_frame_do_not_count():
     assert result.outputs["MeanSquaredError"].values == [0.0] * 8
 
 
+def test_metrics_of_columns_without_visible_pixels_are_nan_and_channels_are_kept():
+    images = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    pool = nn.Sequential(nn.AvgPool2d(4))
+    data = torch.utils.data.TensorDataset(images, pool(images).argmax(1))
+    metric = MulticlassAccuracy(3, average="micro")
+    with pytest.warns(UserWarning, match="NaN for 30°: no pixel stays in the frame"):
+        result = evaluate(pool, data, rotations(angles=[0, 30]), outputs=metric, outputs_move=True)
+    values_of = result.outputs["MulticlassAccuracy"].values
+    assert values_of[0] == 1
+    assert values_of[1] != values_of[1]
+    several = torch.utils.data.TensorDataset(images, (images > 0.5).long())
+    result = evaluate(nn.Identity(), several, translations([2]), outputs=MultilabelAccuracy(3), outputs_move=True)
+    assert result.outputs["MultilabelAccuracy"].values == [1.0] * 8
+    with pytest.raises(ValueError, match="Expected feature maps"):
+        flat = torch.utils.data.TensorDataset(values(8, 2, 6), values(8, 12))
+        evaluate(nn.Flatten(), flat, shifts([0, 1]), outputs=MeanSquaredError(), outputs_move=True)
+
+
+#: Functions that say nothing of vectors.
+SAME = TransformationSet.from_callables({"a": torch.clone, "b": torch.clone}, [torch.clone, torch.clone], identity="a")
+
+
 def test_bad_arguments():
     for wrong, message in (
         (lambda: shifts([]), "different finite numbers"),
         (lambda: shifts([1, 1]), "different finite numbers"),
+        (lambda: shifts(3), "different finite numbers"),
+        (lambda: shifts(["a"]), "different finite numbers"),
+        (lambda: shifts([1], fill=float("nan")), "`fill`"),
         (lambda: shifts([1], axis=0), "axis of the batch"),
         (lambda: permutations(0), "`n`"),
         (lambda: volume_rotations(24, angles=[1]), "one of the arguments"),
@@ -261,7 +312,7 @@ def test_bad_arguments():
         (lambda: rotations(4).points(torch.rand(3), (4, 4)), "positions"),
         (lambda: shifts([0, 1]).points(torch.rand(2), (4, 4)), "images or volumes"),
         (
-            lambda: evaluate(Graph(), values(8, 5, 3), permutations(3), VarianceSameEquivariance(), vectors={"*": -1}),
+            lambda: evaluate(Graph(), values(8, 5, 3), SAME, VarianceSameEquivariance(), vectors={"*": -1}),
             "turn vectors",
         ),
         (

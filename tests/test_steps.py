@@ -96,6 +96,16 @@ def test_a_resumed_training_has_neither_gap_nor_repeat(tmp_path, at):
         assert one.per_layer() == pytest.approx(other.per_layer())
 
 
+def test_a_monitor_that_joins_a_resumed_training_keeps_to_its_steps(tmp_path):
+    trainer = fit(tmp_path, max_steps=7)
+    trainer.save_checkpoint(tmp_path / "early.ckpt")
+    watching = monitor(5)
+    steps = Steps(watching)
+    with pytest.warns(UserWarning, match="resuming"):  # in the middle of an epoch
+        fit(tmp_path, watching, steps, ckpt_path=tmp_path / "early.ckpt", max_steps=16, epochs=-1)
+    assert steps.steps[1:] == [10, 15]
+
+
 def test_early_stopping_counts_evaluations_between_validations(tmp_path):
     watching = monitor(10)
     stop = EarlyStopping(

@@ -82,6 +82,10 @@ class Accumulator(ABC):
         """Whether the sums are defined for activations of this shape; other layers are left out."""
         return True
 
+    def why_not(self, activation_shape: tuple[int, ...], channel_axis: int) -> str:
+        """Why activations to which it applies are left out nevertheless; empty if they are not."""
+        return ""
+
     @property
     def has_shares(self) -> bool:
         """Whether :meth:`shares` is implemented, which standard errors need."""

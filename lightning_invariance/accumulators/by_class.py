@@ -81,6 +81,10 @@ class ByClass(Accumulator):
         """Whether all inner accumulators apply."""
         return all(accumulator.applies_to(activation_shape) for accumulator in self.inner)
 
+    def why_not(self, activation_shape: tuple[int, ...], channel_axis: int) -> str:
+        """The reason of the first inner accumulator that has one."""
+        return next(filter(None, (each.why_not(activation_shape, channel_axis) for each in self.inner)), "")
+
     def of_class(self, states: Mapping[str, Tensor], label: int) -> States:
         """The states of the inner accumulators for one class, with its number of samples."""
         inner = [state for accumulator in self.inner for state in accumulator.empty()]

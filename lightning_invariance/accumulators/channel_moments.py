@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_invariance.accumulators.base import Accumulator
 from lightning_invariance.accumulators.rows import N_SAMPLES, Context, Rows, States
+from lightning_invariance.accumulators.subsample import mixed
 
 #: The states that hold the moments of both folds.
 MOMENTS = ("fold_counts", "channel_means", "channel_squares", "channel_products")
@@ -45,7 +46,8 @@ class ChannelMoments(Accumulator):
       ``mixed`` ``(2, m, channels, 1)``, of k = c alone.
     - ``images`` ``(m, channels, positions)``: the mean of b over all samples.
 
-    Samples with even ``indices`` are in fold 0, the others in fold 1; without indices they alternate as they come.
+    Of two samples with neighbouring ``indices`` a random one is in fold 0, the other in fold 1; without indices, of two
+    that follow each other.
 
     Attributes:
         mixed: whether products of different channels are needed.
@@ -154,13 +156,15 @@ class ChannelMoments(Accumulator):
 def _places(maps: Tensor, rows: Rows) -> list[Tensor]:
     """The positions of the rows of each fold, on the CPU."""
     numbers = torch.arange(rows.before, rows.before + len(maps)) if rows.indices is None else rows.indices
-    return [(numbers % 2 == fold).nonzero().flatten() for fold in (0, 1)]
+    folds = fold_of(numbers)
+    return [(folds == fold).nonzero().flatten() for fold in (0, 1)]
+
+
+def fold_of(numbers: Tensor) -> Tensor:
+    """The fold of samples, 0 or 1: random, since classes may alternate, and balanced."""
+    return (numbers + mixed(numbers // 2)) % 2
 
 
 def _folds(maps: Tensor, rows: Rows) -> list[Tensor]:
-    """The rows of each fold: views where every other row belongs to it."""
-    found = []
-    for places in _places(maps, rows):
-        alternate = len(places) and bool((places.diff() == 2).all())
-        found.append(maps[int(places[0]) : int(places[-1]) + 1 : 2] if alternate else maps[places.to(maps.device)])
-    return found
+    """The rows of each fold."""
+    return [maps[places.to(maps.device)] for places in _places(maps, rows)]

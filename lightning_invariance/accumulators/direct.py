@@ -35,6 +35,10 @@ class DirectPairs(Accumulator):
         """Whether activations are feature maps."""
         return self.mapping.applies_to(activation_shape)
 
+    def why_not(self, activation_shape: tuple[int, ...], channel_axis: int) -> str:
+        """Why feature maps cannot be mapped."""
+        return self.mapping.why_not(activation_shape, channel_axis)
+
     def pairs(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor | None]:
         """A(t(x)) and t(A(x)), and which pixels of each column are inside the mask, ``(m, 1, *positions)``, or None.
 
@@ -110,6 +114,9 @@ class DirectDistances(DirectPairs):
         return (distances.masked_fill(distances.isinf(), torch.nan) * weight).double()
 
 
+#: As many samples as deviations of a constant from its mean, which are rounding, are summed over at most.
+MANY = 10**6
+
 #: The moments of t(A(x)) and A(t(x)) about their means.
 COMOMENTS = ("expected_squares", "found_squares", "pair_products")
 
@@ -172,8 +179,15 @@ class Correlations(DirectPairs):
 
     def dead(self, states: States) -> Tensor:
         """Which channels had one value wherever they were looked at."""
-        constant = (states["found_squares"] == 0).all(0) & (states["expected_squares"] == 0).all(0)
-        return constant & (states["found_mean"] == states["expected_mean"]).all(0)
+        means = states["found_mean"]
+        constant = states["found_squares"] <= rounding_of(means, states["pixels"], MANY)
+        apart = (means - means[:1]).abs() <= 64 * torch.finfo(means.dtype).eps * means.abs()
+        return constant.all(0) & apart.all(0)
+
+
+def rounding_of(mean: Tensor, pixels: Tensor, n_samples: int) -> Tensor:
+    """Squared deviations of a constant from its rounded mean, at most, ``(m, channels)``."""
+    return (64 * torch.finfo(mean.dtype).eps * mean).square() * n_samples * pixels[:, None]
 
 
 def _identity_among(transformations: TransformationSet, maps: Tensor, input_size: tuple[int, ...] | None) -> int:

@@ -72,6 +72,13 @@ class BackMapping:
             return len(activation_shape) == 3
         return self.transformations.fits(activation_shape, self.input_shape)
 
+    def why_not(self, activation_shape: tuple[int, ...], channel_axis: int) -> str:
+        """Why feature maps cannot be mapped back."""
+        positions = tuple(size for axis, size in enumerate(activation_shape) if axis != channel_axis)
+        if self.transformations is None or not positions or not self.input_shape:
+            return ""
+        return self.transformations.why_not(positions, self.input_shape)
+
     def inside(self, visible: Tensor) -> Tensor:
         """The mask, 1 or 0, given the visible fraction of each pixel ``(columns, 1, *positions)``."""
         outside = (visible < MIN_VISIBLE).double()
@@ -138,6 +145,10 @@ class MappedBack(Accumulator):
     def applies_to(self, activation_shape: tuple[int, ...]) -> bool:
         """Whether activations are feature maps."""
         return self.mapping.applies_to(activation_shape)
+
+    def why_not(self, activation_shape: tuple[int, ...], channel_axis: int) -> str:
+        """Why feature maps cannot be mapped back."""
+        return self.mapping.why_not(activation_shape, channel_axis)
 
     @property
     def has_shares(self) -> bool:

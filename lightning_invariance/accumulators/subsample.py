@@ -96,7 +96,7 @@ class ColumnPairs(Accumulator):
         """Choose rows to keep, once for all layers that run for these samples."""
         if rows.indices is None:
             arrived = torch.arange(rows.before, rows.before + len(rows.flat))
-            return choose(keys, keys_of(indices_of_contents(rows.flat).cpu() ^ _mixed(arrived), len(keys)))
+            return choose(keys, keys_of(indices_of_contents(rows.flat).cpu() ^ mixed(arrived), len(keys)))
         before, choice = rows.block_memo.get(self, (None, None))
         if before is None or not torch.equal(before, keys):
             choice = choose(keys, keys_of(rows.indices, len(keys)))
@@ -108,13 +108,13 @@ class ColumnPairs(Accumulator):
 def keys_of(indices: Tensor, columns: int) -> Tensor:
     """Hash each pair of sample and column to a key: ``(columns, samples)``."""
     column = torch.arange(columns, device=indices.device)
-    return _mixed(_mixed(indices.long())[None, :] + column[:, None]) & EMPTY
+    return mixed(mixed(indices.long())[None, :] + column[:, None]) & EMPTY
 
 
 def indices_of_contents(x: Tensor) -> Tensor:
     """Hash the values of each row of ``x`` (n, m, k): equal rows have equal numbers."""
     bits = x.flatten(1).contiguous().view(torch.int64 if x.dtype == torch.float64 else torch.int32)
-    weights = _mixed(torch.arange(1, bits.shape[1] + 1, device=x.device))
+    weights = mixed(torch.arange(1, bits.shape[1] + 1, device=x.device))
     return torch.stack([(row.long() * weights).sum() for row in bits])
 
 
@@ -134,7 +134,7 @@ def choose(keys: Tensor, candidates: Tensor) -> Choice:
     return columns, leaving, entering, candidates[columns, entering]
 
 
-def _mixed(z: Tensor) -> Tensor:
+def mixed(z: Tensor) -> Tensor:
     """Mix 64 bits with the finaliser of splitmix64 (Steele, Lea and Flood 2014), a bijection without pattern."""
     z = z + -0x61C8864680B583EB
     z = (z ^ (z >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities.prints import rank_zero_warn
 
 from lightning_invariance.accumulators.mapped_back import MIN_VISIBLE
 from lightning_invariance.data.batches import LABEL_KEYS, describe, target_of
 from lightning_invariance.data.loader import STBlock
 from lightning_invariance.distributed import gather_objects
-from lightning_invariance.messages import level_of_user
+from lightning_invariance.messages import level_of_user, some
 from lightning_invariance.model.outputs import all_tensors_of
 from lightning_invariance.model.probe import FAILURES
 from lightning_invariance.results.intervals import interval_of
@@ -63,6 +64,7 @@ class OutputMetrics:
         self._confidence = confidence
         self._labels, m = transformations.labels, len(transformations)
         self._may_move = transformations.invertible and not moves
+        self._unseen: set[int] = set()  # columns of which no pixel stays in the frame
         for name, metric in metrics.items():
             metric = deepcopy(metric)
             metric.reset()
@@ -100,6 +102,7 @@ class OutputMetrics:
             moved = self._moved.select(range(len(self._labels))[block.columns])
             predictions = moved.inverse(predictions, tuple(block.inputs.shape[2:]))
             visible = visible_in(moved, predictions, tuple(block.inputs.shape[2:]))
+            self._unseen |= {block.columns.start + j for j, seen in enumerate(visible) if not seen.any()}
         targets = targets.to(predictions.device).contiguous()  # some metrics view their arguments
         for name, clones in self._clones.items():
             pairs = [(prediction.contiguous(), targets) for prediction in predictions.unbind(1)]
@@ -117,6 +120,9 @@ class OutputMetrics:
             ValueError: If a metric has more than one value.
         """
         found: dict[str, OutputValues] = {}
+        if self._unseen:
+            labels = some(self._labels[j] for j in sorted(self._unseen))
+            rank_zero_warn(f"Metrics of outputs are NaN for {labels}: no pixel stays in the frame.", UserWarning)
         for name, clones in self._clones.items():
             with warnings.catch_warnings():  # of metrics that were not updated: in processes without samples
                 warnings.simplefilter("ignore", UserWarning)
@@ -126,7 +132,8 @@ class OutputMetrics:
                     f"Expected metrics in argument `outputs` to have one value, but {name} has {values[0]!r}: average"
                     " over classes."
                 )
-            found[name] = OutputValues([float(v) for v in values], self._labels, clones[0].higher_is_better)
+            numbers = [math.nan if j in self._unseen else float(value) for j, value in enumerate(values)]
+            found[name] = OutputValues(numbers, self._labels, clones[0].higher_is_better)
             if name in self._by_sample and self._confidence is not None:
                 of_samples = torch.cat(gather_objects(self._by_sample[name].values()))
                 bounds = clones[0].plot_lower_bound, clones[0].plot_upper_bound
@@ -191,25 +198,24 @@ def _update(name: str, metric: Metric, predictions: Tensor, targets: Tensor) -> 
 
 
 def visible_in(transformations: TransformationSet, maps: Tensor, input_size: tuple[int, ...]) -> Tensor:
-    """Which values of maps ``(rows, m, *shape)`` come from inside the frame: bool ``(m, *shape)``."""
+    """Which positions of maps ``(rows, m, ..., *positions)`` stay in the frame: bool ``(m, *positions)``."""
+    axes = max(transformations.map_axes, len(input_size) - 1)
     ones = torch.ones(1, *maps.shape[2:], dtype=torch.float64, device=maps.device)
-    back = transformations.inverse(transformations.of_maps(ones, input_size), input_size)
-    return back[0] >= MIN_VISIBLE
+    seen = transformations.inverse(transformations.of_maps(ones, input_size), input_size)[0] >= MIN_VISIBLE
+    return seen.flatten(1, -axes - 1).all(1) if seen.ndim > axes + 1 else seen
 
 
 def only_visible(predictions: Tensor, targets: Tensor, visible: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
-    """Leave out pixels that left the frame.
+    """Leave out pixels that left the frame, given which stay, ``(*positions)``.
 
     Targets are the metric's ``ignore_index`` there; for metrics without one, the last axis counts the other pixels.
     """
-    while visible.ndim >= targets.ndim:  # targets without an axis of classes
-        visible = visible.all(0)
-    if bool(visible.all()) or targets.shape[1:] != visible.shape:
+    if bool(visible.all()) or not bool(visible.any()) or targets.shape[-visible.ndim :] != visible.shape:
         return predictions, targets
     if (index := getattr(metric, "ignore_index", None)) is not None:
         return predictions, torch.where(visible, targets, index)
     kept = visible.flatten()
-    return predictions.flatten(-visible.ndim)[..., kept], targets.flatten(1)[..., kept]
+    return predictions.flatten(-visible.ndim)[..., kept], targets.flatten(-visible.ndim)[..., kept]
 
 
 def is_mean(of_samples: Tensor, values: Sequence[float]) -> bool:

@@ -139,7 +139,7 @@ class Measure(AccumulatingMetric):
 
     def why_not(self, activation_shape: tuple[int, ...], channel_axis: int) -> str:
         """Why a layer to which the measure :meth:`applies <applies_to>` is left out; empty if it is not."""
-        return ""
+        return next(filter(None, (each.why_not(activation_shape, channel_axis) for each in self.needs)), "")
 
     def standard_error(self, sums: Sums) -> Tensor | None:
         """The standard error of an estimated :meth:`value`, in the same shape; None where the value is exact."""

@@ -51,9 +51,10 @@ class ChannelEquivariance(Measure):
       ``"permutation"``.
 
     Layers without positions, such as ``(channels,)`` after pooling, are measured as they are. The value is
-    ``(channels,)``, NaN for channels that do not vary over samples, where the mask leaves no pixel and, with a warning,
-    for fewer than four samples (two for ``"identity"``). A layer keeps 2 m channels² numbers in float64 (none for
-    ``"identity"``) and m numbers for each activation.
+    ``(channels,)``, NaN for channels that do not vary over samples and where the mask leaves no pixel; for
+    ``"permutation"`` and ``"linear"`` also for all channels where one is NaN; and, with a warning, for fewer than four
+    samples (two for ``"identity"``). A layer keeps 2 m channels² numbers in float64 (none for ``"identity"``) and m
+    numbers for each activation.
 
     Args:
         transformations: the columns, with inverses and the identity; an evaluation provides its own.
@@ -94,7 +95,7 @@ class ChannelEquivariance(Measure):
     ) -> None:
         if channels not in CHANNELS:
             raise ValueError(f"Expected argument `channels` to be one of {CHANNELS}, but got {channels!r}.")
-        if not 0 < ridge < math.inf:
+        if not isinstance(ridge, int | float) or not 0 < ridge < math.inf:
             raise ValueError(f"Expected argument `ridge` to be above 0, but got {ridge}.")
         check_int("mask", mask, 0)
         check_int("max_channels", max_channels)
@@ -124,7 +125,7 @@ class ChannelEquivariance(Measure):
         """Too many channels."""
         count = activation_shape[channel_axis] if activation_shape else 1
         if self.channels == "identity" or count <= self.max_channels:
-            return ""
+            return super().why_not(activation_shape, channel_axis)
         return f"{count:,} channels are more than `max_channels={self.max_channels}`"
 
     def value(self, sums: Sums) -> Tensor:
@@ -169,6 +170,8 @@ class ChannelEquivariance(Measure):
             return sums
         folds = ChannelMoments.moments(sums.states, 0), ChannelMoments.moments(sums.states, 1)
         totals, reference = totals_of(folds, sums["images"], sums.n_samples), self._reference
+        if self.channels != "identity" and min(int(fold.number) for fold in folds) <= sums["images"].shape[2]:
+            totals = torch.zeros_like(totals)  # less than two samples in one half, as of a layer that few samples reach
         found = {TOTALS: totals}
         if self.channels == "linear":
             of_folds = [of_regression(*pair, self.ridge, reference) for pair in (folds, folds[::-1])]
@@ -215,6 +218,9 @@ def of_assignments(folds: Sequence[Moments], totals: Tensor, reference: int) -> 
             continue
         parts = [squared_residuals(fold, reference, j)[0] for fold in folds]
         scale = torch.where(total > 0, total, 1.0)[:, None]
+        if not bool((parts[0] + parts[1]).isfinite().all()):  # the channel that explains another one may be NaN
+            residuals[j], sources[:, j] = torch.nan, every
+            continue
         first, second, both = (assigned(part / scale) for part in (*parts, parts[0] + parts[1]))
         sources[:, j] = torch.stack([second, first, both]).to(totals.device)
         residuals[j] = parts[0][every, sources[0, j]] + parts[1][every, sources[1, j]]
@@ -234,7 +240,8 @@ def totals_of(folds: Sequence[Moments], images: Tensor, n_samples: int) -> Tenso
     for fold in folds:
         total += fold.squares + fold.number.to(means) * (fold.means - means).square()
     of_images = n_samples * (images - means[..., None]).square().sum(2)
-    rounding = 64 * torch.finfo(total.dtype).eps * total  # of a channel with one image for all samples
+    eps = 64 * torch.finfo(total.dtype).eps  # a channel with one image for all samples has nothing but rounding
+    rounding = eps * total + eps**2 * n_samples * images.square().sum(2)
     return torch.where(total - of_images > rounding, total - of_images, 0.0)
 
 
@@ -256,8 +263,7 @@ def squared_residuals(moments: Moments, reference: int, j: int | None = None) ->
 
 def assigned(costs: Tensor) -> Tensor:
     """The column assigned to each row, one to one, with the least sum of costs ``(channels, channels)``."""
-    finite = torch.where(costs.isfinite(), costs, 1e30)  # undefined channels get what is left
-    found: Tensor = torch.from_numpy(linear_sum_assignment(finite.cpu().numpy())[1])
+    found: Tensor = torch.from_numpy(linear_sum_assignment(costs.cpu().numpy())[1])
     return found
 
 

@@ -198,7 +198,7 @@ class InvarianceMonitor(Callback):
         if self.history and trainer.global_step:  # resumed, or trained further
             return
         self._history.start_new_training()
-        self._validations = self._evaluated_at = 0
+        self._validations, self._evaluated_at = 0, trainer.global_step
         self._explained_in = None
         self._log_now(trainer, self._evaluate(trainer, pl_module, epoch=trainer.current_epoch - 1))
 

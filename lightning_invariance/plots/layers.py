@@ -73,9 +73,9 @@ def layers(
         points = 4 if len(x) <= MOST_MARKERS else 0
         text = in_legend(shorten(label, longest)) or None
         axes.plot(x, mean, style, color=colour, marker=marker, ms=points, label=text)
-        bounds = np.array([(row.mean - row.low, row.high - row.mean) for row in rows])
-        if np.isfinite(bounds).any():
-            axes.errorbar(x, mean, bounds.T, fmt="none", ecolor=colour, capsize=3)
+        ends = np.array([(row.low, row.high) for row in rows])
+        if np.isfinite(ends).any():  # which, without the bias of few samples, may leave out the mean
+            axes.errorbar(x, ends.mean(1), np.diff(ends)[:, 0] / 2, fmt="none", ecolor=colour, capsize=3)
             bars = True
         low = np.maximum(mean - std, 0) if (mean[np.isfinite(mean)] >= 0).all() else mean - std
         axes.fill_between(x, low, mean + std, color=colour, alpha=0.12, linewidth=0)

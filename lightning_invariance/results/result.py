@@ -119,7 +119,8 @@ class InvarianceResult(LayerValues):
             identity = self.transformations.index(self.identity)
             return orbits_of(maps[layer], self.details[measure][layer]["scores"], identity, least)
         raise ValueError(
-            'Expected a result with channel maps: measure with `ChannelEquivariance(channels="permutation")`.'
+            'Expected a result with channel maps: measure with `ChannelEquivariance(channels="permutation")`;'
+            " reduced results have none."
         )
 
     def worst(self, measure: str | None = None) -> WorstTable:

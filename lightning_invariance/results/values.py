@@ -316,7 +316,7 @@ def _influences_of(record: Record, measure: str) -> dict[str, Tensor]:
     if measure not in record.influences:
         raise ValueError(
             f"Expected a result with influences of samples on {measure}: measure with"
-            " `evaluate(..., confidence=0.95)`. Variances, distances, same-equivariances and Consistency have them;"
-            " other measures do not."
+            " `evaluate(..., confidence=0.95)`. Anova, Goodfellow, Stratified, IntraclassCorrelation,"
+            " MainEffect and ChannelEquivariance(channels='linear') have none."
         )
     return record.influences[measure]

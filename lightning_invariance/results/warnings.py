@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 
 from lightning_invariance.messages import FEW, instead_of, level_of_user, number_of, some
@@ -14,21 +14,23 @@ from lightning_invariance.results.intervals import MAX_LEFT_OUT
 from lightning_invariance.results.result import InvarianceResult
 
 
-def warn_of(result: InvarianceResult, channel_axes: Iterable[str] = ()) -> None:
+def warn_of(result: InvarianceResult, patterns: Mapping[str, Iterable[str]]) -> None:
     """Warn of layers that were left out or that some samples bypass, and of NaN and infinite values.
 
-    Unused names and patterns of the argument ``channel_axis`` of the evaluation are warned of, too.
+    Args:
+        result: of the evaluation.
+        patterns: argument of the evaluation → names and patterns of layers in it; unused ones are warned of, too.
     """
-    for message in (*_about_layers(result, channel_axes), *_about_nan(result), *_about_infinite(result)):
+    for message in (*_about_layers(result, patterns), *_about_nan(result), *_about_infinite(result)):
         warnings.warn(message, UserWarning, stacklevel=level_of_user())
 
 
-def _about_layers(result: InvarianceResult, channel_axes: Iterable[str]) -> Iterator[str]:
+def _about_layers(result: InvarianceResult, patterns: Mapping[str, Iterable[str]]) -> Iterator[str]:
     known = [*result.channel_axis, *result.left_out]
-    for pattern in channel_axes:
+    for argument, pattern in ((argument, pattern) for argument, each in patterns.items() for pattern in each):
         if not any(pattern == layer or fnmatchcase(layer, pattern) for layer in known):
             yield (
-                f"Expected argument `channel_axis` to name layers that ran, but none fits {pattern!r}."
+                f"Expected argument `{argument}` to name layers that ran, but none fits {pattern!r}."
                 f" {instead_of(pattern, known)}"
             )
     if result.n_skipped:

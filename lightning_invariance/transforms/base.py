@@ -35,6 +35,10 @@ class Transformation:
         """Move positions as the transformation moves pixels; see :meth:`TransformationSet.points`."""
         return self._single.points(xy, size)[0]
 
+    def turned(self, vectors: Tensor, axis: int, inverse: bool = False) -> Tensor:
+        """Turn vectors ``(batch, ...)``; see :meth:`TransformationSet.turned`, also for the axis."""
+        return self._single.turned(vectors.unsqueeze(1), axis, inverse)[:, 0]
+
     def of_maps(self, maps: Tensor, input_size: tuple[int, ...] | None = None) -> Tensor:
         """Transform feature maps; see :meth:`TransformationSet.of_maps`."""
         return self._single.of_maps(maps, input_size)[:, 0]
@@ -190,6 +194,10 @@ class TransformationSet(ABC, Sequence[Transformation]):
             size: of the image: height and width.
         """
         raise ValueError(f"Expected transformations of images or volumes, but got {self!r}.")
+
+    def why_not(self, positions: tuple[int, ...], input_size: tuple[int, ...]) -> str:
+        """Why feature maps with so many positions along each axis cannot be mapped back; empty if they can."""
+        return ""
 
     def turned(self, vectors: Tensor, axis: int, inverse: bool = False) -> Tensor:
         """Turn vectors ``(batch, m, ...)`` that stand along an axis as transformation j turns the input, or back."""

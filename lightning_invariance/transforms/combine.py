@@ -58,7 +58,9 @@ def combine(*sets: TransformationSet) -> TransformationSet:
     if all(s.invertible for s in sets):
         inverses = {label: Chain(chain[::-1], inverse=True) for label, chain in zip(labels, chains, strict=True)}
     same = [label for label, column in zip(labels, columns, strict=True) if column == tuple(s.identity for s in sets)]
-    return CallableSet(functions, inverses, parameters, next(iter(same), None))
+    found = Product(functions, inverses, parameters, next(iter(same), None))
+    found.input_vectors = tuple({axis for s in sets for axis in s.input_vectors})
+    return found
 
 
 def _combined_parameters(sets: Sequence[TransformationSet], columns: Sequence[Sequence[int]]) -> dict[str, list[float]]:
@@ -71,6 +73,20 @@ def _combined_parameters(sets: Sequence[TransformationSet], columns: Sequence[Se
             unique = name if name not in parameters else f"{name} {position + 1}"
             parameters[unique] = [values[column[position]] for column in columns]
     return parameters
+
+
+class Product(CallableSet):
+    """A set of chains of transformations."""
+
+    def turned(self, vectors: Tensor, axis: int, inverse: bool = False) -> Tensor:
+        """See :meth:`TransformationSet.turned`."""
+        columns = zip(self._functions, vectors.unbind(1), strict=True)
+        return torch.stack([chain.turned(x, axis, inverse) for chain, x in columns], 1)  # type: ignore[attr-defined]
+
+    def _select(self, columns: list[int]) -> CallableSet:
+        found = super()._select(columns)
+        found.__class__, found.input_vectors = Product, self.input_vectors
+        return found
 
 
 class Chain:
@@ -90,3 +106,9 @@ class Chain:
             else:
                 x = member(x) if input_size is None else member.of_maps(x, input_size)
         return x
+
+    def turned(self, vectors: Tensor, axis: int, inverse: bool) -> Tensor:
+        """Turn vectors ``(batch, ...)`` as all members do, or back; the axis is counted with an axis of columns."""
+        for member in self.members[::-1] if inverse else self.members:
+            vectors = member.turned(vectors, axis, inverse)
+        return vectors

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -14,11 +15,13 @@ from lightning_invariance.transforms.base import TransformationSet
 
 
 class PositionSet(TransformationSet):
-    """Base of the sets that move the positions along one axis of the input.
+    """Base of the sets that move the positions along one axis of signals, sequences or points.
+
+    Feature maps are ``(batch, channels, positions)``. Inputs with more axes are moved, but their layers are no feature
+    maps, since the axis of a layer is not known then.
 
     Args:
-        axis: axis of a batch, not 0. Feature maps are ``(batch, channels, *positions)``: with one axis of positions it
-            is the one that moves.
+        axis: axis of a batch, not 0.
         labels, parameters: see :class:`TransformationSet`.
     """
 
@@ -30,7 +33,9 @@ class PositionSet(TransformationSet):
 
     def _axis_of(self, x: Tensor, input_size: tuple[int, ...] | None, leading: int) -> int:
         """The axis of ``x`` that moves, counted from the end, with so many axes before the axes of a sample."""
-        if input_size is not None and x.ndim == leading + 2:
+        if input_size is not None:
+            if x.ndim != leading + 2:
+                raise ValueError(f"Expected feature maps (batch, ..., channels, positions), but got {tuple(x.shape)}.")
             return -1
         axis = self.axis if self.axis < 0 else self.axis - 1 + leading - x.ndim
         if not -(x.ndim - leading) <= axis <= -1:
@@ -40,6 +45,14 @@ class PositionSet(TransformationSet):
     def _length_of_input(self, input_size: tuple[int, ...]) -> int:
         axis = self.axis if self.axis < 0 else self.axis - 1
         return input_size[axis] if -len(input_size) <= axis < len(input_size) else input_size[-1]
+
+    def fits(self, activation_shape: tuple[int, ...], input_size: tuple[int, ...]) -> bool:
+        """Whether activations, and inputs, have one axis of positions."""
+        return len(activation_shape) == 2 and len(input_size) <= 2
+
+    def turned(self, vectors: Tensor, axis: int, inverse: bool = False) -> Tensor:
+        """Vectors move, but do not turn."""
+        return vectors
 
     def _apply(self, x: Tensor, input_size: tuple[int, ...] | None) -> Tensor:
         axis = self._axis_of(x, input_size, 1)
@@ -71,8 +84,8 @@ class ShiftSet(PositionSet):
 
     def products(self) -> Tensor:
         """See :meth:`TransformationSet.products`; the length, after which circular shifts repeat, is not known."""
-        places = {step: j for j, step in enumerate(self.steps)}
-        return torch.tensor([[places.get(a + b, -1) for b in self.steps] for a in self.steps])
+        places = {round(step, 9): j for j, step in enumerate(self.steps)}
+        return torch.tensor([[places.get(round(a + b, 9), -1) for b in self.steps] for a in self.steps])
 
     def _select(self, columns: list[int]) -> ShiftSet:
         return ShiftSet([self.steps[j] for j in columns], self.axis, self.fill)
@@ -121,9 +134,12 @@ def shifts(steps: Sequence[float], axis: int = -1, fill: float | None = None) ->
         >>> shifts([0, 1], fill=0)(torch.tensor([[[1, 2, 3]]])).tolist()
         [[[[1, 2, 3]], [[0, 1, 2]]]]
     """
-    known = list(steps)
-    if not known or not all(map(math.isfinite, known)) or len({*known}) < len(known):
-        raise ValueError(f"Expected argument `steps` to hold different finite numbers, but got {steps}.")
+    known = list(steps) if isinstance(steps, Iterable) else []
+    numbers = [step for step in known if isinstance(step, Real) and math.isfinite(step)]
+    if not known or len({*numbers}) < len(known):
+        raise ValueError(f"Expected argument `steps` to hold different finite numbers, but got {steps!r}.")
+    if fill is not None and not math.isfinite(fill):
+        raise ValueError(f"Expected argument `fill` to be a finite number or None, but got {fill!r}.")
     return ShiftSet(known, axis, fill)
 
 
@@ -140,9 +156,10 @@ class PermutationSet(PositionSet):
         """The numbers, the axis and the seed."""
         return (*self.numbers, self.axis, self.seed)
 
-    def fits(self, activation_shape: tuple[int, ...], input_size: tuple[int, ...]) -> bool:
-        """Also, whether there is a value for each of the positions that are permuted."""
-        return super().fits(activation_shape, input_size) and self._length_of_input(input_size) in activation_shape
+    def why_not(self, positions: tuple[int, ...], input_size: tuple[int, ...]) -> str:
+        """The positions must be those that are permuted."""
+        length = self._length_of_input(input_size)
+        return "" if positions == (length,) else f"{positions[0]} positions are not the {length} that are permuted"
 
     def _select(self, columns: list[int]) -> PermutationSet:
         return PermutationSet([self.numbers[j] for j in columns], self.axis, self.seed)
