@@ -191,6 +191,23 @@ def augmentation(runs: Runs) -> None:
             plots.layers(shown, measure="NV", size=(3.4, 2.6)).savefig(runs.folder / f"{data}_{moves}.png", dpi=150)
 
 
+def spread(found: list[InvarianceResult], measure: str, layer: str) -> str:
+    """Standard deviation between seeds, relative to the mean, without the noise of sampling; and its interval.
+
+    All networks see the same images. What the noise of these images adds to differences between seeds is the part of
+    the influences in which seeds differ.
+    """
+    values = np.array([r.per_layer(measure)[layer] for r in found])
+    influences, count = np.stack([r.influences[measure][layer].numpy() for r in found]), len(found)
+    apart = influences - influences.mean(0)
+    n = influences.shape[1]
+    noise = (apart**2).sum() / (n * (n - 1)) / (count - 1)
+    total = values.var(ddof=1)
+    bounds = [total * (count - 1) / stats.chi2.ppf(q, count - 1) for q in (0.975, 0.025)]
+    shown = [f"{max(0.0, each - noise) ** 0.5 / values.mean():.1%}" for each in (total, *bounds)]
+    return "{} [{}, {}]".format(*shown)
+
+
 def seeds(runs: Runs, count: int) -> None:
     """Figures 17 to 22: how much measures depend on the seed, before and after training."""
     measures = {"NV": NormalizedVariance(), "ND": NormalizedDistance(), "SE": VarianceSameEquivariance(mask=True)}
@@ -208,12 +225,7 @@ def seeds(runs: Runs, count: int) -> None:
                     if layer not in found[0][measure]:
                         row += ["", ""]
                         continue
-                    values = np.array([r.per_layer(measure)[layer] for r in found])
-                    noise = np.mean([r.interval(measure)[layer].standard_error ** 2 for r in found])
-                    between = max(0.0, values.var(ddof=1) - noise)  # the noise of sampling taken out
-                    low, high = (np.sqrt((count - 1) / stats.chi2.ppf(q, count - 1)) for q in (0.975, 0.025))
-                    share = np.sqrt(between) / values.mean()
-                    row += [values.mean(), f"{share:.1%} [{share * low:.1%}, {share * high:.1%}]"]
+                    row += [np.mean([r.per_layer(measure)[layer] for r in found]), spread(found, measure, layer)]
                 rows.append(row)
             table(["layer", *(f"{m}{what}" for m in measures for what in ("", ": seeds vary by"))], rows)
             depth = np.arange(len(found[0].layers))

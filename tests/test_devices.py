@@ -50,8 +50,8 @@ MEASURES = {
     "same-equivariance": (VarianceSameEquivariance(transformations=rotations(16)), 28),
     "distance same-equivariance": (DistanceSameEquivariance(transformations=rotations(16)), 22),
     "effective invariance": (EffectiveInvariance(), 19),
-    "permuted channels": (ChannelEquivariance(rotations(16)), 48),
-    "channels that stay": (ChannelEquivariance(rotations(16), "identity"), 56),
+    "permuted channels": (ChannelEquivariance(rotations(16)), 52),
+    "channels that stay": (ChannelEquivariance(rotations(16), "identity"), 60),
     "correlation": (EquivarianceCorrelation(rotations(16)), 58),
 }
 
