@@ -227,7 +227,9 @@ def test_intervals_of_a_measure_without():
     measures = [NormalizedVariance(), Goodfellow(0.2)]
     result = evaluate(network(), IMAGES, rotations(4), measures, confidence=0.95, progress=False)
     assert [*result.influences] == ["NormalizedVariance"]
-    with pytest.raises(ValueError, match="influences of samples on Goodfellow.*Anova, Goodfellow, Stratified.* have none"):
+    with pytest.raises(
+        ValueError, match="influences of samples on Goodfellow.*Anova, Goodfellow, Stratified.* have none"
+    ):
         result.interval("Goodfellow")
     assert "low" not in str(result.table("Goodfellow"))
 

@@ -35,6 +35,7 @@ from torchmetrics import Metric
 from lightning_invariance import STLoader, evaluate, rotations
 from lightning_invariance.measures import (
     Anova,
+    ChannelEquivariance,
     DistanceSameEquivariance,
     Goodfellow,
     NormalizedDistance,
@@ -85,6 +86,11 @@ def variances() -> list[Metric]:
 def distances() -> list[Metric]:
     """The variances and the distances."""
     return [*variances(), TransformationDistance(), SampleDistance(), NormalizedDistance()]
+
+
+def channels() -> list[Metric]:
+    """Permuted channels."""
+    return [ChannelEquivariance()]
 
 
 def all_measures() -> list[Metric]:
@@ -141,6 +147,10 @@ class DeviceCase(NamedTuple):
         samples: how many there are where the user does not say.
         target: the largest ratio that is accepted.
         dtype: of its weights, images and activations.
+        measures: makes the measures; by default the monitor's default.
+        confidence: of intervals.
+        memory_format: of weights and images.
+        compiled: whether the bare passes are of the compiled model, beside which it is evaluated.
     """
 
     name: str
@@ -149,6 +159,10 @@ class DeviceCase(NamedTuple):
     samples: int
     target: float = 1.25
     dtype: torch.dtype = torch.float32
+    measures: Callable[[], list[Metric]] | None = None
+    confidence: float | None = None
+    memory_format: torch.memory_format = torch.contiguous_format
+    compiled: bool = False
 
 
 DEVICE_CASES = [
@@ -156,6 +170,12 @@ DEVICE_CASES = [
     DeviceCase("ResNet-50, 224×224", torchvision.models.resnet50, 224, 1024),
     DeviceCase("ResNet-18, bfloat16", torchvision.models.resnet18, 224, 1024, dtype=torch.bfloat16),
     DeviceCase("SimpleConv-32", MODELS["SimpleConv-32"], 32, 10_000),  # images of CIFAR-10's test set
+    DeviceCase("ViT-B/16", torchvision.models.vit_b_16, 224, 512),
+    DeviceCase("ResNet-50, channels last", torchvision.models.resnet50, 224, 512, memory_format=torch.channels_last),
+    DeviceCase("ResNet-50, compiled", torchvision.models.resnet50, 224, 512, compiled=True),
+    DeviceCase("ResNet-18, intervals", torchvision.models.resnet18, 224, 512, target=2.6, confidence=0.95),
+    DeviceCase("ResNet-18, distances", torchvision.models.resnet18, 224, 512, target=2.6, measures=distances),
+    DeviceCase("ResNet-18, channels", torchvision.models.resnet18, 224, 512, target=2.6, measures=channels),
 ]
 
 #: Names of synchronisations in a profile.
@@ -223,13 +243,16 @@ def device_ratios(case: DeviceCase, device: str, samples: int | None, rounds: in
     """Ratios of evaluate() to the forward passes on a device, the median time of the passes, and synchronisations."""
     torch.manual_seed(0)
     samples = case.samples if samples is None else samples
-    model = case.model().eval().to(device, case.dtype)
-    images = torch.rand(samples, 3, case.size, case.size).to(case.dtype)
+    model = case.model().eval().to(device, case.dtype, memory_format=case.memory_format)
+    model = torch.compile(model) if case.compiled else model
+    images = torch.rand(samples, 3, case.size, case.size).to(case.dtype, memory_format=case.memory_format)
+    measures = case.measures or default
     module = torch.get_device_module(device)
     finish: Callable[[], None] = getattr(module, "synchronize", lambda: None)
 
     def ours(some: int = samples) -> Any:
-        return evaluate(model, images[:some], TRANSFORMATIONS, default(), progress=False)
+        about = {"confidence": case.confidence, "progress": False}
+        return evaluate(model, images[:some], TRANSFORMATIONS, measures(), **about)
 
     ours()  # warms up and compiles
     size = min(2**14, 2**29 // (4 * images[0].numel()))  # as with ``batch_size="auto"``
