@@ -172,7 +172,7 @@ def test_the_control_is_the_mean_over_all_pairs_of_different_samples():
 
 @pytest.mark.parametrize("measure", [ChannelEquivariance(), ChannelEquivariance(channels="identity")])
 def test_intervals_are_those_of_leaving_samples_out(measure):
-    """Neither the assignments nor the folds change with a sample, so that they are those of all samples."""
+    """Samples are left out with the assignments and the halves of all samples, which no single sample changes."""
     x, turns = images(40, 12, torch.float64), rotations(6)
     model = layer_of(turned(2), torch.float64)
     result = evaluate(model, x, turns, {"it": measure}, confidence=0.95)
@@ -249,6 +249,9 @@ def test_halves_are_random_and_balanced_and_one_without_samples_is_nan():
     assert measure.compute().isnan().all()
     data = torch.utils.data.TensorDataset(images(), torch.arange(48) % 6)
     result = evaluate(layer_of(turned(2)), data, quarter_turns(), Stratified(ChannelEquivariance(), 6))
+    with pytest.warns(UserWarning, match="Stratified leaves out 2 layers"):
+        wide = evaluate(layer_of(turned(2)), data, quarter_turns(), Stratified(ChannelEquivariance(max_channels=7), 6))
+    assert wide.skipped == {"Stratified": ["0", "1"]}
     classes = result.by_class["Stratified"]["1"]
     torch.testing.assert_close(classes[classes.isfinite()], torch.ones_like(classes[classes.isfinite()]))
 
@@ -264,6 +267,8 @@ def test_a_constant_channel_is_nan_in_float64_and_leaves_the_others_alone(value)
     for name in alone:
         torch.testing.assert_close(result[name]["1"][:4], alone[name]["1"], rtol=1e-9, atol=1e-9)
         assert result[name]["1"][4].isnan()
+        only = evaluate(model, images(dtype=torch.float64), quarter_turns(), {name: measures[[*alone].index(name)]})
+        assert only.dead_channels("1").tolist() == [False] * 4 + [True]
 
 
 def test_a_channel_that_is_nan_makes_its_layer_undefined():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators.base import Accumulator
+from lightning_invariance.accumulators.mapped_back import constant_channels
 from lightning_invariance.accumulators.rows import N_SAMPLES, Context, Rows, States
 from lightning_invariance.accumulators.subsample import mixed
 
@@ -144,8 +145,9 @@ class ChannelMoments(Accumulator):
 
     def dead(self, states: States) -> Tensor:
         """Which channels had one value everywhere."""
-        means = states["channel_means"][states["fold_counts"].to(states["channel_means"].device) > 0].flatten(0, 1)
-        return (states["channel_squares"] == 0).flatten(0, 1).all(0) & (means == means[:1]).all(0)
+        some = [fold for fold, count in enumerate(states["fold_counts"].tolist()) if count]
+        means, squares = (states[name][some].flatten(0, 1) for name in ("channel_means", "channel_squares"))
+        return constant_channels(means, squares, states["fold_counts"].max().to(means.device))
 
     @staticmethod
     def moments(states: Mapping[str, Tensor], fold: int) -> Moments:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_invariance.accumulators.base import Accumulator, add_to
 from lightning_invariance.accumulators.distances import Distance, distance_between, unit_maps, zero_maps
-from lightning_invariance.accumulators.mapped_back import BackMapping, identity_of, ones_like_map
+from lightning_invariance.accumulators.mapped_back import BackMapping, constant_channels, identity_of, ones_like_map
 from lightning_invariance.accumulators.rows import N_SAMPLES, Context, Rows, States
 from lightning_invariance.transforms import TransformationSet
 
@@ -179,15 +179,7 @@ class Correlations(DirectPairs):
 
     def dead(self, states: States) -> Tensor:
         """Which channels had one value wherever they were looked at."""
-        means = states["found_mean"]
-        constant = states["found_squares"] <= rounding_of(means, states["pixels"], MANY)
-        apart = (means - means[:1]).abs() <= 64 * torch.finfo(means.dtype).eps * means.abs()
-        return constant.all(0) & apart.all(0)
-
-
-def rounding_of(mean: Tensor, pixels: Tensor, n_samples: int) -> Tensor:
-    """Squared deviations of a constant from its rounded mean, at most, ``(m, channels)``."""
-    return (64 * torch.finfo(mean.dtype).eps * mean).square() * n_samples * pixels[:, None]
+        return constant_channels(states["found_mean"], states["found_squares"], MANY * states["pixels"][:, None])
 
 
 def _identity_among(transformations: TransformationSet, maps: Tensor, input_size: tuple[int, ...] | None) -> int:

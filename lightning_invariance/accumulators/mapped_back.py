@@ -219,6 +219,17 @@ def identity_of(transformations: TransformationSet) -> int:
     return transformations.identity
 
 
+def rounding_of(means: Tensor, number: Tensor | int) -> Tensor:
+    """The largest sum of squared deviations of so many equal values from their mean, which is rounded."""
+    return (64 * torch.finfo(means.dtype).eps * means).square() * number
+
+
+def constant_channels(means: Tensor, squares: Tensor, number: Tensor) -> Tensor:
+    """Which channels had one value under all transformations, given means and squared deviations ``(m, channels)``."""
+    apart = (means - means[:1]).abs() <= 64 * torch.finfo(means.dtype).eps * means.abs()
+    return (squares <= rounding_of(means, number)).all(0) & apart.all(0)
+
+
 def ones_like_map(maps: Tensor, device: torch.device) -> Tensor:
     """A feature map of ones, ``(1, 1, *positions)`` in float64."""
     return torch.ones(1, 1, *maps.shape[3:], dtype=torch.float64, device=device)

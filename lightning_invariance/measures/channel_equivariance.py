@@ -228,7 +228,9 @@ def of_assignments(folds: Sequence[Moments], totals: Tensor, reference: int) -> 
 
 
 def totals_of(folds: Sequence[Moments], images: Tensor, n_samples: int) -> Tensor:
-    """Squared deviations from the mean images, ``(m, channels)``: from the mean of the channel, less those of images.
+    """Squared deviations of the samples from the mean images, ``(m, channels)``.
+
+    Deviations from the mean of a channel are the sum of these and of the deviations of its mean image.
 
     Args:
         folds: moments of both halves of the samples.

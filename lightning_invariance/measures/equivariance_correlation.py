@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_invariance.accumulators import Correlations
-from lightning_invariance.accumulators.direct import COMOMENTS, rounding_of
-from lightning_invariance.accumulators.mapped_back import BackMapping, check_inverses, identity_of
+from lightning_invariance.accumulators.direct import COMOMENTS
+from lightning_invariance.accumulators.mapped_back import BackMapping, check_inverses, identity_of, rounding_of
 from lightning_invariance.accumulators.rows import Context
 from lightning_invariance.accumulators.sums import Sums
 from lightning_invariance.measures.base import Measure
@@ -88,7 +88,10 @@ class EquivarianceCorrelation(Measure):
     def value(self, sums: Sums) -> Tensor:
         """The mean correlation over the transformations other than the identity."""
         expected, found, products = (sums[name] for name in COMOMENTS)
-        floors = [rounding_of(sums[mean], sums["pixels"], sums.n_samples) for mean in ("expected_mean", "found_mean")]
+        floors = [
+            rounding_of(sums[mean], sums.n_samples * sums["pixels"][:, None])
+            for mean in ("expected_mean", "found_mean")
+        ]
         varies = (expected > floors[0]) & (found > floors[1])
         scale = torch.where(varies, expected, 1.0).sqrt() * torch.where(varies, found, 1.0).sqrt()
         correlations = torch.where(varies, (products / scale).clamp(-1, 1), torch.nan)

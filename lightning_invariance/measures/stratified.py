@@ -84,6 +84,10 @@ class Stratified(Measure):
         """
         super().update(st_block, indices=indices, labels=labels)
 
+    def why_not(self, activation_shape: tuple[int, ...], channel_axis: int) -> str:
+        """Delegates to the wrapped measure."""
+        return self._measure[0].why_not(activation_shape, channel_axis)
+
     def prepare_for(self, context: Context) -> None:
         """Prepare the wrapped measure, too, as for the samples of one class."""
         super().prepare_for(context)

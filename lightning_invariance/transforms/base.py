@@ -181,7 +181,7 @@ class TransformationSet(ABC, Sequence[Transformation]):
     def fits(self, activation_shape: tuple[int, ...], input_size: tuple[int, ...]) -> bool:
         """Whether activations are feature maps, whose positions move as the input's: they have as many axes as it.
 
-        A set of transformations of tokens also takes those of inputs ``(tokens,)``, which have no axis of channels.
+        Inputs ``(tokens,)`` have no axis of channels; their layers ``(tokens, channels)`` are feature maps, too.
         """
         return len(activation_shape) == max(1 + self.map_axes, len(input_size))
 
@@ -306,7 +306,9 @@ class CallableSet(TransformationSet):
         inverses = self._inverses and {label: self._inverses[j] for label, j in zip(labels, columns, strict=True)}
         functions = {label: self._functions[j] for label, j in zip(labels, columns, strict=True)}
         same = None if self.identity not in columns else self.labels[self.identity or 0]
-        return CallableSet(functions, inverses, self._selected_parameters(columns), same, self._seed)
+        found = type(self)(functions, inverses, self._selected_parameters(columns), same, self._seed)
+        found.input_vectors = self.input_vectors
+        return found
 
     def _stack(self, results: list[Tensor], x: Tensor) -> Tensor:
         first = results[0]

@@ -83,11 +83,6 @@ class Product(CallableSet):
         columns = zip(self._functions, vectors.unbind(1), strict=True)
         return torch.stack([chain.turned(x, axis, inverse) for chain, x in columns], 1)  # type: ignore[attr-defined]
 
-    def _select(self, columns: list[int]) -> CallableSet:
-        found = super()._select(columns)
-        found.__class__, found.input_vectors = Product, self.input_vectors
-        return found
-
 
 class Chain:
     """A sequence of transformations, or of their inverses; a class instead of a function so that it can be pickled."""
