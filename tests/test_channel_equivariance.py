@@ -71,6 +71,20 @@ def test_random_filters_have_no_orbits_but_a_linear_map():
         assert -1.3 < float(result.details["permutation"]["1"]["shuffled"]) < -0.9
 
 
+def test_a_channel_that_explains_another_one_badly_joins_no_orbit():
+    maps = torch.tensor([[0, 1, 2], [1, 0, 2], [0, 2, 1]])
+    scores = torch.tensor([[1.0, 1.0, 1.0], [0.9, 0.9, 0.9], [0.9, 0.2, 0.2]], dtype=torch.float64)
+    result = InvarianceResult(
+        {"it": {"a": scores[1:].mean(0)}},
+        transformations=["0°", "90°", "180°"],
+        identity="0°",
+        details={"it": {"a": {"channel_map": maps, "scores": scores}}},
+    )
+    assert [orbit.channels for orbit in result.orbits("a")] == [(0, 1), (2,)]
+    assert [orbit.score for orbit in result.orbits("a")] == pytest.approx([0.725, 0.55])
+    assert [orbit.channels for orbit in result.orbits("a", least=0.1)] == [(0, 1, 2)]
+
+
 def test_isotropic_filters_stay_where_they_are():
     isotropic = sum(torch.rot90(filters(6), turns, (2, 3)) for turns in range(4))
     result = evaluate(layer_of(isotropic), images(), quarter_turns(), ALL)
